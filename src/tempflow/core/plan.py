@@ -1,0 +1,366 @@
+"""Plans are data: the edge list of one prompt's forest, and what it costs.
+
+A plan says where trajectories start, where they branch, which steps draw noise and which of those a loss trains.  It
+holds no tensors and knows no model; `tempflow.core.rollout` runs any plan.  Every node sits at a grid index ("step"):
+roots at 0, the child of a node at step i at step i + 1, finished samples at T.  See `papers/trajectory.md` §1-§4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs: rows given to the model, samples decoded and scored, transitions a loss uses.
+
+    `forwards` counts every node that has a child once, guidance not doubled.  Costs add up, and scale with an int.
+    """
+
+    forwards: int
+    leaves: int
+    trained_edges: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forwards + other.forwards, self.leaves + other.leaves, self.trained_edges + other.trained_edges
+        )
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.forwards * times, self.leaves * times, self.trained_edges * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forest that one prompt grows, as an explicit edge list in wavefront order.
+
+    Node ids: roots are 0 … roots − 1; edge e creates node roots + e.
+
+    steps       T, the number of sampling steps (≥ 1); must equal the schedule's when the plan is run
+    roots       number of roots R (≥ 1)
+    parent      per edge: the node it leaves
+    step        per edge: i, it goes from σ_i to σ_{i+1}; never decreasing over the edges
+    stochastic  per edge: an SDE step (an action) or an ODE step
+    trained     per edge: used by the loss; only stochastic edges can be
+    scale       per edge: finite multiplier > 0 of the dynamics' noise level, 1.0 = as it is
+    start       per root: index of the initial noise it starts from, in 0 … R − 1; all 0 = one shared noise
+    scored      ids of the nodes at σ = 0 that are decoded and scored, in leaf order
+
+    Raises ValueError when the lists do not describe such a forest.
+    """
+
+    steps: int
+    roots: int
+    parent: tuple[int, ...]
+    step: tuple[int, ...]
+    stochastic: tuple[bool, ...]
+    trained: tuple[bool, ...]
+    scale: tuple[float, ...]
+    start: tuple[int, ...]
+    scored: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("roots", self.roots, 1)
+        _check_edges(self)
+        _check_roots_and_leaves(self)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # a long plan is a cache key at every rollout
+        return hash((self.steps, self.roots, self.parent, self.step, self.stochastic, self.trained, self.scored))
+
+    @cached_property
+    def node_step(self) -> tuple[int, ...]:
+        """Grid index of every node; it is the node's depth below its root too."""
+        return (0,) * self.roots + tuple(i + 1 for i in self.step)
+
+    @cached_property
+    def node_root(self) -> tuple[int, ...]:
+        """Root above every node (a root's own is itself)."""
+        root = list(range(self.roots))
+        for parent in self.parent:
+            root.append(root[parent])
+        return tuple(root)
+
+    @cached_property
+    def child_index(self) -> tuple[int, ...]:
+        """Position of every edge among its siblings, 0, 1, … in edge order."""
+        count = [0] * (self.roots + len(self.parent))
+        index: list[int] = []
+        for parent in self.parent:
+            index.append(count[parent])
+            count[parent] += 1
+        return tuple(index)
+
+    @cached_property
+    def action_depth(self) -> tuple[int, ...]:
+        """Per edge: the number of stochastic edges above it on its path."""
+        below = [0] * self.roots
+        depth: list[int] = []
+        for parent, stochastic in zip(self.parent, self.stochastic, strict=True):
+            depth.append(below[parent])
+            below.append(below[parent] + int(stochastic))
+        return tuple(depth)
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Child indices on the way from the root to `node`, () for a root; with the root it names the node."""
+        way: list[int] = []
+        while node >= self.roots:
+            way.append(self.child_index[node - self.roots])
+            node = self.parent[node - self.roots]
+        return tuple(reversed(way))
+
+    @cached_property
+    def leaves_below(self) -> tuple[tuple[int, ...], ...]:
+        """Per edge: positions in `scored` of the leaves that descend from it, ascending."""
+        below: list[list[int]] = [[] for _ in self.parent]
+        for position, leaf in enumerate(self.scored):
+            node = leaf
+            while node >= self.roots:
+                below[node - self.roots].append(position)
+                node = self.parent[node - self.roots]
+        return tuple(tuple(b) for b in below)
+
+    def cost(self) -> Cost:
+        """Exact cost of the plan for one prompt."""
+        return Cost(forwards=len(set(self.parent)), leaves=len(self.scored), trained_edges=sum(self.trained))
+
+
+def ode(steps: int, roots: int) -> Plan:
+    """`roots` deterministic chains from distinct noises: evaluation, and every forward-process method.
+
+    Cost: roots·T forwards, roots leaves, 0 trained edges.
+    """
+    return chain(steps, roots, stochastic=())
+
+
+def chain(
+    steps: int,
+    roots: int,
+    train: Iterable[int] | None = None,
+    stochastic: Iterable[int] | None = None,
+    shared_noise: bool = False,
+) -> Plan:
+    """`roots` independent chains (Flow-GRPO, §1; with `shared_noise` DanceGRPO, §3.1).
+
+    stochastic    steps that draw noise; default all, the last one included, as Flow-GRPO's sampler does
+    train         steps that the loss uses, a subset of `stochastic`; default the stochastic ones but T − 1
+    shared_noise  all chains start from one initial noise and differ by their transitions only
+    Cost: roots·T forwards, roots leaves, roots·|train| trained edges.
+    """
+    _at_least("steps", steps, 1)
+    noisy = _steps_in("stochastic", range(steps) if stochastic is None else stochastic, range(steps))
+    trained = noisy - {steps - 1} if train is None else _steps_in("train", train, noisy)
+    rule = [[_Shoot(i in noisy, i in trained)] for i in range(steps)]
+    return _grow(steps, _starts("roots", roots, shared_noise), lambda i, _: rule[i])
+
+
+def window(steps: int, roots: int, start: int, size: int, shared_noise: bool = False) -> Plan:
+    """Chains that are stochastic, and trained, only at steps start … start + size − 1 (MixGRPO, §3.2; Fast, §1).
+
+    Cost: roots·T forwards, roots leaves, roots·size trained edges.
+    """
+    _at_least("steps", steps, 1)
+    inside = _window("start", start, "size", size, steps)
+    return chain(steps, roots, train=inside, stochastic=inside, shared_noise=shared_noise)
+
+
+def one_step(steps: int, roots: int, at: int, shared_noise: bool = False) -> Plan:
+    """Chains with noise at the single step `at`, the same for the whole group (Flash-GRPO, §6): a window of one."""
+    _at_least("steps", steps, 1)
+    _between("at", at, 0, steps - 1)
+    return window(steps, roots, at, 1, shared_noise)
+
+
+def fan_out(steps: int, seeds: int, branches: int, at: int, window: int = 1) -> Plan:
+    """One ODE prefix per seed, `branches` children at step `at`, noise for `window` steps, ODE after (Fast, §1).
+
+    Cost: seeds·(at + 1 + branches·(T − 1 − at)) forwards, seeds·branches leaves, seeds·branches·window trained edges.
+    """
+    _at_least("steps", steps, 1)
+    _at_least("branches", branches, 1)
+    inside = _window("at", at, "window", window, steps)
+    rule = [[_Shoot(i in inside, i in inside)] * (branches if i == at else 1) for i in range(steps)]
+    return _grow(steps, _starts("seeds", seeds, False), lambda i, _: rule[i])
+
+
+def branch_each_step(
+    steps: int, seeds: int, branches: int, at: Iterable[int] | None = None, trunk_leaf: bool = False
+) -> Plan:
+    """An ODE trunk per seed that grows `branches` noisy children at every step of `at`; each is finished by ODE.
+
+    TempFlow-GRPO, arXiv 2508.04324 (§2): all randomness of a leaf comes from its one stochastic edge, so the leaf's
+    reward is that edge's.  `at` is a non-empty subset of 0 … T − 2, by default all of it.  The trunk's own edge comes
+    after its noisy siblings, so that a branch's identity does not depend on whether the trunk goes on.  The trunk ends
+    at its last branched node; `trunk_leaf` takes it to σ = 0 and scores it.
+    Cost with the default `at`: seeds·(T − 1) + seeds·branches·T(T − 1)/2 forwards, seeds·branches·(T − 1) leaves and
+    trained edges; `trunk_leaf` adds `seeds` forwards and leaves.
+    """
+    _at_least("steps", steps, 2)
+    _at_least("branches", branches, 1)
+    branched = _steps_in("at", range(steps - 1) if at is None else at, range(steps - 1))
+    if not branched:
+        raise _invalid("at", "empty", "the trunk must branch somewhere", f"any step of 0 … {steps - 2}")
+    last = max(branched)
+    follow = [_Shoot(False, False)]
+
+    def rule(i: int, trunk: bool) -> list[_Shoot]:
+        if not trunk:
+            return follow
+        noisy = [_Shoot(True, True)] * (branches if i in branched else 0)
+        return noisy + ([_Shoot(False, False, trunk=True)] if i < last or trunk_leaf else [])
+
+    return _grow(steps, _starts("seeds", seeds, False), rule)
+
+
+def tree(
+    steps: int,
+    roots: int,
+    splits: Mapping[int, int],
+    stochastic: Iterable[int] | None = None,
+    train: Iterable[int] | None = None,
+    scale: Mapping[int, float] | None = None,
+) -> Plan:
+    """Every node has `splits[i]` children at the steps named there and one elsewhere (BranchGRPO §3.3, TreeRPO §4).
+
+    splits      step -> fan-out ≥ 1; a step that fans out must be stochastic, or its children would be equal
+    stochastic  steps that draw noise; default all
+    train       steps that the loss uses; default every stochastic one
+    scale       step -> multiplier of the noise level; 1.0 where absent
+    Cost: with n_i = roots·Π_{j<i} splits_j nodes at step i: Σ_{i<T} n_i forwards, n_T leaves, Σ_{i∈train} n_{i+1}
+    trained edges.
+    """
+    _at_least("steps", steps, 1)
+    noisy = _steps_in("stochastic", range(steps) if stochastic is None else stochastic, range(steps))
+    trained = noisy if train is None else _steps_in("train", train, noisy)
+    _steps_in("splits", [i for i, n in splits.items() if n != 1], noisy)
+    _steps_in("splits", splits, range(steps))
+    levels: Mapping[int, float] = {} if scale is None else scale
+    _steps_in("scale", levels, noisy)
+    for i, fan in splits.items():
+        _at_least(f"splits[{i}]", fan, 1)
+    rule = [[_Shoot(i in noisy, i in trained, levels.get(i, 1.0))] * splits.get(i, 1) for i in range(steps)]
+    return _grow(steps, _starts("roots", roots, False), lambda i, _: rule[i])
+
+
+@dataclass(frozen=True)
+class _Shoot:
+    """One child to be grown; `trunk` is handed to the child and says which rule applies to it."""
+
+    stochastic: bool
+    trained: bool
+    scale: float = 1.0
+    trunk: bool = False
+
+
+def _grow(steps: int, start: tuple[int, ...], rule: Callable[[int, bool], Sequence[_Shoot]]) -> Plan:
+    """Grow every live node by `rule(step, trunk)`, step by step; parents in order of birth, roots are trunk."""
+    roots = len(start)
+    parent: list[int] = []
+    step: list[int] = []
+    shoots: list[_Shoot] = []
+    front = [(root, True) for root in range(roots)]
+    for i in range(steps):
+        children: list[tuple[int, bool]] = []
+        for node, trunk in front:
+            for shoot in rule(i, trunk):
+                children.append((roots + len(shoots), shoot.trunk))
+                parent.append(node)
+                step.append(i)
+                shoots.append(shoot)
+        front = children
+    return Plan(
+        steps=steps,
+        roots=roots,
+        parent=tuple(parent),
+        step=tuple(step),
+        stochastic=tuple(s.stochastic for s in shoots),
+        trained=tuple(s.trained for s in shoots),
+        scale=tuple(float(s.scale) for s in shoots),
+        start=start,
+        scored=tuple(node for node, _ in front),
+    )
+
+
+def _check_edges(plan: Plan) -> None:
+    count = len(plan.parent)
+    if count == 0:
+        raise _invalid("parent", (), "a plan needs at least one edge", (0,))
+    lengths = [("step", plan.step), ("stochastic", plan.stochastic), ("trained", plan.trained), ("scale", plan.scale)]
+    for name, entries in lengths:
+        if len(entries) != count:
+            raise _invalid(f"len({name})", len(entries), "one entry per edge is needed", count)
+    at = [0] * plan.roots
+    previous = 0
+    for e, (parent, step) in enumerate(zip(plan.parent, plan.step, strict=True)):
+        _between(f"parent[{e}]", parent, 0, plan.roots + e - 1)
+        if at[parent] != step:
+            raise _invalid(f"step[{e}]", step, f"its parent, node {parent}, is at step {at[parent]}", at[parent])
+        if step < previous:
+            raise _invalid(f"step[{e}]", step, f"edges go in wavefront order and step {previous} came before", previous)
+        _between(f"step[{e}]", step, 0, plan.steps - 1)
+        previous = step
+        at.append(step + 1)
+        if plan.trained[e] and not plan.stochastic[e]:
+            raise _invalid(f"trained[{e}]", True, "a deterministic edge has no log-probability", False)
+        if not (math.isfinite(plan.scale[e]) and plan.scale[e] > 0):
+            raise _invalid(f"scale[{e}]", plan.scale[e], "must be finite and > 0", 1.0)
+
+
+def _check_roots_and_leaves(plan: Plan) -> None:
+    if len(plan.start) != plan.roots:
+        raise _invalid("len(start)", len(plan.start), "one entry per root is needed", plan.roots)
+    for root, start in enumerate(plan.start):
+        _between(f"start[{root}]", start, 0, plan.roots - 1)
+    if len(set(plan.scored)) != len(plan.scored):
+        raise _invalid("scored", plan.scored, "names a node twice", tuple(dict.fromkeys(plan.scored)))
+    nodes = plan.roots + len(plan.parent)
+    for position, node in enumerate(plan.scored):
+        _between(f"scored[{position}]", node, 0, nodes - 1)
+        if plan.node_step[node] != plan.steps:
+            finished = [n for n in range(nodes) if plan.node_step[n] == plan.steps]
+            nearest = min(finished, key=lambda n: abs(n - node), default="none, scored = ()")
+            raise _invalid(f"scored[{position}]", node, f"that node is at step {plan.node_step[node]}, not T", nearest)
+
+
+def _invalid(field: str, value: object, why: str, nearest: object) -> ValueError:
+    return ValueError(f"{field} = {value}: {why}; nearest valid: {nearest}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise _invalid(name, value, f"must be at least {low}", low)
+
+
+def _between(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise _invalid(name, value, f"must be in {low} … {high}", min(max(value, low), high))
+
+
+def _steps_in(name: str, values: Iterable[int], allowed: Collection[int]) -> frozenset[int]:
+    """`values` as a set, after checking that each is one of `allowed`."""
+    chosen = frozenset(values)
+    for value in sorted(chosen):
+        if value not in allowed:
+            nearest = min(allowed, key=lambda a: (abs(a - value), a), default="none")
+            raise _invalid(name, value, f"must be among the steps {sorted(allowed)}", nearest)
+    return chosen
+
+
+def _window(start_name: str, start: int, size_name: str, size: int, steps: int) -> range:
+    _between(start_name, start, 0, steps - 1)
+    _between(size_name, size, 1, steps - start)
+    return range(start, start + size)
+
+
+def _starts(name: str, roots: int, shared: bool) -> tuple[int, ...]:
+    _at_least(name, roots, 1)
+    return (0,) * roots if shared else tuple(range(roots))

@@ -1,0 +1,361 @@
+"""Grows a forest from plans, wavefront by wavefront.
+
+At step i every live node of every prompt shares σ_i, so a step is one batched prediction (in chunks that fit memory):
+T launches whatever the plan's shape.  A node is predicted once and its children share that prediction.  States are
+moved by `transition` and `sample` only; there is no arithmetic on latents here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tempflow.core.dynamics import ODE, Dynamics
+from tempflow.core.forest import Edges, Forest, Leaves
+from tempflow.core.plan import Plan
+from tempflow.core.rng import Stream
+from tempflow.core.schedule import Schedule
+
+Keep = Literal["stochastic", "all"]
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S]; `rows` are the prompt slots, to index conditions."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one iteration: standard normals, float32 on the CPU, each a function of its identity alone."""
+
+    seed: int
+    iteration: int = 0
+
+    def initial(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+        """[len(ids), *shape]: initial noises; an id is (prompt slot, start index)."""
+        return self._draw("rollout.initial", ids, shape)
+
+    def edge(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+        """[len(ids), *shape]: noises of stochastic edges; an id is (prompt slot, root, *path of the child, step)."""
+        return self._draw("rollout.edge", ids, shape)
+
+    def _draw(self, stream: str, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+        return Stream(self.seed, stream).normal([(self.iteration, *i) for i in ids], shape)
+
+
+def rollout(
+    plans: Sequence[Plan],
+    dynamics: Dynamics,
+    schedule: Schedule,
+    predict: Predict,
+    noise: Noise,
+    *,
+    shape: Sequence[int],
+    slots: Sequence[int] | None = None,
+    solver: Dynamics | None = None,
+    max_rows: int | None = None,
+    store_dtype: torch.dtype = torch.float32,
+    keep: Keep = "stochastic",
+    device: torch.device | str = "cpu",
+) -> Forest:
+    """Run one plan per prompt, all prompts together, without gradients.
+
+    plans        one per prompt; they may differ but each has schedule.steps steps
+    dynamics     draws the stochastic edges
+    predict      the velocity of [B, *S] states at one common σ (in the schedule's dtype); called once per step and
+                 chunk, every node that has a child in exactly one call
+    noise        seed and iteration; with slot, root, path and step it fixes every draw, so results do not depend on
+                 `max_rows` or on which prompts share a call (as far as `predict` does not)
+    shape        *S, one sample's latent shape
+    slots        per prompt its slot in the iteration, distinct and ≥ 0; default 0, 1, …  It enters the noise, is what
+                 `predict` gets as `rows`, and is `edges.prompt` and `leaves.prompt`
+    solver       walks the deterministic edges; default `ODE()`
+    max_rows     upper bound of B; default no bound.  Chunks of a step are of even size
+    store_dtype  dtype of every state.  A child is rounded to it first; the rounded value is what the next step starts
+                 from and what log_prob is taken at, so that training sees exactly the sampled transition
+    keep         edges to record: "stochastic" ones or "all"
+    device       where states live and `predict` computes
+
+    Prompts and their leaves come out in the order given: joining the forests of two calls with `Forest.cat` equals
+    one call with all the prompts.  ValueError when the arguments do not fit together.
+    """
+    walker = _Walker(
+        dynamics=dynamics,
+        solver=ODE() if solver is None else solver,
+        schedule=schedule,
+        predict=predict,
+        noise=noise,
+        shape=tuple(shape),
+        max_rows=max_rows,
+        dtype=store_dtype,
+        device=torch.device(device),
+    )
+    owners = list(range(len(plans))) if slots is None else list(slots)
+    _check(plans, owners, walker, keep)
+    programs = [_compile(plan, keep) for plan in plans]
+    frame = Forest.cat([program.frame_for(slot) for program, slot in zip(programs, owners, strict=True)])
+    edges = [len(program.frame.edges) for program in programs]
+    count = [program.frame.nodes.shape[0] for program in programs]
+    log_dtype = torch.promote_types(store_dtype, torch.float32)
+    nodes = torch.empty(sum(count), *walker.shape, dtype=store_dtype, device=walker.device)
+    log_prob = torch.full((sum(edges),), math.nan, dtype=log_dtype, device=walker.device)
+    with torch.no_grad():
+        x = walker.start(plans, owners)
+        _put(nodes, x, _merge([program.born for program in programs], owners, count, edges))
+        for i in range(schedule.steps):
+            level = _merge([program.levels[i] for program in programs], owners, count, edges)
+            x = walker.advance(x, i, level, log_prob)
+            _put(nodes, x, level)
+    frame = frame.to(walker.device)
+    return replace(frame, nodes=nodes, edges=replace(frame.edges, log_prob=log_prob))
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One step of a plan (or of several, merged) as index tensors on the CPU.
+
+    "Front" is the list of nodes at that step; the next front lists their children, ordered by parent.
+    """
+
+    front: int  # nodes in the front
+    born: int  # nodes in the next front
+    parents: Tensor  # positions in the front of the nodes that have children, ascending
+    rows: Tensor  # prompt slot of each of these (0 before merging)
+    parent_of: Tensor  # per child: index into `parents`, ascending
+    calm: Tensor  # positions of the children of deterministic edges
+    noisy: Tensor  # … and of stochastic ones; the next three go with it
+    scale: Tensor
+    edge_to: Tensor  # index of the recorded edge
+    ids: tuple[tuple[int, ...], ...]  # (root, *path, step); after merging with the slot in front
+    node_at: Tensor  # positions of the children that are recorded …
+    node_to: Tensor  # … and their index among the recorded nodes
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A plan compiled for the engine: its levels, and the forest it gives but for states and log-probabilities."""
+
+    born: _Level  # records the roots
+    levels: tuple[_Level, ...]
+    frame: Forest
+
+    def frame_for(self, slot: int) -> Forest:
+        edges, leaves = self.frame.edges, self.frame.leaves
+        return replace(
+            self.frame,
+            edges=replace(edges, prompt=torch.full_like(edges.prompt, slot)),
+            leaves=replace(leaves, prompt=torch.full_like(leaves.prompt, slot)),
+        )
+
+
+@dataclass(frozen=True)
+class _Walker:
+    """What stays the same during a rollout."""
+
+    dynamics: Dynamics
+    solver: Dynamics
+    schedule: Schedule
+    predict: Predict
+    noise: Noise
+    shape: tuple[int, ...]
+    max_rows: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def start(self, plans: Sequence[Plan], slots: Sequence[int]) -> Tensor:
+        """The first front: every root's initial noise, each distinct noise drawn once."""
+        wanted = [(slot, s) for plan, slot in zip(plans, slots, strict=True) for s in plan.start]
+        distinct = list(dict.fromkeys(wanted))
+        place = {identity: n for n, identity in enumerate(distinct)}
+        drawn = self.noise.initial(distinct, self.shape).to(self.device, self.dtype)
+        return drawn[_long([place[identity] for identity in wanted]).to(self.device)]
+
+    def advance(self, x: Tensor, i: int, level: _Level, log_prob: Tensor) -> Tensor:
+        """The front at step i -> the next front; fills in the log_prob of the recorded stochastic edges."""
+        children = torch.empty(level.born, *self.shape, dtype=self.dtype, device=self.device)
+        bounds = _chunks(len(level.parents), self.max_rows)
+        first_child = _first(level.parent_of, bounds)
+        first_calm, first_noisy = _first(level.calm, first_child), _first(level.noisy, first_child)
+        spread = len(level.noisy) > 0 and self._spreads(i)
+        for c in range(len(bounds) - 1):
+            lo, hi = bounds[c], bounds[c + 1]
+            state = x[level.parents[lo:hi].to(self.device)]
+            velocity = self._velocity(state, i, level.rows[lo:hi])
+            calm = level.calm[first_calm[c] : first_calm[c + 1]]
+            if len(calm):
+                of = (level.parent_of[calm] - lo).to(self.device)
+                law = self.solver.transition(state[of], velocity[of], self.schedule, torch.full((len(calm),), i))
+                children[calm.to(self.device)] = law.mean.to(self.dtype)
+            part = slice(first_noisy[c], first_noisy[c + 1])
+            noisy = level.noisy[part]
+            if len(noisy):
+                of = (level.parent_of[noisy] - lo).to(self.device)
+                # step and scale stay on the CPU: looking at them there does not wait for the device
+                step, scale = torch.full((len(noisy),), i), level.scale[part]
+                law = self.dynamics.transition(state[of], velocity[of], self.schedule, step, scale)
+                drawn = self.noise.edge(level.ids[part], self.shape).to(self.device)
+                child = law.sample(drawn).to(self.dtype)
+                children[noisy.to(self.device)] = child
+                if spread:
+                    density = law.log_prob(child.to(law.mean.dtype)).to(log_prob.dtype)
+                    log_prob[level.edge_to[part].to(self.device)] = density
+        return children
+
+    def _spreads(self, i: int) -> bool:
+        """Whether the stochastic edges of step i have a density (CPS and DDIM have none at the last step)."""
+        return bool(self.dynamics.coefficients(self.schedule, _long([i]))[2] > 0)
+
+    def _velocity(self, state: Tensor, i: int, rows: Tensor) -> Tensor:
+        sigma = self.schedule.at(torch.full((len(rows),), i)).to(self.device)
+        velocity = self.predict(state, sigma, rows.to(self.device))
+        if velocity.shape != state.shape:
+            raise ValueError(f"predict returned shape {list(velocity.shape)}; nearest valid: {list(state.shape)}, as x")
+        return velocity
+
+
+def _put(nodes: Tensor, front: Tensor, level: _Level) -> None:
+    nodes[level.node_to.to(nodes.device)] = front[level.node_at.to(nodes.device)]
+
+
+def _merge(levels: Sequence[_Level], slots: Sequence[int], nodes: Sequence[int], edges: Sequence[int]) -> _Level:
+    """Lay the prompts' levels side by side; `nodes` and `edges` are how many each prompt records."""
+    front = _offsets([level.front for level in levels])
+    live = _offsets([len(level.parents) for level in levels])
+    born = _offsets([level.born for level in levels])
+    node, edge = _offsets(nodes), _offsets(edges)
+    return _Level(
+        front=sum(level.front for level in levels),
+        born=sum(level.born for level in levels),
+        parents=torch.cat([v.parents + o for v, o in zip(levels, front, strict=True)]),
+        rows=torch.cat([v.rows + slot for v, slot in zip(levels, slots, strict=True)]),
+        parent_of=torch.cat([v.parent_of + o for v, o in zip(levels, live, strict=True)]),
+        calm=torch.cat([v.calm + o for v, o in zip(levels, born, strict=True)]),
+        noisy=torch.cat([v.noisy + o for v, o in zip(levels, born, strict=True)]),
+        scale=torch.cat([v.scale for v in levels]),
+        edge_to=torch.cat([v.edge_to + o for v, o in zip(levels, edge, strict=True)]),
+        ids=tuple((slot, *rest) for v, slot in zip(levels, slots, strict=True) for rest in v.ids),
+        node_at=torch.cat([v.node_at + o for v, o in zip(levels, born, strict=True)]),
+        node_to=torch.cat([v.node_to + o for v, o in zip(levels, node, strict=True)]),
+    )
+
+
+@lru_cache(maxsize=512)
+def _compile(plan: Plan, keep: Keep) -> _Program:
+    kept = [e for e, stochastic in enumerate(plan.stochastic) if stochastic or keep == "all"]
+    used = {plan.parent[e] for e in kept} | {plan.roots + e for e in kept} | set(plan.scored)
+    node_to = {node: n for n, node in enumerate(sorted(used))}
+    edge_to = {e: n for n, e in enumerate(kept)}
+    by_step: list[list[int]] = [[] for _ in range(plan.steps)]
+    for e, i in enumerate(plan.step):
+        by_step[i].append(e)
+    front = list(range(plan.roots))
+    born = _level(plan, [], [], front, node_to, edge_to)
+    levels: list[_Level] = []
+    for edges in by_step:
+        position = {node: n for n, node in enumerate(front)}
+        edges.sort(key=lambda e: position[plan.parent[e]])
+        children = [plan.roots + e for e in edges]
+        levels.append(_level(plan, front, edges, children, node_to, edge_to))
+        front = children
+    return _Program(born=born, levels=tuple(levels), frame=_frame(plan, kept, node_to, edge_to))
+
+
+def _level(
+    plan: Plan,
+    front: Sequence[int],
+    edges: Sequence[int],
+    children: Sequence[int],
+    node_to: dict[int, int],
+    edge_to: dict[int, int],
+) -> _Level:
+    fertile = {plan.parent[e] for e in edges}
+    parents = [n for n, node in enumerate(front) if node in fertile]
+    rank = {front[n]: k for k, n in enumerate(parents)}
+    noisy = [n for n, e in enumerate(edges) if plan.stochastic[e]]
+    recorded = [n for n, node in enumerate(children) if node in node_to]
+    return _Level(
+        front=len(front),
+        born=len(children),
+        parents=_long(parents),
+        rows=torch.zeros(len(parents), dtype=torch.long),
+        parent_of=_long([rank[plan.parent[e]] for e in edges]),
+        calm=_long([n for n, e in enumerate(edges) if not plan.stochastic[e]]),
+        noisy=_long(noisy),
+        scale=torch.tensor([plan.scale[edges[n]] for n in noisy], dtype=torch.float32),
+        edge_to=_long([edge_to[edges[n]] for n in noisy]),
+        ids=tuple((plan.node_root[children[n]], *plan.path(children[n]), plan.step[edges[n]]) for n in noisy),
+        node_at=_long(recorded),
+        node_to=_long([node_to[children[n]] for n in recorded]),
+    )
+
+
+def _frame(plan: Plan, kept: Sequence[int], node_to: dict[int, int], edge_to: dict[int, int]) -> Forest:
+    """The forest's indices; states of no elements and log-probabilities of NaN, to be replaced."""
+    pairs = [(edge_to[e], leaf) for e in kept for leaf in plan.leaves_below[e]]
+    edges = Edges(
+        parent=_long([node_to[plan.parent[e]] for e in kept]),
+        child=_long([node_to[plan.roots + e] for e in kept]),
+        step=_long([plan.step[e] for e in kept]),
+        prompt=torch.zeros(len(kept), dtype=torch.long),
+        root=_long([plan.node_root[plan.parent[e]] for e in kept]),
+        depth=_long([plan.action_depth[e] for e in kept]),
+        scale=torch.tensor([plan.scale[e] for e in kept], dtype=torch.float32),
+        log_prob=torch.full((len(kept),), math.nan),
+        stochastic=torch.tensor([plan.stochastic[e] for e in kept], dtype=torch.bool),
+        trained=torch.tensor([plan.trained[e] for e in kept], dtype=torch.bool),
+    )
+    leaves = Leaves(
+        node=_long([node_to[node] for node in plan.scored]),
+        prompt=torch.zeros(len(plan.scored), dtype=torch.long),
+        root=_long([plan.node_root[node] for node in plan.scored]),
+    )
+    descent = (_long([e for e, _ in pairs]), _long([leaf for _, leaf in pairs]))
+    return Forest(torch.empty(len(node_to), 0), edges, leaves, descent, plan.steps)
+
+
+def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: str) -> None:
+    steps = walker.schedule.steps
+    if not plans:
+        raise ValueError("plans = []: there is nothing to grow; nearest valid: one plan")
+    for p, plan in enumerate(plans):
+        if plan.steps != steps:
+            raise ValueError(f"plans[{p}].steps = {plan.steps}: must be the schedule's; nearest valid: {steps}")
+    if len(slots) != len(plans):
+        raise ValueError(f"slots has {len(slots)} entries: one per plan is needed; nearest valid: {len(plans)}")
+    if len(set(slots)) != len(slots) or min(slots) < 0:
+        raise ValueError(f"slots = {list(slots)}: must be distinct and ≥ 0; nearest valid: {list(range(len(slots)))}")
+    if walker.max_rows is not None and walker.max_rows < 1:
+        raise ValueError(f"max_rows = {walker.max_rows}: must be at least 1; nearest valid: 1")
+    if walker.solver.stochastic:
+        raise ValueError(f"solver = {walker.solver}: deterministic edges draw no noise; nearest valid: ODE()")
+    if not walker.dtype.is_floating_point:
+        raise ValueError(f"store_dtype = {walker.dtype}: must be a floating-point type; nearest valid: torch.float32")
+    if keep not in ("stochastic", "all"):
+        raise ValueError(f"keep = {keep!r}: must be 'stochastic' or 'all'; nearest valid: 'stochastic'")
+
+
+def _chunks(rows: int, most: int | None) -> list[int]:
+    """Bounds of the fewest chunks of at most `most` rows, of sizes that differ by one at most."""
+    count = 0 if rows == 0 else 1 if most is None else math.ceil(rows / most)
+    return [rows * c // count for c in range(count + 1)] if count else []
+
+
+def _first(ascending: Tensor, values: Sequence[int]) -> list[int]:
+    """Per value: the first place in `ascending` that holds no less."""
+    return [int(place) for place in torch.searchsorted(ascending, _long(values))]
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    total, offsets = 0, list[int]()
+    for size in sizes:
+        offsets.append(total)
+        total += size
+    return offsets
+
+
+def _long(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)

@@ -1,0 +1,54 @@
+"""Per-edge loss weights [E]. Each has mean 1 over the distinct trained steps of the forest.
+
+On-policy, a step's score-function gradient has size c_i = |b_i|/s_i, about 26 times larger late than early on SD 3.5's
+grid. Every published remedy is a weight on this one quantity (trajectory.md §0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tempflow.core.dynamics import Dynamics, gradient_scale
+from tempflow.core.forest import Forest
+from tempflow.core.schedule import Schedule
+
+Weight = Callable[[Forest, Schedule, Dynamics], Tensor]
+
+
+def uniform(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """1 for every edge (Flow-GRPO)."""
+    return torch.ones_like(forest.edges.scale)
+
+
+def noise_aware(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """w_i = S_i / mean(S) (TempFlow-GRPO, arXiv 2508.04324, Eq. 7–8): steps count by the noise they inject.
+
+    The mean runs over *trained* steps: this reproduces the official code's constants 2.25 (SD 3.5, a = .7),
+    1.73 (FLUX 1024², a = .9) and 1.53 (Qwen-Image 512², a = 1.2) as its reciprocals.
+    """
+    step, scale = forest.edges.step, forest.edges.scale
+    return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2])
+
+
+def ratio_norm(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """w_i ∝ S_i / Δ_i: the factor by which GRPO-Guard (ratio exponent × S_i, loss × 1/Δ_i) rescales a step's gradient."""
+    step, scale = forest.edges.step, forest.edges.scale
+    return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2] / schedule.delta(step))
+
+
+def rectified(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """w_i ∝ 1 / c_i (Flash-GRPO's gradient rectification λ, computed instead of tabulated): equal gradients at all steps."""
+    return _mean_one(forest, 1 / gradient_scale(dynamics, schedule, forest.edges.step, forest.edges.scale))
+
+
+def _mean_one(forest: Forest, raw: Tensor) -> Tensor:
+    """Divides by the mean over trained steps, each counted once however many edges it has."""
+    trained = forest.edges.trained
+    steps, index = torch.unique(forest.edges.step[trained], return_inverse=True)
+    ones = torch.ones_like(raw[trained])
+    per_step = torch.zeros(len(steps), dtype=raw.dtype, device=raw.device).index_add(0, index, raw[trained])
+    count = torch.zeros_like(per_step).index_add(0, index, ones)
+    return (raw / (per_step / count).mean()).float()

@@ -1,0 +1,84 @@
+"""What tempflow asks of a generator. A model knows nothing of RL; a third party's object with these members plugs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tempflow.core.schedule import Schedule
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""predict(x [B, *S], sigma float32[B], rows long[B]) -> velocity [B, *S]; `rows` index the bound conditions."""
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What prompts were encoded to: named tensors [N, …], row n for prompt n, and the prompts for the record.
+
+    `empty` holds the same tensors for the empty prompt, [1, …]: what guidance contrasts with (None: no guidance).
+    """
+
+    prompts: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    empty: Mapping[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Model(Protocol):
+    """A generator: prompts → conditioning, noise → latents by its velocity, latents → media."""
+
+    @property
+    def name(self) -> str:
+        """What the run's records call it."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """The licence of the weights, as far as the folder says; "unknown" otherwise."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is trained. Parameters with `requires_grad` are the policy's."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and conditions live."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encodes prompts without gradients; what was encoded before comes from a cache."""
+        ...
+
+    def schedule(self, steps: int, size: Size) -> Schedule:
+        """The model's own σ grid for `steps` steps at `size`."""
+        ...
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of one latent. Raises ValueError for a size the model cannot draw, naming the nearest it can."""
+        ...
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        """The velocity with conditions and guidance bound; with gradients where they are enabled.
+
+        `network`: another set of weights of the same architecture (a frozen reference); None is the policy's.
+        """
+        ...
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        """Latents [B, *S] → media: uint8 [B, H, W, 3] on the CPU."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Writes the network (or its LoRA) as safetensors that the model's own library loads."""
+        ...

@@ -1,0 +1,67 @@
+"""Progress for people: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tempflow.train.loop import Run
+
+
+class Display:
+    """Use as a context manager around the iterations."""
+
+    def __init__(self, name: str, iterations: int, quiet: bool) -> None:
+        self.console = Console(quiet=quiet, highlight=False)
+        self.name, self.iterations = name, iterations
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=iterations, note="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line)
+
+    def advance(self, iteration: int, metrics: Mapping[str, float], evaluation: Mapping[str, Any]) -> None:
+        """One iteration is done; without a terminal every evaluated or tenth one prints a line."""
+        rewards = " ".join(f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/"))
+        scores = " ".join(f"{k} {v:.3f}" for k, v in evaluation["mean"].items())
+        note = f"reward {rewards} | validation {scores} | grad {metrics['grad_norm']:.3f}"
+        self._bar.update(self._task, completed=iteration, note=note)
+        if not self.console.is_terminal and (iteration % 10 == 0 or evaluation["iteration"] == iteration):
+            self.console.print(f"{self.name} {iteration}/{self.iterations}  {note}", soft_wrap=True)
+
+    def summary(self, run: Run) -> None:
+        """The table at the end, and the one line that says it all."""
+        table = Table(title=f"{self.name}: held-out test, {len(run.before.scores)} pictures")
+        for column in ("", "before", "after", "change"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name in run.before.scores.names:
+            after = run.after.by_kind(name)
+            rows = [(f"{name} · {k}", b, after[k]) for k, b in run.before.by_kind(name).items() if k]
+            for label, b, a in [*rows, (name, run.before.mean(name), run.after.mean(name))]:
+                table.add_row(label, f"{b:.3f}", f"{a:.3f}", f"{a - b:+.3f}", end_section=label == name)
+        self.console.print(table)
+        self.console.print(f"best validation at iteration {run.best_iteration}; pictures, curve and model in {run.folder}")
+        self.console.print(run.last_line)
