@@ -1,0 +1,89 @@
+"""tempflow: RL post-training for flow-matching and diffusion generators.
+
+The public names below are imported when they are first used, so that `import tempflow` and `tempflow --help` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tempflow import algorithms, core, data, evaluate, models, recipes, rewards, shapes
+    from tempflow.algorithms import Algorithm
+    from tempflow.config import Config, load_config, to_yaml
+    from tempflow.core.forest import Forest
+    from tempflow.core.plan import Cost, Plan
+    from tempflow.core.rollout import Noise, rollout
+    from tempflow.core.schedule import Schedule
+    from tempflow.core.scores import Scores
+    from tempflow.data.prompts import Prompt, load_prompts
+    from tempflow.train.loop import Run, train
+
+_HOMES = {
+    "Algorithm": "tempflow.algorithms",
+    "Config": "tempflow.config",
+    "load_config": "tempflow.config",
+    "to_yaml": "tempflow.config",
+    "Forest": "tempflow.core.forest",
+    "Cost": "tempflow.core.plan",
+    "Plan": "tempflow.core.plan",
+    "Noise": "tempflow.core.rollout",
+    "rollout": "tempflow.core.rollout",
+    "Schedule": "tempflow.core.schedule",
+    "Scores": "tempflow.core.scores",
+    "Prompt": "tempflow.data.prompts",
+    "load_prompts": "tempflow.data.prompts",
+    "Run": "tempflow.train.loop",
+}
+_ROOMS = ("algorithms", "core", "data", "evaluate", "models", "recipes", "rewards", "shapes")
+
+__all__ = [
+    "Algorithm",
+    "Config",
+    "Cost",
+    "Forest",
+    "Noise",
+    "Plan",
+    "Prompt",
+    "Run",
+    "Schedule",
+    "Scores",
+    "algorithms",
+    "core",
+    "data",
+    "evaluate",
+    "load_config",
+    "load_prompts",
+    "models",
+    "recipes",
+    "rewards",
+    "rollout",
+    "shapes",
+    "to_yaml",
+    "train",
+]
+
+
+class _TrainRoom(ModuleType):
+    """`tempflow.train` is a room and, by its public name, the function in it: the room can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module("tempflow.train.loop").train(*args, **kwargs)
+
+
+# The room's own file is empty: this imports nothing more.
+importlib.import_module("tempflow.train").__class__ = _TrainRoom
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return importlib.import_module(_HOMES[name]).__dict__[name]
+    if name in _ROOMS:
+        return importlib.import_module(f"tempflow.{name}")
+    raise AttributeError(f"module 'tempflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,8 +2,8 @@
 
 One mechanism serves the field: an edge's value is the mean score of the valid leaves below it, edges are grouped by any
 key, centred on their group's mean and divided by a standard deviation. Flow-GRPO groups by prompt (at each step every
-leaf has one edge, so statistics by (prompt, step) are the statistics of the leaves); TempFlow-GRPO's seed group adds the
-root. A group whose values are all equal teaches nothing: its advantages are exactly 0 and its edges are not `live`.
+leaf has one edge, so statistics by (prompt, step) are the statistics of the leaves); TempFlow-GRPO's seed group adds
+the root. A group whose values are all equal teaches nothing: its advantages are exactly 0, its edges are not `live`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ Scale = Literal["group", "global", "batch", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Advantage:
-    """Per edge [E]: `value` float32 (0 where not live), `ok` (has a valid score), `live` (ok, and its group has spread)."""
+    """Per edge, [E] each.
+
+    value  float32, 0 where not live
+    ok     bool, a valid leaf descends from it
+    live   bool, ok and its group has spread
+    """
 
     value: Tensor
     ok: Tensor
@@ -34,8 +39,6 @@ class Advantage:
 
 def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:
     """Dense group numbers [E]: edges with equal keys share one. An empty `by` puts all into one group."""
-    if not by:
-        return torch.zeros_like(edges.step)
     columns = {
         "prompt": edges.prompt,
         "root": edges.root,
@@ -43,7 +46,19 @@ def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:
         "depth": edges.depth,
         "parent": edges.parent,
     }
-    return torch.unique(torch.stack([columns[key] for key in by], 1), dim=0, return_inverse=True)[1]
+    number = torch.zeros_like(edges.step)
+    for key in by:
+        # dense again after every key, so that the product of two counts is all that must fit an int64
+        number = _dense(number * (columns[key].amax() + 1) + columns[key]) if len(number) else number
+    return number
+
+
+def _dense(code: Tensor) -> Tensor:
+    """Equal codes numbered alike: 0, 1, … in ascending order of code."""
+    ordered, order = torch.sort(code, stable=True)
+    fresh = torch.zeros_like(code)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(code).index_copy_(0, order, fresh.cumsum(0))
 
 
 def moments(value: Tensor, ok: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +73,7 @@ def moments(value: Tensor, ok: Tensor, group: Tensor, unbiased: bool) -> tuple[T
     count = zero.index_add(0, group, weight)
     mean = zero.index_add(0, group, v) / count.clamp(min=1)
     square = zero.index_add(0, group, weight * (v - mean[group]).square())
-    deviation = (square / (count - unbiased).clamp(min=1)).sqrt()
+    deviation = (square / (count - int(unbiased)).clamp(min=1)).sqrt()
     return mean[group], deviation[group], count[group]
 
 
@@ -107,9 +122,9 @@ class GroupZScore:
             deviation = moments(leaf_value, leaf_ok, everyone, self.unbiased)[1][:1].expand(len(value))
         elif self.scale == "batch":
             deviation = moments(value, ok, group_index(forest.edges, ("step",)), self.unbiased)[1]
-        elif self.scale == "none":
-            deviation = torch.ones_like(mean) - self.eps
-        z = (value.double() - mean) / (deviation + self.eps)
+        z = value.double() - mean
+        if self.scale != "none":
+            z = z / (deviation + self.eps)
         if self.clip is not None:
             z = z.clamp(-self.clip, self.clip)
         return Advantage(torch.where(live, z, 0.0).float(), ok, live)

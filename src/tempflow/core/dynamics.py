@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Dynamics(Protocol):
         ...
 
 
+@runtime_checkable
 class Diffusion(Dynamics, Protocol):
     """A kind that discretises an SDE, and so has a diffusion rate."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tempflow.core.dynamics import Dynamics, gradient_scale
+from tempflow.core.dynamics import Dynamics
 from tempflow.core.forest import Forest
 from tempflow.core.schedule import Schedule
 
@@ -34,21 +34,21 @@ def noise_aware(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tenso
 
 
 def ratio_norm(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
-    """w_i ∝ S_i / Δ_i: the factor by which GRPO-Guard (ratio exponent × S_i, loss × 1/Δ_i) rescales a step's gradient."""
+    """w_i ∝ S_i / Δ_i: by which GRPO-Guard (ratio exponent × S_i, loss × 1/Δ_i) rescales a step's gradient."""
     step, scale = forest.edges.step, forest.edges.scale
     return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2] / schedule.delta(step))
 
 
 def rectified(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
-    """w_i ∝ 1 / c_i (Flash-GRPO's gradient rectification λ, computed instead of tabulated): equal gradients at all steps."""
-    return _mean_one(forest, 1 / gradient_scale(dynamics, schedule, forest.edges.step, forest.edges.scale))
+    """w_i ∝ 1 / c_i, equal gradients at all steps (Flash-GRPO's rectification λ, computed instead of tabulated)."""
+    _, b, std = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)
+    return _mean_one(forest, std / b.abs())  # so written, an untrained edge without noise (CPS into σ = 0) gives 0
 
 
 def _mean_one(forest: Forest, raw: Tensor) -> Tensor:
     """Divides by the mean over trained steps, each counted once however many edges it has."""
-    trained = forest.edges.trained
-    steps, index = torch.unique(forest.edges.step[trained], return_inverse=True)
-    ones = torch.ones_like(raw[trained])
-    per_step = torch.zeros(len(steps), dtype=raw.dtype, device=raw.device).index_add(0, index, raw[trained])
-    count = torch.zeros_like(per_step).index_add(0, index, ones)
-    return (raw / (per_step / count).mean()).float()
+    trained = forest.edges.trained.to(raw.dtype)
+    nothing = torch.zeros(forest.steps, dtype=raw.dtype, device=raw.device)
+    total = nothing.index_add(0, forest.edges.step, trained * raw)
+    count = nothing.index_add(0, forest.edges.step, trained)
+    return (raw / (total / count)[count > 0].mean()).float()

@@ -42,10 +42,14 @@ def curve(evaluations: Sequence[dict[str, Any]], metric: str, path: Path) -> Non
         if kind:
             axes.plot(forwards, [e["by_kind"][metric][kind] for e in evaluations], lw=1, alpha=0.6, label=kind)
     means = np.array([e["mean"][metric] for e in evaluations])
+    if np.isnan(means).all():
+        raise ValueError(f"{metric}: no evaluation has a valid score, so there is no curve to draw")
     axes.plot(forwards, means, "k-", lw=2.2, label="all")
-    best = int(means.argmax())
+    best = int(np.nanargmax(means))
     axes.plot(forwards[best], means[best], "k*", ms=12, label="best, kept")
-    axes.set(xlabel="transformer forwards (rollout + training + reference)", ylabel=f"validation {metric}", ylim=(0, 1))
+    axes.set(xlabel="transformer forwards (rollout + training + reference)", ylabel=f"validation {metric}")
+    if 0 <= np.nanmin(means) and np.nanmax(means) <= 1:
+        axes.set_ylim(0, 1)
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -119,10 +119,18 @@ def evaluate(
     seed: int,
     size: Size,
     rows: int,
+    total: Mapping[str, float] | None = None,
 ) -> Report:
-    """Draws one picture a prompt and scores it by every reward."""
+    """Draws one picture a prompt and scores it by every reward.
+
+    `total`: weights of the rewards that a run trains on; adds their sum as a column named "reward", unless one of them
+    has that name.
+    """
     texts = [p.text for p in prompts]
     media = draw(model, texts, steps=steps, guidance=guidance, seed=seed, size=size, rows=rows)
     metadata: list[Mapping[str, object]] = [p.metadata for p in prompts]
     scores = score_all(rewards, media, texts, metadata, groups=range(len(texts)))
+    if total is not None and "reward" not in scores.names:
+        value, ok = scores.total(total)
+        scores = Scores.stack([scores, Scores(value[:, None], ok[:, None], ("reward",))])
     return Report(scores, tuple(str(p.metadata.get("kind", "")) for p in prompts), steps, guidance, seed)

@@ -38,7 +38,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture must show: exactly these objects and nothing else. `relation` is between the first and the second."""
+    """What a picture must show: exactly these objects and no more. `relation` is between the first and the second."""
 
     kind: Kind
     objects: tuple[Object, ...]
@@ -48,7 +48,8 @@ class Spec:
     def prompt(self) -> str:
         """The caption, at most eight words."""
         if self.kind == "count":
-            return f"{NUMBERS[len(self.objects)]} {self.objects[0].shape}{'es' if self.objects[0].shape == 'cross' else 's'}"
+            shape = self.objects[0].shape
+            return f"{NUMBERS[len(self.objects)]} {shape}{'es' if shape == 'cross' else 's'}"
         named = [f"a {o.color} {o.shape}" if o.color else f"a {o.shape}" for o in self.objects]
         return f" {self.relation or 'and'} ".join(named)
 
@@ -56,7 +57,7 @@ class Spec:
 def _contents() -> dict[Kind, list[list[Spec]]]:
     """All prompts by kind, in groups of the same content (a group is never torn between splits)."""
     pairs = list(permutations(SHAPES, 2))
-    flipped: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    flipped: dict[Relation, Relation] = {"left of": "right of", "above": "below"}
     two = [[Spec("two", (Object(a), Object(b))), Spec("two", (Object(b), Object(a)))] for a, b in pairs if a < b]
     position = [
         [Spec("position", (Object(a), Object(b)), r), Spec("position", (Object(b), Object(a)), flipped[r])]
@@ -116,6 +117,6 @@ def by_prompt() -> dict[str, Spec]:
 
 
 def balanced(split: Split, count: int) -> list[Spec]:
-    """`count` prompts with the six kinds in equal parts, each kind's prompts taken in turn: the fixed evaluation list."""
+    """`count` prompts, the six kinds in equal parts, each kind's prompts taken in turn: the fixed evaluation list."""
     pools = [[s for s in specs(split) if s.kind == kind] for kind in KINDS]
     return [pools[i % 6][(i // 6) % len(pools[i % 6])] for i in range(count)]

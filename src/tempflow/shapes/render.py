@@ -45,8 +45,10 @@ def polygon(shape: Shape, points: int = 48) -> np.ndarray:
         return np.array([(0, -1), (1, 0.95), (-1, 0.95)], float)
     arm = 0.36
     return np.array(
-        [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
-        + [(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+        [
+            *[(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)],
+            *[(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+        ],
         float,
     )
 
@@ -83,13 +85,18 @@ def _layout(spec: Spec, rng: np.random.Generator) -> list[tuple[float, float, fl
                 return placed
 
 
-def scene(spec: Spec, rng: np.random.Generator) -> np.ndarray:
-    """A random picture that shows exactly `spec`; uint8 [32, 32, 3]. What the prompt leaves open is drawn at random."""
+def compose(spec: Spec, rng: np.random.Generator) -> tuple[list[Placed], int]:
+    """Objects that show exactly `spec`, and the grey level of their ground. What the prompt leaves open is random."""
     spots = _layout(spec, rng)
-    free = COLORS[rng.integers(len(COLORS))]  # objects of a counted group share one colour
-    colors = [o.color or (free if spec.kind == "count" else COLORS[rng.integers(len(COLORS))]) for o in spec.objects]
-    shade = int(rng.integers(14, 44))
-    objects = [
-        Placed(o.shape, c, x, y, r) for o, c, (x, y, r) in zip(spec.objects, colors, spots, strict=True)
+    free: Color = COLORS[rng.integers(len(COLORS))]  # objects of a counted group share one colour
+    colors: list[Color] = [
+        o.color or (free if spec.kind == "count" else COLORS[rng.integers(len(COLORS))]) for o in spec.objects
     ]
+    shade = int(rng.integers(14, 44))
+    return [Placed(o.shape, c, x, y, r) for o, c, (x, y, r) in zip(spec.objects, colors, spots, strict=True)], shade
+
+
+def scene(spec: Spec, rng: np.random.Generator) -> np.ndarray:
+    """A random picture that shows exactly `spec`; uint8 [32, 32, 3]."""
+    objects, shade = compose(spec, rng)
     return draw(objects, (shade, shade, shade))

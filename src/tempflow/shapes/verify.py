@@ -25,16 +25,20 @@ from tempflow.shapes.render import PALETTE, SIZE, Placed, draw
 SCALE = 3  # outlines are judged at three times the picture's size, where they have sub-pixel accuracy
 CANVAS = SIZE * SCALE
 TEMPLATE = 24
-SATURATED = 62  # max - min channel above which a pixel is foreground; the ground is grey
+SATURATED = 80  # max - min channel above which a pixel is foreground, about half of the palette's; the ground is grey
 MIN_OBJECT = 0.022  # smallest object, as a share of the picture; what is smaller is dirt
 MAX_DIRT = 0.0005  # half a pixel in all: antialiasing crumbs
-MIN_IOU = 0.85
-MIN_MARGIN = 0.06  # to the next best shape: a square with its corners rounded off is neither square nor circle
+# Overlap with the shape's own outline, and how much the next best shape must fall short of that: a square with its corners
+# rounded off is neither square nor circle. Floors lie below the worst of pictures that a person calls right, per shape.
+MIN_IOU: dict[Shape, float] = {"circle": 0.90, "square": 0.86, "triangle": 0.86, "cross": 0.87}
+MIN_MARGIN: dict[Shape, float] = {"circle": 0.08, "square": 0.05, "triangle": 0.20, "cross": 0.08}
 MAX_ASPECT = 1.25  # of an object's box
 MAX_COLOR_DISTANCE = 70.0
 MAX_COLOR_RATIO = 0.6  # distance to the nearest palette colour over that to the second
-MAX_FILL_STRAY = 50.0  # largest distance of a pixel inside an object from its mean fill
-MAX_EDGE_STRAY = 60.0  # and of one on its edge from the line between ground and fill
+MAX_FILL_STRAY = 70.0  # largest distance of a pixel inside an object from its mean fill
+MAX_FILL_SPREAD = 25.0  # root mean square of the same
+MAX_EDGE_STRAY = 50.0  # and of one on its edge from the line between ground and fill
+MIN_GROUND = 0.05  # share of the picture that no object touches
 MAX_GROUND_LEVEL = 72.0
 MAX_GROUND_TINT = 25.0
 MAX_GROUND_SPREAD = 8.0  # mean absolute deviation
@@ -65,7 +69,7 @@ def _foreground(picture: np.ndarray) -> np.ndarray:
     """The enlarged 0/1 foreground mask, uint8 [CANVAS, CANVAS]."""
     red, green, blue = cv2.split(picture)
     high, low = cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
-    big = cv2.resize(cv2.subtract(high, low), (CANVAS, CANVAS), interpolation=cv2.INTER_CUBIC)
+    big = cv2.resize(cv2.subtract(high, low), (CANVAS, CANVAS), interpolation=cv2.INTER_LINEAR)
     return cv2.threshold(big, SATURATED, 1, cv2.THRESH_BINARY)[1]
 
 
@@ -124,10 +128,11 @@ def _outline(piece: _Piece) -> tuple[Shape, float, bool]:
     overlap = templates @ fit
     iou = (overlap / (areas + float(fit.sum()) - overlap)).reshape(len(SHAPES), -1).max(1).tolist()
     best = max(range(len(SHAPES)), key=iou.__getitem__)
+    shape = SHAPES[best]
     second = sorted(iou)[-2]
     whole = piece.left + x > 0 and piece.top + y > 0 and piece.left + x + w < CANVAS and piece.top + y + h < CANVAS
-    certain = iou[best] >= MIN_IOU and iou[best] - second >= MIN_MARGIN and max(w, h) <= MAX_ASPECT * min(w, h)
-    return SHAPES[best], iou[best], whole and certain
+    certain = iou[best] >= MIN_IOU[shape] and iou[best] - second >= MIN_MARGIN[shape]
+    return shape, iou[best], whole and certain and max(w, h) <= MAX_ASPECT * min(w, h)
 
 
 def _fill(picture: np.ndarray, piece: _Piece, ground: np.ndarray) -> tuple[Color | None, bool]:
@@ -150,8 +155,10 @@ def _fill(picture: np.ndarray, piece: _Piece, ground: np.ndarray) -> tuple[Color
         touched = cv2.dilate(piece.mask, _AROUND)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] > 0
         axis, edge = fill - ground, window[touched & ~core] - ground
         share = np.clip(edge @ axis / (axis @ axis), 0.0, 1.0)
+        stray = np.square(pixels - fill).sum(1)
         plain = bool(
-            np.square(pixels - fill).sum(1).max() <= MAX_FILL_STRAY**2
+            stray.max() <= MAX_FILL_STRAY**2
+            and stray.mean() <= MAX_FILL_SPREAD**2
             and np.square(edge - share[:, None] * axis).sum(1).max(initial=0.0) <= MAX_EDGE_STRAY**2
         )
     return COLORS[nearest], plain
@@ -161,7 +168,7 @@ def _ground(picture: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, bool]:
     """The ground's mean colour, float32 [3], and whether it is plain, dark and free of dirt that is not foreground."""
     bare = cv2.dilate(mask, _AROUND)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] == 0
     pixels = picture[bare].astype(np.float32)
-    if len(pixels) < 0.15 * SIZE**2:
+    if len(pixels) < MIN_GROUND * SIZE**2:
         return np.full(3, 28, np.float32), False
     mean = pixels.mean(0)
     away = np.abs(pixels - mean)
@@ -222,7 +229,7 @@ def _right(found: Found, wanted: Object) -> bool:
 
 
 def _credit(pick: Sequence[Found], spec: Spec) -> tuple[float, bool]:
-    """What these objects, in the prompt's order, are worth together, and whether each is right and the relation holds."""
+    """What these objects, in the prompt's order, are worth together; and whether all are right, the relation too."""
     credit = sum(_match(f, w) for f, w in zip(pick, spec.objects, strict=False))
     right = len(pick) == len(spec.objects) and all(_right(f, w) for f, w in zip(pick, spec.objects, strict=True))
     if spec.relation is not None and not (len(pick) == 2 and related(pick[0], pick[1], spec.relation)):

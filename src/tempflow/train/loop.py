@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.config import Config, to_yaml
+from tempflow.config import OWN_REWARD, Config, to_yaml
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
@@ -69,7 +69,10 @@ def train(
     torch.set_num_threads(config.threads or torch.get_num_threads())
     algorithm = algorithm or config.algorithm.build()
     rewards = _rewards(config, reward)
-    judges = rewards + [build(n) for n in [config.evaluation.metric] if n not in {r.name for r in rewards}]
+    if reward is None:
+        algorithm = replace(algorithm, credit=replace(algorithm.credit, reward_weights=config.reward_weights))
+    extra = {config.evaluation.metric} - {OWN_REWARD, *(r.name for r in rewards)}
+    judges = rewards + [build(name) for name in sorted(extra)]
     train_set = _prompts(prompts, config.data.train)
     validation = fixed_prompts(_prompts(prompts, config.data.validation), config.evaluation.validation_prompts)
     test = fixed_prompts(
@@ -113,7 +116,7 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
     if given is None:
         return [build(r.name) for r in config.rewards]
     items = given if isinstance(given, Sequence) else [given]
-    return [item if hasattr(item, "score") else from_function(item) for item in items]  # type: ignore[misc]
+    return [item if isinstance(item, Reward) else from_function(item) for item in items]
 
 
 def _prompts(given: Sequence[str | Prompt] | None, source: str) -> Sequence[Prompt]:
@@ -149,6 +152,7 @@ class _Session:
             betas=(o.beta1, o.beta2),
             eps=o.eps,
             weight_decay=o.weight_decay,
+            fused=True,
         )
         self.counter = Counter()
         self.records = Records(Path(config.output), to_yaml(config))
@@ -183,8 +187,11 @@ class _Session:
         )
         prompts = [p.text for p in self.test[:GRID]]
         pictures.before_after(grid_before, grid_after, prompts, run.folder / "before_after.png")
-        pictures.curve(self.records.evaluations, self.config.evaluation.metric, run.folder / "curve.png")
         self.records.summary(run, score)
+        try:
+            pictures.curve(self.records.evaluations, self.config.evaluation.metric, run.folder / "curve.png")
+        except ImportError as error:
+            self.display.say(f"no curve.png: {error}")
         self.display.summary(run)
         return run
 
@@ -229,10 +236,12 @@ class _Session:
 
     def _look(self, prompts: Sequence[Prompt]) -> Report:
         e = self.config.evaluation
+        weights = self.setting.algorithm.credit.reward_weights
         return evaluate(
             self.model,
             prompts,
             self.judges,
+            total=dict.fromkeys((r.name for r in self.setting.rewards), 1.0) if weights is None else weights,
             steps=e.steps,
             guidance=e.guidance,
             seed=e.seed,

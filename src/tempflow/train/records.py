@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,16 +51,16 @@ class Records:
             "cost": cost(run.counter),
             "seconds": run.seconds,
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n")
         samples = {n: [run.before.values(n).tolist(), run.after.values(n).tolist()] for n in run.before.scores.names}
-        (self.folder / "samples.json").write_text(json.dumps(samples) + "\n")
+        (self.folder / "samples.json").write_text(json.dumps(plain(samples)) + "\n")
 
     def _elapsed(self) -> float:
         return round(time.perf_counter() - self._began, 3)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.folder / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain(line)) + "\n")
 
 
 def cost(counter: Counter) -> dict[str, int]:
@@ -72,3 +73,12 @@ def cost(counter: Counter) -> dict[str, int]:
         "decodes": counter.decodes,
         "reward_calls": counter.reward_calls,
     }
+
+
+def plain(value: Any) -> Any:
+    """`value` with None for numbers that JSON has not (NaN, infinities), at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -187,7 +187,7 @@ def update(
             worst = max(worst, loss.metrics["log_ratio_abs"].max().item())
             for name, value in loss.metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.sum().item()
-        if iteration == 0 and not norms:
+        if not optimizer.state:  # nothing has moved yet; an iteration without spread moves nothing either
             guards.check_first_ratio(worst, algorithm.objective.tightest_clip)
         norms.append(guards.clip_gradients(trainable.masters, setting.max_grad_norm, iteration))
         optimizer.step()

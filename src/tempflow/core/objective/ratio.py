@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core.distribution import Gaussian, drift_kl, velocity_kl
-from tempflow.core.dynamics import Dynamics
+from tempflow.core.dynamics import Diffusion, Dynamics
 from tempflow.core.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,13 +44,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class ClippedRatio:
-    """L = mean_j[ w_j · max(−A_j r_j, −A_j · clip(r_j, 1−clip_low, 1+clip_high)) + kl · KL_j ],  r = exp(log p − log p_old).
+    """L = mean_j[ w_j · max(−A_j r_j, −A_j · clip(r_j, 1−clip_low, 1+clip_high)) + kl · KL_j ].
 
-    log p is a mean over latent elements, so r is the D-th root of the density ratio and clips are tiny (1e-5 … 1e-2);
-    log r is never clamped before it. w stands outside the max, so weights do not move the clip.
+    r = exp(log p − log p_old); log p is a mean over latent elements, so r is the D-th root of the density ratio and
+    clips are tiny (1e-5 … 1e-2); log r is never clamped before it. w stands outside the max, so weights do not move the
+    clip.
 
-    `kl_form`: "exact" mean (μ−μ_ref)²/(2S²) (TempFlow-GRPO); "drift" without Δ, mean (μ−μ_ref)²/(2s²), as Flow-GRPO's code
-    has it (its β is ten times the exact form's on a ten-step grid); "velocity" mean (v−v_ref)².
+    `kl_form`: "exact" mean (μ−μ_ref)²/(2S²) (TempFlow-GRPO); "drift" without Δ, mean (μ−μ_ref)²/(2s²), as Flow-GRPO's
+    code has it (its β is about ten times the exact form's on a ten-step grid); "velocity" mean (v−v_ref)².
     Raises ValueError for a clip or kl that is negative or not finite, and for an unknown form.
     """
 
@@ -61,8 +62,8 @@ class ClippedRatio:
 
     def __post_init__(self) -> None:
         for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
-            if not (math.isfinite(value) and 0 < value):
-                raise ValueError(f"{name}: {value} must be > 0 and finite; 1e-4 is usual for large latents, 1e-2 for shapes")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: {value} must be finite and > 0; 1e-4 is usual, 1e-2 for tiny latents")
         if self.clip_low >= 1:
             raise ValueError(f"clip_low: {self.clip_low} must be below 1; 1e-4 is usual")
         if not (math.isfinite(self.kl) and self.kl >= 0):
@@ -86,13 +87,12 @@ class ClippedRatio:
         return min(self.clip_low, self.clip_high)
 
     def __call__(self, models: Mapping[str, Predict], batch: EdgeBatch) -> Loss:
-        """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
-        size = batch.step.shape
-        for name in ("scale", "rows", "log_prob", "advantage", "weight"):
-            shape = {"scale": batch.scale, "rows": batch.rows, "log_prob": batch.log_prob,
-                     "advantage": batch.advantage, "weight": batch.weight}[name].shape  # fmt: skip
-            if shape != size:
-                raise ValueError(f"{name}: shape {list(shape)} must be {list(size)}, one number per edge")
+        """The loss of one micro-batch; gradients flow through `models["policy"]` only.
+
+        Raises ValueError for a per-edge field of another shape than [B], a step without noise, or the drift form of the
+        KL with a kind that has no diffusion rate.
+        """
+        _check_shapes(batch)
         sigma = batch.schedule.at(batch.step)
         velocity = models["policy"](batch.x, sigma, batch.rows)
         policy = batch.dynamics.transition(batch.x, velocity, batch.schedule, batch.step, batch.scale)
@@ -121,4 +121,24 @@ class ClippedRatio:
         reference = batch.dynamics.transition(batch.x, reference_velocity, batch.schedule, batch.step, batch.scale)
         if self.kl_form == "exact":
             return policy.kl(reference)
+        if not isinstance(batch.dynamics, Diffusion):
+            raise ValueError(
+                f"kl_form: 'drift' needs a diffusion rate, which {batch.dynamics} has not; nearest valid: 'exact'"
+            )
         return drift_kl(policy, reference, batch.dynamics.rate(batch.schedule, batch.step, batch.scale))
+
+
+def _check_shapes(batch: EdgeBatch) -> None:
+    """A per-edge factor of another shape would broadcast into a [B, B] loss without a word."""
+    size = (batch.x.shape[0],)
+    fields = {
+        "step": batch.step,
+        "scale": batch.scale,
+        "rows": batch.rows,
+        "log_prob": batch.log_prob,
+        "advantage": batch.advantage,
+        "weight": batch.weight,
+    }
+    for name, given in fields.items():
+        if given.shape != size:
+            raise ValueError(f"{name}: shape {list(given.shape)} must be {list(size)}, one number per edge")

@@ -1,0 +1,119 @@
+"""TempFlow-GRPO against Flow-GRPO (group std; global std) on `shapes`, at equal transformer forwards.
+
+    python benchmarks/learning.py --out runs/learning [--forwards 150000] [--seeds 0 1 2]
+
+Each method tries the same three learning rates (one seed, judged on validation), then runs at its best rate with three
+seeds, judged once on test. Two runs go side by side, one thread each. Finished runs are kept: start it again to go on.
+Prints the table and paired 95 % intervals, and draws the curves over forwards, wall time and reward calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.runs import lines, paired_interval, reach, run_all, samples, summary
+from tempflow.config import Config, parse_config
+
+RATES = (1e-4, 2e-4, 4e-4)
+SEARCH_SEED = 100
+SHARED = {"clip": 1e-2, "kl": 0.0, "noise_level": 0.7, "steps": 10}
+METHODS = {
+    "tempflow": ({"name": "tempflow_grpo", "seeds": 2, "branches": 6, **SHARED}, 4),
+    "flow_group": ({"name": "flow_grpo", "group": 12, "std": "group", **SHARED}, 12),
+    "flow_global": ({"name": "flow_grpo", "group": 12, "std": "global", **SHARED}, 12),
+}
+"""Method → algorithm and prompts per iteration: 2 664 forwards an iteration for TempFlow, 2 736 for Flow-GRPO."""
+
+
+def config(method: str, rate: float, seed: int, forwards: int, out: Path, dtype: str) -> Config:
+    algorithm, prompts = METHODS[method]
+    fields = {
+        "name": f"{method}-{rate:g}-{seed}",
+        "seed": seed,
+        "iterations": 1,
+        "output": str(out / f"{method}-{rate:g}-{seed}"),
+        "threads": 1,
+        "algorithm": algorithm,
+        "model": {"dtype": dtype},
+        "data": {"prompts_per_iteration": prompts},
+        "optimizer": {"learning_rate": rate},
+        "evaluation": {"every": 5, "validation_prompts": 240, "test_prompts": 1008, "metric": "shapes_strict"},
+    }
+    cost = parse_config(fields).algorithm.build().cost(0, prompts)
+    return parse_config(fields | {"iterations": max(1, round(forwards / (cost.forwards + cost.trained_edges)))})
+
+
+def best_rate(method: str, out: Path) -> float:
+    scores = {r: summary(out / f"{method}-{r:g}-{SEARCH_SEED}")["best_validation"] for r in RATES}
+    print(f"{method}: best validation score by rate: " + ", ".join(f"{r:g}: {s:.3f}" for r, s in scores.items()))
+    return max(scores, key=lambda r: scores[r])
+
+
+def draw(folders: dict[str, list[Path]], path: Path) -> None:
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    for axes, unit in zip(figure.subplots(1, 3), ("forwards", "elapsed", "reward_calls"), strict=True):
+        for (method, runs), color in zip(folders.items(), ("C3", "C0", "C2"), strict=True):
+            curves = []
+            for run in runs:
+                evaluations = lines(run, "evaluation.jsonl")
+                y = [e["mean"]["shapes_strict"] for e in evaluations]
+                if unit == "elapsed":
+                    x = [t["elapsed"] for t in lines(run, "timings.jsonl") if "evaluation" in t]
+                else:
+                    x = [e[unit] for e in evaluations]
+                axes.plot(x, y, color=color, alpha=0.3, lw=1)
+                curves.append((x, y))
+            axes.plot(np.mean([c[0] for c in curves], 0), np.mean([c[1] for c in curves], 0), color=color, lw=2, label=method)
+        axes.set(xlabel={"elapsed": "wall seconds, one thread, evaluation included"}.get(unit, unit.replace("_", " ")))
+        axes.set(ylabel="validation strict score")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--forwards", type=int, default=150_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dtype", default="float32")
+    a = parser.parse_args()
+    search = [config(m, r, SEARCH_SEED, a.forwards, a.out, a.dtype) for m in METHODS for r in RATES]
+    run_all(search)
+    rates = {m: best_rate(m, a.out) for m in METHODS}
+    final = [config(m, rates[m], s, a.forwards, a.out, a.dtype) for s in a.seeds for m in METHODS]
+    run_all(final)
+    folders = {m: [a.out / f"{m}-{rates[m]:g}-{s}" for s in a.seeds] for m in METHODS}
+    before = samples(folders["tempflow"][0])[0]
+    after = {m: np.stack([samples(f)[1] for f in folders[m]]) for m in METHODS}
+    print(f"\nbase {before.mean():.3f} on {len(before)} test pictures")
+    for method, values in after.items():
+        runs = [summary(f) for f in folders[method]]
+        cost = {k: np.mean([r["cost"][k] for r in runs]) for k in ("forwards", "decodes", "reward_calls")}
+        each = " ".join(f"{v:.3f}" for v in values.mean(1))
+        print(
+            f"{method:12s} rate {rates[method]:g}: {values.mean():.3f} ({each}), gain {values.mean() - before.mean():+.3f}; "
+            + ", ".join(f"{v:.0f} {k}" for k, v in cost.items())
+            + f", {np.mean([r['seconds'] for r in runs]):.0f} s"
+        )
+    for other in ("flow_group", "flow_global"):
+        mean, low, high = paired_interval(after["tempflow"], after[other])
+        print(f"tempflow − {other}: {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]")
+        shares = []
+        for mine, theirs in zip(folders["tempflow"], folders[other], strict=True):
+            evaluations = lines(theirs, "evaluation.jsonl")
+            target = max(e["mean"]["shapes_strict"] for e in evaluations)
+            shares.append([reach(mine, target, unit) / reach(theirs, target, unit) for unit in ("forwards", "reward_calls")])
+        for unit, share in zip(("forwards", "reward calls"), np.array(shares).T, strict=True):
+            print(f"  {unit} to reach {other}'s best validation score: {np.round(share, 2)} of its own, per seed")
+    draw(folders, a.out / "curves.png")
+    (a.out / "result.json").write_text(json.dumps({"rates": rates, "mean": {m: v.mean() for m, v in after.items()}}))
+
+
+if __name__ == "__main__":
+    main()

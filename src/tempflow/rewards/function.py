@@ -1,0 +1,120 @@
+"""Any Python function as a reward."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tempflow.core.scores import Scores
+from tempflow.rewards.protocol import Media, RewardError, check_media
+
+Result = Sequence[float | None] | np.ndarray | Tensor
+Function = Callable[[list[Image.Image], list[str]], Result]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """See `from_function`."""
+
+    function: Function
+    name: str
+    groupwise: bool
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        """One column. A row is failed where the function says None, NaN or an infinity; all are where it raises."""
+        check_media(media, prompts, metadata)
+        images = [Image.fromarray(picture) for picture in media.numpy()]
+        try:
+            result = self.function(images, list(prompts))
+        except Exception as error:
+            _log.warning(
+                "reward %r raised %s: %s; its %d scores are failed",
+                self.name,
+                type(error).__name__,
+                error,
+                len(media),
+                exc_info=True,
+            )
+            return _column([None] * len(media), self.name)
+        return _column(_values(result, len(media), self.name), self.name)
+
+
+def from_function(function: Function, name: str | None = None, groupwise: bool = False) -> FunctionReward:
+    """A reward from `function(images, prompts) -> scores`.
+
+    images: list of PIL images (RGB); prompts: as many strings; scores: a number each, larger is better, as a list, a
+    numpy array or a tensor of shape [N]. None, NaN and infinities mean that this picture could not be scored; a row
+    whose score failed is left out of training and is never counted as 0. An exception fails all rows of the call and
+    is logged as a warning. `name` is the function's own unless given. `groupwise`: one call per prompt, with all its
+    pictures.
+
+    Raises ValueError for something that cannot be called or has no name; `score` raises RewardError for a result of
+    another length, or one that is not made of numbers.
+    """
+    if not callable(function):
+        raise ValueError(f"function = {function!r} cannot be called; nearest valid: def score(images, prompts): ...")
+    name = name if name is not None else _own_name(function)
+    if not name:
+        raise ValueError("name = '': a reward needs one; nearest valid: name='my_reward'")
+    return FunctionReward(function, name, groupwise)
+
+
+def _own_name(function: Function) -> str:
+    own = function.__name__ if inspect.isroutine(function) else type(function).__name__
+    return "reward" if own == "<lambda>" else own
+
+
+def _values(result: object, count: int, name: str) -> list[float | None]:
+    """The function's answer as numbers, None for failed. Raises RewardError."""
+    expected = f"expected {count} numbers, one per image"
+    if isinstance(result, Tensor):
+        if result.is_complex():
+            raise RewardError(f"reward {name!r} returned a tensor of {result.dtype}; {expected}")
+        result = (result if result.dtype == torch.bool else result.double()).detach().cpu().numpy()
+    if isinstance(result, np.ndarray):
+        if result.ndim != 1:
+            raise RewardError(f"reward {name!r} returned an array of shape {list(result.shape)}; {expected}")
+        result = result.tolist()
+    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Sequence):
+        raise RewardError(f"reward {name!r} returned {_short(result)}, a {type(result).__name__}; {expected}")
+    if len(result) != count:
+        raise RewardError(f"reward {name!r} returned {len(result)} scores; {expected}")
+    return [_number(value, row, name) for row, value in enumerate(result)]
+
+
+def _number(value: object, row: int, name: str) -> float | None:
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    # A bool is a number to Python, but a verdict is more often a bug (a forgotten score) than a reward.
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        hint = f"; write float({value})" if isinstance(value, bool | np.bool_) else ""
+        raise RewardError(
+            f"reward {name!r} returned {_short(value)}, a {type(value).__name__}, for image {row}; "
+            f"expected a number, or None for failed{hint}"
+        )
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _column(values: Sequence[float | None], name: str) -> Scores:
+    column = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32)[:, None]
+    ok = torch.isfinite(column)  # also a number too large for float32 is no score
+    return Scores(column, ok, (name,))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

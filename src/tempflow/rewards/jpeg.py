@@ -1,0 +1,41 @@
+"""JPEG compressibility: the classic reward that needs no model (DDPO, arXiv 2305.13301; kept by flow_grpo)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from tempflow.core.scores import Scores
+from tempflow.rewards.protocol import Media, check_media
+
+
+@dataclass(frozen=True)
+class JPEGCompressibility:
+    """Minus the size of the picture's JPEG file in kilobytes (1000 bytes). Unit: −kB, at most 0.
+
+    quality  1 to 95, PIL's scale; DDPO and flow_grpo use 95. Raises ValueError outside.
+    """
+
+    quality: int = 95
+    name: str = "jpeg_compressibility"
+    groupwise: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"quality = {self.quality}; nearest valid: {min(max(self.quality, 1), 95)}")
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        """One column; never fails. The prompt plays no part."""
+        check_media(media, prompts, metadata)
+        sizes = [self._bytes(Image.fromarray(picture)) for picture in media.numpy()]
+        value = -torch.tensor(sizes, dtype=torch.float32)[:, None] / 1000
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+    def _bytes(self, image: Image.Image) -> int:
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=self.quality)
+        return file.tell()

@@ -1,0 +1,53 @@
+"""The verifier of the embedded world as a reward: graded (partial credit) or strict (right or wrong)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+import torch
+
+from tempflow.core.scores import Scores
+from tempflow.rewards.protocol import Media, check_media
+from tempflow.shapes.prompts import by_prompt
+
+
+class ShapesReward:
+    """Judges 32×32 pictures against prompts of the `shapes` world by looking at the pixels alone.
+
+    graded  True: "shapes", in [0, 1], partial credit; 1 exactly when the picture is right
+            False: "shapes_strict", 0 or 1
+
+    Raises ImportError without OpenCV.
+    """
+
+    groupwise = False
+
+    def __init__(self, graded: bool = True) -> None:
+        try:
+            from tempflow.shapes.render import SIZE
+            from tempflow.shapes.verify import judge
+        except ImportError as error:
+            if (error.name or "").split(".")[0] != "cv2":
+                raise
+            raise ImportError("the shapes reward needs OpenCV: pip install 'tempflow[shapes]'", name="cv2") from error
+        self.graded = graded
+        self.name = "shapes" if graded else "shapes_strict"
+        self._judge, self._size = judge, SIZE
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        """One column; never fails. Raises ValueError for another size or for a prompt that is not of this world."""
+        check_media(media, prompts, metadata)
+        if len(media) and media.shape[1:3] != (self._size, self._size):
+            raise ValueError(
+                f"media is {media.shape[1]}×{media.shape[2]}; the shapes reward judges {self._size}×{self._size}. "
+                f"Nearest valid: height={self._size}, width={self._size}"
+            )
+        known = by_prompt()
+        for prompt in prompts:
+            if prompt not in known:
+                near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
+        verdicts = [self._judge(picture, known[p]) for picture, p in zip(media.numpy(), prompts, strict=True)]
+        value = torch.tensor([v.graded if self.graded else float(v.strict) for v in verdicts]).float()[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))

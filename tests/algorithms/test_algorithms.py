@@ -1,0 +1,265 @@
+"""Flow-GRPO and TempFlow-GRPO: costs, defaults, groups, reductions, and what cannot be composed."""
+
+import inspect
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tempflow import algorithms
+from tempflow.algorithms import ALGORITHMS, find, flow_grpo, tempflow_grpo
+from tempflow.algorithms.base import Algorithm, some_steps
+from tempflow.core import plan, weight
+from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, FlowSDE, LinearSDE
+from tempflow.core.objective.ratio import ClippedRatio
+from tempflow.core.plan import Cost
+from tempflow.core.rollout import Noise, rollout
+from tempflow.core.schedule import sd3
+from tempflow.core.scores import Scores
+
+
+def grown(algorithm: Algorithm, prompts: int = 2, iteration: int = 0):
+    """A forest on four-element latents with the velocity of a linear toy."""
+    plans = [algorithm.plan(iteration, slot) for slot in range(prompts)]
+    return rollout(
+        plans, algorithm.dynamics, sd3(algorithm.steps), lambda x, s, r: 0.8 * x - 0.3, Noise(7, iteration), shape=(4,)
+    )
+
+
+def scored(forest, seed=0) -> Scores:
+    value = torch.randn(len(forest.leaves), 1, generator=torch.Generator().manual_seed(seed))
+    return Scores(value, torch.ones_like(value, dtype=torch.bool), ("r",))
+
+
+# ------------------------------------------------------------------------------------------------------- costs
+def test_costs_of_the_papers_settings():
+    assert tempflow_grpo().plan(0, 0).cost() == Cost(1116, 216, 216)
+    assert flow_grpo().plan(0, 0).cost() == Cost(240, 24, 216)
+    assert tempflow_grpo().cost(0, 48) == Cost(48 * 1116, 48 * 216, 48 * 216)
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.integers(2, 9), seeds=st.integers(1, 4), branches=st.integers(2, 5), data=st.data())
+def test_cost_formulas(steps, seeds, branches, data):
+    t, s, k = steps, seeds, branches
+    full = tempflow_grpo(steps=t, seeds=s, branches=k).plan(0, 0).cost()
+    assert full == Cost(s * (t - 1) + s * k * t * (t - 1) // 2, s * k * (t - 1), s * k * (t - 1))
+    n, iteration = data.draw(st.integers(1, t - 1)), data.draw(st.integers(0, 50))
+    part = tempflow_grpo(steps=t, seeds=s, branches=k, branch_steps=n).plan(iteration, 3)
+    at = sorted({i for i, noisy in zip(part.step, part.stochastic, strict=True) if noisy})
+    assert len(at) == n and max(at) <= t - 2
+    assert part.cost() == Cost(s * (max(at) + 1) + s * k * sum(t - 1 - i for i in at), s * k * n, s * k * n)
+    chain = flow_grpo(steps=t, group=k, train_steps=n).plan(iteration, 0)
+    assert chain.cost() == Cost(k * t, k, k * n) and all(chain.stochastic)
+
+
+def test_drawn_steps_change_with_the_iteration_only_and_cover_all():
+    algorithm = tempflow_grpo(branch_steps=3)
+    assert algorithm.plan(4, 0) is algorithm.plan(4, 11)
+    drawn = [some_steps("tempflow_grpo", i, 3, 9) for i in range(300)]
+    assert len(set(drawn)) > 60
+    share = np.bincount([i for steps in drawn for i in steps], minlength=9) / 300
+    assert share.sum() == pytest.approx(3) and np.all(np.abs(share - 1 / 3) < 0.1)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [tempflow_grpo(), flow_grpo(), tempflow_grpo(branch_steps=9), flow_grpo(train_steps=9)]
+)
+def test_equal_plans_are_one_object(algorithm):
+    assert algorithm.plan(0, 0) is algorithm.plan(17, 5)
+
+
+def test_all_steps_drawn_is_the_default():
+    assert tempflow_grpo(branch_steps=9).plan(3, 0) == tempflow_grpo().plan(0, 0)
+    assert flow_grpo(train_steps=9).plan(3, 0) == flow_grpo().plan(0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- defaults
+def test_defaults_are_the_papers():
+    def defaults(function):
+        return {n: p.default for n, p in inspect.signature(function).parameters.items()}
+
+    common = {"steps": 10, "noise_level": 0.7, "clip": 1e-4, "clip_high": None, "eps": 1e-4, "advantage_clip": 5.0}
+    tempflow = {"seeds": 4, "branches": 6, "branch_steps": None, "kl": 0.004, "std_group": "seed"}
+    assert defaults(tempflow_grpo) == common | tempflow | {"weight": "noise_aware"}
+    flow = {"group": 24, "train_steps": None, "kl": 0.04, "kl_form": "drift", "std": "global"}
+    assert defaults(flow_grpo) == common | flow
+
+
+def test_what_the_defaults_compose():
+    a = tempflow_grpo()
+    assert (a.name, a.steps, a.dynamics, a.weight) == ("tempflow_grpo", 10, FlowSDE(0.7), weight.noise_aware)
+    assert a.objective == ClippedRatio(1e-4, 1e-4, 0.004, "exact")
+    assert (a.credit.by, a.credit.scale, a.credit.unbiased) == (("prompt", "root", "step"), "group", False)
+    b = flow_grpo()
+    assert (b.name, b.steps, b.dynamics, b.weight) == ("flow_grpo", 10, FlowSDE(0.7), weight.uniform)
+    assert b.objective == ClippedRatio(1e-4, 1e-4, 0.04, "drift")
+    assert (b.credit.by, b.credit.scale, b.credit.eps, b.credit.clip) == (("prompt", "step"), "global", 1e-4, 5.0)
+    assert tempflow_grpo(clip_high=2e-4).objective.clip_high == 2e-4
+    assert flow_grpo(clip=3e-4).objective.clip_high == 3e-4
+
+
+# ------------------------------------------------------------------------------------------------------ credit
+def test_seed_prompt_and_batch_groups_against_numpy():
+    forest = grown(tempflow_grpo(steps=4, seeds=2, branches=3))
+    scores = scored(forest)
+    edges = forest.edges
+    # a leaf's reward belongs to its one noisy edge, and both are listed in one order here
+    value = np.full(len(edges), np.nan)
+    value[forest.descent[0].numpy()] = scores.value[forest.descent[1], 0].double().numpy()
+    prompt, root, step = (t.numpy() for t in (edges.prompt, edges.root, edges.step))
+    for group in ("seed", "prompt", "batch"):
+        got = tempflow_grpo(steps=4, seeds=2, branches=3, std_group=group).credit(scores, forest).value.numpy()
+        for e in range(len(edges)):
+            same_step = step == step[e]
+            mine = same_step & (prompt == prompt[e])
+            mine &= (root == root[e]) | (group != "seed")
+            spread = value[same_step if group == "batch" else mine].std()
+            assert got[e] == pytest.approx((value[e] - value[mine].mean()) / (spread + 1e-4), abs=1e-5)
+
+
+def test_flow_grpo_gives_every_step_of_a_chain_its_leaf_advantage():
+    forest = grown(flow_grpo(steps=4, group=5), prompts=3)
+    scores = scored(forest)
+    rewards = scores.value[:, 0].double().numpy().reshape(3, 5)
+    for std, spread in (("global", rewards.std()), ("group", rewards.std(axis=1, keepdims=True))):
+        expected = (rewards - rewards.mean(axis=1, keepdims=True)) / (spread + 1e-4)
+        got = flow_grpo(steps=4, group=5, std=std).credit(scores, forest).value.numpy()
+        want = expected[forest.edges.prompt.numpy(), forest.edges.root.numpy()]
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_noise_aware_weights_of_the_paper():
+    algorithm = tempflow_grpo()
+    forest = grown(algorithm, prompts=1)
+    weights = algorithm.weight(forest, sd3(10), algorithm.dynamics)
+    by_step = [float(weights[forest.edges.step == i][0]) for i in range(9)]
+    np.testing.assert_allclose(by_step, [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508], atol=6e-4)
+    flat = tempflow_grpo(weight="uniform")
+    assert torch.equal(flat.weight(forest, sd3(10), flat.dynamics), torch.ones(len(forest.edges)))
+
+
+# -------------------------------------------------------------------------------------------------- reductions
+def test_one_branch_at_one_step_reduces_to_a_window_of_one():
+    """K = 1 from independent seeds, noise at one step only, prompt group: Flow-GRPO-Fast's single-step window."""
+    algorithm = tempflow_grpo(steps=5, seeds=6, branches=1, branch_steps=1, std_group="prompt")
+    part = algorithm.plan(2, 0)
+    (at,) = {i for i, noisy in zip(part.step, part.stochastic, strict=True) if noisy}
+    other = plan.one_step(5, 6, at)
+    assert part.cost() == other.cost()
+    assert part.stochastic == other.stochastic and part.trained == other.trained and part.step == other.step
+
+
+def test_without_noise_children_are_equal_and_teach_nothing():
+    algorithm = tempflow_grpo(steps=4, seeds=2, branches=3, noise_level=1e-12)
+    forest = grown(algorithm)
+    leaves = forest.nodes[forest.leaves.node]
+    scores = Scores(leaves.sum(1, keepdim=True), torch.ones(len(leaves), 1, dtype=torch.bool), ("sum",))
+    advantage = algorithm.credit(scores, forest)
+    assert not advantage.live.any() and torch.equal(advantage.value, torch.zeros(len(forest.edges)))
+
+
+def test_seed_group_advantages_sum_to_zero_by_seed_and_step():
+    forest = grown(tempflow_grpo(steps=5, seeds=3, branches=4))
+    advantage = tempflow_grpo(steps=5, seeds=3, branches=4).credit(scored(forest), forest).value
+    groups = torch.stack([forest.edges.prompt, forest.edges.root, forest.edges.step], 1)
+    index = torch.unique(groups, dim=0, return_inverse=True)[1]
+    sums = torch.zeros(int(index.max()) + 1).index_add(0, index, advantage)
+    assert sums.abs().max() < 1e-5 and advantage.abs().max() > 0.5
+
+
+# ----------------------------------------------------------------------------------------------------- composing
+def compose(**changes) -> Algorithm:
+    base = tempflow_grpo(steps=4, seeds=1, branches=2)
+    return replace(base, name="own", **changes)
+
+
+BAD_COMPOSITIONS = [
+    (lambda: compose(dynamics=ODE()), ["dynamics: ODE()", "draws no noise", "nearest valid: FlowSDE(noise_level=0.7)"]),
+    (lambda: compose(dynamics=FlowSDE(0.0)), ["dynamics: FlowSDE(noise_level=0.0)", "nearest valid: FlowSDE"]),
+    (lambda: compose(steps=5), ["steps: 5, but the plan has 4; nearest valid: 4"]),
+    (lambda: compose(plan=lambda i, s: plan.ode(4, 2)), ["plan: trains none of its edges"]),
+    (
+        lambda: compose(plan=lambda i, s: plan.chain(4, 2, train=[0, 3]), dynamics=CPS(0.8)),
+        ["plan: trains step 3", "CPS", "nearest valid: train [0]"],
+    ),
+    (
+        lambda: compose(plan=lambda i, s: plan.chain(4, 2, train=[1, 2, 3]), dynamics=DDIM()),
+        ["plan: trains step 3", "nearest valid: train [1, 2]"],
+    ),
+    (
+        lambda: compose(dynamics=CPS(0.8), objective=ClippedRatio(kl=0.1, kl_form="drift")),
+        ["kl_form: 'drift' needs a diffusion rate", "CPS", "nearest valid: 'exact'"],
+    ),
+]
+
+
+@pytest.mark.parametrize("make,parts", BAD_COMPOSITIONS)
+def test_parts_that_do_not_fit(make, parts):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("dynamics", [FlowSDE(), DanceSDE(), LinearSDE(), CPS(), DDIM()])
+def test_every_noisy_kind_composes(dynamics):
+    assert compose(dynamics=dynamics, objective=ClippedRatio(kl=0.1, kl_form="exact")).dynamics is dynamics
+    assert compose(dynamics=dynamics, objective=ClippedRatio(kl=0.0, kl_form="drift")).objective.kl == 0
+
+
+BAD_ARGUMENTS = [
+    (tempflow_grpo, {"steps": 1}, "steps: 1 must be at least 2, as the last one is not branched; nearest valid: 2"),
+    (tempflow_grpo, {"seeds": 0}, "seeds: 0 must be at least 1; nearest valid: 1"),
+    (tempflow_grpo, {"branches": 0}, "branches: 0 must be at least 1; nearest valid: 1"),
+    (tempflow_grpo, {"branches": 1}, "branches: 1 must be at least 2, or a seed's group has nothing to compare with"),
+    (tempflow_grpo, {"seeds": 1, "branches": 1, "std_group": "prompt"}, "branches: 1 with 1 seed leaves nothing"),
+    (tempflow_grpo, {"branch_steps": 10}, "branch_steps: 10 must be in 1 … 9; nearest valid: 9"),
+    (tempflow_grpo, {"branch_steps": 0}, "branch_steps: 0 must be in 1 … 9; nearest valid: 1"),
+    (tempflow_grpo, {"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0; 0.7 is usual"),
+    (tempflow_grpo, {"noise_level": float("nan")}, "noise_level: nan must be finite and above 0"),
+    (tempflow_grpo, {"clip": 0.0}, "clip: 0.0 must be finite and above 0; 0.0001 is usual"),
+    (tempflow_grpo, {"clip_high": -1.0}, "clip_high: -1.0 must be > 0"),
+    (tempflow_grpo, {"kl": -1.0}, "kl: -1.0 must be finite"),
+    (tempflow_grpo, {"std_group": "root"}, "std_group: 'root' is not one of 'seed', 'prompt', 'batch'"),
+    (tempflow_grpo, {"weight": "noise"}, "weight: 'noise' is not one of noise_aware, uniform"),
+    (tempflow_grpo, {"eps": -1.0}, "eps: -1.0 must be a finite number"),
+    (tempflow_grpo, {"advantage_clip": 0.0}, "clip: 0.0 must be > 0, or None"),
+    (flow_grpo, {"steps": 1}, "steps: 1 must be at least 2, as the last one is not trained"),
+    (flow_grpo, {"group": 1}, "group: 1 must be at least 2, or there is nothing to compare with; nearest valid: 2"),
+    (flow_grpo, {"train_steps": 12}, "train_steps: 12 must be in 1 … 9; nearest valid: 9"),
+    (flow_grpo, {"std": "batch"}, "std: 'batch' is not one of 'global', 'group'; nearest valid: 'global'"),
+    (flow_grpo, {"kl_form": "exac"}, "kl_form: 'exac' is not one of exact, drift, velocity"),
+]
+
+
+@pytest.mark.parametrize("function,arguments,message", BAD_ARGUMENTS)
+def test_bad_arguments_name_field_value_and_valid_one(function, arguments, message):
+    with pytest.raises(ValueError) as caught:
+        function(**arguments)
+    assert message in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- names
+def test_our_algorithms_are_found_by_their_own_names():
+    for name, function in ALGORITHMS.items():
+        assert find(name) is function and function().name == name == function.__name__
+
+
+def test_unknown_names_and_entry_points(monkeypatch):
+    with pytest.raises(ValueError, match=r"name: 'tempflow' is no known algorithm; nearest valid: 'tempflow_grpo'"):
+        find("tempflow")
+    other = partial(tempflow_grpo, seeds=1)
+
+    class Points(dict):
+        names = {"my_grpo", "flow_grpo"}
+
+    points = Points(my_grpo=SimpleNamespace(load=lambda: other), flow_grpo=SimpleNamespace(load=lambda: other))
+    monkeypatch.setattr(algorithms, "entry_points", lambda group: points if group == "tempflow.algorithms" else {})
+    assert find("my_grpo") is other
+    assert find("flow_grpo") is flow_grpo  # ours stay ours
+    with pytest.raises(ValueError, match=r"nearest valid: 'my_grpo'"):
+        find("my_grop")

@@ -1,0 +1,201 @@
+"""The walls of the house (docs/architecture.md): who may import whom, sizes, and what is never used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+FILES = sorted((SRC / "tempflow").rglob("*.py"))
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+ROOMS: dict[str, set[str]] = {
+    "core": set(),
+    "strict": set(),
+    "shapes": set(),
+    "data": {"core", "shapes"},
+    "models": {"core"},
+    "rewards": {"core", "shapes"},
+    "algorithms": {"core"},
+    "config": {"strict", "algorithms", "data", "rewards"},
+    "recipes": {"config"},
+    "cost": {"config", "core", "algorithms", "models"},
+    "evaluate": {"core", "data", "models", "rewards"},
+    "train": {"core", "data", "models", "rewards", "algorithms", "config", "evaluate"},
+    "cli": {"strict", "algorithms", "data", "models", "rewards", "config", "recipes", "cost", "evaluate", "train"},
+}
+"""Each room and the rooms it may import: core ← models, rewards ← algorithms ← evaluate ← train ← cli, and no way back."""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def statements(body: list[ast.stmt], lazy: bool) -> Iterator[ast.stmt]:
+    """Every statement that runs: at import, and with `lazy` later too; never what only a type checker reads."""
+    for node in body:
+        if is_type_checking(node):
+            continue
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            continue
+        for field in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(node, field, []), lazy)
+        for handler in getattr(node, "handlers", []):
+            yield from statements(handler.body, lazy)
+
+
+def imports(path: Path, lazy: bool) -> set[str]:
+    """Dotted names that the file imports; `from a import b` gives a.b where that is a module of ours, else a."""
+    found: set[str] = set()
+    for node in statements(tree_of(path).body, lazy):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = names & MODULES.keys()
+            found |= inside | ({node.module} if len(inside) < len(names) else set())
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(FILES) > 30 and {"tempflow", "tempflow.core.rollout", "tempflow.train.step"} <= MODULES.keys()
+    assert "tempflow.core.forest" in imports(MODULES["tempflow.core.rollout"], lazy=False)
+    assert "tempflow.core.plan" in imports(MODULES["tempflow.evaluate.suite"], lazy=False)
+    assert "diffusers" in imports(MODULES["tempflow.models.sd3"], lazy=True)
+    assert "diffusers" not in imports(MODULES["tempflow.models.sd3"], lazy=False)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "core"])
+def test_core_imports_torch_the_standard_library_and_core(module: str) -> None:
+    for name in imports(MODULES[module], lazy=True):
+        top = name.split(".")[0]
+        assert top in sys.stdlib_module_names or top == "torch" or name.startswith("tempflow.core"), name
+
+
+def test_rooms_are_the_known_ones() -> None:
+    """A new room must say here what it may import."""
+    assert {room_of(m) for m in MODULES} - {""} <= ROOMS.keys()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m)])
+def test_imports_go_one_way(module: str) -> None:
+    room = room_of(module)
+    used = {room_of(name) for name in imports(MODULES[module], lazy=True) if name.split(".")[0] == "tempflow"}
+    assert used <= ROOMS[room] | {room}, f"{module} imports {sorted(used - ROOMS[room] - {room})}"
+
+
+def test_the_rooms_themselves_form_no_circle() -> None:
+    assert not circles(ROOMS)
+
+
+def test_no_import_circles() -> None:
+    graph = {m: imports(path, lazy=False) & MODULES.keys() - {m} for m, path in MODULES.items()}
+    assert not circles(graph)
+    assert circles({**graph, "tempflow.core.schedule": {"tempflow.core.rollout"}})  # the search finds one if there is
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """What is left after taking away, again and again, whatever imports nothing that is left."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while free := {node for node, targets in left.items() if not targets & left.keys()}:
+        left = {node: targets for node, targets in left.items() if node not in free}
+    return sorted(left)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SRC)) for p in FILES])
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node, clean=False)
+            body = (node.end_lineno or 0) - node.lineno + 1 - (len(doc.splitlines()) if doc else 0)
+            assert body <= MAX_FUNCTION_LINES, f"{node.name} has {body} lines"
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """Ways to run what a file or a hub says."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in UNSAFE_MODULES]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module] if node.module.split(".")[0] in UNSAFE_MODULES else []
+            found += ["torch.load"] if node.module == "torch" and "load" in {a.name for a in node.names} else []
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += ["torch.load"] if (node.value.id, node.attr) == ("torch", "load") else []
+        elif isinstance(node, ast.Call):
+            found += [node.func.id] if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec") else []
+            for keyword in node.keywords:
+                off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                found += [keyword.arg] if keyword.arg in ("trust_remote_code", "allow_pickle") and not off else []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SRC)) for p in FILES])
+def test_nothing_unsafe_is_used(path: Path) -> None:
+    assert unsafe(tree_of(path)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch; torch.load('x')",
+        "from torch import load",
+        "pipe(trust_remote_code=True)",
+        "pipe(trust_remote_code=flag)",
+        "np.load('x', allow_pickle=True)",
+        "eval('1')",
+    ],
+)
+def test_what_is_unsafe_is_recognised(line: str) -> None:
+    assert len(unsafe(ast.parse(line))) == 1
+
+
+IMPORTS = """
+import sys
+import tempflow
+heavy = {"torch", "diffusers", "transformers", "peft", "cv2", "matplotlib"} & sys.modules.keys()
+assert not heavy, f"import tempflow imports {heavy}"
+import tempflow.core.rollout, tempflow.core.credit, tempflow.core.weight, tempflow.core.objective.ratio
+rooms = {m for m in sys.modules if m.startswith("tempflow.") and not m.startswith(("tempflow.core", "tempflow.train"))}
+assert not rooms, f"core imports {rooms}"
+import tempflow.train.loop
+heavy = {"diffusers", "transformers", "peft", "cv2", "matplotlib"} & sys.modules.keys()
+assert not heavy, f"the training loop imports {heavy} before it needs them"
+"""
+
+
+def test_imports_are_light() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
