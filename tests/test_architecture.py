@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "train": {"core", "data", "models", "rewards", "algorithms", "config", "evaluate"},
     "cli": {"strict", "algorithms", "data", "models", "rewards", "config", "recipes", "cost", "evaluate", "train"},
 }
-"""Each room and the rooms it may import: core ← models, rewards ← algorithms ← evaluate ← train ← cli, and no way back."""
+"""Each room and the rooms it may import: core ← models, rewards ← algorithms ← evaluate ← train ← cli."""
 
 
 def module_of(path: Path) -> str:

@@ -155,9 +155,9 @@ def configured(verb: str, args: Sequence[str]) -> Config:
 
 def _value(args: Sequence[str], flag: str) -> str | None:
     """What follows `flag`, as its own word or behind an equals sign."""
-    for word, following in zip(args, [*args[1:], None], strict=True):
-        if word == flag:
-            return following
+    for place, word in enumerate(args):
+        if word == flag and place + 1 < len(args):
+            return args[place + 1]
         if word.startswith(f"{flag}="):
             return word.partition("=")[2]
     return None
@@ -179,6 +179,7 @@ def base_config(source: str) -> Config:
 # --------------------------------------------------------------------------------------------------------- verbs
 def _train(args: Sequence[str]) -> int:
     config = configured("train", args)
+    _check_prompts(config)
     from tempflow.train.guards import GuardError
     from tempflow.train.loop import train
 
@@ -187,6 +188,17 @@ def _train(args: Sequence[str]) -> int:
     except GuardError as error:
         return _fail(str(error), 1)
     return 0
+
+
+def _check_prompts(config: Config) -> None:
+    """Raises ConfigError, naming the field, for a prompt file that is missing or broken."""
+    from tempflow.data.prompts import load_prompts
+
+    for field in ("train", "validation", "test"):
+        try:
+            load_prompts(dict(config.data)[field])
+        except ValueError as error:
+            raise ConfigError(f"data.{field}: {error}") from error
 
 
 def _cost(args: Sequence[str]) -> int:

@@ -112,7 +112,18 @@ class EvaluationConfig(Strict):
     steps: int = Field(default=10, ge=1, description="sampler steps")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     seed: int = Field(default=1234, description="seed of the noise")
-    metric: str = Field(default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's first one")
+    yardstick: Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        default=(), description="guidance values (≥ 1) of which the untrained model's best is reported beside the result"
+    )
+    metric: str = Field(default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's weighted sum")
+
+    @field_validator("yardstick")
+    @classmethod
+    def _guidances(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        low = [v for v in values if v < 1]
+        if low:
+            raise ValueError(f"{low[0]} is no guidance; nearest valid: 1.0")
+        return values
 
     @field_validator("metric")
     @classmethod
@@ -208,6 +219,11 @@ class Config(Strict):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return (self.model.height, self.model.width)
+
+    def replace(self, **fields: Any) -> Config:
+        """A copy with other top-level fields, checked as a whole; `output` follows a new `name` unless it is given."""
+        kept = {key: value for key, value in self if not (key == "output" and "name" in fields)}
+        return Config(**(kept | fields))
 
     @property
     def reward_weights(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -127,6 +129,20 @@ def test_scale_enters_the_noise_aware_weight() -> None:
     a, b = (by_step(f := grow(p, schedule, dynamics), noise_aware(f, schedule, dynamics)) for p in (plain, louder))
     assert b[1] / b[0] == pytest.approx(2 * a[1] / a[0], rel=1e-5)
     assert b[2] / b[0] == pytest.approx(a[2] / a[0], rel=1e-5)
+
+
+def test_untrained_edges_take_no_part_in_the_mean() -> None:
+    """Half of a step's edges, the louder ones, are given to no loss."""
+    schedule, dynamics = linear(4, 3.0), FlowSDE(0.5)
+    forest = grow(P.tree(4, roots=2, splits={}, train=(0, 1, 2)), schedule, dynamics)
+    mute = (forest.edges.step == 1) & (forest.edges.root == 0)
+    edges = replace(
+        forest.edges,
+        trained=forest.edges.trained & ~mute,
+        scale=torch.where(mute, 2.0, 1.0),
+    )
+    changed = noise_aware(replace(forest, edges=edges), schedule, dynamics)
+    torch.testing.assert_close(changed[~mute], noise_aware(forest, schedule, dynamics)[~mute])
 
 
 def test_how_many_edges_a_step_has_does_not_matter() -> None:

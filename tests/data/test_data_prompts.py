@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tempflow.data import prompts as module
 from tempflow.data.prompts import Prompt, check_source, load_prompts
 from tempflow.shapes.prompts import SPLITS, specs

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.data.sampler import prompts_for, strata_of
 
@@ -15,7 +16,7 @@ def stream(iterations: int, *args, **kwargs) -> list[list[int]]:
     return [prompts_for(i, *args, **kwargs) for i in range(iterations)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 30), count=st.integers(1, 40), seed=st.integers(-3, 3))
 def test_every_prompt_once_a_pass_and_no_repeats_in_an_iteration(n, count, seed):
     drawn = stream(-(-4 * n // count), plain(n), count, seed)
@@ -27,12 +28,12 @@ def test_every_prompt_once_a_pass_and_no_repeats_in_an_iteration(n, count, seed)
         assert all(len(set(part)) == count for part in drawn)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     labels=st.lists(st.sampled_from("abc"), min_size=1, max_size=25), count=st.integers(1, 12), seed=st.integers(0, 5)
 )
 def test_strata_take_turns_and_each_has_its_own_passes(labels, count, seed):
-    flat = [i for part in stream(40, plain(len(labels)), count, seed, strata=labels) for i in part]
+    flat = [i for part in stream(20, plain(len(labels)), count, seed, strata=labels) for i in part]
     order = list(dict.fromkeys(labels))
     assert [labels[i] for i in flat] == [order[p % len(order)] for p in range(len(flat))]
     for label in order:

@@ -69,6 +69,8 @@ def flow_grpo(
         raise ValueError(f"std: {std!r} is not one of 'global', 'group'; nearest valid: 'global'")
     positive("noise_level", noise_level, 0.7)
     positive("clip", clip, 1e-4)
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(
         name="flow_grpo",
         steps=steps,

@@ -81,6 +81,8 @@ def tempflow_grpo(
         raise ValueError(f"weight: {weight!r} is not one of {', '.join(WEIGHTS)}; nearest valid: 'noise_aware'")
     positive("noise_level", noise_level, 0.7)
     positive("clip", clip, 1e-4)
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(
         name="tempflow_grpo",
         steps=steps,

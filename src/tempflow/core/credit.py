@@ -114,9 +114,9 @@ class GroupZScore:
         leaf_value, leaf_ok = scores.total(self.reward_weights)
         value, ok = forest.backup(leaf_value, leaf_ok)
         group = group_index(forest.edges, self.by)
-        mean, deviation, count = moments(value, ok, group, self.unbiased)
+        mean, deviation, _ = moments(value, ok, group, self.unbiased)
         # Rounding leaves equal values with a spread near 1e-8 of their size: not a difference worth a gradient.
-        live = ok & (count > 1) & (deviation > 1e-6 * mean.abs().clamp(min=1e-3))
+        live = ok & (deviation > 1e-6 * mean.abs().clamp(min=1e-3))
         if self.scale == "global":
             everyone = torch.zeros(len(leaf_value), dtype=torch.long, device=leaf_value.device)
             deviation = moments(leaf_value, leaf_ok, everyone, self.unbiased)[1][:1].expand(len(value))

@@ -30,7 +30,10 @@ def before_after(before: Tensor, after: Tensor, prompts: Sequence[str], path: Pa
 
 
 def curve(evaluations: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
-    """Validation score over forwards, in all and by kind. Raises ImportError with the command to run without matplotlib."""
+    """Validation score over forwards, in all and by kind.
+
+    Raises ImportError with the command to run where matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -42,13 +45,13 @@ def curve(evaluations: Sequence[dict[str, Any]], metric: str, path: Path) -> Non
         if kind:
             axes.plot(forwards, [e["by_kind"][metric][kind] for e in evaluations], lw=1, alpha=0.6, label=kind)
     means = np.array([e["mean"][metric] for e in evaluations])
-    if np.isnan(means).all():
-        raise ValueError(f"{metric}: no evaluation has a valid score, so there is no curve to draw")
     axes.plot(forwards, means, "k-", lw=2.2, label="all")
-    best = int(np.nanargmax(means))
-    axes.plot(forwards[best], means[best], "k*", ms=12, label="best, kept")
+    known = means[np.isfinite(means)]
+    if len(known):
+        best = int(np.nanargmax(means))
+        axes.plot(forwards[best], means[best], "k*", ms=12, label="best, kept")
     axes.set(xlabel="transformer forwards (rollout + training + reference)", ylabel=f"validation {metric}")
-    if 0 <= np.nanmin(means) and np.nanmax(means) <= 1:
+    if ((known >= 0) & (known <= 1)).all():
         axes.set_ylim(0, 1)
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tempflow.core import plan
@@ -16,6 +18,7 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
+from tempflow.models import load
 from tempflow.models.protocol import Model, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
@@ -25,7 +28,7 @@ PROMPTS_AT_ONCE = 252
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Scores of one model on one list of prompts. `scores` has a row per prompt; `kinds` are the prompts' task kinds."""
+    """Scores of one model on one list of prompts: `scores` has a row per prompt; `kinds` are their task kinds."""
 
     scores: Scores
     kinds: tuple[str, ...]
@@ -134,3 +137,40 @@ def evaluate(
         value, ok = scores.total(total)
         scores = Scores.stack([scores, Scores(value[:, None], ok[:, None], ("reward",))])
     return Report(scores, tuple(str(p.metadata.get("kind", "")) for p in prompts), steps, guidance, seed)
+
+
+def evaluate_path(
+    path: str,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    size: Size,
+    device: str,
+    rows: int,
+) -> Report:
+    """`evaluate` of "shapes", a pipeline folder or a hub id, in float32."""
+    model = load(path, device=device)
+    return evaluate(model, prompts, rewards, steps=steps, guidance=guidance, seed=seed, size=size, rows=rows)
+
+
+def sample_path(
+    path: str,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    size: Size,
+    device: str,
+    out: str | Path,
+) -> list[Path]:
+    """One PNG a prompt, `out`/000.png …, by "shapes", a pipeline folder or a hub id. Returns the files."""
+    media = draw(load(path, device=device), prompts, steps=steps, guidance=guidance, seed=seed, size=size, rows=64)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    files = [Path(out) / f"{i:03d}.png" for i in range(len(prompts))]
+    for file, picture in zip(files, media, strict=True):
+        Image.fromarray(picture.numpy()).save(file)
+    return files

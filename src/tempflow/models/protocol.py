@@ -1,4 +1,4 @@
-"""What tempflow asks of a generator. A model knows nothing of RL; a third party's object with these members plugs in."""
+"""What tempflow asks of a generator: a model knows nothing of RL, and any object with these members plugs in."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def build(name: str) -> Reward:
         return REWARDS[name]()
     plugins = {p.name: p for p in entry_points(group=GROUP)}
     if name not in plugins:
-        near = get_close_matches(name, names(), n=1, cutoff=0.0)[0]
+        started = [known for known in names() if name and known.startswith(name)]
+        near = (started or get_close_matches(name, names(), n=1, cutoff=0.0))[0]
         raise ValueError(f"reward: {name!r} is unknown; did you mean {near!r}? Known: {', '.join(names())}")
     reward = plugins[name].load()()
     if not isinstance(reward, Reward):

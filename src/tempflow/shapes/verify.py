@@ -11,6 +11,7 @@ inside of an object another, and what lies between them must be a mixture of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from itertools import permutations
 import cv2
 import numpy as np
 
-from tempflow.shapes.prompts import COLORS, SHAPES, Color, Object, Relation, Shape, Spec
+from tempflow.shapes.prompts import SHAPES, Color, Object, Relation, Shape, Spec
 from tempflow.shapes.render import PALETTE, SIZE, Placed, draw
 
 SCALE = 3  # outlines are judged at three times the picture's size, where they have sub-pixel accuracy
@@ -27,30 +28,34 @@ CANVAS = SIZE * SCALE
 TEMPLATE = 24
 SATURATED = 80  # max - min channel above which a pixel is foreground, about half of the palette's; the ground is grey
 MIN_OBJECT = 0.022  # smallest object, as a share of the picture; what is smaller is dirt
-MAX_DIRT = 0.0005  # half a pixel in all: antialiasing crumbs
-# Overlap with the shape's own outline, and how much the next best shape must fall short of that: a square with its corners
-# rounded off is neither square nor circle. Floors lie below the worst of pictures that a person calls right, per shape.
-MIN_IOU: dict[Shape, float] = {"circle": 0.90, "square": 0.86, "triangle": 0.86, "cross": 0.87}
-MIN_MARGIN: dict[Shape, float] = {"circle": 0.08, "square": 0.05, "triangle": 0.20, "cross": 0.08}
+# Overlap with the shape's own outline, and by how much the next best shape must fall short of that: a square with its
+# corners rounded off is neither square nor circle. Per shape, just below the worst of what a person still calls right.
+MIN_IOU: dict[Shape, float] = {"circle": 0.925, "square": 0.86, "triangle": 0.86, "cross": 0.87}
+MIN_MARGIN: dict[Shape, float] = {"circle": 0.09, "square": 0.05, "triangle": 0.20, "cross": 0.08}
+MAX_BITE = 9  # cells of any 4 × 4 window of the 24 × 24 box in which an outline may differ from its shape
 MAX_ASPECT = 1.25  # of an object's box
 MAX_COLOR_DISTANCE = 70.0
 MAX_COLOR_RATIO = 0.6  # distance to the nearest palette colour over that to the second
-MAX_FILL_STRAY = 70.0  # largest distance of a pixel inside an object from its mean fill
-MAX_FILL_SPREAD = 25.0  # root mean square of the same
-MAX_EDGE_STRAY = 50.0  # and of one on its edge from the line between ground and fill
+MAX_FILL_STRAY = 50.0  # largest distance, in any channel, of a pixel inside an object from its mean fill
+MAX_FILL_SPREAD = 25.0  # root mean square of that distance
+MAX_EDGE_STRAY = 40.0  # largest distance of a pixel on the edge from the line between ground and fill
 MIN_GROUND = 0.05  # share of the picture that no object touches
 MAX_GROUND_LEVEL = 72.0
 MAX_GROUND_TINT = 25.0
-MAX_GROUND_SPREAD = 8.0  # mean absolute deviation
-MAX_GROUND_STRAY = 40.0  # largest distance of a ground pixel's channel from the ground's mean
+MAX_GROUND_SPREAD = 7.0  # standard deviation
+MAX_GROUND_STRAY = 32.0  # largest distance of a ground pixel's channel from the ground's mean
 
 
 @dataclass(frozen=True)
 class Found:
-    """One component. `clean` is False when its outline, fill or box disqualifies it whatever the prompt."""
+    """One component; x and y are its box's centre in pixels, `iou` its overlap with `shape`'s own outline.
+
+    `clean` is False when its outline, fill or place disqualifies it whatever the prompt; `color` is None when it is all
+    edge and has no inside to take it from.
+    """
 
     shape: Shape
-    color: Color
+    color: Color | None
     x: float
     y: float
     iou: float
@@ -96,14 +101,13 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     return stacked, stacked.sum(1)
 
 
-_PALETTE = np.array([PALETTE[c] for c in COLORS], np.float32)
 _INSIDE = np.ones((5, 5), np.uint8)  # eroded by this, a mask keeps the pixels that lie wholly in it
 _AROUND = np.ones((7, 7), np.uint8)  # dilated by this, it takes in every pixel that it touches
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A filled outline: its mask (0/255) on a window that starts and ends on whole pixels, and its box in the mask."""
+    """A filled outline: its mask (0/255) on a window of whole pixels, one wider than it needs, and its box in there."""
 
     mask: np.ndarray
     box: tuple[int, int, int, int]
@@ -113,8 +117,8 @@ class _Piece:
 
 def _piece(contour: np.ndarray) -> _Piece:
     x, y, w, h = cv2.boundingRect(contour)
-    left, top = x // SCALE * SCALE, y // SCALE * SCALE
-    right, bottom = -(-(x + w) // SCALE) * SCALE, -(-(y + h) // SCALE) * SCALE
+    left, top = max(x // SCALE - 1, 0) * SCALE, max(y // SCALE - 1, 0) * SCALE
+    right, bottom = (min(-(-end // SCALE) + 1, SIZE) * SCALE for end in (x + w, y + h))
     mask = np.zeros((bottom - top, right - left), np.uint8)
     cv2.drawContours(mask, [contour], 0, 255, cv2.FILLED, offset=(-left, -top))
     return _Piece(mask, (x - left, y - top, w, h), left, top)
@@ -126,59 +130,73 @@ def _outline(piece: _Piece) -> tuple[Shape, float, bool]:
     fit = _stretch(piece.mask[y : y + h, x : x + w])
     templates, areas = _templates()
     overlap = templates @ fit
-    iou = (overlap / (areas + float(fit.sum()) - overlap)).reshape(len(SHAPES), -1).max(1).tolist()
-    best = max(range(len(SHAPES)), key=iou.__getitem__)
-    shape = SHAPES[best]
-    second = sorted(iou)[-2]
+    every = overlap / (areas + float(fit.sum()) - overlap)
+    closest = int(every.argmax())
+    iou = every.reshape(len(SHAPES), -1).max(1).tolist()
+    best = closest * len(SHAPES) // len(every)
+    shape, second = SHAPES[best], sorted(iou)[-2]
     whole = piece.left + x > 0 and piece.top + y > 0 and piece.left + x + w < CANVAS and piece.top + y + h < CANVAS
     certain = iou[best] >= MIN_IOU[shape] and iou[best] - second >= MIN_MARGIN[shape]
+    if certain:
+        differs = cv2.absdiff(templates[closest], fit).reshape(TEMPLATE, TEMPLATE)
+        bite = cv2.boxFilter(differs, -1, (4, 4), normalize=False, borderType=cv2.BORDER_CONSTANT)
+        certain = float(bite.max()) < MAX_BITE + 0.5
     return shape, iou[best], whole and certain and max(w, h) <= MAX_ASPECT * min(w, h)
+
+
+def _nearest(fill: Sequence[float]) -> tuple[Color, bool]:
+    """The palette colour nearest to `fill`, and whether it is that colour and no other."""
+    away = {color: math.dist(fill, rgb) for color, rgb in PALETTE.items()}
+    nearest, other = sorted(PALETTE, key=lambda color: away[color])[:2]
+    first, second = away[nearest], away[other]
+    return nearest, first <= MAX_COLOR_DISTANCE and first <= MAX_COLOR_RATIO * second
+
+
+def _pixels(mask: np.ndarray) -> np.ndarray:
+    """The enlarged mask at the middle of each of the picture's own pixels."""
+    return np.ascontiguousarray(mask[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE])
+
+
+def _stray(picture: np.ndarray, mean: Sequence[float], mask: np.ndarray) -> int:
+    """The largest distance of any channel of a masked pixel from `mean`."""
+    away = cv2.absdiff(picture, np.array([*mean, 0.0]))  # four numbers are a colour to OpenCV
+    return int(cv2.bitwise_and(away, away, mask=mask).max())
 
 
 def _fill(picture: np.ndarray, piece: _Piece, ground: np.ndarray) -> tuple[Color | None, bool]:
     """The nearest palette colour (None: no inside to speak of), and whether inside and edge are plainly that colour."""
     top, left = piece.top // SCALE, piece.left // SCALE
-    inside = cv2.erode(piece.mask, _INSIDE, borderType=cv2.BORDER_CONSTANT, borderValue=0.0)
-    inside = inside[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE]
-    height, width = inside.shape
-    window = picture[top : top + height, left : left + width].astype(np.float32)
-    core = inside > 0
-    pixels = window[core]
-    if len(pixels) < 2:
+    core = _pixels(cv2.erode(piece.mask, _INSIDE, borderType=cv2.BORDER_CONSTANT, borderValue=0.0))
+    if cv2.countNonZero(core) < 2:
         return None, False
-    fill = pixels.mean(0)
-    distance = np.sqrt(np.square(_PALETTE - fill).sum(1))
-    nearest = int(distance.argmin())
-    first, second = np.partition(distance, 1)[:2].tolist()
-    plain = first <= MAX_COLOR_DISTANCE and first <= MAX_COLOR_RATIO * second
-    if plain:
-        touched = cv2.dilate(piece.mask, _AROUND)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] > 0
-        axis, edge = fill - ground, window[touched & ~core] - ground
-        share = np.clip(edge @ axis / (axis @ axis), 0.0, 1.0)
-        stray = np.square(pixels - fill).sum(1)
-        plain = bool(
-            stray.max() <= MAX_FILL_STRAY**2
-            and stray.mean() <= MAX_FILL_SPREAD**2
-            and np.square(edge - share[:, None] * axis).sum(1).max(initial=0.0) <= MAX_EDGE_STRAY**2
-        )
-    return COLORS[nearest], plain
+    window = np.ascontiguousarray(picture[top : top + core.shape[0], left : left + core.shape[1]])
+    mean, deviation = cv2.meanStdDev(window, mask=core)
+    fill = mean[:, 0]
+    color, plain = _nearest(fill.tolist())
+    if not plain or math.hypot(*deviation[:, 0].tolist()) > MAX_FILL_SPREAD:
+        return color, False
+    if _stray(window, fill.tolist(), core) > MAX_FILL_STRAY:
+        return color, False
+    rest = cv2.subtract(_pixels(cv2.dilate(piece.mask, _AROUND)), core)
+    axis, edge = fill - ground, window[rest > 0] - ground
+    share = np.minimum(np.maximum(edge @ (axis / (axis @ axis)), 0.0), 1.0)
+    return color, bool(np.abs(edge - share[:, None] * axis).max(initial=0.0) <= MAX_EDGE_STRAY)
 
 
 def _ground(picture: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The ground's mean colour, float32 [3], and whether it is plain, dark and free of dirt that is not foreground."""
-    bare = cv2.dilate(mask, _AROUND)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] == 0
-    pixels = picture[bare].astype(np.float32)
-    if len(pixels) < MIN_GROUND * SIZE**2:
-        return np.full(3, 28, np.float32), False
-    mean = pixels.mean(0)
-    away = np.abs(pixels - mean)
+    """The ground's mean colour, float64 [3], and whether it is plain, dark and free of dirt that is not foreground."""
+    bare = cv2.bitwise_not(_pixels(cv2.dilate(mask, _AROUND) * 255))
+    if cv2.countNonZero(bare) < MIN_GROUND * SIZE**2:
+        return np.full(3, 28.0), False
+    mean, deviation = cv2.meanStdDev(picture, mask=bare)
+    level = mean[:, 0].tolist()
     plain = (
-        mean.max() <= MAX_GROUND_LEVEL
-        and mean.max() - mean.min() <= MAX_GROUND_TINT
-        and away.max() <= MAX_GROUND_STRAY
-        and away.mean() <= MAX_GROUND_SPREAD
+        max(level) <= MAX_GROUND_LEVEL
+        and max(level) - min(level) <= MAX_GROUND_TINT
+        and float(deviation.max()) <= MAX_GROUND_SPREAD
+        and _stray(picture, level, bare) <= MAX_GROUND_STRAY
     )
-    return mean, bool(plain)
+    return mean[:, 0], plain
 
 
 def look(picture: np.ndarray) -> tuple[list[Found], bool]:
@@ -192,21 +210,19 @@ def look(picture: np.ndarray) -> tuple[list[Found], bool]:
     ground, plain = _ground(picture, mask)
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     found: list[Found] = []
-    dirt = 0
     for contour, (_, _, hole, parent) in zip(contours, hierarchy[0].tolist() if contours else [], strict=True):
         if parent >= 0:
             continue
         piece = _piece(contour)
-        size = cv2.countNonZero(piece.mask)
-        if size < MIN_OBJECT * CANVAS**2:
-            dirt += size
+        if cv2.countNonZero(piece.mask) < MIN_OBJECT * CANVAS**2:
+            plain = False
             continue
         shape, iou, certain = _outline(piece)
         color, pure = _fill(picture, piece, ground)
         x, y, w, h = piece.box
         center = (piece.left + x + w / 2) / SCALE, (piece.top + y + h / 2) / SCALE
-        found.append(Found(shape, color or "red", *center, iou, certain and pure and hole < 0))
-    return found, plain and dirt <= MAX_DIRT * CANVAS**2
+        found.append(Found(shape, color, *center, iou, certain and pure and hole < 0))
+    return found, plain
 
 
 def related(first: Found, second: Found, relation: Relation) -> bool:
@@ -220,8 +236,8 @@ def _match(found: Found, wanted: Object) -> float:
     """1 at most for the right object; parts for a right shape (by outline) and a right colour, and for being clean."""
     shape = found.shape == wanted.shape
     outline = 0.5 * min(max((found.iou - 0.5) / 0.4, 0.0), 1.0) if shape else 0.0
-    color = 0.35 if found.color == wanted.color or (wanted.color is None and shape) else 0.0
-    return outline + color + (0.15 if found.clean else 0.0)
+    color = shape if wanted.color is None else found.color == wanted.color
+    return outline + 0.35 * color + 0.15 * found.clean
 
 
 def _right(found: Found, wanted: Object) -> bool:

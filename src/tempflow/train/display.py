@@ -36,21 +36,25 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        self.console.print(line)
+        """A line that stays, and stays one line however narrow the console is."""
+        self.console.print(line, soft_wrap=True, markup=False)
 
     def advance(self, iteration: int, metrics: Mapping[str, float], evaluation: Mapping[str, Any]) -> None:
         """One iteration is done; without a terminal every evaluated or tenth one prints a line."""
-        rewards = " ".join(f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/"))
+        rewards = " ".join(
+            f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/")
+        )
         scores = " ".join(f"{k} {v:.3f}" for k, v in evaluation["mean"].items())
         note = f"reward {rewards} | validation {scores} | grad {metrics['grad_norm']:.3f}"
         self._bar.update(self._task, completed=iteration, note=note)
         if not self.console.is_terminal and (iteration % 10 == 0 or evaluation["iteration"] == iteration):
-            self.console.print(f"{self.name} {iteration}/{self.iterations}  {note}", soft_wrap=True)
+            self.say(f"{self.name} {iteration}/{self.iterations}  {note}")
 
     def summary(self, run: Run) -> None:
         """The table at the end, and the one line that says it all."""
@@ -63,5 +67,5 @@ class Display:
             for label, b, a in [*rows, (name, run.before.mean(name), run.after.mean(name))]:
                 table.add_row(label, f"{b:.3f}", f"{a:.3f}", f"{a - b:+.3f}", end_section=label == name)
         self.console.print(table)
-        self.console.print(f"best validation at iteration {run.best_iteration}; pictures, curve and model in {run.folder}")
-        self.console.print(run.last_line)
+        self.say(f"best validation at iteration {run.best_iteration}; pictures, curve and model in {run.folder}")
+        self.say(run.last_line)

@@ -43,10 +43,10 @@ def check_first_ratio(log_ratio: float, clip: float) -> None:
     """
     if not log_ratio <= RATIO_SHARE * clip:
         raise GuardError(
-            f"first update: |log ratio| is {log_ratio:.2e}, above a tenth of the clip range {clip:.2e}, although policy and "
-            "sampler have the same weights. Look at: dropout or train-mode layers, guidance or prompts that differ between "
-            "rollout and training, latents stored in a lower precision than they were scored in, batch-size-dependent "
-            "kernels in half precision (try model.dtype float32, or a wider algorithm.clip)"
+            f"first update: |log ratio| is {log_ratio:.2e}, above a tenth of the clip range {clip:.2e}, although "
+            "policy and sampler have the same weights. Look at: dropout or train-mode layers, guidance or prompts that "
+            "differ between rollout and training, latents stored in a lower precision than they were scored in, "
+            "batch-size-dependent kernels in half precision (try model.dtype float32, or a wider algorithm.clip)"
         )
 
 
@@ -54,6 +54,6 @@ def check_rewards(valid: int, total: int, iteration: int) -> None:
     """Raises GuardError when not one reward of an iteration is valid."""
     if valid == 0:
         raise GuardError(
-            f"iteration {iteration}: all {total} rewards failed, so there is nothing to learn from. Look at the warnings "
-            "above: the reward function's own exception is printed there"
+            f"iteration {iteration}: all {total} rewards failed, so there is nothing to learn from. Look at the "
+            "warnings above: the reward function's own exception is printed there"
         )

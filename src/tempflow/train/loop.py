@@ -36,6 +36,7 @@ class Run:
     metric: str
     before: Report
     after: Report
+    yardstick: tuple[float, Report] | None
     best_iteration: int
     counter: Counter
     seconds: float
@@ -62,13 +63,16 @@ def train(
 ) -> Run:
     """Trains as `config` says; objects given here take the place of what it names.
 
-    `reward`: a `Reward`, a function of (images, prompts) → scores, or several. `prompts` are also used for validation,
+    `reward`: a `Reward`, a function of (images, prompts) → scores, or several; their sum is then what the best weights are
+    chosen and reported by, unless `evaluation.metric` names one of them. `prompts` are also used for validation,
     and for the held-out test unless `test_prompts` is given. Everything is checked before the first forward: raises
     ValueError for bad input, GuardError when a guard stops the run (the best weights so far are saved).
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     algorithm = algorithm or config.algorithm.build()
     rewards = _rewards(config, reward)
+    if reward is not None and config.evaluation.metric not in {r.name for r in rewards}:
+        config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
     if reward is None:
         algorithm = replace(algorithm, credit=replace(algorithm.credit, reward_weights=config.reward_weights))
     extra = {config.evaluation.metric} - {OWN_REWARD, *(r.name for r in rewards)}
@@ -76,7 +80,8 @@ def train(
     train_set = _prompts(prompts, config.data.train)
     validation = fixed_prompts(_prompts(prompts, config.data.validation), config.evaluation.validation_prompts)
     test = fixed_prompts(
-        _prompts(test_prompts if test_prompts is not None else prompts, config.data.test), config.evaluation.test_prompts
+        _prompts(test_prompts if test_prompts is not None else prompts, config.data.test),
+        config.evaluation.test_prompts,
     )
     size = (config.model.height, config.model.width)
     model = model or prepare_model(config)
@@ -162,10 +167,13 @@ class _Session:
     def run(self) -> Run:
         """Before, the iterations, after."""
         before, grid_before = self._look(self.test), self._grid()
+        yardstick = self._yardstick()
         self._validate(0)
         started = time.perf_counter()
         with self.display:
-            self.display.say(f"before: held-out {self.config.evaluation.metric} {before.mean(self.config.evaluation.metric):.3f}")
+            self.display.say(
+                f"before: held-out {self.config.evaluation.metric} {before.mean(self.config.evaluation.metric):.3f}"
+            )
             try:
                 for iteration in range(self.config.iterations):
                     self._iterate(iteration)
@@ -180,6 +188,7 @@ class _Session:
             self.config.evaluation.metric,
             before,
             after,
+            yardstick,
             best_iteration,
             self.counter,
             seconds,
@@ -234,7 +243,16 @@ class _Session:
                 self.best = (score, iteration, self.trainable.state())
         self.records.evaluation(iteration, report, self.counter)
 
-    def _look(self, prompts: Sequence[Prompt]) -> Report:
+    def _yardstick(self) -> tuple[float, Report] | None:
+        """The untrained model with the guidance that suits it best on validation, and its test report."""
+        values = self.config.evaluation.yardstick
+        if not values:
+            return None
+        metric = self.config.evaluation.metric
+        best = max(values, key=lambda g: self._look(self.validation, g).mean(metric))
+        return best, self._look(self.test, best)
+
+    def _look(self, prompts: Sequence[Prompt], guidance: float | None = None) -> Report:
         e = self.config.evaluation
         weights = self.setting.algorithm.credit.reward_weights
         return evaluate(
@@ -243,7 +261,7 @@ class _Session:
             self.judges,
             total=dict.fromkeys((r.name for r in self.setting.rewards), 1.0) if weights is None else weights,
             steps=e.steps,
-            guidance=e.guidance,
+            guidance=e.guidance if guidance is None else guidance,
             seed=e.seed,
             size=self.setting.size,
             rows=self.setting.rollout_rows,

@@ -46,6 +46,7 @@ class Records:
             "metric": run.metric,
             "before": run.before.to_json(),
             "after": run.after.to_json(),
+            "yardstick": run.yardstick and run.yardstick[1].to_json(),
             "best_iteration": run.best_iteration,
             "best_validation": validation,
             "cost": cost(run.counter),

@@ -26,7 +26,7 @@ from tempflow.train import guards
 from tempflow.train.weights import Average, Trainable
 
 LEAVES_AT_ONCE = 1024
-"""A rollout advances in chunks of whole prompts with about this many leaves; each chunk is decoded, scored and dropped."""
+"""A rollout advances in chunks of whole prompts with about this many leaves; each is decoded, scored and dropped."""
 
 
 @dataclass
@@ -152,12 +152,13 @@ def update(
 ) -> dict[str, float]:
     """Trains on one iteration's edges; returns its metrics.
 
-    An update's loss is a mean over its share of all valid trained edges. Edges of groups without spread have advantage 0;
-    they count in that mean but are not computed. Raises GuardError before the weights move when something is not finite,
-    no reward is valid, or the very first log ratio is not 0.
+    An update's loss is a mean over its share of all valid trained edges. Edges of groups without spread have advantage
+    0; they count in that mean but are not computed (so they bear no KL either, as in the official codes, which drop
+    them). Raises GuardError before the weights move when something is not finite, no reward is valid, or the log ratio
+    of the very first update is not 0.
     """
     algorithm, forest, scores = setting.algorithm, experience.forest, experience.scores
-    guards.check_rewards(int(scores.ok.all(1).sum()), len(scores), iteration)
+    guards.check_rewards(int(scores.total(algorithm.credit.reward_weights)[1].sum()), len(scores), iteration)
     started = time.perf_counter()
     advantage = algorithm.credit(scores, forest)
     weight = algorithm.weight(forest, setting.schedule, algorithm.dynamics)

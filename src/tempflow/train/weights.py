@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Trainable:
     """The parameters of `network` that require gradients, with float32 masters that the optimizer moves.
 
-    In float32 the masters are the parameters themselves. In bfloat16 the network computes with rounded copies: gradients
-    are added up in float32 (`collect`) and the moved masters are rounded back (`publish`).
+    In float32 the masters are the parameters themselves. In bfloat16 the network computes with rounded copies:
+    gradients are added up in float32 (`collect`) and the moved masters are rounded back (`publish`).
     Raises ValueError when nothing is trainable.
     """
 
@@ -48,7 +48,8 @@ class Trainable:
     def publish(self) -> None:
         """Writes the masters into the network."""
         if self.split:
-            torch._foreach_copy_(self.parameters, list(self.masters))
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the float32 masters by parameter name."""
@@ -72,11 +73,14 @@ class Average:
         self.trainable, self.decay, self.updates = trainable, decay, 0
         self.values = [m.detach().clone() for m in trainable.masters] if decay > 0 else []
 
+    @torch.no_grad()
     def update(self) -> None:
+        """Takes in the masters as they are after an optimizer step."""
         if self.decay > 0:
             self.updates += 1
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(self.values, [m.detach() for m in self.trainable.masters], 1 - decay)
+            for value, master in zip(self.values, self.trainable.masters, strict=True):
+                value.lerp_(master, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,0 +1,188 @@
+"""`models.load`: what it takes, what it says of what it cannot take, and that it says nothing otherwise."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+from worlds import World
+
+from tempflow import models
+from tempflow.models import SD3, Model
+from tempflow.models.quiet import quiet
+from tempflow.models.sd3 import licence_of
+
+
+def test_an_adapter_is_a_model(world: World) -> None:
+    model: Model = world.adapter
+    assert model.name == str(world.folder) and model.device == torch.device("cpu")
+    assert model.network is world.adapter.pipe.transformer
+    assert {p.dtype for p in model.network.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.network.parameters()) and not model.network.training
+
+
+def test_shapes_by_name(shapes_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "shapes_folder", lambda: shapes_folder)
+    assert models.load("shapes").name == "shapes"
+
+
+def test_shapes_folder_is_inside_the_package() -> None:
+    assert models.shapes_folder() == Path(models.__file__).parents[1] / "shapes" / "weights"
+
+
+def test_a_home_folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert isinstance(models.load(f"~/{tiny_folder.name}"), SD3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nearest"), [("float16", "float32"), ("bf16", "bfloat16"), ("fp32", "float32"), ("", "bfloat16|float32")]
+)
+def test_wrong_dtype(tiny_folder: Path, dtype: str, nearest: str) -> None:
+    message = rf"model.dtype: '{dtype}' is not one of float32, bfloat16; nearest is '({nearest})'"
+    with pytest.raises(ValueError, match=message):
+        models.load(str(tiny_folder), dtype=dtype)
+
+
+def test_missing_folder_names_the_nearest(tiny_folder: Path) -> None:
+    missing = f"{tiny_folder.parent}/tinny"
+    with pytest.raises(ValueError, match=rf"model.path: '{missing}' has no .*; nearest pipeline folder: .*/tiny$"):
+        models.load(missing)
+
+
+def test_missing_folder_without_neighbours(tmp_path: Path) -> None:
+    for path in (str(tmp_path), str(tmp_path / "a" / "b" / "c"), "./nothing-here", "no such model"):
+        with pytest.raises(ValueError, match=r"is no diffusers pipeline folder; 'shapes' comes with the package"):
+            models.load(path)
+
+
+def test_shapes_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "shapes_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"model.path: 'shapes' .* lacks its weights: scripts/pretrain_shapes.py"):
+        models.load("shapes")
+
+
+def test_a_hub_id_that_cannot_be_had() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(
+        ValueError, match=r"^model.path: 'nobody/nothing' is no folder, and as a hub id it cannot be had"
+    ):
+        models.load("nobody/nothing", revision="main")
+
+
+def test_another_pipeline_class(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match=r"is a FluxPipeline; supported are StableDiffusion3Pipeline"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model.path: '.*model_index.json' names no pipeline class"):
+        models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_a_missing_file_is_not_hidden(tiny_folder: Path, tmp_path: Path, missing: str) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
+    (folder / missing).unlink()
+    with pytest.raises(OSError, match=missing.split("/")[1].split(".")[0]):
+        models.load(str(folder))
+
+
+def test_pickled_weights_are_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "pickled"))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(OSError, match="safetensors"):
+        models.load(str(folder))
+
+
+# ------------------------------------------------------------------------------------------------------------- quiet
+def test_loading_drawing_and_saving_print_nothing(shapes_folder: Path, tmp_path: Path) -> None:
+    """In a fresh process, where the libraries' first import has its say."""
+    code = """
+import sys
+from tempflow.models import load
+for dtype in ("float32", "bfloat16"):
+    model = load(sys.argv[1], dtype=dtype)
+    model.encode(["a red circle"])
+    model.save(sys.argv[2] + "/full")
+    model.add_lora(2, 4)
+    model.save(sys.argv[2] + "/lora")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shapes_folder), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_quiet_puts_everything_back_and_lets_warnings_through() -> None:
+    logger = logging.getLogger("diffusers.somewhere")
+    stream_of = logging.getLogger("diffusers").handlers[0]
+    seen: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("diffusers").addHandler(handler)
+    before = [list(h.filters) for h in (stream_of, handler)]
+    try:
+        with pytest.raises(RuntimeError, match="real"), quiet():
+            assert not diffusers_logging.is_progress_bar_enabled()
+            assert not transformers_logging.is_progress_bar_enabled()
+            logger.warning("There are modules in X that should be kept in float32: []. Casting …")
+            logger.warning("There are modules in X that should be kept in float32: ['norm'].")
+            logger.warning("Some weights were not used")
+            raise RuntimeError("real")
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert seen == ["There are modules in X that should be kept in float32: ['norm'].", "Some weights were not used"]
+    assert [list(h.filters) for h in (stream_of, handler)] == before
+    assert diffusers_logging.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
+
+
+# ----------------------------------------------------------------------------------------------------------- licence
+SD35 = "---\nlicense: other\nlicense_name: stabilityai-ai-community\ntags:\n- text-to-image\n---\n# Model\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "record", "licence"),
+    [
+        (None, None, "unknown"),
+        ("---\nlicense: apache-2.0\n---\ntext", None, "apache-2.0"),
+        ("---\nlicense: 'mit'\n---\n", {"licence": "cc0-1.0"}, "mit"),
+        (SD35, None, "stabilityai-ai-community"),
+        ("---\nlicense: other\n---\n", None, "other"),
+        (None, {"licence": "Apache-2.0"}, "Apache-2.0"),
+        ("# No front matter\nlicense: none of it\n", {"licence": "Apache-2.0"}, "Apache-2.0"),
+        ("---\ntags: x\n---\nlicense: below the front matter\n", None, "unknown"),
+        (None, {"author": "me"}, "unknown"),
+        ("", None, "unknown"),
+    ],
+)
+def test_licence(tmp_path: Path, card: str | None, record: dict[str, str] | None, licence: str) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    if record is not None:
+        (tmp_path / "licence.json").write_text(json.dumps(record))
+    assert licence_of(tmp_path) == licence
+
+
+def test_the_adapter_knows_its_licence(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "licensed"))
+    assert models.load(str(folder)).licence == "unknown"
+    (folder / "README.md").write_text(SD35)
+    assert models.load(str(folder)).licence == "stabilityai-ai-community"

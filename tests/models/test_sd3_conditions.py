@@ -1,0 +1,216 @@
+"""Prompts to conditions, sizes to shapes, and how guidance uses both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from worlds import World
+
+from tempflow import models
+from tempflow.models import SD3, Conditioning
+
+
+def encoded(adapter: SD3) -> list[list[str]]:
+    """Spies on the pipeline's encoder."""
+    calls: list[list[str]] = []
+    inner = adapter.pipe.encode_prompt
+
+    def spy(prompt: list[str], *args: object, **options: object) -> object:
+        calls.append(prompt)
+        return inner(prompt, *args, **options)
+
+    adapter.pipe.encode_prompt = spy
+    return calls
+
+
+def states(world: World, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x, one σ, and rows."""
+    x = torch.randn(count, *world.adapter.noise_shape(world.size), generator=torch.Generator().manual_seed(1))
+    return x, torch.full((count,), 0.6), torch.arange(count) % len(world.prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------ encode
+@torch.no_grad()
+def test_encode_equals_encode_prompt(world: World) -> None:
+    condition = world.adapter.encode(world.prompts)
+    assert condition.prompts == world.prompts and len(condition) == 3
+    for row, prompt in enumerate(world.prompts):
+        embeds, no_embeds, pooled, no_pooled = world.plain.encode_prompt(
+            prompt, None, None, max_sequence_length=world.tokens
+        )
+        assert torch.equal(condition.tensors["embeds"][row], embeds[0])
+        assert torch.equal(condition.tensors["pooled"][row], pooled[0])
+        assert torch.equal(condition.empty["embeds"], no_embeds)
+        assert torch.equal(condition.empty["pooled"], no_pooled)
+    assert not any(t.requires_grad for t in condition.tensors.values())
+
+
+def test_encode_keeps_order_and_duplicates(world: World) -> None:
+    a, b, _ = world.prompts
+    condition = world.adapter.encode([b, a, b, ""])
+    single = {p: world.adapter.encode([p]).tensors for p in (a, b, "")}
+    assert condition.prompts == (b, a, b, "")
+    for name, tensor in condition.tensors.items():
+        assert torch.equal(tensor, torch.cat([single[p][name] for p in (b, a, b, "")]))
+        assert torch.equal(tensor[3:], condition.empty[name])
+
+
+def test_encode_runs_once_per_prompt(fresh: SD3, world: World) -> None:
+    calls = encoded(fresh)
+    a, b, c = world.prompts
+    first = fresh.encode([a, b, a])
+    assert sorted(p for call in calls for p in call) == sorted(["", a, b])
+    calls.clear()
+    again = fresh.encode([a, b, a])
+    assert calls == []
+    assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
+    fresh.encode([c, a])
+    assert calls == [[c]]
+
+
+def test_encoding_does_not_depend_on_what_came_before(fresh: SD3, world: World) -> None:
+    """Bitwise, or a resumed run, whose cache is empty, would drift from an uninterrupted one."""
+    alone = fresh.encode([world.prompts[2]])
+    together = models.load(str(world.folder)).encode(world.prompts)
+    assert torch.equal(alone.tensors["embeds"][0], together.tensors["embeds"][2])
+    assert torch.equal(alone.tensors["pooled"][0], together.tensors["pooled"][2])
+
+
+def test_cache_is_bounded(fresh: SD3, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempflow.models.sd3.CACHED_PROMPTS", 2)
+    whole = fresh.encode(world.prompts)
+    assert torch.equal(whole.tensors["embeds"], world.adapter.encode(world.prompts).tensors["embeds"])
+    calls = encoded(fresh)
+    fresh.encode(world.prompts[-2:])
+    assert calls == [[""]]  # the oldest were dropped
+
+
+def test_encode_needs_a_prompt(world: World) -> None:
+    with pytest.raises(ValueError, match="prompts: the list is empty"):
+        world.adapter.encode([])
+
+
+# ------------------------------------------------------------------------------------------------------- noise_shape
+def test_noise_shape_is_what_the_pipeline_draws(world: World) -> None:
+    for size in (world.size, *world.others):
+        expected = world.plain.prepare_latents(
+            1, world.plain.transformer.config.in_channels, *size, torch.float32, "cpu", torch.Generator()
+        )
+        assert world.adapter.noise_shape(size) == expected.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((60, 64), r"^height: 60 must be a multiple of 16 up to 96; nearest is 64$"),
+        ((64, 39), r"^width: 39 must be a multiple of 16 up to 96; nearest is 32$"),
+        ((112, 64), r"^height: 112 must be a multiple of 16 up to 96; nearest is 96$"),
+        ((64, 5), r"^width: 5 must be a multiple of 16 up to 96; nearest is 16$"),
+        ((0, 64), r"^height: 0 must be a multiple of 16 up to 96; nearest is 16$"),
+        ((64, -16), r"^width: -16 must be a multiple of 16 up to 96; nearest is 16$"),
+    ],
+)
+def test_sizes_that_cannot_be_drawn(tiny_world: World, size: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_world.adapter.noise_shape(size)
+
+
+def test_the_limit_is_the_transformers_own(world: World) -> None:
+    """The largest size that we allow runs; one patch more is refused by the transformer itself."""
+    unit = world.plain.vae_scale_factor * world.plain.transformer.config.patch_size
+    largest = world.plain.transformer.config.pos_embed_max_size * unit
+    predict = world.adapter.predictor(world.adapter.encode(world.prompts), 1.0)
+    shape = world.adapter.noise_shape((unit, largest))
+    assert predict(torch.zeros(1, *shape), torch.ones(1), torch.zeros(1, dtype=torch.long)).shape == (1, *shape)
+    with pytest.raises(ValueError, match=f"nearest is {largest}"):
+        world.adapter.noise_shape((unit, largest + unit))
+    wider = (*shape[:2], shape[2] + world.plain.transformer.config.patch_size)
+    with pytest.raises(ValueError, match="pos_embed_max_size"):
+        predict(torch.zeros(1, *wider), torch.ones(1), torch.zeros(1, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------- guidance
+def transformer_velocity(world: World, condition: Conditioning, which: str) -> Tensor:
+    """The plain pipeline's transformer, called by hand."""
+    x, sigma, rows = states(world)
+    tensors = condition.tensors if which == "prompt" else condition.empty
+    index = rows if which == "prompt" else torch.zeros_like(rows)
+    with torch.no_grad():
+        return world.plain.transformer(
+            hidden_states=x,
+            timestep=sigma * 1000,
+            encoder_hidden_states=tensors["embeds"][index],
+            pooled_projections=tensors["pooled"][index],
+        ).sample
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 4.5])
+def test_guidance_is_the_formula(world: World, guidance: float) -> None:
+    condition = world.adapter.encode(world.prompts)
+    prompt = transformer_velocity(world, condition, "prompt")
+    empty = transformer_velocity(world, condition, "empty")
+    with torch.no_grad():
+        v = world.adapter.predictor(condition, guidance)(*states(world))
+    expected = empty.double() + guidance * (prompt.double() - empty.double())
+    assert (v - expected).abs().max() <= 3e-6 * max(1.0, guidance) * prompt.abs().max()
+    assert (prompt - empty).abs().mean() > 1e-2
+
+
+def test_rows_given_to_the_network(world: World, rows_seen: Callable[[SD3], list[int]]) -> None:
+    condition = world.adapter.encode(world.prompts)
+    seen = rows_seen(world.adapter)
+    with torch.no_grad():
+        world.adapter.predictor(condition, 1.0)(*states(world))
+        world.adapter.predictor(condition, 4.5)(*states(world))
+    assert seen == [3, 6]
+    seen.clear()
+    world.adapter.predictor(condition, 4.5)(*states(world))  # with gradients: the empty branch apart, without any
+    assert seen == [3, 3]
+
+
+def test_rows_choose_the_prompt(world: World) -> None:
+    condition = world.adapter.encode(world.prompts)
+    predict = world.adapter.predictor(condition, 3.0)
+    x, sigma, _ = states(world)
+    with torch.no_grad():
+        turned = predict(x, sigma, torch.tensor([2, 0, 0]))
+        other = world.adapter.predictor(world.adapter.encode([world.prompts[i] for i in (2, 0, 0)]), 3.0)
+        straight = predict(x, sigma, torch.arange(3))
+        assert torch.equal(turned, other(x, sigma, torch.arange(3)))
+    assert (turned - straight).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_gradients_do_not_change_values(world: World, guidance: float) -> None:
+    predict = world.adapter.predictor(world.adapter.encode(world.prompts), guidance)
+    with torch.no_grad():
+        without = predict(*states(world))
+    assert torch.allclose(predict(*states(world)), without, rtol=0, atol=1e-5)
+
+
+def test_the_empty_branch_carries_no_gradient(world: World, fresh: SD3) -> None:
+    """∂v/∂θ = g·∂v_c/∂θ: with the empty branch it would be g·∂v_c/∂θ + (1 − g)·∂v_∅/∂θ."""
+    fresh.train_fully()
+    condition = fresh.encode(world.prompts)
+
+    def gradient(guidance: float) -> Tensor:
+        fresh.network.zero_grad()
+        fresh.predictor(condition, guidance)(*states(world)).sum().backward()
+        return torch.cat([p.grad.flatten() for p in fresh.network.parameters() if p.grad is not None])
+
+    alone, guided = gradient(1.0), gradient(4.5)
+    assert alone.abs().max() > 0
+    assert torch.allclose(guided, 4.5 * alone, rtol=1e-3, atol=1e-4 * alone.abs().max().item())
+
+
+def test_guidance_needs_an_empty_prompt(world: World) -> None:
+    condition = world.adapter.encode(world.prompts)
+    bare = Conditioning(condition.prompts, condition.tensors)
+    with pytest.raises(ValueError, match=r"guidance: 4.5 needs conditions with an empty prompt; without one only 1"):
+        world.adapter.predictor(bare, 4.5)
+    with torch.no_grad():
+        v = world.adapter.predictor(bare, 1.0)(*states(world))
+        assert torch.equal(v, world.adapter.predictor(condition, 1.0)(*states(world)))

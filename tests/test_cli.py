@@ -1,0 +1,286 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tempflow
+from tempflow import cli
+from tempflow.cli import configured, main
+from tempflow.config import Config, load_config, to_yaml
+from tempflow.recipes import RECIPES
+from tempflow.strict import ConfigError
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    status = main(words)
+    out, err = capsys.readouterr()
+    return status, out, " ".join(err.replace("│", " ").split())
+
+
+# -------------------------------------------------------------------------------------------------------- help
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys; from tempflow.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "train [RECIPE | config.yaml]" in done.stdout
+    assert time.perf_counter() - started < 5  # 0.2 s on an idle machine; tests may share two busy cores
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb(capsys, verb):
+    status, out, err = run(capsys, verb, "--help")
+    assert (status, err) == (0, "") and f"tempflow {verb}" in out
+
+
+def test_help_shows_every_field_of_the_configuration(capsys):
+    _, out, _ = run(capsys, "train", "shapes_flow", "--help")
+    dumped = RECIPES["shapes_flow"]().model_dump()
+    for name, value in dumped.items():
+        for field in value if isinstance(value, dict) else ():
+            assert f"--{name}.{field} " in out
+    assert "--rewards.0.weight" in out and "pictures per prompt" in out
+
+
+def test_no_verb_prints_usage_and_fails(capsys):
+    assert run(capsys)[0] == 2
+    assert run(capsys, "-h")[0] == 0
+
+
+def test_every_verb_is_in_the_usage():
+    assert all(verb in cli.USAGE for verb in cli.VERBS)
+
+
+# --------------------------------------------------------------------------------------------------- overrides
+def test_overrides_are_laid_over_a_recipe():
+    base = RECIPES["shapes_tempflow"]()
+    made = configured("train", ["shapes_tempflow"])
+    assert made == base
+    flags = "--algorithm.seeds 3 --algorithm.branch_steps None --optimizer.learning_rate 1e-3 --rewards.0.weight 2"
+    made = configured(
+        "train", ["shapes_tempflow", *flags.split(), "--threads=2", "--seed", "-5", "--model.dtype", "bfloat16"]
+    )
+    expected = base.model_dump()
+    expected["algorithm"] |= {"seeds": 3, "branch_steps": None}
+    expected["optimizer"] |= {"learning_rate": 1e-3}
+    expected["model"] |= {"dtype": "bfloat16"}
+    expected |= {"rewards": [{"name": "shapes", "weight": 2.0}], "threads": 2, "seed": -5}
+    assert made == Config.model_validate(expected)
+
+
+def test_overrides_are_laid_over_a_file(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(to_yaml(RECIPES["shapes_flow"]()))
+    made = configured("train", [str(file), "--algorithm.group", "7"])
+    assert made.algorithm.build().plan(0, 0).roots == 7
+    assert made.model_copy(update={"algorithm": load_config(file).algorithm}) == load_config(file)
+
+
+def test_the_default_is_the_demo_recipe():
+    assert configured("train", []) == RECIPES["demo"]()
+    assert configured("train", ["--seed", "3"]).name == "demo"
+
+
+@pytest.mark.parametrize("flag", [["--algorithm.name", "flow_grpo"], ["--algorithm.name=flow_grpo"]])
+def test_another_algorithm_comes_with_its_own_defaults(flag):
+    made = configured("train", ["shapes_tempflow", *flag, "--algorithm.group", "6"])
+    assert dict(made.algorithm) == dict(configured("x", ["shapes_flow", "--algorithm.group", "6"]).algorithm) | {
+        "clip": 1e-4,
+        "kl": 0.04,
+        "std": "global",
+    }
+    assert made.optimizer == RECIPES["shapes_tempflow"]().optimizer
+
+
+def test_another_name_gives_another_folder_unless_one_is_chosen():
+    assert configured("train", ["--name", "mine"]).output == "runs/mine"
+    assert configured("train", ["--name", "mine", "--output", "here"]).output == "here"
+
+
+def test_train_hands_the_configuration_to_the_loop(monkeypatch, capsys):
+    from tempflow.train import loop
+
+    seen = []
+    monkeypatch.setattr(loop, "train", lambda config: seen.append(config))
+    assert run(capsys, "train", "shapes_lora", "--iterations", "2") == (0, "", "")
+    assert seen[0].iterations == 2 and seen[0].model.training == "lora"
+
+
+def test_a_guard_that_stops_a_run_gives_status_one(monkeypatch, capsys):
+    from tempflow.train import loop
+    from tempflow.train.guards import GuardError
+
+    def stopped(config):
+        raise GuardError("the loss is nan")
+
+    monkeypatch.setattr(loop, "train", stopped)
+    status, out, err = run(capsys, "train", "demo")
+    assert (status, out, err) == (1, "", "tempflow: the loss is nan")
+
+
+def test_an_interrupted_run(monkeypatch, capsys):
+    from tempflow.train import loop
+
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stopped)
+    assert run(capsys, "train", "demo")[0] == 130
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+WRONG_LINES = [
+    ("trian", "'trian' is no verb; nearest valid: 'train'"),
+    ("train shapes_temp", "'shapes_temp' is neither a recipe nor a .yaml file; nearest valid: 'shapes_"),
+    ("train nowhere/mine.yaml", "nowhere/mine.yaml is no file; the folder nowhere does not exist either"),
+    ("train --algorithm.sedes 3", "Unrecognized options: --algorithm.sedes, 3"),
+    ("train --algorithm.sedes 3", "--algorithm.seeds INT"),
+    ("train demo extra", "Unrecognized options: extra"),
+    ("train --iterations ten", "Error parsing --iterations: invalid literal for int"),
+    ("train --iterations 0", "tempflow: iterations: 0 must be ≥ 1; nearest valid: 1"),
+    ("train --optimizer.learning_rate -1", "optimizer.learning_rate: -1.0 must be above 0.0; the default is 0.0001"),
+    ("train --optimizer.learning_rate nan", "optimizer.learning_rate: nan is not a finite number"),
+    ("train --model.dtype float16", "invalid choice 'float16'"),
+    ("train --algorithm.branches 1", "tempflow: algorithm.branches: 1 must be at least 2, or a seed's group has"),
+    ("train --algorithm.noise_level 0", "algorithm.noise_level: 0.0 must be finite and above 0; 0.7 is usual"),
+    ("train --algorithm.name tempflow", "algorithm.name: 'tempflow' is no known algorithm; nearest valid: 'tempflow_"),
+    ("train --rewards.0.name shap", "rewards.0.name: 'shap' is no known reward; nearest valid: 'shapes'"),
+    ("train --device gpu", "device: 'gpu' is no device; nearest valid: 'cpu'"),
+    ("train --data.train shapes:trian", "data.train: 'shapes:trian' names no split"),
+    ("train --data.test here.txt", "data.test: here.txt is no file; . holds no .txt or .jsonl file"),
+    ("cost shapes_flow --algorithm.group 1", "algorithm.group: 1 must be at least 2"),
+    ("cost --optimizer.updates_per_iteration 99999", "nearest valid: "),
+    ("sample", "prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation"),
+    ("sample --prompts missing.txt", "missing.txt is no file"),
+    ("sample --prompt x --steps 0", "steps: 0 must be ≥ 1; nearest valid: 1"),
+    ("sample --prompt x --guidance 0.5", "guidance: 0.5 must be ≥ 1.0; nearest valid: 1.0"),
+    ("eval --rewards shap", "'shap' is unknown; did you mean 'shapes'?"),
+    ("eval --prompts shapes:tset", "nearest valid: 'shapes:test'"),
+    ("eval --count 0", "count: 0 must be ≥ 1; nearest valid: 1"),
+    ("algorithms now", "algorithms: 'now' is one argument too many; nearest valid: tempflow algorithms"),
+]
+
+
+@pytest.mark.parametrize("line,message", WRONG_LINES)
+def test_wrong_lines_say_what_is_wrong_and_exit_with_two(monkeypatch, tmp_path, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *line.split())
+    assert (status, out) == (2, "") and message in err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_a_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(ConfigError):
+        main(["train", "nothing"])
+
+
+# --------------------------------------------------------------------------------------------------- other verbs
+def test_cost_prints_the_counts(capsys):
+    status, out, _ = run(capsys, "cost", "demo", "--algorithm.branch_steps", "None", "--algorithm.seeds", "4")
+    assert status == 0
+    figures = out.replace(",", "").replace("│", " ").split()
+    for figure in (12 * 1116, 12 * 216, 12 * 1116 * 60, 12 * 60 * (1116 + 216)):
+        assert str(figure) in figures
+    assert "MiB" in out and "reference" not in out
+    assert "reference" in run(capsys, "cost", "--algorithm.kl", "0.1")[1]
+
+
+@pytest.mark.parametrize(
+    "verb,words",
+    [
+        ("algorithms", ["flow_grpo", "tempflow_grpo", "2508.04324"]),
+        ("models", ["shapes", "StableDiffusion3Pipeline", "licence"]),
+        ("rewards", ["shapes_strict", "jpeg_compressibility", "licence"]),
+        ("recipes", ["demo", "sd35_medium_tempflow"]),
+    ],
+)
+def test_lists(capsys, verb, words):
+    status, out, err = run(capsys, verb)
+    assert (status, err) == (0, "") and all(word in out for word in words)
+
+
+def test_every_reward_has_a_note():
+    from tempflow.rewards import REWARDS
+
+    assert set(cli.REWARD_NOTES) == set(REWARDS)
+
+
+class FakeReport:
+    def table(self) -> str:
+        return "all 0.5"
+
+    def to_json(self) -> dict:
+        return {"mean": 0.5}
+
+
+def test_eval_asks_the_suite(monkeypatch, capsys, tmp_path):
+    from tempflow.evaluate import suite
+
+    seen = {}
+
+    def evaluate_path(path, prompts, rewards, **options):
+        seen.update(path=path, prompts=prompts, rewards=[r.name for r in rewards], **options)
+        return FakeReport()
+
+    monkeypatch.setattr(suite, "evaluate_path", evaluate_path, raising=False)
+    file = tmp_path / "out.json"
+    words = ["runs/x/model", "--count", "9", "--rewards", "shapes", "jpeg_compressibility", "--out", str(file)]
+    assert run(capsys, "eval", *words) == (0, "all 0.5\n", "")
+    assert json.loads(file.read_text()) == {"mean": 0.5}
+    assert seen.pop("rewards") == ["shapes", "jpeg_compressibility"]
+    assert [p.metadata["kind"] for p in seen.pop("prompts")][:7] == [
+        "single", "two", "count", "color", "position", "attribution", "single",
+    ]  # fmt: skip
+    assert seen == {
+        "path": "runs/x/model", "steps": 10, "guidance": 1.0, "seed": 1234, "size": (32, 32), "device": "cpu",
+        "rows": 96,
+    }  # fmt: skip
+
+
+def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
+    from tempflow.evaluate import suite
+
+    seen = {}
+
+    def sample_path(path, prompts, **options):
+        seen.update(path=path, prompts=prompts, **options)
+        return [Path("a.png"), Path("b.png")]
+
+    monkeypatch.setattr(suite, "sample_path", sample_path, raising=False)
+    (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
+    words = ["--prompt", "a red circle", "--prompts", str(tmp_path / "p.txt"), "--count", "2", "--seed", "4"]
+    assert run(capsys, "sample", *words, "--width", "64") == (0, "a.png\nb.png\n", "")
+    assert seen == {
+        "path": "shapes", "prompts": ["a red circle", "one", "two"], "steps": 10, "guidance": 1.0, "seed": 4,
+        "size": (32, 64), "device": "cpu", "out": Path("samples"),
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- public names
+def test_public_names_are_there_and_lazy():
+    for name in tempflow.__all__:
+        assert getattr(tempflow, name) is not None
+    assert set(tempflow.__all__) <= set(dir(tempflow))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tempflow.nothing  # noqa: B018
+    code = "import sys, tempflow; assert not {'torch', 'diffusers', 'tyro', 'pydantic'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("first", ["import tempflow", "import tempflow.train.loop"])
+def test_train_is_a_room_and_a_function_whatever_was_imported_first(first):
+    code = f"""{first}
+import tempflow, tempflow.train.loop as loop
+loop.train = lambda config, reward=None: (config, reward)
+assert tempflow.train("c", reward=1) == ("c", 1)
+from tempflow import train
+assert train("c") == ("c", None)
+import tempflow.train.guards as guards
+assert guards.GuardError
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,351 @@
+import math
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tempflow import algorithms
+from tempflow.algorithms import ALGORITHMS, tempflow_grpo
+from tempflow.config import Config, algorithm_config, load_config, parse_config, to_yaml
+from tempflow.core.rollout import Noise, rollout
+from tempflow.core.schedule import sd3
+from tempflow.cost import latent_shape, run_cost
+from tempflow.data.prompts import load_prompts
+from tempflow.recipes import RECIPES
+from tempflow.strict import ConfigError
+
+LEAST = {"name": "run", "iterations": 20, "algorithm": {"name": "tempflow_grpo"}}
+
+
+def config(**changes) -> Config:
+    return parse_config(LEAST | changes)
+
+
+def fault(**changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- wrong configs
+def alg(name: str = "tempflow_grpo", **parameters) -> dict:
+    return {"algorithm": {"name": name, **parameters}}
+
+
+WRONG = [
+    # unknown fields
+    ({"foo": 1}, "foo: unknown field; there are name, seed, iterations"),
+    ({"iteration": 1}, "iteration: unknown field; did you mean 'iterations'?"),
+    (alg(sedes=2), "algorithm.sedes: unknown field; did you mean 'seeds'?"),
+    (alg(group=2), "algorithm.group: unknown field; did you mean 'std_group'?"),
+    (alg("flow_grpo", seeds=2), "algorithm.seeds: unknown field"),
+    ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat: unknown field; did you mean 'learning_rate'?"),
+    ({"rewards": [{"nam": "shapes"}]}, "rewards.0.nam: unknown field; did you mean 'name'?"),
+    # missing, and of another type
+    ({"iterations": None}, "iterations: None is not a whole number"),
+    ({"iterations": "ten"}, "iterations: 'ten' is not a whole number"),
+    ({"iterations": 2.5}, "iterations: 2.5 is not a whole number"),
+    ({"iterations": True}, "iterations: True is not a whole number"),
+    ({"name": 3}, "name: 3 is not a text (in YAML, quote it)"),
+    ({"model": 3}, "model: 3 is not a mapping of fields"),
+    ({"algorithm": "tempflow_grpo"}, "algorithm: 'tempflow_grpo' is not a mapping of fields"),
+    ({"algorithm": {"seeds": 2}}, "algorithm.name: missing; nearest valid: one of flow_grpo, tempflow_grpo"),
+    ({"algorithm": {"name": ["x"]}}, "algorithm.name: ['x'] is not a text"),
+    (alg(seeds="2"), "algorithm.seeds: '2' is not a whole number; the default is 4"),
+    (
+        {"optimizer": {"learning_rate": "fast"}},
+        "optimizer.learning_rate: 'fast' is not a number; the default is 0.0001",
+    ),
+    ({"rewards": "shapes"}, "rewards: 'shapes' is not a list"),
+    # ranges
+    ({"iterations": 0}, "iterations: 0 must be ≥ 1; nearest valid: 1"),
+    ({"threads": 0}, "threads: 0 must be ≥ 1; nearest valid: 1"),
+    ({"rollout_rows": 0}, "rollout_rows: 0 must be ≥ 1; nearest valid: 1"),
+    ({"train_rows": -4}, "train_rows: -4 must be ≥ 1; nearest valid: 1"),
+    ({"model": {"guidance": 0.5}}, "model.guidance: 0.5 must be ≥ 1.0; nearest valid: 1.0"),
+    ({"model": {"lora_rank": 0}}, "model.lora_rank: 0 must be ≥ 1; nearest valid: 1"),
+    ({"model": {"height": 0}}, "model.height: 0 must be ≥ 1; nearest valid: 1"),
+    ({"data": {"prompts_per_iteration": 0}}, "data.prompts_per_iteration: 0 must be ≥ 1; nearest valid: 1"),
+    ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate: 0 must be above 0.0; the default is 0.0001"),
+    ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate: inf is not a finite number"),
+    ({"optimizer": {"ema_decay": 1.0}}, "optimizer.ema_decay: 1.0 must be below 1.0; the default is 0.0"),
+    ({"optimizer": {"ema_decay": -0.1}}, "optimizer.ema_decay: -0.1 must be ≥ 0.0; nearest valid: 0.0"),
+    ({"evaluation": {"steps": 0}}, "evaluation.steps: 0 must be ≥ 1; nearest valid: 1"),
+    ({"evaluation": {"guidance": 0.0}}, "evaluation.guidance: 0.0 must be ≥ 1.0; nearest valid: 1.0"),
+    # names and choices
+    ({"model": {"dtype": "float16"}}, "model.dtype: 'float16' is not one of float32, bfloat16"),
+    ({"model": {"training": "LoRA"}}, "model.training: 'LoRA' is not one of full, lora; nearest valid: 'lora'"),
+    (alg("tempflow_grp"), "algorithm.name: 'tempflow_grp' is no known algorithm; nearest valid: 'tempflow_grpo'"),
+    (alg(weight="noise"), "algorithm.weight: 'noise' is not one of noise_aware, uniform; nearest valid: 'noise_aware'"),
+    (alg("flow_grpo", kl_form="exac"), "algorithm.kl_form: 'exac' is not one of exact, drift, velocity"),
+    ({"device": "gpu"}, "device: 'gpu' is no device; nearest valid: 'cpu'"),
+    ({"device": "cuda:x"}, "device: 'cuda:x' is no device; nearest valid: 'cuda"),
+    ({"name": "a b/c"}, "name: 'a b/c' names a folder too"),
+    ({"name": "../up"}, "nearest valid: 'up'"),
+    ({"rewards": [{"name": "shape"}]}, "rewards.0.name: 'shape' is no known reward; nearest valid: 'shapes'"),
+    ({"rewards": [{"name": "os:system"}]}, "rewards.0.name: 'os:system': a configuration names known rewards only"),
+    ({"evaluation": {"metric": "strict"}}, "evaluation.metric: 'strict' is no known reward; nearest valid: 'shapes_st"),
+    ({"data": {"train": "shapes:trian"}}, "data.train: 'shapes:trian' names no split of the shapes world; nearest"),
+    ({"data": {"test": "a.csv"}}, "data.test: 'a.csv' is neither 'shapes:SPLIT' nor a .txt or .jsonl file"),
+    # what takes several fields
+    ({"rewards": []}, "rewards: [] leaves nothing to learn from; nearest valid: [{name: shapes}]"),
+    ({"rewards": [{"name": "shapes"}] * 2}, "rewards: 'shapes' is named twice"),
+    ({"rewards": [{"name": "shapes", "weight": 0.0}]}, "rewards: all weights are 0"),
+    ({"rewards": [{"name": "shapes", "weight": math.nan}]}, "rewards.0.weight: nan is not a finite number"),
+    ({"model": {"revision": "main"}}, "model.revision: 'main' is for hub ids, 'shapes' has none; nearest valid: null"),
+    (
+        {"optimizer": {"updates_per_iteration": 1729}},
+        "optimizer.updates_per_iteration: 1729 updates share 1728 trained edges of an iteration; nearest valid: 1728",
+    ),
+    (
+        {"optimizer": {"warmup_iterations": 21}},
+        "optimizer.warmup_iterations: 21 is more than the run's iterations; nearest valid: 20",
+    ),
+    # geometry, as the algorithm's own function says it
+    (alg(branches=0), "algorithm.branches: 0 must be at least 1; nearest valid: 1"),
+    (alg(branches=1), "algorithm.branches: 1 must be at least 2, or a seed's group has nothing to compare with"),
+    (alg(steps=1), "algorithm.steps: 1 must be at least 2"),
+    (alg(branch_steps=10), "algorithm.branch_steps: 10 must be in 1 … 9; nearest valid: 9"),
+    (alg(noise_level=0.0), "algorithm.noise_level: 0.0 must be finite and above 0; 0.7 is usual"),
+    (alg(kl=-1.0), "algorithm.kl: -1.0 must be"),
+    (alg("flow_grpo", group=1), "algorithm.group: 1 must be at least 2, or there is nothing to compare with"),
+]
+
+
+@pytest.mark.parametrize("changes,message", WRONG)
+def test_wrong_configurations_say_what_is_wrong(changes, message):
+    said = fault(**changes)
+    assert said.startswith(message) or message in said
+    assert len(said.splitlines()) == 1 and "validation error" not in said
+
+
+def test_all_faults_are_told_at_once():
+    said = fault(iterations=0, device="gpu", model={"guidance": 0.0}, rewards=[{"name": "shape"}])
+    assert [line.partition(":")[0] for line in said.splitlines()] == [
+        "iterations",
+        "device",
+        "model.guidance",
+        "rewards.0.name",
+    ]
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "x"})
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["iterations", "algorithm"]
+
+
+@pytest.mark.parametrize("given", [None, 3, "x", ["name"]])
+def test_what_is_no_mapping(given):
+    with pytest.raises(ConfigError, match="a configuration is a mapping of fields"):
+        parse_config(given)
+
+
+def test_python_users_get_the_same_checks():
+    with pytest.raises(ValidationError, match="sedes: unknown field; did you mean 'seeds'"):
+        Config(name="x", iterations=1, algorithm={"name": "tempflow_grpo", "sedes": 1})  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="frozen"):
+        config().iterations = 3  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------- right configs
+def test_yaml_round_trip_of_every_recipe(tmp_path: Path):
+    for recipe in RECIPES.values():
+        made = recipe()
+        (tmp_path / "c.yaml").write_text(to_yaml(made), encoding="utf-8")
+        assert load_config(tmp_path / "c.yaml") == made
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rate=st.floats(1e-12, 1e3),
+    clip=st.floats(1e-9, 0.5),
+    seed=st.integers(-(2**40), 2**40),
+    threads=st.none() | st.integers(1, 64),
+    weights=st.tuples(st.floats(-5, 5), st.floats(0.1, 5)),
+)
+def test_yaml_round_trip_of_numbers(rate, clip, seed, threads, weights):
+    made = config(
+        seed=seed,
+        threads=threads,
+        optimizer={"learning_rate": rate},
+        rewards=[{"name": n, "weight": w} for n, w in zip(("shapes", "jpeg_compressibility"), weights, strict=True)],
+        **alg(seeds=2, clip=clip, clip_high=None),
+    )
+    from tempflow.config import _Loader
+
+    assert parse_config(yaml.load(to_yaml(made), _Loader)) == made
+    assert parse_config(yaml.safe_load(to_yaml(made))) == made  # any YAML reader will do
+
+
+def test_numbers_as_people_write_them(tmp_path: Path):
+    text = "name: x\niterations: 3\nalgorithm: {name: tempflow_grpo, clip: 1e-3, kl: 0, eps: 1.5E-05}\n"
+    (tmp_path / "c.yml").write_text(text)
+    made = load_config(tmp_path / "c.yml")
+    assert dict(made.algorithm)["clip"] == 1e-3 and dict(made.algorithm)["kl"] == 0.0
+    assert dict(made.algorithm)["eps"] == 1.5e-5
+
+
+def test_defaults():
+    made = config()
+    assert made.output == "runs/run" and made.size == (32, 32) and made.reward_weights == {"shapes": 1.0}
+    assert config(output="elsewhere").output == "elsewhere"
+    assert (made.optimizer.learning_rate, made.optimizer.beta1, made.optimizer.beta2) == (1e-4, 0.9, 0.99)
+    assert config(evaluation={"metric": "reward"}).evaluation.metric == "reward"
+    assert config(model={"path": "org/model", "revision": "main"}).model.revision == "main"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_fields_are_the_function_s_parameters(name):
+    made = parse_config(LEAST | {"algorithm": {"name": name}}).algorithm
+    built, direct = made.build(), ALGORITHMS[name]()
+    assert (built.credit, built.objective, built.dynamics) == (direct.credit, direct.objective, direct.dynamics)
+    assert built.plan(0, 0) is direct.plan(0, 0)
+    for field, info in algorithm_config(name).model_fields.items():
+        assert info.description, f"{field} is not described in the docstring's Args"
+
+
+def test_parameters_reach_the_algorithm():
+    built = config(
+        **alg(seeds=2, branches=3, steps=5, std_group="batch", clip=1e-2, weight="uniform")
+    ).algorithm.build()
+    direct = tempflow_grpo(seeds=2, branches=3, steps=5, std_group="batch", clip=1e-2, weight="uniform")
+    assert (built.credit, built.objective, built.weight) == (direct.credit, direct.objective, direct.weight)
+    assert built.plan(0, 0) is direct.plan(0, 0)
+
+
+THIRD_PARTY = '''
+from tempflow.algorithms import tempflow_grpo
+
+def my_grpo(noise: float, seeds: int = 3):
+    """Mine.
+
+    Args:
+        noise: how much,
+            in units.
+        seeds: how many.
+    """
+    return tempflow_grpo(noise_level=noise, seeds=seeds)
+'''
+
+
+def test_a_third_party_s_algorithm_is_configured_by_its_signature(monkeypatch, tmp_path):
+    (tmp_path / "third_party_grpo.py").write_text(THIRD_PARTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    points = EntryPoints([EntryPoint("my_grpo", "third_party_grpo:my_grpo", "tempflow.algorithms")])
+    monkeypatch.setattr(algorithms, "entry_points", points.select)
+    algorithm_config.cache_clear()
+    try:
+        made = config(**alg("my_grpo", noise=0.5))
+        assert made.algorithm.build().dynamics == tempflow_grpo(noise_level=0.5).dynamics
+        assert algorithm_config("my_grpo").model_fields["noise"].description == "how much, in units."
+        assert "noise: 0.5" in to_yaml(made)
+        assert fault(**alg("my_grpo")).startswith("algorithm.noise: missing")
+    finally:
+        algorithm_config.cache_clear()
+
+
+# -------------------------------------------------------------------------------------------------------- files
+BROKEN_FILES = [
+    ("name: x\nname: y\n", "c.yaml is not YAML: 'name' is given twice"),
+    ("name: [x\n", "c.yaml is not YAML:"),
+    ("name: !!python/object/apply:os.system ['true']\n", "c.yaml is not YAML: could not determine a constructor"),
+    ("", "c.yaml: a configuration is a mapping of fields, not NoneType"),
+    ("- name: x\n", "c.yaml: a configuration is a mapping of fields, not list"),
+    (
+        "name: x\niterations: 3\nalgorithm: {name: flow_grpo, group: 1}\n",
+        "c.yaml: algorithm.group: 1 must be at least 2",
+    ),
+]
+
+
+@pytest.mark.parametrize("text,message", BROKEN_FILES)
+def test_broken_files(tmp_path: Path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert message in str(caught.value)
+
+
+def test_missing_and_oversized_files(tmp_path: Path):
+    (tmp_path / "shapes.yaml").write_text("x" * (2**20 + 1))
+    with pytest.raises(ConfigError, match=r"shape\.yaml is no file; nearest valid: .*shapes\.yaml"):
+        load_config(tmp_path / "shape.yaml")
+    with pytest.raises(ConfigError, match="has 1048577 bytes; a configuration has at most 1048576"):
+        load_config(tmp_path / "shapes.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------ recipes
+def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
+    for name, recipe in RECIPES.items():
+        made = recipe()
+        assert recipe.__name__ == name and made.name == name.replace("_", "-") and made.output == f"runs/{made.name}"
+        for source in (made.data.train, made.data.validation, made.data.test):
+            assert not source.startswith("shapes:") or load_prompts(source)
+
+
+def test_the_sd35_recipe_has_the_papers_settings():
+    made = RECIPES["sd35_medium_tempflow"]()
+    assert made.model.model_dump() | {"revision": None} == {
+        "path": "stabilityai/stable-diffusion-3.5-medium",
+        "revision": None,
+        "dtype": "bfloat16",
+        "height": 512,
+        "width": 512,
+        "guidance": 4.5,
+        "training": "lora",
+        "lora_rank": 32,
+        "lora_alpha": 64,
+    }
+    assert made.algorithm.build().objective == tempflow_grpo().objective
+    assert made.algorithm.build().plan(0, 0).cost().forwards == 1116
+    assert (made.optimizer.learning_rate, made.optimizer.updates_per_iteration) == (3e-4, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- cost
+def test_cost_of_the_papers_settings():
+    cost = run_cost(config(iterations=3, data={"prompts_per_iteration": 2}, evaluation={"steps": 7}))
+    assert (cost.first.forwards, cost.first.leaves, cost.first.trained_edges) == (2232, 432, 432)
+    assert cost.total == cost.first * 3 and cost.reference and not cost.guided
+    assert cost.forwards == 3 * (2232 + 2 * 432)
+    assert (cost.validation, cost.test) == (120 * 7, 504 * 7)
+    free = run_cost(config(model={"guidance": 2.0}, **alg("flow_grpo", kl=0.0)))
+    assert free.forwards == 20 * 8 * (240 + 216) and free.guided and not free.reference
+
+
+def test_cost_adds_up_over_iterations_that_differ():
+    made = config(iterations=15, **alg(branch_steps=2))
+    algorithm = made.algorithm.build()
+    each = [algorithm.cost(i, 8).forwards for i in range(15)]
+    assert len(set(each)) > 1 and run_cost(made).total.forwards == sum(each)
+
+
+@pytest.mark.parametrize("algorithm", [alg(steps=4, seeds=2, branches=3), alg("flow_grpo", steps=4, group=5)])
+def test_stored_states_are_those_of_a_real_forest(algorithm):
+    made = config(iterations=1, data={"prompts_per_iteration": 3}, **algorithm)
+    built = made.algorithm.build()
+    plans = [built.plan(0, slot) for slot in range(3)]
+    shape = latent_shape(made)
+    assert shape == (8, 8, 8)
+    forest = rollout(plans, built.dynamics, sd3(4), lambda x, s, r: torch.zeros_like(x), Noise(0), shape=shape)
+    nodes = forest.drop_leaf_states().nodes
+    cost = run_cost(made)
+    assert (cost.stored_nodes, cost.state_bytes) == (len(nodes), nodes[0].nbytes)
+
+
+def test_latent_shape_reads_the_folder_s_json_only(tmp_path: Path):
+    made = config(model={"path": str(tmp_path), "height": 512, "width": 768})
+    assert latent_shape(made) is None and run_cost(made).state_bytes is None
+    for part, text in (("transformer", '{"in_channels": 16}'), ("vae", '{"block_out_channels": [1, 2, 3, 4]}')):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(text)
+    assert latent_shape(made) == (16, 64, 96)
+    assert run_cost(made).state_bytes == 4 * 16 * 64 * 96
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vae.config\.json does not say 'block_out_channels'"):
+        latent_shape(made)

@@ -1,0 +1,189 @@
+"""A tiny analytic generator: the exact velocity of Gaussian data whose mean depends on the prompt and is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tempflow.algorithms import Algorithm, flow_grpo, tempflow_grpo
+from tempflow.config import Config
+from tempflow.core.schedule import Schedule, linear
+from tempflow.data.prompts import Prompt
+from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.rewards import from_function
+from tempflow.rewards.protocol import Reward
+from tempflow.train.step import Clock, Counter, Experience, Setting, collect, update
+from tempflow.train.weights import Average, Trainable, frozen_copy
+
+SHAPE, SIZE = (2, 2, 2), (2, 2)
+PROMPTS = ("a dim lamp", "the sun", "a candle at night", "fog", "an old torch", "snow")
+SPREAD = 0.5
+
+
+class Velocity(nn.Module):
+    """v = (x − x̂0)/σ, where x̂0 is the posterior mean of x0 ~ N(m, SPREAD²) and m = mean(condition)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mean = nn.Linear(2, 8)
+        self.drop = nn.Dropout(dropout)
+        with torch.no_grad():
+            self.mean.weight.copy_(torch.linspace(-0.3, 0.3, 16).view(8, 2))
+            self.mean.bias.zero_()
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        m = self.drop(self.mean(condition)).view(-1, *SHAPE)
+        s = sigma.to(x.dtype).view(-1, 1, 1, 1)
+        gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
+        return (x - m - gain * (x - (1 - s) * m)) / s
+
+
+class Fake:
+    """Implements `models.protocol.Model`. `rows` lists the rows of every forward of the network, copies included."""
+
+    name, licence = "fake", "Apache-2.0"
+
+    def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        self.network = Velocity(dropout).to(dtype)
+        self.dtype = dtype
+        self.rows: list[int] = []
+        self.network.register_forward_hook(lambda module, given, out: self.rows.append(len(out)))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        rows = [[len(p) / 10, sum(c in "aeiou" for c in p) / 5] for p in prompts]
+        return Conditioning(tuple(prompts), {"c": torch.tensor(rows)}, {"c": torch.zeros(1, 2)})
+
+    def schedule(self, steps: int, size: Size) -> Schedule:
+        return linear(steps, 2.0)
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        if size != SIZE:
+            raise ValueError(f"height, width: {size} must be {SIZE}; nearest valid: {SIZE}")
+        return SHAPE
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        module = self.network if network is None else network
+        tokens, empty = condition.tensors["c"].to(self.dtype), torch.zeros(1, 2, dtype=self.dtype)
+
+        def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            v = module(x.to(self.dtype), sigma, tokens[rows])
+            if guidance == 1:
+                return v
+            base = module(x.to(self.dtype), sigma, empty.expand(len(x), -1))
+            return base + guidance * (v - base)
+
+        return predict
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255).round().to(torch.uint8)
+        return gray[..., None].expand(-1, -1, -1, 3).contiguous()
+
+    def save(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, f"{folder}/model.safetensors")
+
+
+def brightness(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    """Mean grey level in [0, 1]: a shift of the trained mean raises it."""
+    return [sum(image.convert("L").tobytes()) / 4 / 255 for image in images]
+
+
+def weights(model: Fake) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.network.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def tempflow(**options: Any) -> Algorithm:
+    return tempflow_grpo(**{"steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.0, **options})
+
+
+def flow(**options: Any) -> Algorithm:
+    return flow_grpo(**{"steps": 4, "group": 6, "clip": 0.02, "kl": 0.0, **options})
+
+
+class Bench:
+    """What one iteration needs, without a run around it."""
+
+    def __init__(
+        self,
+        model: Fake | None = None,
+        algorithm: Algorithm | None = None,
+        reward: Callable[..., Any] | Reward = brightness,
+        ema: float = 0.0,
+        rate: float = 0.02,
+        **setting: Any,
+    ) -> None:
+        self.model = model or Fake()
+        algorithm = algorithm or tempflow()
+        standard = Setting(
+            model=self.model,
+            algorithm=algorithm,
+            schedule=self.model.schedule(algorithm.steps, SIZE),
+            size=SIZE,
+            guidance=1.0,
+            rewards=[reward if isinstance(reward, Reward) else from_function(reward)],
+            seed=5,
+            rollout_rows=64,
+            train_rows=64,
+            updates=1,
+            max_grad_norm=1.0,
+            reference=frozen_copy(self.model.network) if "reference" in algorithm.objective.weight_sets else None,
+        )
+        self.setting = replace(standard, **setting)
+        self.trainable = Trainable(self.model.network)
+        self.average = Average(self.trainable, ema)
+        self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=rate, weight_decay=0.0)
+        self.counter, self.clock = Counter(), Clock()
+
+    def collect(self, iteration: int = 0, prompts: Sequence[str] = PROMPTS) -> Experience:
+        return collect(self.setting, [Prompt(p) for p in prompts], iteration, self.counter, self.clock)
+
+    def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
+        return update(
+            self.setting,
+            experience,
+            self.trainable,
+            self.average,
+            self.optimizer,
+            iteration,
+            self.counter,
+            self.clock,
+        )
+
+    def iterate(self, iteration: int = 0) -> dict[str, float]:
+        return self.update(self.collect(iteration), iteration)
+
+
+def config(output: Path, **changes: Any) -> Config:
+    """A short run on the fake; nested groups are given as dictionaries."""
+    given: dict[str, Any] = {
+        "name": "toy",
+        "iterations": 8,
+        "output": str(output),
+        "threads": 1,
+        "rollout_rows": 64,
+        "train_rows": 64,
+        "algorithm": {"name": "tempflow_grpo", "steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.0},
+    }
+    groups: dict[str, dict[str, Any]] = {
+        "model": {"height": 2, "width": 2},
+        "data": {"prompts_per_iteration": 3},
+        "optimizer": {"learning_rate": 0.05},
+        "evaluation": {"every": 2, "validation_prompts": 6, "test_prompts": 12, "steps": 4, "metric": "reward"},
+    }
+    merged = {k: {**groups.get(k, {}), **v} if isinstance(v, dict) and k in groups else v for k, v in changes.items()}
+    return Config.model_validate({**given, **groups, **merged})
