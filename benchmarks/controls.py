@@ -39,7 +39,7 @@ class Shuffled:
     def __init__(self, inner: Reward) -> None:
         self.inner, self.name, self.calls = inner, inner.name, 0
 
-    def score(self, media: Tensor, prompts, metadata) -> Scores:  # noqa: ANN001
+    def score(self, media: Tensor, prompts, metadata) -> Scores:
         scores = self.inner.score(media, prompts, metadata)
         self.calls += 1
         order = Stream(0, "shuffled").permutation((self.calls,), len(scores))
@@ -86,7 +86,10 @@ def own_samples(config: Config, forwards: int, out: Path, rounds: int = 10, batc
             max_rows=config.rollout_rows,
         )  # fmt: skip
         x0 = forest.nodes[forest.leaves.node]
-        right = judge[0].score(model.decode(x0, size), [p.text for p in order], [p.metadata for p in order]).value[:, 0] > 0.5
+        right = (
+            judge[0].score(model.decode(x0, size), [p.text for p in order], [p.metadata for p in order]).value[:, 0]
+            > 0.5
+        )
         chosen = right.nonzero()[:, 0]
         spent, kept = spent + count * e.steps, kept + len(chosen)
         steps = (forwards // rounds - count * e.steps) // batch

@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from tempflow.algorithms import tempflow_grpo
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise
-from tempflow.data.prompts import load_prompts
+from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.models import load
 from tempflow.rewards import build
 from tempflow.train.step import Clock, Counter, Setting, collect, update
@@ -133,6 +133,93 @@ def peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+def fastest_batch(setting: Setting, train: bool) -> tuple[int, float]:
+    """The row count at which the bare transformer is fastest, and its seconds a row there."""
+    best_rows, best = 0, float("inf")
+    for rows in (16, 32, 48, 64, 96, 128, 192, 256):
+        batches = [rows] * max(1, 512 // rows)
+        (seconds,) = timed(partial(bare, setting, batches, train), repeats=3)
+        best_rows, best = min((best_rows, best), (rows, seconds / sum(batches)), key=lambda pair: pair[1])
+    return best_rows, best
+
+
+def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[str, float]:
+    """All ratios in one precision; returns rows a second of rollout and training."""
+    speed: dict[str, float] = {}
+    texts = [p.text for p in prompts]
+    print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
+    setting = setting_for(dtype, a.rows)
+    plan = setting.algorithm.plan(0, 0)
+    counter = Counter()
+    roll = sizes_of(setting, lambda: collect(setting, prompts, 0, counter, Clock()))
+    assert sum(roll) == plan.cost().forwards * len(prompts) == counter.rollout, "forwards differ from cost()"
+    print(f"  forwards by hook {sum(roll)} = cost() {plan.cost().forwards * len(prompts)}")
+    leaves = torch.zeros(plan.cost().leaves * len(prompts), *setting.model.noise_shape(SIZE))
+
+    def rollout_side() -> float:
+        clock = Clock()
+        collect(setting, prompts, 0, Counter(), clock)
+        return clock.seconds["rollout"] + clock.seconds["decode"]
+
+    def floor_side() -> None:
+        bare(setting, roll, train=False)
+        setting.model.decode(leaves, SIZE)
+
+    ours, floor = timed(rollout_side, floor_side, repeats=a.repeats)
+    print(f"  rollout + decode {ours:.2f} s / bare forwards + decode {floor:.2f} s = {ours / floor:.3f}")
+    best_rows, best = fastest_batch(setting, train=False)
+
+    def decode_side() -> None:
+        setting.model.decode(leaves, SIZE)
+
+    (decode,) = timed(decode_side, repeats=3)
+    fastest = best * sum(roll) + decode
+    print(f"  rollout + decode / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = {ours / fastest:.3f}")
+
+    trainable = Trainable(setting.model.network)
+    optimizer = torch.optim.AdamW(trainable.masters, lr=0.0, fused=True)
+    experience = collect(setting, prompts, 0, Counter(), Clock())
+
+    def one_update() -> float:
+        clock = Clock()
+        update(setting, experience, trainable, Average(trainable, 0), optimizer, 1, Counter(), clock)
+        return clock.seconds["train"]
+
+    steps = sizes_of(setting, one_update)
+    ours, floor = timed(one_update, lambda: bare(setting, steps, train=True), repeats=a.repeats)
+    print(f"  training pass {ours:.2f} s / bare forward+backward {floor:.2f} s = {ours / floor:.3f}")
+    best_rows, best = fastest_batch(setting, train=True)
+    print(
+        f"  training pass / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = "
+        f"{ours / (best * sum(steps)):.3f}"
+    )
+    speed["train"] = sum(steps) / ours
+
+    def wavefront() -> float:
+        clock = Clock()
+        collect(setting, prompts[:1], 0, Counter(), clock)
+        return clock.seconds["rollout"]
+
+    rows_given = published_way(setting, texts[:1], True)
+    assert rows_given == plan.cost().forwards
+    wave, batch, single = timed(
+        wavefront,
+        lambda: published_seconds(setting, texts[:1], True),
+        lambda: published_seconds(setting, texts[:1], False),
+        repeats=3,
+    )
+    print(f"  published way {batch:.2f} s / wavefront {wave:.2f} s = {batch / wave:.2f}x")
+    print(f"  row by row {single:.2f} s / wavefront {wave:.2f} s = {single / wave:.2f}x")
+    speed["rollout"] = plan.cost().forwards / wave
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    collect(setting, prompts, 0, Counter(), Clock())
+    live = plan.cost().leaves * len(prompts)
+    each = (peak_memory() - before) / live / 1024
+    print(f"  peak memory over the model's own: {each:.1f} KiB a live row ({live} rows)")
+    return speed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4)
@@ -141,90 +228,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    prompts = list(load_prompts("shapes:train"))[:: 50][: a.prompts]
-    texts = [p.text for p in prompts]
-    speed: dict[tuple[str, str], float] = {}
-    for dtype in ("float32", "bfloat16"):
-        print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
-        setting = setting_for(dtype, a.rows)
-        plan = setting.algorithm.plan(0, 0)
-        counter = Counter()
-        roll = sizes_of(setting, lambda: collect(setting, prompts, 0, counter, Clock()))
-        assert sum(roll) == plan.cost().forwards * len(prompts) == counter.rollout, "forwards differ from cost()"
-        print(f"  forwards by hook {sum(roll)} = cost() {plan.cost().forwards * len(prompts)}")
-        leaves = torch.zeros(plan.cost().leaves * len(prompts), *setting.model.noise_shape(SIZE))
-
-        def rollout_side() -> float:
-            clock = Clock()
-            collect(setting, prompts, 0, Counter(), clock)
-            return clock.seconds["rollout"] + clock.seconds["decode"]
-
-        def floor_side() -> None:
-            bare(setting, roll, train=False)
-            setting.model.decode(leaves, SIZE)
-
-        ours, floor = timed(rollout_side, floor_side, repeats=a.repeats)
-        print(f"  rollout + decode {ours:.2f} s / bare forwards + decode {floor:.2f} s = {ours / floor:.3f}")
-        best_rows, best = 0, float("inf")
-        for rows in (16, 32, 48, 64, 96, 128, 192, 256):
-            count = max(1, 512 // rows)
-            (s,) = timed(lambda rows=rows, count=count: bare(setting, [rows] * count, False), repeats=3)
-            best_rows, best = min((best_rows, best), (rows, s / (rows * count)), key=lambda p: p[1])
-
-        def decode_side() -> None:
-            setting.model.decode(leaves, SIZE)
-
-        (decode,) = timed(decode_side, repeats=3)
-        fastest = best * sum(roll) + decode
-        print(f"  rollout + decode / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = {ours / fastest:.3f}")
-
-        trainable = Trainable(setting.model.network)
-        optimizer = torch.optim.AdamW(trainable.masters, lr=0.0, fused=True)
-        experience = collect(setting, prompts, 0, Counter(), Clock())
-
-        def one_update() -> float:
-            clock = Clock()
-            update(setting, experience, trainable, Average(trainable, 0), optimizer, 1, Counter(), clock)
-            return clock.seconds["train"]
-
-        steps = sizes_of(setting, one_update)
-        ours, floor = timed(one_update, lambda: bare(setting, steps, train=True), repeats=a.repeats)
-        print(f"  training pass {ours:.2f} s / bare forward+backward {floor:.2f} s = {ours / floor:.3f}")
-        best_rows, best = 0, float("inf")
-        for rows in (16, 32, 48, 64, 96, 128, 192):
-            count = max(1, 256 // rows)
-            (s,) = timed(lambda rows=rows, count=count: bare(setting, [rows] * count, True), repeats=3)
-            best_rows, best = min((best_rows, best), (rows, s / (rows * count)), key=lambda p: p[1])
-        print(
-            f"  training pass / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = "
-            f"{ours / (best * sum(steps)):.3f}"
-        )
-        speed[dtype, "train"] = sum(steps) / ours
-
-        def wavefront() -> float:
-            clock = Clock()
-            collect(setting, prompts[:1], 0, Counter(), clock)
-            return clock.seconds["rollout"]
-
-        rows_given = published_way(setting, texts[:1], True)
-        assert rows_given == plan.cost().forwards
-        wave, batch, single = timed(
-            wavefront,
-            lambda: published_seconds(setting, texts[:1], True),
-            lambda: published_seconds(setting, texts[:1], False),
-            repeats=3,
-        )
-        print(f"  published way {batch:.2f} s / wavefront {wave:.2f} s = {batch / wave:.2f}x")
-        print(f"  row by row {single:.2f} s / wavefront {wave:.2f} s = {single / wave:.2f}x")
-        speed[dtype, "rollout"] = plan.cost().forwards / wave
-        Path("/proc/self/clear_refs").write_text("5")
-        before = peak_memory()
-        collect(replace(setting, rollout_rows=a.rows), prompts, 0, Counter(), Clock())
-        live = plan.cost().leaves * len(prompts)
-        print(f"  peak memory over the model's own: {(peak_memory() - before) / live / 1024:.1f} KiB a live row ({live} rows)")
+    prompts = list(load_prompts("shapes:train"))[::50][: a.prompts]
+    speed = {dtype: measure(dtype, a, prompts) for dtype in ("float32", "bfloat16")}
     for what in ("rollout", "train"):
-        ratio = speed["bfloat16", what] / speed["float32", what]
-        print(f"bfloat16 / float32, {what}: {ratio:.2f}x ({speed['bfloat16', what]:.0f} against {speed['float32', what]:.0f} rows/s)")
+        ratio = speed["bfloat16"][what] / speed["float32"][what]
+        both = f"{speed['bfloat16'][what]:.0f} against {speed['float32'][what]:.0f} rows/s"
+        print(f"bfloat16 / float32, {what}: {ratio:.2f}x ({both})")
 
 
 if __name__ == "__main__":

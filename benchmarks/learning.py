@@ -68,7 +68,9 @@ def draw(folders: dict[str, list[Path]], path: Path) -> None:
                     x = [e[unit] for e in evaluations]
                 axes.plot(x, y, color=color, alpha=0.3, lw=1)
                 curves.append((x, y))
-            axes.plot(np.mean([c[0] for c in curves], 0), np.mean([c[1] for c in curves], 0), color=color, lw=2, label=method)
+            axes.plot(
+                np.mean([c[0] for c in curves], 0), np.mean([c[1] for c in curves], 0), color=color, lw=2, label=method
+            )
         axes.set(xlabel={"elapsed": "wall seconds, one thread, evaluation included"}.get(unit, unit.replace("_", " ")))
         axes.set(ylabel="validation strict score")
         axes.grid(alpha=0.3)
@@ -97,7 +99,8 @@ def main() -> None:
         cost = {k: np.mean([r["cost"][k] for r in runs]) for k in ("forwards", "decodes", "reward_calls")}
         each = " ".join(f"{v:.3f}" for v in values.mean(1))
         print(
-            f"{method:12s} rate {rates[method]:g}: {values.mean():.3f} ({each}), gain {values.mean() - before.mean():+.3f}; "
+            f"{method:12s} rate {rates[method]:g}: {values.mean():.3f} ({each}), "
+            f"gain {values.mean() - before.mean():+.3f}; "
             + ", ".join(f"{v:.0f} {k}" for k, v in cost.items())
             + f", {np.mean([r['seconds'] for r in runs]):.0f} s"
         )
@@ -108,7 +111,9 @@ def main() -> None:
         for mine, theirs in zip(folders["tempflow"], folders[other], strict=True):
             evaluations = lines(theirs, "evaluation.jsonl")
             target = max(e["mean"]["shapes_strict"] for e in evaluations)
-            shares.append([reach(mine, target, unit) / reach(theirs, target, unit) for unit in ("forwards", "reward_calls")])
+            shares.append(
+                [reach(mine, target, unit) / reach(theirs, target, unit) for unit in ("forwards", "reward_calls")]
+            )
         for unit, share in zip(("forwards", "reward calls"), np.array(shares).T, strict=True):
             print(f"  {unit} to reach {other}'s best validation score: {np.round(share, 2)} of its own, per seed")
     draw(folders, a.out / "curves.png")

@@ -50,7 +50,10 @@ def samples(folder: str | Path, metric: str = "shapes_strict") -> np.ndarray:
 
 
 def paired_interval(a: np.ndarray, b: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
-    """Mean of a − b and its 95 % bootstrap interval. a, b: [seeds, N] on the same pictures; seeds and pictures are drawn."""
+    """Mean of a − b and its 95 % bootstrap interval; seeds and pictures are drawn.
+
+    a, b: [seeds, N], on the same pictures.
+    """
     rng = np.random.default_rng(0)
     d = a - b
     seeds = rng.integers(0, len(d), (draws, len(d)))
@@ -63,7 +66,7 @@ def paired_interval(a: np.ndarray, b: np.ndarray, draws: int = 10000) -> tuple[f
 
 
 def reach(folder: str | Path, target: float, unit: str = "forwards", metric: str = "shapes_strict") -> float:
-    """Cost (`forwards`, `reward_calls`) at which the validation curve first reaches `target`, by linear interpolation."""
+    """Cost (`forwards` or `reward_calls`) at which the validation curve first reaches `target`, interpolated."""
     previous = None
     for line in lines(folder, "evaluation.jsonl"):
         point = (line[unit], line["mean"][metric])

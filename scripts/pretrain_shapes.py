@@ -1,18 +1,21 @@
-"""Pretrains the embedded `shapes` model from nothing on two CPU cores: autoencoder, then transformer and text encoders.
+"""Pretrains the embedded `shapes` model from nothing on two CPU cores: autoencoder, then transformer and text encoders,
+then guidance is distilled into the transformer.
 
-    python scripts/pretrain_shapes.py autoencoder --out runs/pretrain --steps 4000
-    python scripts/pretrain_shapes.py flow        --out runs/pretrain --steps 16000
+    python scripts/pretrain_shapes.py autoencoder --out runs/pretrain --steps 1600 --batch 64
+    python scripts/pretrain_shapes.py flow        --out runs/pretrain --steps 4600 --batch 128 --peak 1.4e-3
+    python scripts/pretrain_shapes.py distill     --out runs/pretrain --steps 500 --batch 128 --peak 3e-4
     python scripts/pretrain_shapes.py ship        --out runs/pretrain --to src/tempflow/shapes/weights
 
-Each stage saves its whole state (weights, optimizer, step) every `--save-every` steps as safetensors and goes on from
-there when started again. Pictures are rendered as they are needed, with noise seeded by the step.
+The first two stages save its whole state (weights, optimizer, step) every `--save-every` steps as safetensors and goes on from
+there when started again. Pictures are
+rendered as they are needed, with noise seeded by the step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import os
 import time
 from pathlib import Path
 
@@ -58,7 +61,7 @@ def to_uint8(media: Tensor) -> np.ndarray:
 def save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
     temporary = path.with_suffix(".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def training_state(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -152,7 +155,9 @@ def latent_pool(vae: nn.Module, count: int, seed: int) -> tuple[Tensor, list[Spe
     rng = np.random.default_rng([2, seed])
     wanted = captions(count, rng)
     with torch.autocast("cpu", torch.bfloat16):
-        z = torch.cat([vae.encode(pictures(wanted[i : i + 128], rng)).latent_dist.mode().float() for i in range(0, count, 128)])  # type: ignore[operator]
+        z = torch.cat(
+            [vae.encode(pictures(wanted[i : i + 128], rng)).latent_dist.mode().float() for i in range(0, count, 128)]
+        )  # type: ignore[operator]
     return z, wanted
 
 
@@ -252,28 +257,94 @@ def evaluate(pipe, count: int, guidance: float = 1.0) -> dict[str, float]:
     return {"strict": round(float(np.mean(list(by_kind.values()))), 3), **by_kind}
 
 
+# ------------------------------------------------------------------------------------------------------- distill
+def distill(out: Path, steps: int, batch: int, save_every: int, peak: float, guidance: float) -> None:
+    """Guidance distillation (Meng et al. 2023; FLUX.1-dev ships this way): one forward learns to give the guided velocity.
+
+    Without it, RL without guidance would mostly rediscover guidance. The empty prompt keeps its own velocity.
+    """
+    pipe = build.pipeline(seed=0)
+    load_pretrained(pipe, out, "flow_ema.safetensors")
+    for name in TRAINED:
+        getattr(pipe, name).requires_grad_(False).eval().to(torch.bfloat16)
+    teacher, student = pipe.transformer, copy.deepcopy(pipe.transformer).requires_grad_(True)
+    prompts = [s.prompt for s in specs()]
+    row = {p: i for i, p in enumerate([*prompts, ""])}
+    with torch.no_grad():
+        embeds, pooled = encode(pipe, [*prompts, ""])
+    trainable = Trainable(student)
+    average = Average(trainable, decay=0.99)
+    optimizer = torch.optim.AdamW(trainable.masters, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    z, wanted = latent_pool(pipe.vae, POOL // 4, seed=777)
+    began = time.time()
+    for step in range(steps):
+        rng = np.random.default_rng([4, step])
+        torch.manual_seed(10**6 + step)
+        rows = rng.integers(0, len(wanted), batch)
+        x0 = (z[torch.from_numpy(rows)] - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        text = torch.tensor(
+            [row["" if d else wanted[r].prompt] for r, d in zip(rows, rng.random(batch) < 0.1, strict=True)]
+        )
+        empty = torch.full_like(text, row[""])
+        sigma = torch.sigmoid(torch.randn(batch) + 0.4)
+        mixed = torch.lerp(x0, torch.randn_like(x0), sigma[:, None, None, None]).bfloat16()
+        with sdpa_kernel(SDPBackend.MATH):
+            with torch.no_grad():
+                both = torch.cat([empty, text])
+                v = teacher(
+                    mixed.repeat(2, 1, 1, 1), embeds[both], pooled[both], (sigma * 1000).repeat(2), return_dict=False
+                )[0]
+                base, conditional = v.float().chunk(2)
+            guess = student(mixed, embeds[text], pooled[text], sigma * 1000, return_dict=False)[0]
+        loss = (guess.float() - base - guidance * (conditional - base)).square().mean()
+        trainable.zero_grad()
+        loss.backward()
+        trainable.collect()
+        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=30)
+        optimizer.step()
+        trainable.publish()
+        average.update()
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            with average.applied():
+                pipe.transformer = student
+                line = {"step": step + 1, "loss": round(loss.item(), 4), **evaluate(pipe, 240)}
+            log(out / "distill.jsonl", line | {"seconds": round(time.time() - began, 1)})
+    ema = load_file(out / "flow_ema.safetensors")
+    ema |= {f"transformer.{n}": v for n, v in zip(trainable.names, average.values, strict=True)}
+    save(out / "distilled.safetensors", ema, steps)
+
+
+def load_pretrained(pipe, out: Path, weights: str) -> None:
+    """Puts the trained autoencoder and the averaged weights of transformer and text encoders into a fresh pipeline."""
+    autoencoder = load_file(out / "autoencoder.safetensors")
+    pipe.vae.load_state_dict({k[4:]: v for k, v in autoencoder.items() if k.startswith("vae.")})
+    pipe.vae.requires_grad_(False)
+    scale_latents(pipe.vae, latent_pool(pipe.vae, 4096, seed=12345)[0])
+    everything = nn.ModuleDict({n: getattr(pipe, n) for n in TRAINED})
+    everything.load_state_dict({**everything.state_dict(), **load_file(out / weights)})
+
+
 # ---------------------------------------------------------------------------------------------------------- ship
 def ship(out: Path, to: Path, shift: float) -> None:
     """Writes the pipeline folder with the averaged weights: bfloat16, the autoencoder float32."""
     pipe = build.pipeline(seed=0, shift=shift)
-    autoencoder, ema = load_file(out / "autoencoder.safetensors"), load_file(out / "flow_ema.safetensors")
-    pipe.vae.load_state_dict({k[4:]: v for k, v in autoencoder.items() if k.startswith("vae.")})
-    scale_latents(pipe.vae, latent_pool(pipe.vae, 4096, seed=12345)[0])
-    everything = nn.ModuleDict({n: getattr(pipe, n) for n in TRAINED})
-    everything.load_state_dict({**everything.state_dict(), **ema})
-    everything.to(torch.bfloat16)
+    load_pretrained(pipe, out, "distilled.safetensors")
+    for name in TRAINED:
+        getattr(pipe, name).to(torch.bfloat16)
     pipe.save_pretrained(to)
     print(f"{sum(f.stat().st_size for f in to.rglob('*') if f.is_file()) / 1e6:.1f} MB in {to}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "flow", "ship"])
+    parser.add_argument("stage", choices=["autoencoder", "flow", "distill", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--peak", type=float, default=1.2e-3, help="peak learning rate of the flow stage")
+    parser.add_argument("--guidance", type=float, default=2.0, help="what the distill stage builds in")
     parser.add_argument("--shift", type=float, default=3.0, help="the scheduler's shift")
     parser.add_argument("--to", type=Path, default=Path("src/tempflow/shapes/weights"))
     a = parser.parse_args()
@@ -282,6 +353,8 @@ def main() -> None:
         train_autoencoder(a.out, a.steps, a.batch, a.save_every)
     elif a.stage == "flow":
         train_flow(a.out, a.steps, a.batch, a.save_every, a.peak)
+    elif a.stage == "distill":
+        distill(a.out, a.steps, a.batch, a.save_every, a.peak, a.guidance)
     else:
         ship(a.out, a.to, a.shift)
 

@@ -113,9 +113,12 @@ class EvaluationConfig(Strict):
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     seed: int = Field(default=1234, description="seed of the noise")
     yardstick: Annotated[tuple[float, ...], Field(strict=False)] = Field(
-        default=(), description="guidance values (≥ 1) of which the untrained model's best is reported beside the result"
+        default=(),
+        description="guidance values (≥ 1) of which the untrained model's best is reported beside the result",
     )
-    metric: str = Field(default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's weighted sum")
+    metric: str = Field(
+        default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's weighted sum"
+    )
 
     @field_validator("yardstick")
     @classmethod

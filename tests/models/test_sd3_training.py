@@ -20,8 +20,7 @@ from tempflow.models import SD3, Predict
 from tempflow.models.sd3 import LORA_TARGETS
 from tempflow.train.weights import frozen_copy
 
-
-STEPS, ROOTS = 4, 3
+STEPS, ROOTS = 3, 4
 
 
 def trainable(adapter: SD3) -> set[str]:
@@ -254,7 +253,7 @@ def grown(adapter: SD3, world: World, guidance: float) -> tuple[Forest, Dynamics
 
 
 def log_ratio(world: World, adapter: SD3, guidance: float, parts: str | int) -> float:
-    """The largest |log ratio| of a fresh rollout, replayed with gradients, in the rollout's own batches or in others."""
+    """The largest |log ratio| of a fresh rollout replayed with gradients, in its own batches or in others."""
     forest, dynamics, grid, predict = grown(adapter, world, guidance)
     edges = forest.edges
     every = torch.arange(len(edges))
@@ -269,17 +268,23 @@ def log_ratio(world: World, adapter: SD3, guidance: float, parts: str | int) -> 
     return worst
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_ratio_is_exactly_one_in_equal_batches(world: World, dtype: str, guidance: float) -> None:
+def test_the_ratio_is_exactly_one_in_equal_batches(world: World, dtype: str) -> None:
     adapter = models.load(str(world.folder), dtype=dtype)
     adapter.add_lora(4, 8)
-    assert log_ratio(world, adapter, guidance, "equal") == 0.0
+    assert log_ratio(world, adapter, 1.0, "equal") == 0.0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 @pytest.mark.parametrize("rows", [1, 7, 36])
 def test_the_ratio_in_other_batches(fresh: SD3, world: World, rows: int, guidance: float) -> None:
-    """Measured: below 1e-6, a hundredth of the tightest clip range here (1e-4)."""
+    """Measured: about 1e-6; SD 3.5 is trained with a clip range of 1e-4."""
     fresh.train_fully()
     assert log_ratio(world, fresh, guidance, rows) <= 3e-6
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_ratio_in_bfloat16(half: SD3, world: World, guidance: float) -> None:
+    """Where kernels agree (here from twelve rows on) it is exactly 1, guided or not; nowhere may it be far from it."""
+    half.train_fully()
+    assert log_ratio(world, half, guidance, 36) <= 1e-3

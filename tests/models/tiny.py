@@ -17,7 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-WORDS = "a an and bird cat dog house of on painting red blue small large the tree under".split()
+WORDS = ("a", "bird", "blue", "cat", "dog", "house", "large", "of", "on", "red", "small", "the", "tree", "under")
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")
 
 

@@ -93,11 +93,11 @@ def test_different_prompts_have_different_conditions(loaded: StableDiffusion3Pip
 
 def test_diffusers_alone_draws(loaded: StableDiffusion3Pipeline) -> None:
     options = {"height": 32, "width": 32, "max_sequence_length": build.TOKENS, "num_inference_steps": 2}
-    draw = lambda seed: (
-        loaded(  # noqa: E731
-            "a red circle", generator=torch.Generator().manual_seed(seed), output_type="np", **options
-        ).images
-    )
+
+    def draw(seed: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        return loaded("a red circle", generator=generator, output_type="np", **options).images
+
     first = draw(0)
     assert first.shape == (1, 32, 32, 3) and np.isfinite(first).all()
     assert np.array_equal(first, draw(0)) and not np.array_equal(first, draw(1))

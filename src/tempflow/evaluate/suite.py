@@ -102,7 +102,7 @@ def draw(
             ODE(),
             schedule,
             lambda x, sigma, row, predict=predict, first=first: predict(x, sigma, row - first),
-            Noise(seed),
+            Noise(seed, iteration=-1),  # a training run counts from 0: its noise is never this
             shape=shape,
             slots=range(first, first + len(part)),
             max_rows=rows,

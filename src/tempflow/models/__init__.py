@@ -72,10 +72,11 @@ def _check_family(path: str, found: object) -> None:
 
 def _download(path: str, revision: str | None) -> Path:
     """The snapshot folder of a hub id; its class is looked at before gigabytes travel."""
-    with quiet():
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
     try:
-        index: Any = StableDiffusion3Pipeline.load_config(path, revision=revision)
+        with quiet():
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+            index: Any = StableDiffusion3Pipeline.load_config(path, revision=revision)
         _check_family(path, index["_class_name"])
         return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
     except OSError as error:

@@ -21,8 +21,8 @@ class _Drop(logging.Filter):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, the two libraries draw no progress bars (a hub download, done outside, still has its own) and drop the
-    notices in `IRRELEVANT` and the deprecation of `torch_dtype`, the name that older diffusers know. All is put back
-    after."""
+    notices in `IRRELEVANT` and two deprecations: of `torch_dtype`, the name that older diffusers know, and of what
+    diffusers itself passes to the hub. All is put back after."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -38,6 +38,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*", category=UserWarning)
             yield
     finally:
         for handler in handlers:

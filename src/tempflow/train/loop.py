@@ -63,8 +63,8 @@ def train(
 ) -> Run:
     """Trains as `config` says; objects given here take the place of what it names.
 
-    `reward`: a `Reward`, a function of (images, prompts) → scores, or several; their sum is then what the best weights are
-    chosen and reported by, unless `evaluation.metric` names one of them. `prompts` are also used for validation,
+    `reward`: a `Reward`, a function of (images, prompts) → scores, or several; their sum is then what the best weights
+    are chosen and reported by, unless `evaluation.metric` names one of them. `prompts` are also used for validation,
     and for the held-out test unless `test_prompts` is given. Everything is checked before the first forward: raises
     ValueError for bad input, GuardError when a guard stops the run (the best weights so far are saved).
     """
