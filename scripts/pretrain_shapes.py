@@ -316,7 +316,7 @@ def distill(out: Path, steps: int, batch: int, save_every: int, peak: float, gui
 
 
 def load_pretrained(pipe, out: Path, weights: str) -> None:
-    """Puts the trained autoencoder and the averaged weights of transformer and text encoders into a fresh pipeline."""
+    """Puts the trained autoencoder, transformer and text encoders (averaged weights) into a fresh pipeline."""
     autoencoder = load_file(out / "autoencoder.safetensors")
     pipe.vae.load_state_dict({k[4:]: v for k, v in autoencoder.items() if k.startswith("vae.")})
     pipe.vae.requires_grad_(False)
@@ -327,12 +327,13 @@ def load_pretrained(pipe, out: Path, weights: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- ship
 def ship(out: Path, to: Path, shift: float) -> None:
-    """Writes the pipeline folder with the averaged weights: bfloat16, the autoencoder float32."""
+    """Writes the pipeline folder with the averaged weights; the transformer in bfloat16, the rest in float32."""
     pipe = build.pipeline(seed=0, shift=shift)
     load_pretrained(pipe, out, "distilled.safetensors")
-    for name in TRAINED:
-        getattr(pipe, name).to(torch.bfloat16)
+    # The text encoders stay float32: transformers would load them in the dtype that they were saved in.
+    pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(to)
+    (to / "licence.json").write_text(json.dumps({"licence": "Apache-2.0"}) + "\n")
     print(f"{sum(f.stat().st_size for f in to.rglob('*') if f.is_file()) / 1e6:.1f} MB in {to}")
 
 

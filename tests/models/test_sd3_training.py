@@ -276,7 +276,7 @@ def test_the_ratio_is_exactly_one_in_equal_batches(world: World, dtype: str) -> 
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("rows", [1, 7, 36])
+@pytest.mark.parametrize("rows", [1, 36])
 def test_the_ratio_in_other_batches(fresh: SD3, world: World, rows: int, guidance: float) -> None:
     """Measured: about 1e-6; SD 3.5 is trained with a clip range of 1e-4."""
     fresh.train_fully()

@@ -59,6 +59,12 @@ def test_a_function_of_the_seed_alone(pipe: StableDiffusion3Pipeline) -> None:
     assert not torch.equal(mine["transformer.proj_out.weight"], other["transformer.proj_out.weight"])
 
 
+def test_plain_from_pretrained_is_all_float32(loaded: StableDiffusion3Pipeline) -> None:
+    """transformers loads a text encoder in the dtype of its config, diffusers the rest in float32: they must fit."""
+    dtypes = {name: tensor.dtype for name, tensor in weights(loaded).items() if tensor.is_floating_point()}
+    assert {name: dtype for name, dtype in dtypes.items() if dtype != torch.float32} == {}
+
+
 def test_every_slot_is_filled(loaded: StableDiffusion3Pipeline, folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusion3Pipeline"
@@ -123,8 +129,8 @@ def test_the_adapter_reads_as_much_text_as_training_did(folder: Path, loaded: St
 
 
 def test_size_on_disk(loaded: StableDiffusion3Pipeline, folder: Path) -> None:
-    """In bfloat16, the autoencoder in float32, as shipped."""
-    size = sum(t.numel() * (4 if n.startswith("vae.") else 2) for n, t in weights(loaded).items())
+    """The transformer in bfloat16 and the rest, which `from_pretrained` must not load so by itself, in float32."""
+    size = sum(t.numel() * (2 if n.startswith("transformer.") else 4) for n, t in weights(loaded).items())
     assert size <= LIMIT
     if folder == models.shapes_folder():
         files = [f for f in folder.rglob("*") if f.is_file()]
