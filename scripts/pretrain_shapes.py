@@ -6,9 +6,8 @@ then guidance is distilled into the transformer.
     python scripts/pretrain_shapes.py distill     --out runs/pretrain --steps 500 --batch 128 --peak 3e-4
     python scripts/pretrain_shapes.py ship        --out runs/pretrain --to src/tempflow/shapes/weights
 
-The first two stages save its whole state (weights, optimizer, step) every `--save-every` steps as safetensors and goes on from
-there when started again. Pictures are
-rendered as they are needed, with noise seeded by the step.
+The first two stages save their whole state (weights, optimizer, step) every `--save-every` steps as safetensors and go
+on from there when started again. Pictures are rendered as they are needed, with noise seeded by the step.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -135,11 +135,12 @@ def train_autoencoder(out: Path, steps: int, batch: int, save_every: int) -> Non
 
 
 @torch.no_grad()
-def reconstruction(vae: nn.Module, count: int) -> float:
+def reconstruction(vae: AutoencoderKL, count: int) -> float:
     """Share of rendered pictures that the verifier still calls right after the autoencoder."""
     rng = np.random.default_rng(99)
     wanted = balanced("train", count)
-    seen = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in pictures(wanted, rng).split(60)])  # type: ignore[operator]
+    parts = pictures(wanted, rng).split(60)
+    seen = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in parts])
     return float(np.mean([judge(p, s).strict for p, s in zip(to_uint8(seen), wanted, strict=True)]))
 
 
@@ -151,13 +152,13 @@ def log(path: Path, line: dict[str, object]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- flow
 @torch.no_grad()
-def latent_pool(vae: nn.Module, count: int, seed: int) -> tuple[Tensor, list[Spec]]:
+def latent_pool(vae: AutoencoderKL, count: int, seed: int) -> tuple[Tensor, list[Spec]]:
     rng = np.random.default_rng([2, seed])
     wanted = captions(count, rng)
     with torch.autocast("cpu", torch.bfloat16):
         z = torch.cat(
             [vae.encode(pictures(wanted[i : i + 128], rng)).latent_dist.mode().float() for i in range(0, count, 128)]
-        )  # type: ignore[operator]
+        )
     return z, wanted
 
 
@@ -259,7 +260,7 @@ def evaluate(pipe, count: int, guidance: float = 1.0) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------- distill
 def distill(out: Path, steps: int, batch: int, save_every: int, peak: float, guidance: float) -> None:
-    """Guidance distillation (Meng et al. 2023; FLUX.1-dev ships this way): one forward learns to give the guided velocity.
+    """Guidance distillation (Meng et al. 2023; FLUX.1-dev ships so): one forward learns to give the guided velocity.
 
     Without it, RL without guidance would mostly rediscover guidance. The empty prompt keeps its own velocity.
     """
