@@ -3,7 +3,7 @@ then guidance is distilled into the transformer.
 
     python scripts/pretrain_shapes.py autoencoder --out runs/pretrain --steps 1600 --batch 64
     python scripts/pretrain_shapes.py flow        --out runs/pretrain --steps 4600 --batch 128 --peak 1.4e-3
-    python scripts/pretrain_shapes.py distill     --out runs/pretrain --steps 500 --batch 128 --peak 3e-4
+    python scripts/pretrain_shapes.py distill     --out runs/pretrain --steps 200 --batch 128 --peak 4e-4 --guidance 1.2
     python scripts/pretrain_shapes.py ship        --out runs/pretrain --to src/tempflow/shapes/weights
 
 The first two stages save their whole state (weights, optimizer, step) every `--save-every` steps as safetensors and go
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--peak", type=float, default=1.2e-3, help="peak learning rate of the flow stage")
-    parser.add_argument("--guidance", type=float, default=2.0, help="what the distill stage builds in")
+    parser.add_argument("--guidance", type=float, default=1.2, help="what the distill stage builds in")
     parser.add_argument("--shift", type=float, default=3.0, help="the scheduler's shift")
     parser.add_argument("--to", type=Path, default=Path("src/tempflow/shapes/weights"))
     a = parser.parse_args()
