@@ -102,10 +102,6 @@ WRONG = [
         {"optimizer": {"updates_per_iteration": 1729}},
         "optimizer.updates_per_iteration: 1729 updates share 1728 trained edges of an iteration; nearest valid: 1728",
     ),
-    (
-        {"optimizer": {"warmup_iterations": 21}},
-        "optimizer.warmup_iterations: 21 is more than the run's iterations; nearest valid: 20",
-    ),
     # geometry, as the algorithm's own function says it
     (alg(branches=0), "algorithm.branches: 0 must be at least 1; nearest valid: 1"),
     (alg(branches=1), "algorithm.branches: 1 must be at least 2, or a seed's group has nothing to compare with"),

@@ -278,11 +278,6 @@ class Config(Strict):
                 f"optimizer.updates_per_iteration: {updates} updates share {cost.trained_edges} trained edges of an "
                 f"iteration; nearest valid: {cost.trained_edges}"
             )
-        if self.optimizer.warmup_iterations > self.iterations:
-            raise ValueError(
-                f"optimizer.warmup_iterations: {self.optimizer.warmup_iterations} is more than the run's iterations; "
-                f"nearest valid: {self.iterations}"
-            )
         return self
 
 

@@ -25,7 +25,7 @@ def picture(prompts: list[str], rows: int = 64, seed: int = 3, steps: int = 5) -
 
 def test_draw_is_an_euler_walk_from_the_seeds_noise() -> None:
     model = Fake()
-    x = Noise(3).initial([(n, 0) for n in range(len(PROMPTS))], (2, 2, 2))
+    x = Noise(3, iteration=-1).initial([(n, 0) for n in range(len(PROMPTS))], (2, 2, 2))
     predict = model.predictor(model.encode(PROMPTS), 1.0)
     sigmas = model.schedule(5, SIZE).sigmas
     with torch.no_grad():

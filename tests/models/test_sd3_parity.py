@@ -48,7 +48,7 @@ def test_many_prompts_differ_by_the_text_encoders_rounding_alone(world: World, g
     prompts = list(world.prompts)
     a = ours(world.adapter, prompts, 4, guidance, world.size, roots=2)
     b = theirs(world.plain, prompts, 4, guidance, world.size, world.tokens, roots=2)
-    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+    assert (a - b).abs().max() <= 1e-5 * max(1.0, guidance) * a.abs().max()  # guidance enlarges the rounding
     condition = world.adapter.encode(prompts)
     repeat = lambda t: t.repeat_interleave(2, 0)  # noqa: E731
     c = world.plain(

@@ -68,4 +68,7 @@ class Display:
                 table.add_row(label, f"{b:.3f}", f"{a:.3f}", f"{a - b:+.3f}", end_section=label == name)
         self.console.print(table)
         self.say(f"best validation at iteration {run.best_iteration}; pictures, curve and model in {run.folder}")
+        if run.yardstick is not None:
+            guidance, report = run.yardstick
+            self.say(f"yardstick: untrained with its best guidance, {guidance:g}: {report.mean(run.metric):.3f}")
         self.say(run.last_line)
