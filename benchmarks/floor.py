@@ -150,8 +150,14 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
     setting = setting_for(dtype, a.rows)
     plan = setting.algorithm.plan(0, 0)
+    bare(setting, [a.rows], train=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_memory()
     counter = Counter()
     roll = sizes_of(setting, lambda: collect(setting, prompts, 0, counter, Clock()))
+    live = plan.cost().leaves * len(prompts)
+    each = (peak_memory() - before) / live / 1024
+    print(f"  peak memory over the model's own: {each:.1f} KiB a live row ({live} rows at the end)")
     assert sum(roll) == plan.cost().forwards * len(prompts) == counter.rollout, "forwards differ from cost()"
     print(f"  forwards by hook {sum(roll)} = cost() {plan.cost().forwards * len(prompts)}")
     leaves = torch.zeros(plan.cost().leaves * len(prompts), *setting.model.noise_shape(SIZE))
@@ -211,12 +217,6 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     print(f"  published way {batch:.2f} s / wavefront {wave:.2f} s = {batch / wave:.2f}x")
     print(f"  row by row {single:.2f} s / wavefront {wave:.2f} s = {single / wave:.2f}x")
     speed["rollout"] = plan.cost().forwards / wave
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory()
-    collect(setting, prompts, 0, Counter(), Clock())
-    live = plan.cost().leaves * len(prompts)
-    each = (peak_memory() - before) / live / 1024
-    print(f"  peak memory over the model's own: {each:.1f} KiB a live row ({live} rows)")
     return speed
 
 
