@@ -1,6 +1,6 @@
 """Is the gain honest? Two controls beside the demo's own runs, at equal transformer forwards, all judged on test.
 
-    python benchmarks/controls.py --demo runs/demo-0 [--demo runs/demo-1 …] --out runs/controls
+    python -m benchmarks.controls --demo runs/demo-0 [--demo runs/demo-1 …] --out runs/controls
 
 `shuffled`: the same run with rewards dealt to the wrong pictures (gain must be ≤ 0.02 in absolute value or negative).
 `own samples`: rejection fine-tuning. The base samples train prompts; verified-right samples are trained on with the

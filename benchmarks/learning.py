@@ -1,6 +1,6 @@
 """TempFlow-GRPO against Flow-GRPO (group std; global std) on `shapes`, at equal transformer forwards.
 
-    python benchmarks/learning.py --out runs/learning [--forwards 150000] [--seeds 0 1 2]
+    python -m benchmarks.learning --out runs/learning [--forwards 150000] [--seeds 0 1 2]
 
 Each method tries the same three learning rates (one seed, judged on validation), then runs at its best rate with three
 seeds, judged once on test. Two runs go side by side, one thread each. Finished runs are kept: start it again to go on.
