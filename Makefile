@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench leaderboard lint clean
 
 # torch first: a plain `torch` on a CPU-only machine would pull gigabytes of CUDA.
 .venv/ready: pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ test-all: .venv/ready
 bench: .venv/ready
 	$(PY) benchmarks/floor.py
 	$(PY) benchmarks/verifier.py
+
+leaderboard: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.leaderboard
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -26,7 +26,8 @@ from tempflow.core.rollout import Noise
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.models import load
 from tempflow.rewards import build
-from tempflow.train.step import Clock, Counter, Setting, collect, credit, update
+from tempflow.train.learn import update
+from tempflow.train.step import Clock, Counter, Setting, collect, credit
 from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable
 
@@ -49,7 +50,7 @@ def setting_for(dtype: str, rows: int) -> Setting:
         train_rows=rows,
         updates=1,
         max_grad_norm=1.0,
-        reference=None,
+        sets={},
     )
 
 
@@ -68,7 +69,7 @@ def timed(*sides: Callable[[], float | None], repeats: int) -> list[float]:
 
 def bare(setting: Setting, batches: list[int], train: bool) -> None:
     """The transformer alone on these row counts: forward, or forward and backward."""
-    model, dtype = setting.model, setting.model.network.dtype
+    model, dtype = setting.model, next(setting.model.network.parameters()).dtype
     condition = model.encode(["a circle"])
     predict = model.predictor(condition, 1.0)
     context = torch.enable_grad if train else torch.no_grad
@@ -96,6 +97,8 @@ def published_way(setting: Setting, texts: list[str], children_at_once: bool) ->
     """The same forest without the wavefront: trunk step by step, then each branch point's K children to the end, as one
     batch or one by one. Returns the rows given to the transformer."""
     model, algorithm, schedule = setting.model, setting.algorithm, setting.schedule
+    dynamics = algorithm.dynamics
+    assert dynamics is not None
     predict = model.predictor(model.encode(texts), 1.0)
     noise, shape = Noise(0), model.noise_shape(SIZE)
     rows_given, seeds, branches = 0, 4, 6
@@ -112,7 +115,7 @@ def published_way(setting: Setting, texts: list[str], children_at_once: bool) ->
                 for i in range(algorithm.steps - 1):
                     step = torch.tensor([i])
                     v = velocity(trunk, i, slot)
-                    law = algorithm.dynamics.transition(trunk, v, schedule, step)
+                    law = dynamics.transition(trunk, v, schedule, step)
                     z = noise.edge([(slot, seed, *[branches] * i, k, i) for k in range(branches)], shape)
                     children = torch.cat([law.sample(z[k : k + 1]) for k in range(branches)])
                     for x in children.split(branches if children_at_once else 1):

@@ -20,7 +20,7 @@ from benchmarks.runs import lines, paired_interval, reach, run_all, samples, sum
 from tempflow.config import Config, parse_config
 from tempflow.recipes.shapes import COMMON, OPTIMIZER, REWARDS
 
-RATES = (1e-4, 2e-4, 4e-4)
+RATES = (5e-5, 1e-4, 2e-4)
 SEARCH_SEED = 100
 METHODS = {
     "tempflow": ({"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),

@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import count
 from pathlib import Path
+from threading import Event, Lock
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from tempflow.algorithms import Algorithm
 from tempflow.config import Config, to_yaml
 
+ASIDE = {"name", "output", "checkpoint", "track", "parallel"}
+"""Settings that do not change what a run finds."""
 
-def run_all(configs: Sequence[Config], side_by_side: int = 2) -> None:
-    """Runs each configuration in a process of its own; one that has a summary already is left as it is."""
+
+def told(config: Config, code: int, last: str) -> None:
+    """Prints how a run ended."""
+    print(f"{Path(config.output).name}: {'' if code == 0 else f'exit {code}: '}{last}", flush=True)
+
+
+def run_all(
+    configs: Sequence[Config],
+    side_by_side: int = 2,
+    *,
+    resume: bool = False,
+    ended: Callable[[Config, int, str], None] = told,
+) -> None:
+    """Runs each configuration in a process of its own; one that has a summary already is left as it is.
+
+    `resume` goes on with a run that was cut off, where its configuration is still the same; else it starts anew.
+    `ended` is told of every run its exit status and last line, one run at a time. What ends this call early
+    (KeyboardInterrupt, an exception of `ended`) asks the runs at work to keep their state and waits for them.
+    """
+    live, lock, leaving = set[subprocess.Popen](), Lock(), Event()
 
     def one(config: Config) -> None:
-        folder = Path(config.output)
-        if (folder / "summary.json").exists():
+        if (Path(config.output) / "summary.json").exists():
             return
+        with lock:
+            if leaving.is_set():
+                return
+            process = _started(config, resume)
+            live.add(process)
+        code = process.wait()
+        with lock:
+            live.discard(process)
+            if not leaving.is_set():
+                ended(config, code, _last_line(config))
+
+    pool = ThreadPoolExecutor(side_by_side)
+    try:
+        list(pool.map(one, configs))
+    except BaseException:
+        with lock:
+            leaving.set()
+            for process in live:
+                process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _beside(config: Config, end: str) -> Path:
+    """A file beside the run's folder; rates have dots, so no `with_suffix`."""
+    folder = Path(config.output)
+    return folder.parent / f"{folder.name}{end}"
+
+
+def _started(config: Config, resume: bool) -> subprocess.Popen:
+    folder, file = Path(config.output), _beside(config, ".yaml")
+    words = ["train", str(file)]
+    if resume and resumable(config):
+        words = ["train", "--resume", str(folder)]
+    else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_suffix(".yaml")
         file.write_text(to_yaml(config))
-        with folder.with_suffix(".log").open("w") as log:
-            code = subprocess.call([sys.executable, "-m", "tempflow.cli", "train", str(file)], stdout=log, stderr=log)
-        last = folder.with_suffix(".log").read_text().strip().splitlines()[-1:]
-        print(f"{folder.name}: {'' if code == 0 else f'exit {code}: '}{last[0] if last else ''}", flush=True)
+    with _beside(config, ".log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-m", "tempflow.cli", *words], stdout=log, stderr=log)
 
-    with ThreadPoolExecutor(side_by_side) as pool:
-        list(pool.map(one, configs))
+
+def resumable(config: Config) -> bool:
+    """Whether its folder holds this very run, begun or finished."""
+    begun = Path(config.output) / "config.yaml"
+    return begun.exists() and begun.read_text() == to_yaml(config)
+
+
+def _last_line(config: Config) -> str:
+    return "".join(_beside(config, ".log").read_text().strip().splitlines()[-1:])
 
 
 def lines(folder: str | Path, name: str) -> list[dict]:
@@ -77,3 +144,150 @@ def reach(folder: str | Path, target: float, unit: str = "forwards", metric: str
             return previous[0] + share * (point[0] - previous[0])
         previous = point
     return float("inf")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def packed(outcomes: np.ndarray) -> str:
+    """Outcomes 0 or 1, [N], as hexadecimal digits, the first in the highest bit. Raises ValueError for others."""
+    other = int((~np.isin(outcomes, (0, 1))).sum())
+    if other:
+        raise ValueError(f"outcomes: {other} are neither 0 nor 1 (a failed score is NaN); nearest valid: 0 and 1 alone")
+    return np.packbits(outcomes.astype(bool)).tobytes().hex()
+
+
+def unpacked(digits: str, outcomes: int) -> np.ndarray:
+    """What `packed` packed, float64 [outcomes]. Raises ValueError where there are not so many digits."""
+    if len(digits) != -(-outcomes // 8) * 2:
+        raise ValueError(f"digits: {len(digits)} for {outcomes} outcomes; nearest valid: {-(-outcomes // 8) * 2}")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=outcomes).astype(float)
+
+
+def affordable(algorithm: Algorithm, prompts: int, budget: int) -> int:
+    """Iterations, at least 1, whose rollout, training, and other weight sets' forwards come nearest to the budget."""
+    spent = 0
+    for iteration in count():
+        cost = algorithm.cost(iteration, prompts)
+        next_ = spent + cost.forwards + cost.trained_edges * len(algorithm.objective.weight_sets)
+        if next_ >= budget:
+            return max(1, iteration + (next_ - budget <= budget - spent))
+        spent = next_
+    raise AssertionError
+
+
+def base_hash(root: Path | None = None) -> str:
+    """SHA-256 of the safetensors files, and their names, in a model's folder; by default the shipped shapes model's."""
+    root = root or Path(str(files("tempflow.shapes") / "weights"))
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.safetensors")):
+        digest.update(file.relative_to(root).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(flat(settings), sort_keys=True).encode()).hexdigest()
+
+
+def mismatch(result: Mapping[str, Any], config: Config, base: str) -> list[str]:
+    """Why a result does not stand for `config` from the base weights `base`; nothing when it does.
+
+    A setting that came in after the result was made counts only where it is not at its default, which is how the run
+    had it.
+    """
+    known, now = flat(result["config"]), flat(config.model_dump(mode="json", exclude=ASIDE))
+    chosen = flat(config.model_dump(mode="json", exclude=ASIDE, exclude_defaults=True))
+    why = [] if config_hash(result["config"]) == result["config_hash"] else ["its configuration was changed by hand"]
+    why += [] if result["base_hash"] == base else [f"base weights {result['base_hash'][:8]}, now {base[:8]}"]
+    why += [f"{key} was {value!r}, now {now.get(key)!r}" for key, value in known.items() if now.get(key) != value]
+    return why + [f"{key} is {now[key]!r}, and was not there" for key in now if key not in known and key in chosen]
+
+
+def boiled(config: Config, base: str, metric: str) -> dict[str, Any]:
+    """A finished run, or one that a guard stopped, as a small file: plain JSON.
+
+    base: hash of the weights that it started from; metric: the test score that is kept, 0 or 1 for each picture.
+    `diversity` is that of the pictures trained on, in the first and the last five iterations. `collapsed`: the last
+    validation is under half of the untrained model's.
+    Raises OSError, KeyError or ValueError where the run is neither.
+    """
+    folder = Path(config.output)
+    evaluations, metrics = lines(folder, "evaluation.jsonl"), lines(folder, "metrics.jsonl")
+    curve = [[e["forwards"], e["mean"][metric]] for e in evaluations]
+    seen = [line["diversity"] for line in metrics if line.get("diversity") is not None]
+    settings = config.model_dump(mode="json", exclude=ASIDE)
+    result = {
+        "config_hash": config_hash(settings),
+        "base_hash": base,
+        "tempflow": version("tempflow"),
+        "torch": version("torch"),
+        "curve": [[x, y if y is None else round(y, 5)] for x, y in curve],
+        "diversity": [round(float(np.mean(part)), 5) for part in (seen[:5], seen[-5:])] if seen else None,
+        "collapsed": curve[-1][1] is None or curve[-1][1] < 0.5 * curve[0][1],
+    }
+    if (folder / "summary.json").exists():
+        told = summary(folder)
+        before, after = samples(folder, metric)
+        return result | {
+            "stopped": None,
+            "best_validation": told["best_validation"],
+            "before": round(before.mean(), 6),
+            "after": round(after.mean(), 6),
+            "pictures": len(after),
+            "before_bits": packed(before),
+            "after_bits": packed(after),
+            "cost": told["cost"],
+            "seconds": round(told["seconds"], 1),
+            "config": settings,
+        }
+    stops = [a for a in lines(folder, "alarms.jsonl") if a["action"] == "stop"]
+    if not stops:
+        raise ValueError("neither finished nor stopped by a guard")
+    cost = {key: metrics[-1][key] for key in ("forwards", "decodes", "reward_calls")} if metrics else {}
+    best = max((y for _, y in curve if y is not None), default=None)
+    guard = f"{stops[-1]['guard']} at iteration {stops[-1]['iteration']}"
+    return result | {"stopped": guard, "best_validation": best, "cost": cost, "seconds": None, "config": settings}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    bars = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in bars)
+
+
+def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Sequence[str] = ()) -> None:
+    """Mean curves as a PNG; more than eight are drawn apart, each before those named in `grey`.
+
+    curves: by name, a float [points, 2] of (forwards, validation score) for each run. Runs of one name are averaged
+    over the points that all of them reached.
+    """
+    apart = len(curves) > 8
+    columns, rows = (4, -(-len(curves) // 4)) if apart else (1, 1)
+    size = (3.4 * columns, 2.6 * rows) if apart else (8, 5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    means = {name: np.mean([run[: min(map(len, runs))] for run in runs], 0) for name, runs in curves.items()}
+    for place, (name, mean) in enumerate(means.items()):
+        here, color = (axes[place], "C0") if apart else (axes[0], f"C{place}")
+        for other in (n for n in grey if apart and n in means and n != name):
+            here.plot(*means[other].T, color="0.75", lw=1)
+        for run in curves[name]:
+            here.plot(*run.T, color=color, alpha=0.3, lw=1)
+        here.plot(*mean.T, color=color, lw=2, label=name)
+        if apart:
+            here.set_title(name, fontsize=9)
+    for ax in axes[len(curves) if apart else 1 :]:
+        ax.set_axis_off()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    if not apart and curves:
+        axes[0].legend(fontsize=8)
+    figure.supxlabel("transformer forwards, evaluation left out", fontsize=9)
+    figure.supylabel("validation strict score", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

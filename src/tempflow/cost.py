@@ -25,7 +25,7 @@ class RunCost:
     first, total        rows given to the network in rollouts, pictures decoded and scored, edges trained. A group whose
                         scores are all equal is not trained, so the trained edges (and their forwards) are upper bounds
     rewards             rewards per picture
-    reference           whether the KL needs the starting model's forwards too, one per trained edge
+    others              the weight sets beside the policy (reference, old, …) that the loss asks at every trained edge
     guided              whether guidance doubles the rows of every forward
     stored_nodes        most states that an iteration keeps for training
     state_bytes         bytes of one state; None where the model's folder is not here to say
@@ -36,7 +36,7 @@ class RunCost:
     first: Cost
     total: Cost
     rewards: int
-    reference: bool
+    others: tuple[str, ...]
     guided: bool
     stored_nodes: int
     state_bytes: int | None
@@ -45,8 +45,8 @@ class RunCost:
 
     @property
     def forwards(self) -> int:
-        """Rollout, training and reference forwards of the run at most, guidance not doubled; evaluation is apart."""
-        return self.total.forwards + self.total.trained_edges * (2 if self.reference else 1)
+        """Rollout, training and other sets' forwards of the run at most, guidance not doubled; evaluation is apart."""
+        return self.total.forwards + self.total.trained_edges * (1 + len(self.others))
 
     def table(self) -> Table:
         """The counts, for a terminal."""
@@ -60,8 +60,8 @@ class RunCost:
             ("reward calls", self.first.leaves * self.rewards, self.total.leaves * self.rewards),
             ("training forwards + backwards, at most", self.first.trained_edges, self.total.trained_edges),
         ]
-        if self.reference:
-            rows.append(("reference forwards, at most", self.first.trained_edges, self.total.trained_edges))
+        for name in self.others:
+            rows.append((f"{name} forwards, at most", self.first.trained_edges, self.total.trained_edges))
         for label, one, run in rows:
             table.add_row(label, f"{one:,}", f"{run:,}")
         table.add_section()
@@ -87,11 +87,13 @@ def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
     algorithm, prompts = config.algorithm.build(), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
+    means = algorithm.draws is None and algorithm.edge_objective.keeps_mean
     for iteration in range(config.iterations):
         here, nodes = Cost(0, 0, 0), 0
         for slot in range(prompts):
-            cost, kept = _measured(algorithm.plan(iteration, slot))
-            here, nodes = here + cost, nodes + kept
+            plan = algorithm.plan(iteration, slot)
+            kept = _edge_states(plan, means) if algorithm.draws is None else len(plan.scored)
+            here, nodes = here + algorithm.cost_of(plan), nodes + kept
         first = here if iteration == 0 else first
         total, most = total + here, max(most, nodes)
     shape = latent_shape(config)
@@ -101,7 +103,7 @@ def run_cost(config: Config) -> RunCost:
         first=first,
         total=total,
         rewards=len(config.rewards),
-        reference="reference" in algorithm.objective.weight_sets,
+        others=tuple(name for name in algorithm.objective.weight_sets if name != "policy"),
         guided=config.model.guidance != 1,
         stored_nodes=most,
         state_bytes=None if shape is None else STATE_BYTES * math.prod(shape),
@@ -111,10 +113,11 @@ def run_cost(config: Config) -> RunCost:
 
 
 @lru_cache(maxsize=512)
-def _measured(plan: Plan) -> tuple[Cost, int]:
-    """A plan's cost, and how many of its states stay once the leaves are scored: both ends of stochastic edges."""
+def _edge_states(plan: Plan, means: bool) -> int:
+    """States that stay once the leaves are scored: both ends of stochastic edges, and the means they were drawn from
+    where these are kept."""
     noisy = [e for e, stochastic in enumerate(plan.stochastic) if stochastic]
-    return plan.cost(), len({plan.parent[e] for e in noisy} | {plan.roots + e for e in noisy})
+    return len({plan.parent[e] for e in noisy} | {plan.roots + e for e in noisy}) + means * len(noisy)
 
 
 def latent_shape(config: Config) -> tuple[int, int, int] | None:

@@ -15,7 +15,7 @@ from tempflow.algorithms import ALGORITHMS, find, flow_grpo, tempflow_grpo
 from tempflow.algorithms.base import Algorithm, some_steps
 from tempflow.core import plan, weight
 from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, FlowSDE, LinearSDE
-from tempflow.core.objective.ratio import ClippedRatio
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
@@ -93,14 +93,14 @@ def test_defaults_are_the_papers():
 def test_what_the_defaults_compose():
     a = tempflow_grpo()
     assert (a.name, a.steps, a.dynamics, a.weight) == ("tempflow_grpo", 10, FlowSDE(0.7), weight.noise_aware)
-    assert a.objective == ClippedRatio(1e-4, 1e-4, 0.004, "exact")
+    assert a.objective == clipped(1e-4, 1e-4, 0.004, "exact")
     assert (a.credit.by, a.credit.scale, a.credit.unbiased) == (("prompt", "root", "step"), "group", False)
     b = flow_grpo()
     assert (b.name, b.steps, b.dynamics, b.weight) == ("flow_grpo", 10, FlowSDE(0.7), weight.uniform)
-    assert b.objective == ClippedRatio(1e-4, 1e-4, 0.04, "drift")
+    assert b.objective == clipped(1e-4, 1e-4, 0.04, "drift")
     assert (b.credit.by, b.credit.scale, b.credit.eps, b.credit.clip) == (("prompt", "step"), "global", 1e-4, 5.0)
-    assert tempflow_grpo(clip_high=2e-4).objective.clip_high == 2e-4
-    assert flow_grpo(clip=3e-4).objective.clip_high == 3e-4
+    assert tempflow_grpo(clip_high=2e-4).objective.gate.high == 2e-4
+    assert flow_grpo(clip=3e-4).objective.gate.high == 3e-4
 
 
 # ------------------------------------------------------------------------------------------------------ credit
@@ -192,7 +192,7 @@ BAD_COMPOSITIONS = [
         ["plan: trains step 3", "nearest valid: train [1, 2]"],
     ),
     (
-        lambda: compose(dynamics=CPS(0.8), objective=ClippedRatio(kl=0.1, kl_form="drift")),
+        lambda: compose(dynamics=CPS(0.8), objective=clipped(kl=0.1, kl_form="drift")),
         ["kl_form: 'drift' needs a diffusion rate", "CPS", "nearest valid: 'exact'"],
     ),
 ]
@@ -207,8 +207,8 @@ def test_parts_that_do_not_fit(make, parts):
 
 @pytest.mark.parametrize("dynamics", [FlowSDE(), DanceSDE(), LinearSDE(), CPS(), DDIM()])
 def test_every_noisy_kind_composes(dynamics):
-    assert compose(dynamics=dynamics, objective=ClippedRatio(kl=0.1, kl_form="exact")).dynamics is dynamics
-    assert compose(dynamics=dynamics, objective=ClippedRatio(kl=0.0, kl_form="drift")).objective.kl == 0
+    assert compose(dynamics=dynamics, objective=clipped(kl=0.1, kl_form="exact")).dynamics is dynamics
+    assert compose(dynamics=dynamics, objective=clipped(kl=0.0, kl_form="drift")).objective.weight_sets == ("policy",)
 
 
 BAD_ARGUMENTS = [

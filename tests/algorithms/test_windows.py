@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tempflow.algorithms import Algorithm, flash_grpo, flow_grpo, flow_grpo_fast
-from tempflow.core.objective.ratio import EdgeBatch
+from tempflow.core.objective.edges import EdgeBatch
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3

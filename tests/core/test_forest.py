@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from tempflow.core import plan as P
+from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Edges, Forest, Leaves
 from tempflow.core.plan import Plan
-from tempflow.core.rollout import Noise, rollout
+from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
+from tempflow.core.scores import Scores
 
 
 def long(*values: int) -> Tensor:
@@ -68,7 +70,19 @@ def same(a: Forest, b: Forest) -> bool:
 def fields(f: Forest) -> list[Tensor]:
     seen: list[Tensor] = []
     f.edges.map(lambda t: seen.append(t) or t)
-    return [*seen, f.leaves.node, f.leaves.prompt, f.leaves.root, *f.descent]
+    f.leaves.map(lambda t: seen.append(t) or t)
+    return [*seen, *f.descent]
+
+
+def observed(forest: Forest, mean: bool = True) -> Forest:
+    """The same forest with a mean and traits on edges and leaves, all different."""
+    E, N = len(forest.edges), len(forest.leaves)
+    edges = replace(
+        forest.edges,
+        mean=torch.arange(E * 2.0).view(E, 2) + 0.5 if mean else None,
+        traits={"score": torch.arange(E) * 1.5, "pair": torch.arange(E * 2).view(E, 2)},
+    )
+    return replace(forest, edges=edges, leaves=replace(forest.leaves, traits={"size": 10 + torch.arange(N)}))
 
 
 def test_backup_is_the_mean_over_valid_descendants() -> None:
@@ -194,3 +208,93 @@ def test_to_and_nbytes() -> None:
     assert forest.to("meta").nodes.device.type == "meta"
     assert {t.device.type for t in fields(forest.to("meta"))} == {"meta"}
     assert same(forest.to("cpu"), forest)
+
+
+def test_mean_and_traits_follow_their_edges_and_leaves() -> None:
+    whole = observed(hand_made())
+    kept = long(3, 0)
+    for part in (whole.select(kept), whole.select(kept).drop_leaf_states()):
+        assert part.edges.mean is not None
+        assert part.edges.mean.tolist() == [[6.5, 7.5], [0.5, 1.5]]
+        assert part.edges.traits["score"].tolist() == [4.5, 0.0]
+        assert part.edges.traits["pair"].tolist() == [[6, 7], [0, 1]]
+        assert part.leaves.traits["size"].tolist() == [10, 11, 12]  # all leaves stay
+    assert same(whole.select(torch.arange(4)), whole)
+    plain = hand_made()
+    extra = 4 * 2 * 4 + 4 * 4 + 4 * 2 * 8 + 3 * 8  # mean, score, pair, size
+    assert whole.nbytes == plain.nbytes + extra
+    assert {t.device.type for t in fields(whole.to("meta"))} == {"meta"}
+    assert len(fields(whole)) == len(fields(plain)) + 4
+
+
+def test_cat_joins_mean_and_traits() -> None:
+    a, b = observed(hand_made()), observed(hand_made().drop_leaf_states())
+    both = Forest.cat([a, b])
+    for got, x, y in (
+        (both.edges.mean, a.edges.mean, b.edges.mean),
+        *((both.edges.traits[n], a.edges.traits[n], b.edges.traits[n]) for n in ("score", "pair")),
+        (both.leaves.traits["size"], a.leaves.traits["size"], b.leaves.traits["size"]),
+    ):
+        assert got is not None and x is not None and y is not None
+        assert torch.equal(got, torch.cat([x, y]))
+    assert Forest.cat([hand_made(), hand_made()]).edges.mean is None
+
+
+def test_cat_refuses_mean_and_traits_that_do_not_fit() -> None:
+    a = observed(hand_made())
+    with pytest.raises(ValueError, match=r"mean: 2 of 3 forests.*nearest valid: all"):
+        Forest.cat([a, observed(hand_made(), mean=False), a])
+    edges = replace(a.edges, traits={"score": a.edges.traits["score"]})
+    with pytest.raises(ValueError, match=r"edges.traits = \['score'\].*nearest valid: \['pair', 'score'\]"):
+        Forest.cat([a, replace(a, edges=edges)])
+    with pytest.raises(ValueError, match=r"leaves.traits = \[\].*nearest valid: \['size'\]"):
+        Forest.cat([a, replace(a, leaves=hand_made().leaves)])
+
+
+def test_as_leaves_makes_an_edge_of_every_leaf() -> None:
+    forest = replace(observed(hand_made()), leaves=replace(observed(hand_made()).leaves, prompt=long(7, 8, 9)))
+    view = forest.as_leaves()
+    edges = view.edges
+    assert view.nodes is forest.nodes and view.leaves is forest.leaves and view.steps == 2
+    assert edges.parent.tolist() == edges.child.tolist() == [2, 3, 5]
+    assert edges.step.tolist() == [1, 1, 1]
+    assert edges.prompt.tolist() == [7, 8, 9] and edges.root.tolist() == [0, 0, 1]
+    assert edges.depth.tolist() == [0, 0, 0] and edges.scale.tolist() == [1.0, 1.0, 1.0]
+    assert bool(edges.log_prob.isnan().all()) and edges.mean is None
+    assert edges.stochastic.tolist() == [False] * 3 and edges.trained.tolist() == [True] * 3
+    assert edges.traits["size"].tolist() == [10, 11, 12] and set(edges.traits) == {"size"}
+    assert [d.tolist() for d in view.descent] == [[0, 1, 2], [0, 1, 2]]
+    for old, new in zip(fields(forest)[:10], fields(view)[:10], strict=True):
+        assert old.dtype == new.dtype  # so that both kinds can be stored and joined alike
+    value, ok = view.backup(torch.tensor([1.0, 4.0, 9.0]), torch.tensor([True, False, True]))
+    assert ok.tolist() == [True, False, True] and value[[0, 2]].tolist() == [1.0, 9.0]
+
+
+def test_as_leaves_of_dropped_leaves() -> None:
+    dropped = hand_made().drop_leaf_states()
+    view = dropped.as_leaves()
+    assert view.edges.parent.tolist() == view.edges.child.tolist() == [2, 3, -1]
+    both = Forest.cat([view, view])
+    assert both.edges.parent.tolist() == [2, 3, -1, 7, 8, -1] == both.edges.child.tolist()
+    assert both.leaves.node.tolist() == both.edges.parent.tolist()
+    assert both.descent[1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_group_z_score_on_leaves_of_an_ode_plan() -> None:
+    """A plan without stochastic edges: per prompt A = (r − mean) / (population std + eps), failed leaves left out."""
+    plans = [P.ode(3, 4), P.ode(3, 3)]
+    forest = grown(plans, slots=[5, 2]).drop_leaf_states()
+    assert len(forest.edges) == 0
+    rewards = [[1.0, 2.0, 4.0, 9.0], [0.5, -1.0, 3.0]]
+    ok = torch.tensor([True, True, True, False, True, True, True])
+    value = torch.tensor([r for group in rewards for r in group])
+    credit = GroupZScore(by=("prompt",), eps=1e-4, clip=None)
+    got = credit(Scores(value[:, None], ok[:, None], ("r",)), forest.as_leaves())
+    want: list[float] = []
+    for group in (rewards[0][:3], rewards[1]):
+        want += ((np.array(group) - np.mean(group)) / (np.std(group) + 1e-4)).tolist()
+    want.insert(3, 0.0)
+    assert got.value.tolist() == pytest.approx(want, rel=1e-6)
+    assert torch.equal(got.ok, ok) and torch.equal(got.live, ok)
+    whole = skeleton(plans, [5, 2]).as_leaves()
+    assert torch.equal(credit(Scores(value[:, None], ok[:, None], ("r",)), whole).value, got.value)

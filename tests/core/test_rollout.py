@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -15,11 +16,13 @@ from scipy import stats
 from torch import Tensor
 
 from tempflow.core import plan as P
+from tempflow.core.distribution import Gaussian
 from tempflow.core.dynamics import CPS, ODE, DanceSDE, FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
-from tempflow.core.rollout import Noise, Predict, rollout
+from tempflow.core.rollout import Noise, Predict, rollout, skeleton
 from tempflow.core.schedule import Schedule, linear
+from tempflow.core.solver import DPMSolver2
 
 SHAPE = (2, 3)
 NOISE = Noise(seed=11, iteration=5)
@@ -58,7 +61,8 @@ def grow(plans: list[Plan], predict: Predict = velocity, schedule: Schedule | No
 def tensors(f: Forest) -> list[Tensor]:
     seen: list[Tensor] = [f.nodes]
     f.edges.map(lambda t: seen.append(t) or t)
-    return [*seen, f.leaves.node, f.leaves.prompt, f.leaves.root, *f.descent]
+    f.leaves.map(lambda t: seen.append(t) or t)
+    return [*seen, *f.descent]
 
 
 def assert_same(a: Forest, b: Forest) -> None:
@@ -152,6 +156,36 @@ def test_random_plans_match_a_node_by_node_walk(seed: int, steps: int, max_rows:
     assert forest.edges.trained.tolist() == list(plan.trained)
     assert torch.equal(forest.edges.scale, torch.tensor(plan.scale))
     assert forest.edges.prompt.eq(slot).all() and forest.leaves.prompt.eq(slot).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(3, 5),
+    st.sampled_from([None, 1, 2, 5]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_children_inherit_the_prediction_at_their_parent(
+    seed: int, steps: int, max_rows: int | None, store: torch.dtype
+) -> None:
+    """A second-order solver on any tree equals a walk node by node, whatever kind of edge led to a node."""
+    plan, solver, sde = shuffled_tree(seed, steps), DPMSolver2(), FlowSDE(0.4)
+    grid = Schedule(torch.linspace(0.95, 0, steps + 1))
+    forest = grow([plan], dynamics=sde, solver=solver, max_rows=max_rows, keep="all", schedule=grid, store_dtype=store)
+    wide = torch.promote_types(store, torch.float32)
+    states = [NOISE.initial([(0, s)], SHAPE).to(store) for s in plan.start]
+    above: list[Tensor | None] = [None] * plan.roots  # x̂0 at each node's parent
+    for e, (parent, i) in enumerate(zip(plan.parent, plan.step, strict=True)):
+        x, at = states[parent], torch.tensor([i])
+        v = velocity(x, grid.at(at), torch.tensor([0]))
+        if plan.stochastic[e]:
+            z = NOISE.edge([(0, plan.node_root[plan.roots + e], *plan.path(plan.roots + e), i)], SHAPE)
+            child = sde.transition(x, v, grid, at, plan.scale[e]).sample(z)
+        else:
+            child = solver.transition(x, v, grid, at, above[parent]).mean
+        states.append(child.to(store))
+        above.append(x.to(wide) - grid.sigmas[i].to(v) * v.to(wide))
+        assert torch.equal(forest.nodes[forest.edges.child[e]], states[-1][0])
 
 
 def euler(x: Tensor, grid: Schedule, row: int, first: int = 0) -> list[Tensor]:
@@ -253,6 +287,49 @@ def test_results_do_not_depend_on_max_rows(max_rows: int) -> None:
     assert_same(grow(MIXED, max_rows=max_rows), grow(MIXED))
 
 
+@pytest.mark.parametrize("max_rows", [1, 3, 7])
+def test_results_of_a_multistep_solver_do_not_depend_on_max_rows(max_rows: int) -> None:
+    grid = Schedule(torch.linspace(0.95, 0, 6))
+    whole = grow(MIXED, schedule=grid, solver=DPMSolver2())
+    assert_same(grow(MIXED, schedule=grid, solver=DPMSolver2(), max_rows=max_rows), whole)
+    parts = [grow([plan], schedule=grid, solver=DPMSolver2(), slots=[n]) for n, plan in enumerate(MIXED)]
+    assert_same(Forest.cat(parts), whole)
+    assert not torch.equal(whole.nodes, grow(MIXED, schedule=grid).nodes)
+
+
+@dataclass(frozen=True)
+class Spy:
+    """A solver that takes Euler steps and records what history it is given."""
+
+    order: int
+    seen: list[tuple[int, Tensor | None]] = field(default_factory=lambda: list[tuple[int, Tensor | None]]())
+
+    def transition(
+        self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, previous: Tensor | None
+    ) -> Gaussian:
+        self.seen.append((int(step[0]), previous))
+        return ODE().transition(x, velocity, schedule, step)
+
+
+def test_history_is_kept_only_for_a_solver_that_wants_it() -> None:
+    one, two = Spy(1), Spy(2)
+    plain = grow([P.window(4, 3, 1, 1)])
+    assert_same(grow([P.window(4, 3, 1, 1)], solver=one), plain)
+    assert_same(grow([P.window(4, 3, 1, 1)], solver=two), plain)
+    assert [(i, previous) for i, previous in one.seen] == [(0, None), (2, None), (3, None)]
+    assert [(i, None if previous is None else previous.shape) for i, previous in two.seen] == [
+        (0, None),
+        (2, (3, *SHAPE)),
+        (3, (3, *SHAPE)),
+    ]
+
+
+def test_a_solver_without_correction_is_the_ode() -> None:
+    """Two steps, the first at σ = 1 and the second into 0, leave a multistep solver nothing to correct."""
+    plans = [P.ode(2, 3), P.chain(2, 2), P.branch_each_step(2, 2, 2)]
+    assert_same(grow(plans, solver=DPMSolver2()), grow(plans))
+
+
 def test_results_do_not_depend_on_how_prompts_are_put_together() -> None:
     slots = [4, 0, 9, 2, 7]
     whole = grow(MIXED, slots=slots)
@@ -300,6 +377,43 @@ def test_log_prob_is_that_of_the_stored_transition(store: torch.dtype, name: str
     law = sde.transition(x, velocity(x, grid.at(edges.step), edges.prompt), grid, edges.step, edges.scale)
     assert torch.equal(law.log_prob(y.to(law.mean.dtype)), edges.log_prob)
     assert bool(torch.isfinite(edges.log_prob).all())
+
+
+@pytest.mark.parametrize("store", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("keep", ["stochastic", "all"])
+def test_mean_is_that_of_the_stored_transition(store: torch.dtype, keep: str) -> None:
+    grid, sde = linear(5, 3.0), FlowSDE(0.7)
+    forest = grow(MIXED, schedule=grid, store_dtype=store, keep=keep, keep_mean=True, max_rows=3)
+    edges, mean = forest.edges, forest.edges.mean
+    assert mean is not None and mean.dtype == edges.log_prob.dtype == torch.promote_types(store, torch.float32)
+    x = forest.nodes[edges.parent]
+    v = velocity(x, grid.at(edges.step), edges.prompt)
+    noisy = edges.stochastic
+    law = sde.transition(x[noisy], v[noisy], grid, edges.step[noisy], edges.scale[noisy])
+    assert torch.equal(mean[noisy], law.mean)
+    assert not torch.equal(mean[noisy], forest.nodes[edges.child[noisy]].to(mean.dtype))
+    assert bool((~noisy).any()) == (keep == "all")
+    assert torch.equal(mean[~noisy], forest.nodes[edges.child[~noisy]].to(mean.dtype))
+
+
+def test_asking_for_the_mean_changes_nothing_else() -> None:
+    plain, kept = grow(MIXED), grow(MIXED, keep_mean=True)
+    assert plain.edges.mean is None and kept.edges.mean is not None
+    assert kept.edges.mean.shape == (len(kept.edges), *SHAPE)
+    assert_same(replace(kept, edges=replace(kept.edges, mean=None)), plain)
+    halves = [grow(MIXED[:2], keep_mean=True), grow(MIXED[2:], keep_mean=True, slots=[2, 3, 4])]
+    assert_same(Forest.cat(halves), kept)
+    bare = skeleton(MIXED, range(len(MIXED)))
+    assert bare.edges.mean is None and not bare.edges.traits and not bare.leaves.traits
+    none = grow([P.ode(4, 2)], schedule=linear(4), keep_mean=True)
+    assert none.edges.mean is not None and none.edges.mean.shape == (0, *SHAPE)
+
+
+def test_mean_without_spread_is_the_child() -> None:
+    forest = grow([P.chain(4, 2)], dynamics=CPS(0.8), keep_mean=True)
+    last = forest.edges.step == 3
+    assert forest.edges.mean is not None and bool(last.any())
+    assert torch.equal(forest.edges.mean[last], forest.nodes[forest.edges.child[last]])
 
 
 def test_log_prob_against_torch_distributions() -> None:
@@ -394,6 +508,7 @@ BAD: list[tuple[Callable[[], Forest], str]] = [
     (lambda: grow([P.ode(4, 1)], slots=[-1]), "slots = .*≥ 0"),
     (lambda: grow([P.ode(4, 1)], max_rows=0), "max_rows = 0.*nearest valid: 1"),
     (lambda: grow([P.ode(4, 1)], solver=FlowSDE(0.7)), "solver = .*ODE"),
+    (lambda: grow([P.ode(4, 1)], solver=Spy(3)), "solver.order = 3: .*nearest valid: 2"),
     (lambda: grow([P.ode(4, 1)], store_dtype=torch.long), "store_dtype = .*float32"),
     (lambda: grow([P.ode(4, 1)], keep="none"), "keep = 'none'.*'stochastic'"),
     (lambda: grow([P.ode(4, 1)], lambda x, sigma, rows: x[:, :1]), r"predict returned .*\[1, 2, 3\]"),
@@ -408,8 +523,10 @@ def test_bad_arguments(call: Callable[[], Forest], message: str) -> None:
 
 def test_on_a_device_nothing_is_mixed_up_and_nothing_waits_for_it() -> None:
     """The meta device holds no values: an operand left on the CPU, or a look at a value there, raises."""
-    forest = grow(MIXED, max_rows=4, device="meta")
-    reference = grow(MIXED)
+    forest = grow(MIXED, max_rows=4, device="meta", keep="all", keep_mean=True)
+    reference = grow(MIXED, keep="all", keep_mean=True)
+    multistep = grow(MIXED, max_rows=4, device="meta", solver=DPMSolver2())
+    assert multistep.nodes.shape == grow(MIXED).nodes.shape
     for there, here in zip(tensors(forest), tensors(reference), strict=True):
         assert there.device.type == "meta"
         assert (there.shape, there.dtype) == (here.shape, here.dtype)

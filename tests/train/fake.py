@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from tempflow.algorithms import Algorithm, flow_grpo, tempflow_grpo
 from tempflow.config import Config
 from tempflow.config.guards import GuardsConfig
+from tempflow.core.follow import Ema, Frozen
 from tempflow.core.schedule import Schedule, linear
 from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Predict, Size
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
-from tempflow.train.step import Clock, Counter, Experience, Setting, collect, credit, rollout_metrics, update
+from tempflow.train.followers import Followers
+from tempflow.train.learn import update
+from tempflow.train.step import Clock, Counter, Experience, Setting, collect, credit, rollout_metrics
 from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Ema, Frozen, Trainable, WeightSet
+from tempflow.train.weightsets import Trainable, WeightSet
 
 SHAPE, SIZE = (2, 2, 2), (2, 2)
 PROMPTS = ("a dim lamp", "the sun", "a candle at night", "fog", "an old torch", "snow")
@@ -136,7 +139,10 @@ class Bench:
         self.model = model or Fake()
         algorithm = algorithm or tempflow()
         self.trainable = Trainable(self.model.network)
-        held = WeightSet(self.trainable, Frozen()) if "reference" in algorithm.objective.weight_sets else None
+        self.followers = Followers.of(algorithm, self.trainable)
+        sets = dict(self.followers.sets)
+        if "reference" in algorithm.sets:
+            sets["reference"] = WeightSet(self.trainable, Frozen())
         standard = Setting(
             model=self.model,
             algorithm=algorithm,
@@ -149,7 +155,7 @@ class Bench:
             train_rows=64,
             updates=1,
             max_grad_norm=1.0,
-            reference=None if held is None else held.network(),
+            sets={name: weights.network() for name, weights in sets.items()},
         )
         self.setting = replace(standard, **setting)
         self.average = WeightSet(self.trainable, Ema(ema)) if ema else None
@@ -161,7 +167,7 @@ class Bench:
 
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
         given = credit(self.setting, experience)
-        return rollout_metrics(experience, given.advantage) | update(
+        metrics = rollout_metrics(experience, given.advantage) | update(
             self.setting,
             experience,
             given,
@@ -173,6 +179,8 @@ class Bench:
             self.clock,
             Watcher(GuardsConfig(), lambda iteration, alarms: None, self.said.append),
         )
+        self.followers.update()
+        return metrics
 
     def iterate(self, iteration: int = 0) -> dict[str, float]:
         return self.update(self.collect(iteration), iteration)

@@ -46,7 +46,7 @@ def one_update(name: str, out: Path, mode: str) -> None:
         network = patched.model.network
         shards = Shards((shard(network, [network.mean], torch.float32, world),), None)
         patched.setting = replace(
-            patched.setting, shards=shards, reference=None if patched.setting.reference is None else Fake().network
+            patched.setting, shards=shards, sets={name: Fake().network for name in patched.setting.sets}
         )
         trainable = Trainable(network)
         shards.gather()

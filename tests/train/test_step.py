@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tempflow.algorithms import Algorithm
 from tempflow.train import step
-from tempflow.train.step import Experience, credit, edge_batch
+from tempflow.train.lessons import Lessons, edge_batch
+from tempflow.train.step import Experience, credit
 
 Images = list[Image.Image]
 
@@ -108,7 +109,8 @@ def test_groups_without_spread_are_not_computed_but_count_in_the_mean(make: Any)
     given = credit(setting, experience)
     every = forest.edges.trained.nonzero()[:, 0]
     assert len(every) == edges and bool((given.advantage.value[every] == 0).sum() == edges // 2)
-    algorithm.objective(experience.models, edge_batch(setting, experience, given, every)).value.backward()
+    batch = Lessons(every, torch.zeros_like(every), torch.arange(edges), edges, edges, 1)
+    algorithm.objective(experience.models, edge_batch(setting, experience, given, batch)).value.backward()
     assert_close(got, {n: p.grad for n, p in explicit.model.network.named_parameters() if p.grad is not None})
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tempflow.train.weightsets import Ema, Trainable, WeightSet, frozen_copy
+from tempflow.core.follow import Ema
+from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
 
 def layer(dtype: torch.dtype = torch.float32) -> nn.Linear:

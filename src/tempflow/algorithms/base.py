@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from tempflow.core.credit import Credit
+from tempflow.core.draws import Draws
 from tempflow.core.dynamics import Dynamics
-from tempflow.core.objective.ratio import Objective
+from tempflow.core.follow import Frozen, Rule
+from tempflow.core.forest import Forest
+from tempflow.core.objective.edges import Objective
+from tempflow.core.objective.leaves import LeafObjective
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rng import Stream
-from tempflow.core.schedule import linear
-from tempflow.core.weight import Weight
+from tempflow.core.schedule import Schedule, linear
+from tempflow.core.solver import Solver
+from tempflow.core.weight import Weight, uniform
+
+
+class Observation(Protocol):
+    """What an algorithm wants to know of a rollout while its states and pictures are there."""
+
+    @property
+    def name(self) -> str:
+        """The trait it becomes."""
+        ...
+
+    @property
+    def of(self) -> Literal["edge", "leaf"]: ...
+
+    def __call__(self, forest: Forest, media: Tensor) -> Tensor:
+        """[E, …] or [N, …], on the CPU. forest: some whole prompts, leaf latents included; media: uint8 [N, H, W, 3],
+        its leaves decoded. A row may depend on its own prompt's rows alone."""
+        ...
+
+
+Units = Callable[[Forest, int], Tensor]
+"""(whole forest, iteration) -> LongTensor [E]: edges with equal numbers share a chunk; −1 is left out this time."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """A training method as data; the one training loop runs any.
 
-    name       what records call it
-    steps      T, sampler steps of a rollout
-    plan       (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans
-    dynamics   the stochastic edges' step
-    credit     scores -> advantages
-    weight     loss weight of every edge
-    objective  the loss of a batch of edges
+    name         what records call it
+    steps        T, sampler steps of a rollout
+    plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans
+    credit       scores -> advantages, of edges; of leaves where `draws` is given
+    objective    the loss of a batch of edges; of leaves where `draws` is given
+    dynamics     the stochastic edges' step; None: the rollout draws no noise
+    weight       loss weight of every edge (of no use to leaves)
+    draws        the (t, ε) at which clean samples are re-noised: the forward-process family, which trains on leaves
+    weight_sets  how the objective's weight sets beside "policy" follow it; "reference" is frozen unless named
+    sampler      the weight set that rolls out
+    units        which edges share a chunk, for an objective whose unit is one
+    observe      what credit and units want to know of the rollout, as traits of its edges and leaves
+    solver       walks the deterministic edges; None: Euler
+    grid         (iteration, the model's grid of T steps) -> the grid of that rollout, whose length the plan has
 
     Raises ValueError when the parts do not fit: a plan of other steps, no trained edge, trained steps without noise
     (a ratio of densities needs some), or whatever the objective's `check` finds.
@@ -36,38 +71,94 @@ class Algorithm:
     name: str
     steps: int
     plan: Callable[[int, int], Plan]
-    dynamics: Dynamics
     credit: Credit
-    weight: Weight
-    objective: Objective
+    objective: Objective | LeafObjective
+    dynamics: Dynamics | None = None
+    weight: Weight = uniform
+    draws: Draws | None = None
+    weight_sets: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    sampler: str = "policy"
+    units: Units | None = None
+    observe: tuple[Observation, ...] = ()
+    solver: Solver | None = None
+    grid: Callable[[int, Schedule], Schedule] | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan(0, 0)
-        if plan.steps != self.steps:
-            raise ValueError(f"steps: {self.steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
-        trained = sorted({i for i, use in zip(plan.step, plan.trained, strict=True) if use})
-        if not trained:
-            raise ValueError("plan: trains none of its edges; nearest valid: a plan with a stochastic, trained edge")
-        if not self.dynamics.stochastic:
-            raise ValueError(
-                f"dynamics: {self.dynamics} draws no noise, and a ratio objective needs the density of a noisy step; "
-                "nearest valid: FlowSDE(noise_level=0.7)"
-            )
-        std = self.dynamics.coefficients(linear(self.steps), torch.tensor(trained))[2]
-        silent = [i for i, s in zip(trained, std.tolist(), strict=True) if not s > 0]
-        if silent:
-            noisy = [i for i in trained if i not in silent]
-            raise ValueError(
-                f"plan: trains step {silent[0]}, where {self.dynamics} has no noise; nearest valid: train {noisy}"
-            )
-        self.objective.check(self.dynamics)
+        steps = self.schedule(0, linear(self.steps)).steps
+        if plan.steps != steps:
+            raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
+        missing = [s for s in self.sets if s != "reference" and s not in self.weight_sets]
+        if missing:
+            raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
+        if self.sampler not in ("policy", *self.sets):
+            raise ValueError(f"sampler: {self.sampler!r} is not one of {', '.join(('policy', *self.sets))}")
+        if self.draws is not None:
+            self.draws.times.count(steps)
+            if not plan.scored:
+                raise ValueError("plan: scores no leaf, and leaves are trained; nearest valid: plan.ode")
+            return
+        _check_edges(self, plan)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The weight sets beside the policy that the objective asks for, and the sampler's."""
+        asked = (*self.objective.weight_sets, self.sampler)
+        return tuple(dict.fromkeys(name for name in asked if name != "policy"))
+
+    @property
+    def edge_objective(self) -> Objective:
+        """The objective, where edges are trained."""
+        assert self.draws is None
+        return cast(Objective, self.objective)
+
+    @property
+    def leaf_objective(self) -> LeafObjective:
+        """The objective, where leaves are trained."""
+        assert self.draws is not None
+        return cast(LeafObjective, self.objective)
+
+    def rule(self, name: str) -> Rule:
+        """How that weight set follows the policy."""
+        return self.weight_sets.get(name, Frozen())
+
+    def schedule(self, iteration: int, grid: Schedule) -> Schedule:
+        """The grid of an iteration's rollout, from the model's own of `steps` steps."""
+        return grid if self.grid is None else self.grid(iteration, grid)
 
     def cost(self, iteration: int, prompts: int) -> Cost:
-        """What an iteration of that many prompts costs, exactly."""
+        """What an iteration of that many prompts costs: its rollout exactly, its trained edges at most."""
         total = Cost(0, 0, 0)
         for slot in range(prompts):
-            total = total + self.plan(iteration, slot).cost()
+            total = total + self.cost_of(self.plan(iteration, slot))
         return total
+
+    def cost_of(self, plan: Plan) -> Cost:
+        """What one of its plans costs. Where leaves are trained, trained edges are pairs of a leaf and a (t, ε)."""
+        cost = plan.cost()
+        if self.draws is None:
+            return cost
+        return Cost(cost.forwards, cost.leaves, cost.leaves * self.draws.times.count(plan.steps))
+
+
+def _check_edges(algorithm: Algorithm, plan: Plan) -> None:
+    dynamics, objective = algorithm.dynamics, algorithm.edge_objective
+    trained = sorted({i for i, use in zip(plan.step, plan.trained, strict=True) if use})
+    if not trained:
+        raise ValueError("plan: trains none of its edges; nearest valid: a plan with a stochastic, trained edge")
+    if dynamics is None or not dynamics.stochastic:
+        raise ValueError(
+            f"dynamics: {dynamics} draws no noise, and a ratio objective needs the density of a noisy step; "
+            "nearest valid: FlowSDE(noise_level=0.7)"
+        )
+    std = dynamics.coefficients(algorithm.schedule(0, linear(algorithm.steps)), torch.tensor(trained))[2]
+    silent = [i for i, s in zip(trained, std.tolist(), strict=True) if not s > 0]
+    if silent:
+        noisy = [i for i in trained if i not in silent]
+        raise ValueError(f"plan: trains step {silent[0]}, where {dynamics} has no noise; nearest valid: train {noisy}")
+    if objective.unit == "chunk" and algorithm.units is None:
+        raise ValueError("units: None, and the objective's unit is a chunk; nearest valid: credit_units.whole_path")
+    objective.check(dynamics)
 
 
 def at_least(field: str, value: int, low: int, why: str = "") -> None:
@@ -80,6 +171,13 @@ def positive(field: str, value: float, usual: float) -> None:
     """Raises ValueError naming field, value and a usual one unless value is finite and > 0."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{field}: {value} must be finite and above 0; {usual} is usual")
+
+
+def one_of(field: str, value: str, options: tuple[str, ...]) -> None:
+    """Raises ValueError naming field, value and the options unless value is one of them."""
+    if value not in options:
+        listed = ", ".join(repr(o) for o in options)
+        raise ValueError(f"{field}: {value!r} is not one of {listed}; nearest valid: {options[0]!r}")
 
 
 def some_steps(name: str, iteration: int, count: int, among: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from tempflow.algorithms.base import Algorithm, at_least, positive
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import LinearSDE
-from tempflow.core.objective.ratio import ClippedRatio
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
 
 
@@ -68,7 +68,7 @@ def flash_grpo(
         dynamics=LinearSDE(),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.rectified,
-        objective=ClippedRatio(clip, clip, kl, "exact"),
+        objective=clipped(clip, clip, kl, "exact"),
     )
 
 

@@ -19,6 +19,7 @@ FLUX: 6 steps, noise 0.9, kl 0. Qwen-Image: noise 1.2, group 16. Not here: EMA a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -26,7 +27,8 @@ from tempflow.algorithms.base import Algorithm, at_least, positive, some_steps
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.objective.ratio import ClippedRatio, KLForm
+from tempflow.core.objective.pull import KLForm
+from tempflow.core.objective.ratio import clipped
 
 
 def flow_grpo(
@@ -53,18 +55,15 @@ def flow_grpo(
         clip: ratio clip below and above 1.
         clip_high: clip above 1, where it differs.
         kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift" (the official code's, without Δ), "exact", or "velocity".
+        kl_form: "drift" (the official code's, without Δ), "exact", "velocity", or an estimate at the sampled state, as
+            language models have it: "k1", "k2" (its gradient is the KL's on average) or "k3".
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
         advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("steps", steps, 2, "as the last one is not trained")
-    at_least("group", group, 2, "or there is nothing to compare with")
-    if train_steps is not None and not 1 <= train_steps < steps:
-        nearest = min(max(train_steps, 1), steps - 1)
-        raise ValueError(f"train_steps: {train_steps} must be in 1 … {steps - 1}; nearest valid: {nearest}")
+    plan_of = chains_plan(steps, group, train_steps)
     if std not in ("global", "group"):
         raise ValueError(f"std: {std!r} is not one of 'global', 'group'; nearest valid: 'global'")
     positive("noise_level", noise_level, 0.7)
@@ -74,20 +73,44 @@ def flow_grpo(
     return Algorithm(
         name="flow_grpo",
         steps=steps,
-        plan=partial(_plan, steps, group, train_steps),
+        plan=plan_of,
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
-        objective=ClippedRatio(clip, clip if clip_high is None else clip_high, kl, kl_form),
+        objective=clipped(clip, clip if clip_high is None else clip_high, kl, kl_form),
     )
 
 
-def _plan(steps: int, group: int, train_steps: int | None, iteration: int, slot: int) -> plan.Plan:
-    if train_steps is None or train_steps == steps - 1:
-        return _chains(steps, group, None)
-    return _chains(steps, group, some_steps("flow_grpo", iteration, train_steps, steps - 1))
+def chains_plan(
+    steps: int, group: int, train_steps: int | None = None, *, shared_noise: bool = False, noisy_last: bool = True
+) -> Callable[[int, int], plan.Plan]:
+    """(iteration, prompt slot) -> `group` chains, noisy at every step; what Flow-GRPO and its relatives share.
+
+    train_steps   None trains every step but the last; n trains n of these, drawn anew each iteration: the same ones for
+                  all prompts and all algorithms of this plan
+    shared_noise  all chains of a prompt start from one initial noise
+    noisy_last    whether the last step draws noise too, as Flow-GRPO's does; DanceGRPO's is an ODE step
+
+    Raises ValueError naming the argument, its value and a valid one.
+    """
+    at_least("steps", steps, 2, "as the last one is not trained")
+    at_least("group", group, 2, "or there is nothing to compare with")
+    if train_steps is not None and not 1 <= train_steps < steps:
+        nearest = min(max(train_steps, 1), steps - 1)
+        raise ValueError(f"train_steps: {train_steps} must be in 1 … {steps - 1}; nearest valid: {nearest}")
+    every = train_steps is None or train_steps == steps - 1
+    return partial(_plan, steps, group, None if every else train_steps, shared_noise, noisy_last)
+
+
+def _plan(
+    steps: int, group: int, train_steps: int | None, shared: bool, noisy_last: bool, iteration: int, slot: int
+) -> plan.Plan:
+    if train_steps is None:
+        return _chains(steps, group, None, shared, noisy_last)
+    return _chains(steps, group, some_steps("flow_grpo", iteration, train_steps, steps - 1), shared, noisy_last)
 
 
 @lru_cache(maxsize=256)
-def _chains(steps: int, group: int, train: tuple[int, ...] | None) -> plan.Plan:
-    return plan.chain(steps, group, train=train)
+def _chains(steps: int, group: int, train: tuple[int, ...] | None, shared: bool, noisy_last: bool) -> plan.Plan:
+    noisy = range(steps if noisy_last else steps - 1)
+    return plan.chain(steps, group, train=train, stochastic=noisy, shared_noise=shared)

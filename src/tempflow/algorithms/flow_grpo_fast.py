@@ -25,7 +25,7 @@ from tempflow.algorithms.base import Algorithm, at_least, positive
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
-from tempflow.core.objective.ratio import ClippedRatio
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
 
 
@@ -83,7 +83,7 @@ def flow_grpo_fast(
         dynamics=CPS(noise_level) if kind == "cps" else FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
-        objective=ClippedRatio(clip, clip, kl, "exact"),
+        objective=clipped(clip, clip, kl, "exact"),
     )
 
 

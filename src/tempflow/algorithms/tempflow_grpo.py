@@ -29,7 +29,7 @@ from tempflow.algorithms.base import Algorithm, at_least, positive, some_steps
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.objective.ratio import ClippedRatio
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.weight import noise_aware, uniform
 
 StdGroup = Literal["seed", "prompt", "batch"]
@@ -90,7 +90,7 @@ def tempflow_grpo(
         dynamics=FlowSDE(noise_level),
         credit=_credit(std_group, seeds, branches, eps, advantage_clip),
         weight=WEIGHTS[weight],
-        objective=ClippedRatio(clip, clip if clip_high is None else clip_high, kl, "exact"),
+        objective=clipped(clip, clip if clip_high is None else clip_high, kl, "exact"),
     )
 
 

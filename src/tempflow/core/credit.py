@@ -10,31 +10,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from tempflow.core.forest import Edges, Forest
+from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
 
 Key = Literal["prompt", "root", "step", "depth", "parent"]
-Scale = Literal["group", "global", "batch", "none"]
+Scale = Literal["group", "global", "batch", "pooled", "none"]
+Center = Literal["group", "others", "batch"]
 
 
 @dataclass(frozen=True, eq=False)
 class Advantage:
     """Per edge, [E] each.
 
-    value  float32, 0 where not live
-    ok     bool, a valid leaf descends from it
-    live   bool, ok and its group has spread
+    value    float32, 0 where not live
+    ok       bool, it counts in the loss's mean: a valid leaf descends from it, and no selection left it out
+    live     bool, ok and its group has spread
+    columns  what the objective is told of each edge beside that, [E, …] by name ("map", "standing")
+    peer     LongTensor [E], another edge of the same prompt and step that the objective looks at; None: none
     """
 
     value: Tensor
     ok: Tensor
     live: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    peer: Tensor | None = None
 
 
 class Credit(Protocol):
@@ -68,46 +74,27 @@ def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:
     number = torch.zeros_like(edges.step)
     for key in by:
         # dense again after every key, so that the product of two counts is all that must fit an int64
-        number = _dense(number * (columns[key].amax() + 1) + columns[key]) if len(number) else number
+        number = dense(number * (columns[key].amax() + 1) + columns[key]) if len(number) else number
     return number
-
-
-def _dense(code: Tensor) -> Tensor:
-    """Equal codes numbered alike: 0, 1, … in ascending order of code."""
-    ordered, order = torch.sort(code, stable=True)
-    fresh = torch.zeros_like(code)
-    fresh[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(code).index_copy_(0, order, fresh.cumsum(0))
-
-
-def moments(value: Tensor, ok: Tensor, group: Tensor, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and count of each row's group over its valid rows; float64 [E] each.
-
-    `unbiased` divides by n−1. A group of one has standard deviation 0.
-    """
-    groups = int(group.max()) + 1 if len(group) else 0
-    weight = ok.double()
-    v = torch.where(ok, value, 0).double()
-    zero = torch.zeros(groups, dtype=torch.float64, device=value.device)
-    count = zero.index_add(0, group, weight)
-    mean = zero.index_add(0, group, v) / count.clamp(min=1)
-    square = zero.index_add(0, group, weight * (v - mean[group]).square())
-    deviation = (square / (count - int(unbiased)).clamp(min=1)).sqrt()
-    return mean[group], deviation[group], count[group]
 
 
 @dataclass(frozen=True)
 class GroupZScore:
-    """A = clamp((R − mean_group) / (std + eps), ±clip).
+    """A = clamp(gain · d / (scale + eps), ±clip), d = sign(c)·|c|^power, c = R − centre.
 
     `by`: which edges are compared. Any subset of prompt, root (the seed), step, depth, parent.
+    `center`: the mean of the "group"; "others": of the group's other edges (RLOO's leave-one-out baseline, which is
+    n/(n−1) times the plain centring); "batch": of all the iteration's edges (REINFORCE++).
+    `power`: 1 + γ of SLAS; 1 leaves c as it is.
     `scale`: the standard deviation of the "group"; "global": of all the iteration's leaf scores (Flow-GRPO's
-    `global_std`); "batch": of all the iteration's edge values at the same step (TempFlow-GRPO's batch group); "none":
-    centre only. `unbiased`: n−1 instead of n. `eps` is added to the deviation. `clip` bounds |A| (None: no bound).
-    `reward_weights`: weights of the named rewards' sum (None: all 1).
+    `global_std`); "batch": of all the iteration's edge values at the same step (TempFlow-GRPO's batch group); "pooled":
+    the root mean square of d over all the iteration's edges (REINFORCE++, SLAS, AdvantageFlow); "none": 1, without eps
+    (Dr. GRPO). `unbiased`: n−1 instead of n. `eps` is added to the scale. `clip` bounds |A| (None: no bound).
+    `gain` multiplies A before that bound. `reward_weights`: weights of the named rewards' sum (None: all 1).
 
     Sources: Flow-GRPO `stat_tracking.py` (population std, eps 1e-4, clip 5); TempFlow-GRPO §seed group; DanceGRPO
-    (unbiased, eps 1e-8). Raises ValueError on an unknown key or scale, a negative eps, or a clip that is not positive.
+    (unbiased, eps 1e-8). Raises ValueError on an unknown key, scale or centre, a negative eps, or a clip, power or gain
+    that is not positive.
     """
 
     by: tuple[Key, ...] = ("prompt", "step")
@@ -116,8 +103,16 @@ class GroupZScore:
     eps: float = 1e-4
     clip: float | None = 5.0
     reward_weights: Mapping[str, float] | None = None
+    center: Center = "group"
+    power: float = 1.0
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.center not in get_args(Center):
+            raise ValueError(f"center: {self.center!r} is not one of {', '.join(get_args(Center))}")
+        for name, value in (("power", self.power), ("gain", self.gain)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: {value} must be finite and above 0; 1 is usual")
         for key in self.by:
             if key not in get_args(Key):
                 raise ValueError(f"by: {key!r} is not one of {', '.join(get_args(Key))}")
@@ -141,17 +136,41 @@ class GroupZScore:
         leaf_value, leaf_ok = scores.total(self.reward_weights)
         value, ok = forest.backup(leaf_value, leaf_ok)
         group = self.groups(forest.edges)
-        mean, deviation, _ = moments(value, ok, group, self.unbiased)
-        # Rounding leaves equal values with a spread near 1e-8 of their size: not a difference worth a gradient.
-        live = ok & (deviation > 1e-6 * mean.abs().clamp(min=1e-3))
-        if self.scale == "global":
-            everyone = torch.zeros(len(leaf_value), dtype=torch.long, device=leaf_value.device)
-            deviation = moments(leaf_value, leaf_ok, everyone, self.unbiased)[1][:1].expand(len(value))
-        elif self.scale == "batch":
-            deviation = moments(value, ok, group_index(forest.edges, ("step",)), self.unbiased)[1]
-        z = value.double() - mean
+        centred, live = self._centred(value, ok, group)
+        if self.power != 1:
+            centred = centred.sign() * centred.abs() ** self.power
+        z = centred * self.gain
         if self.scale != "none":
-            z = z / (deviation + self.eps)
+            z = z / (self._scale(centred, value, ok, group, forest, leaf_value, leaf_ok) + self.eps)
         if self.clip is not None:
             z = z.clamp(-self.clip, self.clip)
         return Advantage(torch.where(live, z, 0.0).float(), ok, live)
+
+    def _centred(self, value: Tensor, ok: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """R − centre in float64, and which edges are compared with different ones."""
+        compared = torch.zeros_like(group) if self.center == "batch" else group
+        mean, deviation, count = moments(value, ok, compared, self.unbiased)
+        # Rounding leaves equal values with a spread near 1e-8 of their size: not a difference worth a gradient.
+        live = ok & (deviation > 1e-6 * mean.abs().clamp(min=1e-3))
+        centred = value.double() - mean
+        if self.center == "others":
+            centred = centred * count / (count - 1).clamp(min=1)
+        return centred, live
+
+    def _scale(
+        self,
+        centred: Tensor,
+        value: Tensor,
+        ok: Tensor,
+        group: Tensor,
+        forest: Forest,
+        leaf_value: Tensor,
+        leaf_ok: Tensor,
+    ) -> Tensor:
+        if self.scale == "global":
+            everyone = torch.zeros(len(leaf_value), dtype=torch.long, device=leaf_value.device)
+            return moments(leaf_value, leaf_ok, everyone, self.unbiased)[1][:1].expand(len(value))
+        if self.scale == "pooled":
+            return (torch.where(ok, centred, 0.0).square().sum() / ok.sum().clamp(min=1)).sqrt()
+        by_step = group_index(forest.edges, ("step",)) if self.scale == "batch" else group
+        return moments(value, ok, by_step, self.unbiased)[1]

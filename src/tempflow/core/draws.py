@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tempflow.core.rng import Stream
@@ -46,6 +47,18 @@ class Draws:
         owners, place = _distinct(ids, self.share_noise)
         z = Stream(seed, "forward.noise").normal([(j, *i) for i in owners for j in wanted], shape)
         return t, z.view(len(owners), len(wanted), *shape)[place]
+
+
+    def single(
+        self, seed: int, ids: Sequence[Id], which: Sequence[int], schedule: Schedule, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """One pair of each id, its `which`-th: times [N, 1] and noises [N, 1, *shape], equal to those of `__call__`."""
+        owners, place = _distinct(ids, self.share_times)
+        t = self.times(Stream(seed, "forward.times"), owners, schedule)[place]
+        t = t.gather(1, torch.tensor(which, dtype=torch.long)[:, None])
+        owned = [i if self.share_noise is None else i[: self.share_noise] for i in ids]
+        z = Stream(seed, "forward.noise").normal([(j, *i) for j, i in zip(which, owned, strict=True)], shape)
+        return t, z[:, None]
 
 
 def _distinct(ids: Sequence[Id], share: int | None) -> tuple[list[Id], list[int]]:

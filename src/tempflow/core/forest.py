@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+
+def _no_traits() -> Mapping[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,9 @@ class Edges:
                 spread (an ODE edge, or a kernel whose std is 0 at that step)
     stochastic  bool
     trained     bool, the plan gives it to the loss
+    mean        [E, *S], mean of the transition it was drawn from, in the dtype log_prob was computed in; None unless
+                the rollout was asked for it
+    traits      named columns [E, …]: what was observed of the edges after they were grown
     """
 
     parent: Tensor
@@ -37,12 +44,14 @@ class Edges:
     log_prob: Tensor
     stochastic: Tensor
     trained: Tensor
+    mean: Tensor | None = None
+    traits: Mapping[str, Tensor] = field(default_factory=_no_traits)
 
     def __len__(self) -> int:
         return self.parent.shape[0]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Edges:
-        """The edges with `fn` applied to every field."""
+        """The edges with `fn` applied to every field, trait columns and (where there is one) the mean included."""
         return Edges(
             parent=fn(self.parent),
             child=fn(self.child),
@@ -54,19 +63,30 @@ class Edges:
             log_prob=fn(self.log_prob),
             stochastic=fn(self.stochastic),
             trained=fn(self.trained),
+            mean=None if self.mean is None else fn(self.mean),
+            traits={name: fn(column) for name, column in self.traits.items()},
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Leaves:
-    """N scored samples at σ = 0, LongTensors [N]; `node` is −1 once the latent has been dropped."""
+    """N scored samples at σ = 0, LongTensors [N]; `node` is −1 once the latent has been dropped.
+
+    traits  named columns [N, …]: what was observed of the samples
+    """
 
     node: Tensor
     prompt: Tensor
     root: Tensor
+    traits: Mapping[str, Tensor] = field(default_factory=_no_traits)
 
     def __len__(self) -> int:
         return self.node.shape[0]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Leaves:
+        """The leaves with `fn` applied to every field and trait column."""
+        columns = {name: fn(column) for name, column in self.traits.items()}
+        return Leaves(node=fn(self.node), prompt=fn(self.prompt), root=fn(self.root), traits=columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +170,38 @@ class Forest:
         )  # −1 reads the extra last entry, which is False
         return replace(self, leaves=replace(self.leaves, node=node))._compact()
 
+    def as_leaves(self) -> Forest:
+        """A forest in which every leaf stands as one trained edge, in leaf order.
+
+        Credits value edges; with this, they value leaves: a forward-process method (DiffusionNFT, AWM, …) samples by
+        ODE and trains on its leaves, so its plans have no stochastic edge to give credit to.  Edge n has leaf n's node
+        as parent and child (−1 where the latent was dropped), its prompt, root and traits, step T − 1, depth 0 and
+        scale 1; it is trained but not stochastic, has no log_prob (NaN) and no mean, and leaf n alone descends from it.
+        Nodes and leaves stay as they are.
+        """
+        leaves = self.leaves
+        alone = torch.arange(len(leaves), device=leaves.node.device)
+        edges = Edges(
+            parent=leaves.node,
+            child=leaves.node,
+            step=torch.full_like(alone, self.steps - 1),
+            prompt=leaves.prompt,
+            root=leaves.root,
+            depth=torch.zeros_like(alone),
+            scale=torch.ones_like(alone, dtype=self.edges.scale.dtype),
+            log_prob=torch.full_like(alone, math.nan, dtype=self.edges.log_prob.dtype),
+            stochastic=torch.zeros_like(alone, dtype=torch.bool),
+            trained=torch.ones_like(alone, dtype=torch.bool),
+            traits=leaves.traits,
+        )
+        return replace(self, edges=edges, descent=(alone, alone))
+
     @staticmethod
     def cat(forests: Sequence[Forest]) -> Forest:
         """One forest from several; prompt slots are kept, indices of nodes, edges and leaves shift.
 
-        ValueError if there is none, or if they differ in `steps`, latent shape or dtype.
+        ValueError if there is none, or if they differ in `steps`, latent shape or dtype, in the names of their edges'
+        or leaves' traits, or in whether their edges have a mean.
         """
         if not forests:
             raise ValueError("forests = []: nothing to join; nearest valid: one Forest")
@@ -179,28 +226,31 @@ class Forest:
                 node=torch.cat([f.leaves.node for f in shifted]),
                 prompt=torch.cat([f.leaves.prompt for f in shifted]),
                 root=torch.cat([f.leaves.root for f in shifted]),
+                traits=_cat_traits("leaves", [f.leaves.traits for f in shifted]),
             ),
             descent=(torch.cat([f.descent[0] for f in shifted]), torch.cat([f.descent[1] for f in shifted])),
             steps=first.steps,
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Forest:
-        leaves = self.leaves
         return Forest(
             nodes=fn(self.nodes),
             edges=self.edges.map(fn),
-            leaves=Leaves(fn(leaves.node), fn(leaves.prompt), fn(leaves.root)),
+            leaves=self.leaves.map(fn),
             descent=(fn(self.descent[0]), fn(self.descent[1])),
             steps=self.steps,
         )
 
     def _shift(self, node: int, edge: int, leaf: int) -> Forest:
         """The same forest with larger indices: only for being put behind others."""
-        leaves = self.leaves
+
+        def moved(index: Tensor) -> Tensor:
+            return torch.where(index < 0, index, index + node)  # a dropped leaf's −1 stays
+
         return replace(
             self,
-            edges=replace(self.edges, parent=self.edges.parent + node, child=self.edges.child + node),
-            leaves=replace(leaves, node=torch.where(leaves.node < 0, leaves.node, leaves.node + node)),
+            edges=replace(self.edges, parent=moved(self.edges.parent), child=moved(self.edges.child)),
+            leaves=replace(self.leaves, node=moved(self.leaves.node)),
             descent=(self.descent[0] + edge, self.descent[1] + leaf),
         )
 
@@ -234,4 +284,21 @@ def _cat_edges(parts: Sequence[Edges]) -> Edges:
         log_prob=torch.cat([p.log_prob for p in parts]),
         stochastic=torch.cat([p.stochastic for p in parts]),
         trained=torch.cat([p.trained for p in parts]),
+        mean=_cat_means([p.mean for p in parts]),
+        traits=_cat_traits("edges", [p.traits for p in parts]),
     )
+
+
+def _cat_means(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    if there and len(there) < len(parts):
+        raise ValueError(f"mean: {len(there)} of {len(parts)} forests have one; nearest valid: all of them, or none")
+    return torch.cat(there) if there else None
+
+
+def _cat_traits(of: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    names = sorted(parts[0])
+    for part in parts[1:]:
+        if sorted(part) != names:
+            raise ValueError(f"{of}.traits = {sorted(part)} in one forest; nearest valid: {names}, as in the first")
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

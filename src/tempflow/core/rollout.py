@@ -21,6 +21,7 @@ from tempflow.core.forest import Edges, Forest, Leaves
 from tempflow.core.plan import Plan
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
+from tempflow.core.solver import OneStep, Solver, predict_clean
 
 Keep = Literal["stochastic", "all"]
 
@@ -56,10 +57,11 @@ def rollout(
     *,
     shape: Sequence[int],
     slots: Sequence[int] | None = None,
-    solver: Dynamics | None = None,
+    solver: Dynamics | Solver | None = None,
     max_rows: int | None = None,
     store_dtype: torch.dtype = torch.float32,
     keep: Keep = "stochastic",
+    keep_mean: bool = False,
     device: torch.device | str = "cpu",
 ) -> Forest:
     """Run one plan per prompt, all prompts together, without gradients.
@@ -73,11 +75,13 @@ def rollout(
     shape        *S, one sample's latent shape
     slots        per prompt its slot in the iteration, distinct and ≥ 0; default 0, 1, …  It enters the noise, is what
                  `predict` gets as `rows`, and is `edges.prompt` and `leaves.prompt`
-    solver       walks the deterministic edges; default `ODE()`
+    solver       walks the deterministic edges: a deterministic dynamics, default `ODE()`, or a `Solver`, which at order
+                 2 gets x̂0 at the node's parent, whatever kind of edge led from there, in float32 at least
     max_rows     upper bound of B; default no bound.  Chunks of a step are of even size
     store_dtype  dtype of every state.  A child is rounded to it first; the rounded value is what the next step starts
                  from and what log_prob is taken at, so that training sees exactly the sampled transition
     keep         edges to record: "stochastic" ones or "all"
+    keep_mean    fill `edges.mean`, in float32 at least; for a recorded ODE edge it is the child
     device       where states live and `predict` computes
 
     Prompts and their leaves come out in the order given: joining the forests of two calls with `Forest.cat` equals
@@ -85,7 +89,7 @@ def rollout(
     """
     walker = _Walker(
         dynamics=dynamics,
-        solver=ODE() if solver is None else solver,
+        solver=solver if isinstance(solver, Solver) else OneStep(ODE() if solver is None else solver),
         schedule=schedule,
         predict=predict,
         noise=noise,
@@ -103,19 +107,23 @@ def rollout(
     log_dtype = torch.promote_types(store_dtype, torch.float32)
     nodes = torch.empty(sum(count), *walker.shape, dtype=store_dtype, device=walker.device)
     log_prob = torch.full((sum(edges),), math.nan, dtype=log_dtype, device=walker.device)
+    mean = torch.empty(sum(edges), *walker.shape, dtype=log_dtype, device=walker.device) if keep_mean else None
     with torch.no_grad():
-        x = walker.start(plans, owners)
-        _put(nodes, x, _merge([program.born for program in programs], owners, count, edges))
+        front = walker.start(plans, owners)
+        _put(nodes, front.x, _merge([program.born for program in programs], owners, count, edges))
         for i in range(schedule.steps):
             level = _merge([program.levels[i] for program in programs], owners, count, edges)
-            x = walker.advance(x, i, level, log_prob)
-            _put(nodes, x, level)
+            front = walker.advance(front, i, level, log_prob, mean)
+            _put(nodes, front.x, level)
+    if mean is not None:
+        calm = (~frame.edges.stochastic).nonzero()[:, 0]
+        mean[calm.to(walker.device)] = nodes[frame.edges.child[calm].to(walker.device)].to(log_dtype)
     frame = frame.to(walker.device)
-    return replace(frame, nodes=nodes, edges=replace(frame.edges, log_prob=log_prob))
+    return replace(frame, nodes=nodes, edges=replace(frame.edges, log_prob=log_prob, mean=mean))
 
 
 def skeleton(plans: Sequence[Plan], slots: Sequence[int], keep: Keep = "stochastic") -> Forest:
-    """The forest that `rollout` would grow, without its states (0 elements each) and log-probabilities (NaN).
+    """The forest that `rollout` would grow, without its states (0 elements each), log-probabilities (NaN) and means.
 
     Edges, leaves and descent are those of a rollout of all these plans in one process, so that a process that grows a
     part of them can place its part in the whole.
@@ -161,12 +169,27 @@ class _Program:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Front:
+    """The nodes of one step."""
+
+    x: Tensor  # their states
+    clean: Tensor | None = None  # x̂0 at their parents, each once, while the solver wants it
+    parent_of: Tensor | None = None  # per node: index into `clean`, on the CPU
+
+    def previous(self, at: Tensor) -> Tensor | None:
+        """x̂0 at the parents of the nodes at these positions; None at the roots, or when the solver wants none."""
+        if self.clean is None or self.parent_of is None:
+            return None
+        return self.clean[self.parent_of[at].to(self.clean.device)]
+
+
 @dataclass(frozen=True)
 class _Walker:
     """What stays the same during a rollout."""
 
     dynamics: Dynamics
-    solver: Dynamics
+    solver: Solver
     schedule: Schedule
     predict: Predict
     noise: Noise
@@ -175,29 +198,34 @@ class _Walker:
     dtype: torch.dtype
     device: torch.device
 
-    def start(self, plans: Sequence[Plan], slots: Sequence[int]) -> Tensor:
+    def start(self, plans: Sequence[Plan], slots: Sequence[int]) -> _Front:
         """The first front: every root's initial noise, each distinct noise drawn once."""
         wanted = [(slot, s) for plan, slot in zip(plans, slots, strict=True) for s in plan.start]
         distinct = list(dict.fromkeys(wanted))
         place = {identity: n for n, identity in enumerate(distinct)}
         drawn = self.noise.initial(distinct, self.shape).to(self.device, self.dtype)
-        return drawn[_long([place[identity] for identity in wanted]).to(self.device)]
+        return _Front(drawn[_long([place[identity] for identity in wanted]).to(self.device)])
 
-    def advance(self, x: Tensor, i: int, level: _Level, log_prob: Tensor) -> Tensor:
-        """The front at step i -> the next front; fills in the log_prob of the recorded stochastic edges."""
+    def advance(self, front: _Front, i: int, level: _Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
+        """The front at step i -> the next front; fills in the log_prob and mean of the recorded stochastic edges."""
         children = torch.empty(level.born, *self.shape, dtype=self.dtype, device=self.device)
+        remembers = self.solver.order > 1 and i + 1 < self.schedule.steps
+        clean = children.new_empty(len(level.parents), *self.shape, dtype=log_prob.dtype) if remembers else None
         bounds = _chunks(len(level.parents), self.max_rows)
         first_child = _first(level.parent_of, bounds)
         first_calm, first_noisy = _first(level.calm, first_child), _first(level.noisy, first_child)
         spread = len(level.noisy) > 0 and self._spreads(i)
         for c in range(len(bounds) - 1):
             lo, hi = bounds[c], bounds[c + 1]
-            state = x[level.parents[lo:hi].to(self.device)]
+            state = front.x[level.parents[lo:hi].to(self.device)]
             velocity = self._velocity(state, i, level.rows[lo:hi])
+            if clean is not None:
+                clean[lo:hi] = predict_clean(state, velocity, self.schedule, torch.full((hi - lo,), i))
             calm = level.calm[first_calm[c] : first_calm[c + 1]]
             if len(calm):
                 of = (level.parent_of[calm] - lo).to(self.device)
-                law = self.solver.transition(state[of], velocity[of], self.schedule, torch.full((len(calm),), i))
+                step, previous = torch.full((len(calm),), i), front.previous(level.parents[level.parent_of[calm]])
+                law = self.solver.transition(state[of], velocity[of], self.schedule, step, previous)
                 children[calm.to(self.device)] = law.mean.to(self.dtype)
             part = slice(first_noisy[c], first_noisy[c + 1])
             noisy = level.noisy[part]
@@ -209,10 +237,12 @@ class _Walker:
                 drawn = self.noise.edge(level.ids[part], self.shape).to(self.device)
                 child = law.sample(drawn).to(self.dtype)
                 children[noisy.to(self.device)] = child
+                edge = level.edge_to[part].to(self.device)
                 if spread:
-                    density = law.log_prob(child.to(law.mean.dtype)).to(log_prob.dtype)
-                    log_prob[level.edge_to[part].to(self.device)] = density
-        return children
+                    log_prob[edge] = law.log_prob(child.to(law.mean.dtype)).to(log_prob.dtype)
+                if mean is not None:
+                    mean[edge] = law.mean.to(mean.dtype)
+        return _Front(children, clean, level.parent_of)
 
     def _spreads(self, i: int) -> bool:
         """Whether the stochastic edges of step i have a density (CPS and DDIM have none at the last step)."""
@@ -339,8 +369,8 @@ def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: s
         raise ValueError(f"slots = {list(slots)}: must be distinct and ≥ 0; nearest valid: {list(range(len(slots)))}")
     if walker.max_rows is not None and walker.max_rows < 1:
         raise ValueError(f"max_rows = {walker.max_rows}: must be at least 1; nearest valid: 1")
-    if walker.solver.stochastic:
-        raise ValueError(f"solver = {walker.solver}: deterministic edges draw no noise; nearest valid: ODE()")
+    if walker.solver.order not in (1, 2):
+        raise ValueError(f"solver.order = {walker.solver.order}: one earlier step is remembered; nearest valid: 2")
     if not walker.dtype.is_floating_point:
         raise ValueError(f"store_dtype = {walker.dtype}: must be a floating-point type; nearest valid: torch.float32")
     if keep not in ("stochastic", "all"):

@@ -39,6 +39,17 @@ def ratio_norm(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor
     return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2] / schedule.delta(step))
 
 
+def equalised(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """w_i ∝ 1/|b_i|: with GRPO-Guard's ratio, whose gradient has size |b_i|, equal gradients at all steps."""
+    b = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)[1]
+    return _mean_one(forest, 1 / b.abs())
+
+
+def inverse_step(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
+    """w_i ∝ 1/Δ_i: GRPO-Guard's loss weight beside its normalised ratio, in its flow_sde form."""
+    return _mean_one(forest, 1 / schedule.delta(forest.edges.step))
+
+
 def rectified(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     """w_i ∝ 1 / c_i, equal gradients at all steps (Flash-GRPO's rectification λ, computed instead of tabulated)."""
     _, b, std = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)

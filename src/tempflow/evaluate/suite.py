@@ -16,7 +16,7 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.evaluate.diversity import features, within_groups
+from tempflow.perception.diversity import features, within_groups
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.models.protocol import Model, Predict, Size

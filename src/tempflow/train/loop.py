@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import OWN_REWARD, Config, to_yaml
+from tempflow.core.follow import Frozen
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load
@@ -22,13 +23,14 @@ from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
 from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
+from tempflow.train.followers import Followers
 from tempflow.train.records import Records
 from tempflow.train.resume import resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
 from tempflow.train.step import Setting
 from tempflow.train.track import open_trackers
-from tempflow.train.weightsets import Frozen, Trainable, WeightSet, frozen_copy
+from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
 if TYPE_CHECKING:
     from tempflow.train.shard import Shards
@@ -80,13 +82,13 @@ def train(
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         sets = _prompt_sets(config, prompts, test_prompts)
         _check_ranks(config, world, display.say)
-        setting, trainable = _setting(
+        setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, world, display.say
         )
         with closing(Records(folder, to_yaml(config), resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
-            session = Session(config, setting, trainable, judges, sets, records, display, trackers)
+            session = Session(config, setting, trainable, followers, judges, sets, records, display, trackers)
             if saved is not None:
                 session.restore(saved)
             elif resume:
@@ -127,8 +129,9 @@ def _setting(
     rewards: Sequence[Reward],
     world: World,
     say: Callable[[str], None],
-) -> tuple[Setting, Trainable]:
-    """What stays the same over the run, and the policy's parameters with the weights that training starts from."""
+) -> tuple[Setting, Trainable, Followers]:
+    """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
+    follows them."""
     size = (config.model.height, config.model.width)
     model.noise_shape(size)
     trainable = Trainable(model.network)
@@ -136,16 +139,23 @@ def _setting(
     if config.model.start:
         trainable.load(checkpoint.best_weights(Path(config.model.start)))
         say(f"start: best weights of {config.model.start}")
+    followers = Followers.of(algorithm, trainable)
+    networks = {name: weights.network() for name, weights in followers.sets.items()}
     reference, shards = None, None
-    if "reference" in algorithm.objective.weight_sets:
+    if "reference" in algorithm.sets and "reference" not in networks:
         say(f"reference: {config.model.reference}")
         reference = _reference(config.model.reference, trainable, base)
-    network = None if reference is None else reference.network()
+        networks["reference"] = reference.network()
     if sharded(config, world):
+        if followers.sets:
+            raise ValueError(
+                f"parallel.mode: 'fsdp' cannot shard the weight set {next(iter(followers.sets))!r} of "
+                f"{algorithm.name}; nearest valid: 'ddp'"
+            )
         if reference is not None:
             with reference.applied():
-                network = frozen_copy(model.network)
-        shards = _shards(model, network, config, world)
+                networks["reference"] = frozen_copy(model.network)
+        shards = _shards(model, networks.get("reference"), config, world)
         trainable = Trainable(model.network)
     setting = Setting(
         model=model,
@@ -159,11 +169,11 @@ def _setting(
         train_rows=config.train_rows,
         updates=config.optimizer.updates_per_iteration,
         max_grad_norm=config.optimizer.max_grad_norm,
-        reference=network,
+        sets=networks,
         world=world,
         shards=shards,
     )
-    return setting, trainable
+    return setting, trainable, followers
 
 
 def _shards(model: Model, reference: nn.Module | None, config: Config, world: World) -> Shards:

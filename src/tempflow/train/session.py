@@ -11,26 +11,27 @@ from dataclasses import asdict, replace
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from tempflow.config import OWN_REWARD, Config, to_yaml
-from tempflow.core.scores import Scores
+from tempflow.core.follow import Ema
 from tempflow.data.prompts import Prompt
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
-from tempflow.evaluate.suite import Report, draw, evaluate
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint, guards
 from tempflow.train.display import Display
-from tempflow.train.faults import check_look, check_scored
+from tempflow.train.faults import check_scored
+from tempflow.train.followers import Followers
+from tempflow.train.gallery import Gallery
 from tempflow.train.interrupt import Interrupt, Interrupted
-from tempflow.train.kept import Looks, Yardstick, described, kept_tensors, optimizer_of, restored
+from tempflow.train.kept import Looks, described, kept_tensors, optimizer_of, restored
+from tempflow.train.learn import update
 from tempflow.train.records import Records, Run
-from tempflow.train.step import Clock, Counter, Setting, collect, credit, rollout_metrics, update
+from tempflow.train.step import Clock, Counter, Setting, collect, credit, rollout_metrics
 from tempflow.train.steps import steps_of
 from tempflow.train.track import Tracker
 from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Ema, Trainable, WeightSet
+from tempflow.train.weightsets import Trainable, WeightSet
 
 GRID = 24
 """Pictures in the before/after grid."""
@@ -50,19 +51,21 @@ class Session:
         config: Config,
         setting: Setting,
         trainable: Trainable,
+        followers: Followers,
         judges: Sequence[Reward],
         prompts: Mapping[str, Sequence[Prompt]],
         records: Records,
         display: Display,
         trackers: Sequence[Tracker],
     ) -> None:
-        self.config, self.judges, self.prompts = config, judges, prompts
+        self.config, self.prompts = config, prompts
         self.records, self.display, self.trackers = records, display, trackers
         self.interrupt = Interrupt()
         alone = setting.world.size == 1  # several ranks agree between iterations, so that none waits for another
         self.setting = replace(setting, pause=self.interrupt.check) if alone else setting
-        self.world, self.model, self.trainable = setting.world, setting.model, trainable
+        self.world, self.model, self.trainable, self.followers = setting.world, setting.model, trainable, followers
         self.average = WeightSet(trainable, Ema(config.optimizer.ema_decay)) if config.optimizer.ema_decay else None
+        self.gallery = Gallery(config, self.setting, judges, self._say)
         self.optimizer = optimizer_of(config, trainable)
         self.counter, self.watcher = Counter(), Watcher(config.guards, records.alarms, self._say)
         self.done, self.seconds = 0, 0.0
@@ -97,8 +100,11 @@ class Session:
 
     def _run(self) -> Run:
         if self.looks is None:
+            test = self.prompts["test"]
             self.looks = Looks(
-                self._look(self.prompts["test"]), self._drawn(self.prompts["test"][:GRID]), self._yardstick()
+                self.gallery.look(test, training=False),
+                self.gallery.drawn(test[:GRID]),
+                self.gallery.yardstick(self.prompts),
             )
         metric = self.config.evaluation.metric
         self._say(f"before: held-out {metric} {self.looks.before.mean(metric):.3f}")
@@ -187,6 +193,7 @@ class Session:
         except Interrupted:  # only before the first step of the optimizer
             self.whole = True
             raise
+        self.followers.update()
         self.watcher.update(iteration + 1, seen | learned)
         self.records.steps(
             iteration + 1, steps_of(setting.algorithm.credit, experience.scores, experience.whole, given)
@@ -203,7 +210,7 @@ class Session:
         """Judges the averaged weights on the validation prompts; whether they are the best so far."""
         started = time.perf_counter()
         with self._untouched(), self._evaluated():
-            report = self._look(self.prompts["validation"])
+            report = self.gallery.look(self.prompts["validation"], training=True)
         score = report.mean(self.config.evaluation.metric)
         better = self.best is None or math.isnan(self.best[0]) or score > self.best[0]
         if better:
@@ -230,59 +237,11 @@ class Session:
             finally:
                 self._scattered()
 
-    def _look(self, prompts: Sequence[Prompt], guidance: float | None = None) -> Report:
-        """Judges fixed prompts; every rank draws and scores a block of them."""
-        e, setting = self.config.evaluation, self.setting
-        weights = setting.algorithm.credit.reward_weights
-        self._gathered()
-        block = self.world.block(len(prompts))
-        part = evaluate(
-            self.model,
-            prompts[block.start : block.stop],
-            self.judges,
-            total=dict.fromkeys((r.name for r in setting.rewards), 1.0) if weights is None else weights,
-            steps=e.steps,
-            guidance=e.guidance if guidance is None else guidance,
-            seed=e.seed,
-            size=setting.size,
-            rows=setting.rollout_rows,
-            gold=e.gold,
-            first=block.start,
-            pause=setting.pause,
-        )
-        counts = [len(self.world.block(len(prompts), rank)) for rank in range(self.world.size)]
-        value, ok = (self.world.gather(t, counts) for t in (part.scores.value, part.scores.ok))
-        kinds = tuple(str(p.metadata.get("kind", "")) for p in prompts)
-        check_look(self.judges, Scores(value, ok, part.scores.names), self._say, training=self.looks is not None)
-        return replace(part, scores=Scores(value, ok, part.scores.names), kinds=kinds)
-
-    def _yardstick(self) -> Yardstick | None:
-        """The untrained model with the guidance that suits it best on validation, and its test report."""
-        values = self.config.evaluation.yardstick
-        if not values:
-            return None
-        metric = self.config.evaluation.metric
-        best = max(values, key=lambda g: self._look(self.prompts["validation"], g).mean(metric))
-        return best, self._look(self.prompts["test"], best)
-
-    def _drawn(self, prompts: Sequence[Prompt]) -> Tensor:
-        e = self.config.evaluation
-        self._gathered()
-        return draw(
-            self.model,
-            [p.text for p in prompts],
-            steps=e.steps,
-            guidance=e.guidance,
-            seed=e.seed,
-            size=self.setting.size,
-            rows=self.setting.rollout_rows,
-        )
-
     def _show(self) -> None:
         """The averaged weights' pictures of the first validation prompts, for the trackers."""
         prompts = self.prompts["validation"][:SHOWN]
         with self._evaluated():
-            media = self._drawn(prompts)
+            media = self.gallery.drawn(prompts)
         for tracker in self.trackers:
             tracker.images("validation", [(p.text, m.numpy()) for p, m in zip(prompts, media, strict=True)], self.done)
 
@@ -309,9 +268,10 @@ class Session:
             checkpoint.save(
                 self.records.folder,
                 self.done,
-                kept_tensors(self.trainable, self.average, self.optimizer, self.looks),
+                kept_tensors(self.trainable, self.average, self.optimizer, self.looks) | self.followers.tensors(),
                 {
                     "counter": asdict(self.counter),
+                    "followers": self.followers.updates(),
                     "average_updates": 0 if self.average is None else self.average.updates,
                     "best": self.best,
                     "seconds": self.seconds,
@@ -336,6 +296,7 @@ class Session:
         self.trainable.load(tensors["policy"])
         if self.average is not None:
             self.average.load(tensors["ema"], state["average_updates"])
+        self.followers.load(tensors, state["followers"])
         checkpoint.load_optimizer(self.optimizer, self.trainable.names, tensors.get("optimizer", {}))
         self.counter = Counter(**state["counter"])
         self.done, self.seconds, self.watcher.state = state["iteration"], state["seconds"], state["guards"]
@@ -368,7 +329,8 @@ class Session:
     def _finish(self, looks: Looks) -> Run:
         """After: the test once more, pictures, summary."""
         assert self.best is not None
-        after, grid_after = self._look(self.prompts["test"]), self._drawn(self.prompts["test"][:GRID])
+        test = self.prompts["test"]
+        after, grid_after = self.gallery.look(test, training=True), self.gallery.drawn(test[:GRID])
         run = Run(
             folder=self.records.folder,
             metric=self.config.evaluation.metric,
@@ -381,7 +343,7 @@ class Session:
             model=self.model,
         )
         if self.world.first:
-            texts = [p.text for p in self.prompts["test"][:GRID]]
+            texts = [p.text for p in test[:GRID]]
             pictures.before_after(looks.grid, grid_after, texts, run.folder / "before_after.png")
             self.records.summary(run, self.best[0])
             try:

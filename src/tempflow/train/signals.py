@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.evaluate.diversity import features, within_groups
+from tempflow.perception.diversity import features, within_groups
 
 PATCH = 2
 """Latent cells along a side of a transformer's patch, as in SD3, FLUX, Qwen-Image and the shapes model."""
@@ -28,7 +28,7 @@ class Signals:
     prompt          long[P], the slots, ascending
     leaves          long[P], how many leaves a slot has
     latent_rms      float64[P], root mean square of its final latents
-    diversity       float64[P], mean distance (`evaluate.diversity`) of its pairs of pictures; NaN with one leaf
+    diversity       float64[P], mean distance (`perception.diversity`) of its pairs of pictures; NaN with one leaf
     high_frequency  float64[P], mean of `high_frequency` over its pictures; NaN where they are too small
     grid            float64[P], mean of `grid_share` over its pictures; NaN where they are too small
     failed          float64[P], share of its leaves without a valid score; NaN where that was not said

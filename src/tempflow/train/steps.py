@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tempflow.core.credit import Advantage, Credit, moments
+from tempflow.core.credit import Advantage, Credit
 from tempflow.core.forest import Forest
+from tempflow.core.groups import moments
 from tempflow.core.scores import Scores
 from tempflow.train.step import Credit as Given
 

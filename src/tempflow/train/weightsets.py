@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
+
+from tempflow.core.follow import Rule
 
 
 class Trainable:
@@ -89,56 +90,6 @@ def check_names(trainable: Trainable, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"weights: {name!r} is missing; they are of another model or another kind of training")
         if state[name].shape != master.shape:
             raise ValueError(f"weights: {name!r} is {list(state[name].shape)}; the model has {list(master.shape)}")
-
-
-class Rule(Protocol):
-    """How a set follows the policy: set ← decay·set + (1−decay)·policy."""
-
-    def decay(self, update: int) -> float:
-        """The share of the set that stays at its `update`-th update, counted from 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class Copy:
-    """The policy as it stands, at every update."""
-
-    def decay(self, update: int) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """Never follows."""
-
-    def decay(self, update: int) -> float:
-        return 1.0
-
-
-@dataclass(frozen=True)
-class Ema:
-    """Warmed-up average: min(rate, (1+n)/(10+n)) (DiffusionNFT's and Flow-GRPO's evaluation weights)."""
-
-    rate: float
-
-    def decay(self, update: int) -> float:
-        return min(self.rate, (1 + update) / (10 + update))
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """Old policy of the forward-process family: 0 for `flat` updates, then `slope` a step up to `hold`.
-
-    DiffusionNFT's types (scripts/train_nft_sd3.py): 0 is Ramp(0, 0, 0), 1 is Ramp(0, .001, .5), 2 is
-    Ramp(75, .0075, .999); "type 3" of "Rethinking the design space" is Ramp(10, .01, .5). i counts from 0.
-    """
-
-    flat: int
-    slope: float
-    hold: float
-
-    def decay(self, update: int) -> float:
-        return min(max(0.0, self.slope * (update - 1 - self.flat)), self.hold)
 
 
 class WeightSet:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch
-from tempflow.core.objective.ratio import Loss, Predict
 
 SHAPE = (2, 3)
 

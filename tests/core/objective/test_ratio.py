@@ -16,7 +16,8 @@ from torch.distributions import Normal, kl_divergence
 from tempflow.core import plan as P
 from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, Dynamics, FlowSDE, LinearSDE, gradient_scale
 from tempflow.core.forest import Forest
-from tempflow.core.objective.ratio import ClippedRatio, EdgeBatch, Predict
+from tempflow.core.objective.edges import EdgeBatch, Predict
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
@@ -110,7 +111,7 @@ def test_ratio_is_exactly_one_before_any_update(dynamics: Dynamics, plan: Plan) 
     policy = Velocity()
     for max_rows in (None, 5):
         batch = batch_of(grow(plan, dynamics, policy, max_rows), dynamics)
-        objective = ClippedRatio(1e-6, 1e-6, kl=0.5)
+        objective = clipped(1e-6, 1e-6, kl=0.5)
         loss = objective({"policy": policy, "reference": policy}, batch)
         assert len(batch.step) == 3 * plan.cost().trained_edges
         assert float(loss.metrics["log_ratio_abs"].max()) == 0.0
@@ -127,7 +128,7 @@ def test_loss_equals_the_hand_formula(form: str, dynamics: Dynamics) -> None:
     """Log-probabilities and the exact KL are torch.distributions', everything in float64."""
     batch = doubled(sample(dynamics))
     policy, reference = Velocity((0.43, 0.06, -0.12), torch.float64), Velocity(dtype=torch.float64)
-    objective = ClippedRatio(2e-3, 5e-3, kl=0.3, kl_form=form)  # type: ignore[arg-type]
+    objective = clipped(2e-3, 5e-3, kl=0.3, kl_form=form)  # type: ignore[arg-type]
     loss = objective({"policy": policy, "reference": reference}, batch)
 
     sigma = batch.schedule.at(batch.step)
@@ -150,7 +151,7 @@ def test_loss_equals_the_hand_formula(form: str, dynamics: Dynamics) -> None:
 def test_gradient_equals_finite_differences(form: str) -> None:
     """float64, by torch's gradcheck; some edges are clipped, some not."""
     batch = doubled(sample())
-    objective = ClippedRatio(2e-3, 5e-3) if form == "none" else ClippedRatio(2e-3, 5e-3, 0.3, form)  # type: ignore[arg-type]
+    objective = clipped(2e-3, 5e-3) if form == "none" else clipped(2e-3, 5e-3, 0.3, form)  # type: ignore[arg-type]
     reference = Velocity(dtype=torch.float64)
 
     def value(theta: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def test_kl_alone_has_a_gradient_towards_the_reference_and_none_into_it(form: st
     batch = replace(batch, advantage=torch.zeros_like(batch.advantage))
     policy, reference = Velocity((0.5, 0.05, -0.1)), Velocity()
     models: dict[str, Predict] = {"policy": policy, "reference": reference}
-    objective = ClippedRatio(kl=0.7, kl_form=form)  # type: ignore[arg-type]
+    objective = clipped(kl=0.7, kl_form=form)  # type: ignore[arg-type]
     objective(models, batch).value.backward()
     assert reference.theta.grad is None and policy.theta.grad is not None
     assert float(policy.theta.grad[0]) > 1e-3  # θ_0 is above the reference's, so descent takes it down
@@ -182,7 +183,7 @@ def test_kl_forms_relate_as_the_papers_say() -> None:
     """drift = Δ·exact; exact = (b/S)²/2·velocity."""
     batch = sample()
     models: dict[str, Predict] = {"policy": Velocity((0.5, 0.05, -0.1)), "reference": Velocity()}
-    kl = {f: ClippedRatio(kl=1.0, kl_form=f)(models, batch).metrics["kl"] for f in ("exact", "drift", "velocity")}  # type: ignore[arg-type]
+    kl = {f: clipped(kl=1.0, kl_form=f)(models, batch).metrics["kl"] for f in ("exact", "drift", "velocity")}  # type: ignore[arg-type]
     torch.testing.assert_close(kl["drift"], kl["exact"] * SCHEDULE.delta(batch.step), rtol=1e-4, atol=0)
     c = gradient_scale(batch.dynamics, SCHEDULE, batch.step)
     torch.testing.assert_close(kl["exact"], kl["velocity"] * c.square() / 2, rtol=1e-4, atol=0)
@@ -206,7 +207,7 @@ def test_clip_is_asymmetric_and_its_gradient_zero_where_it_binds(advantage: floa
     batch = take(doubled(sample()), slice(0, 1))
     batch = replace(batch, advantage=torch.full_like(batch.advantage, advantage), weight=torch.ones_like(batch.weight))
     batch = with_ratio(batch, policy, torch.tensor([ratio], dtype=torch.float64))
-    loss = ClippedRatio(0.03, 0.01)({"policy": policy}, batch)
+    loss = clipped(0.03, 0.01)({"policy": policy}, batch)
     loss.value.backward()
     want = min(advantage * ratio, advantage * min(max(ratio, 0.97), 1.01))
     assert loss.value.item() == pytest.approx(-want, rel=1e-9)
@@ -221,7 +222,7 @@ def test_a_far_ratio_is_not_clamped_before_the_clip() -> None:
     batch = take(doubled(sample()), slice(0, 1))
     batch = replace(batch, advantage=-torch.ones_like(batch.advantage), weight=torch.ones_like(batch.weight))
     batch = with_ratio(batch, policy, torch.tensor([1e9], dtype=torch.float64))
-    assert ClippedRatio(0.1, 0.1)({"policy": policy}, batch).value.item() == pytest.approx(1e9, rel=1e-6)
+    assert clipped(0.1, 0.1)({"policy": policy}, batch).value.item() == pytest.approx(1e9, rel=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -229,7 +230,7 @@ def test_a_far_ratio_is_not_clamped_before_the_clip() -> None:
 def test_weights_scale_an_edge_and_do_not_move_its_clip(factor: float, seed: int) -> None:
     policy = Velocity((0.42, 0.06, -0.11), torch.float64)
     batch = take(DOUBLE, torch.randperm(len(DOUBLE.step), generator=torch.Generator().manual_seed(seed))[:6])
-    objective = ClippedRatio(2e-3, 2e-3)
+    objective = clipped(2e-3, 2e-3)
     plain = objective({"policy": policy}, batch)
     heavy = objective({"policy": policy}, replace(batch, weight=batch.weight * factor))
     assert torch.equal(plain.metrics["clip_fraction"], heavy.metrics["clip_fraction"])
@@ -244,7 +245,7 @@ DOUBLE = doubled(sample())
 def test_weights_do_not_touch_the_kl() -> None:
     batch = replace(sample(), advantage=torch.zeros(len(DOUBLE.step)))
     models: dict[str, Predict] = {"policy": Velocity((0.5, 0.05, -0.1)), "reference": Velocity()}
-    values = [ClippedRatio(kl=1.0)(models, b).value.item() for b in (batch, replace(batch, weight=3 * batch.weight))]
+    values = [clipped(kl=1.0)(models, b).value.item() for b in (batch, replace(batch, weight=3 * batch.weight))]
     assert values[0] == values[1] > 0
 
 
@@ -253,7 +254,7 @@ def test_accumulation_over_micro_batches_equals_one_batch(size: int) -> None:
     """Each part counts by its number of edges, so uneven parts and mixed steps make no difference."""
     batch, n = DOUBLE, len(DOUBLE.step)
     reference = Velocity(dtype=torch.float64)
-    objective = ClippedRatio(2e-3, 5e-3, kl=0.2)
+    objective = clipped(2e-3, 5e-3, kl=0.2)
     whole, parts = (Velocity((0.43, 0.06, -0.12), torch.float64) for _ in range(2))
     one = objective({"policy": whole, "reference": reference}, batch)
     one.value.backward()
@@ -272,7 +273,7 @@ def test_a_steps_gradient_is_c_times_w_times_its_noise(dynamics: Dynamics, weigh
     """∂L/∂v = −A·w·(b/S)·z / (D·N) at r = 1: the score-function scale c_i = |b_i|/S_i of trajectory.md §0."""
     batch = sample(dynamics, weight=weight)
     velocity = Velocity()(batch.x, SCHEDULE.at(batch.step), batch.rows).detach().requires_grad_()
-    ClippedRatio()({"policy": lambda x, sigma, rows: velocity}, batch).value.backward()
+    clipped()({"policy": lambda x, sigma, rows: velocity}, batch).value.backward()
     z = (batch.y - normals(batch, velocity.detach()).mean) / normals(batch, velocity.detach()).stddev
     assert velocity.grad is not None
     norm, noise = velocity.grad.flatten(1).norm(dim=1), z.flatten(1).norm(dim=1)
@@ -291,17 +292,17 @@ def test_a_factor_of_another_shape_is_refused(name: str, reshape: Callable[[Tens
     batch = sample()
     wrong = replace(batch, **{name: reshape(getattr(batch, name))})
     with pytest.raises(ValueError, match=rf"{name}: shape .* must be \[{len(batch.step)}\]"):
-        ClippedRatio()({"policy": Velocity()}, wrong)
+        clipped()({"policy": Velocity()}, wrong)
 
 
 def test_deterministic_steps_and_missing_rates_are_refused() -> None:
     batch = sample()
     with pytest.raises(ValueError, match="no log-probability"):
-        ClippedRatio()({"policy": Velocity()}, replace(batch, dynamics=ODE()))
+        clipped()({"policy": Velocity()}, replace(batch, dynamics=ODE()))
     models: dict[str, Predict] = {"policy": Velocity(), "reference": Velocity()}
     for dynamics in (CPS(0.8), DDIM(1.0)):
         with pytest.raises(ValueError, match=r"kl_form: 'drift' needs a diffusion rate, which (CPS|DDIM).*'exact'"):
-            ClippedRatio(kl=0.1, kl_form="drift")(models, sample(dynamics))
+            clipped(kl=0.1, kl_form="drift")(models, sample(dynamics))
 
 
 @pytest.mark.parametrize(
@@ -318,13 +319,13 @@ def test_deterministic_steps_and_missing_rates_are_refused() -> None:
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClippedRatio(**arguments)  # type: ignore[arg-type]
+        clipped(**arguments)  # type: ignore[arg-type]
 
 
 def test_what_the_loop_reads() -> None:
-    assert ClippedRatio().weight_sets == ("policy",) and ClippedRatio(kl=0.1).weight_sets == ("policy", "reference")
-    assert ClippedRatio(1e-3, 2e-3).tightest_clip == ClippedRatio(2e-3, 1e-3).tightest_clip == 1e-3
-    assert ClippedRatio().unit == "edge"
+    assert clipped().weight_sets == ("policy",) and clipped(kl=0.1).weight_sets == ("policy", "reference")
+    assert clipped(1e-3, 2e-3).tightest_clip == clipped(2e-3, 1e-3).tightest_clip == 1e-3
+    assert clipped().unit == "edge"
 
 
 def test_low_precision_predictions_are_upcast() -> None:
@@ -334,7 +335,7 @@ def test_low_precision_predictions_are_upcast() -> None:
         return Velocity()(x, sigma, rows).bfloat16()
 
     batch = batch_of(grow(PLANS["chain"], FlowSDE(0.7), half), FlowSDE(0.7))
-    loss = ClippedRatio(kl=0.1, kl_form="velocity")({"policy": half, "reference": Velocity()}, batch)
+    loss = clipped(kl=0.1, kl_form="velocity")({"policy": half, "reference": Velocity()}, batch)
     assert loss.value.dtype == torch.float32
     assert float(loss.metrics["log_ratio_abs"].max()) == 0.0
     assert 0 < float(loss.metrics["kl"].max()) < 1e-3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tempflow.core.distribution import upcast
 from tempflow.core.draws import Draws
-from tempflow.core.objective.ratio import Predict
+from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.schedule import Schedule
 from tempflow.core.surrogate import corrupt, target_velocity
 from tempflow.core.times import Id
@@ -73,6 +74,22 @@ class LeafBatch:
     def only(self, draws: slice) -> LeafBatch:
         """All samples with some of their pairs."""
         return replace(self, t=self.t[:, draws], noise=self.noise[:, draws])
+
+
+class LeafObjective(Protocol):
+    """The loss of a micro-batch of clean samples."""
+
+    @property
+    def unit(self) -> str:
+        """What a micro-batch never splits: "draw" (a sample's pair), "leaf" (all its pairs) or "group"."""
+        ...
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """The weight sets that `__call__` asks of `models`."""
+        ...
+
+    def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss: ...
 
 
 def draw_leaves(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tempflow.core.objective import penalty
+from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, noised
 from tempflow.core.objective.penalty import Penalty
-from tempflow.core.objective.ratio import Loss, Predict
 from tempflow.core.surrogate import adaptive_error, adaptive_scale, square_error, x0_of_velocity
 
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from tempflow.core.objective import penalty
+from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, group_mean, noised
 from tempflow.core.objective.matching import optimality
 from tempflow.core.objective.penalty import Penalty, PredictionPenalty
-from tempflow.core.objective.ratio import Loss, Predict
 from tempflow.core.surrogate import Adaptive, Matching, Surrogate
 
 

@@ -1,176 +1,236 @@
-"""The clipped policy-ratio objective over stochastic edges, with a Gaussian KL to the reference."""
+"""The policy-ratio objective over stochastic edges: a form of the ratio, a gate, and what pulls beside it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian, drift_kl, velocity_kl
-from tempflow.core.dynamics import Diffusion, Dynamics
-from tempflow.core.schedule import Schedule
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-KLForm = Literal["exact", "drift", "velocity"]
-
-
-@dataclass(frozen=True, eq=False)
-class EdgeBatch:
-    """Some edges of a forest, ready to be replayed. x, y: parent and child states [B, *S] as stored; the rest [B]."""
-
-    x: Tensor
-    y: Tensor
-    step: Tensor
-    scale: Tensor
-    rows: Tensor
-    log_prob: Tensor
-    advantage: Tensor
-    weight: Tensor
-    schedule: Schedule
-    dynamics: Dynamics
+from tempflow.core.distribution import mean_dims, to_rows, upcast
+from tempflow.core.dynamics import Dynamics
+from tempflow.core.groups import dense
+from tempflow.core.objective.edges import EdgeBatch, Loss, Predict, Replayed, replay
+from tempflow.core.objective.gate import Clip, Gate
+from tempflow.core.objective.pull import Divergence, KLForm, Pull
 
 
-@dataclass(frozen=True, eq=False)
-class Loss:
-    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B] (reduced by the loop)."""
-
-    value: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-
-class Objective(Protocol):
-    """The loss of a micro-batch of edges."""
+class Ratio(Protocol):
+    """log r of a replayed batch."""
 
     @property
-    def unit(self) -> str:
-        """What a micro-batch never splits."""
-        ...
+    def unit(self) -> str: ...
 
     @property
-    def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
+    def keeps_mean(self) -> bool: ...
+
+    def __call__(self, at: Replayed) -> Tensor:
+        """[B], or dense over positions [B, *P]."""
         ...
 
-    @property
-    def tightest_clip(self) -> float:
-        """The scale against which a first-update log ratio is judged."""
+    def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
+        """The advantages, in the shape of the log ratio."""
         ...
 
-    def check(self, dynamics: Dynamics) -> None:
-        """Raises ValueError where the loss needs of the dynamics what they have not."""
-        ...
 
-    def __call__(self, models: Mapping[str, Predict], batch: EdgeBatch) -> Loss: ...
+class _PerEdge:
+    """One ratio an edge: its advantage as it is."""
+
+    unit = "edge"
+    keeps_mean = False
+
+    def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
+        return batch.advantage
 
 
 @dataclass(frozen=True)
-class ClippedRatio:
-    """L = mean_j[ w_j · max(−A_j r_j, −A_j · clip(r_j, 1−clip_low, 1+clip_high)) + kl · KL_j ].
+class StepRatio(_PerEdge):
+    """log r = log p − log p_old, a mean over latent elements: r is the D-th root of the density ratio."""
 
-    r = exp(log p − log p_old); log p is a mean over latent elements, so r is the D-th root of the density ratio and
-    clips are tiny (1e-5 … 1e-2); log r is never clamped before it. w stands outside the max, so weights do not move the
-    clip.
+    def __call__(self, at: Replayed) -> Tensor:
+        return at.policy.log_prob(at.batch.y) - at.batch.log_prob
 
-    `kl_form`: "exact" mean (μ−μ_ref)²/(2S²) (TempFlow-GRPO); "drift" without Δ, mean (μ−μ_ref)²/(2s²), as Flow-GRPO's
-    code has it (its β is about ten times the exact form's on a ten-step grid); "velocity" mean (v−v_ref)².
-    Raises ValueError for a clip or kl that is negative or not finite, and for an unknown form.
+
+@dataclass(frozen=True)
+class NormRatio(_PerEdge):
+    """GRPO-Guard's RatioNorm: log r̂ = S·(log r + mean Δμ²/(2S²)) = −mean(Δμ·z), Δμ = μ_old − μ, z = (y − μ_old)/S.
+
+    Its mean over z is 0, where log r's is below 0 at every step; its size does not depend on S. (arXiv 2510.22319;
+    form read in two re-implementations.) Computed in the second form, in which nothing cancels.
     """
 
-    clip_low: float = 1e-4
-    clip_high: float = 1e-4
-    kl: float = 0.0
-    kl_form: KLForm = "exact"
+    keeps_mean = True
 
-    def __post_init__(self) -> None:
-        for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and > 0; 1e-4 is usual, 1e-2 for tiny latents")
-        if self.clip_low >= 1:
-            raise ValueError(f"clip_low: {self.clip_low} must be below 1; 1e-4 is usual")
-        if not (math.isfinite(self.kl) and self.kl >= 0):
-            raise ValueError(f"kl: {self.kl} must be finite and ≥ 0; 0 turns it off")
-        if self.kl_form not in get_args(KLForm):
-            raise ValueError(f"kl_form: {self.kl_form!r} is not one of {', '.join(get_args(KLForm))}")
+    def __call__(self, at: Replayed) -> Tensor:
+        old = at.batch.drawn_from()
+        z = (at.batch.y.to(old) - old) / to_rows(at.policy.std, old)
+        return mean_dims((at.policy.mean - old) * z)
+
+
+@dataclass(frozen=True)
+class ChunkRatio:
+    """GCPO: one ratio a chunk, the geometric mean of its steps', exp(mean over the chunk of log r) (arXiv 2510.21583).
+
+    With one chunk a path it is GSPO's sequence ratio. `of`: the ratio whose mean is taken.
+    """
+
+    of: Ratio = field(default_factory=StepRatio)
+    unit = "chunk"
+
+    @property
+    def keeps_mean(self) -> bool:
+        return self.of.keeps_mean
+
+    def __call__(self, at: Replayed) -> Tensor:
+        log_ratio = self.of(at)
+        if log_ratio.dim() != 1:
+            raise ValueError("of: a chunk takes the mean of one ratio per edge; nearest valid: StepRatio()")
+        unit = _unit(at.batch)
+        count = _sizes(unit)
+        total = torch.zeros(len(count), dtype=log_ratio.dtype, device=log_ratio.device).index_add(0, unit, log_ratio)
+        return (total / count)[unit]
+
+    def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
+        return batch.advantage
+
+
+@dataclass(frozen=True)
+class PositionRatio:
+    """ViPO: a ratio at every position of the latent, log densities summed over channels; A·map there.
+
+    Reads the column "map", [B, h, w] ≥ 0. Per-position log ratios are far larger than means over the latent, so the
+    same clip blocks more of them. (arXiv 2511.18719, by its authors' lab's code.)
+    """
+
+    unit = "edge"
+    keeps_mean = True
+
+    def __call__(self, at: Replayed) -> Tensor:
+        old = at.batch.drawn_from()
+        y = at.batch.y.to(old)
+        gap = (y - old).square() - (y - at.policy.mean).square()
+        return (gap / (2 * to_rows(at.policy.std, old).square())).sum(1)
+
+    def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
+        where = batch.column("map").to(log_ratio)
+        if where.shape != log_ratio.shape:
+            raise ValueError(f"map: shape {list(where.shape)} must be {list(log_ratio.shape)}, a number per position")
+        return to_rows(batch.advantage, log_ratio) * where
+
+
+@dataclass(frozen=True)
+class RegionRatio(_PerEdge):
+    """One ratio an edge whose log densities are averaged with the column "map" [B, h, w] as weights.
+
+    Our variant of ViPO: gradients go where the map is, clips stay those of a step's ratio, and an even map gives
+    `StepRatio` exactly.
+    """
+
+    keeps_mean = True
+
+    def __call__(self, at: Replayed) -> Tensor:
+        old = at.batch.drawn_from()
+        y, where = at.batch.y.to(old), upcast(at.batch.column("map")).to(old)
+        gap = (y - old).square() - (y - at.policy.mean).square()
+        weighted = gap * where[:, None].expand_as(gap)
+        return mean_dims(weighted) / mean_dims(where) / (2 * at.policy.std.to(old).square())
+
+
+@dataclass(frozen=True)
+class PolicyRatio:
+    """L = mean over units of [ w_j · gate(log r_j, A_j) ] + Σ coefficient · mean pull_j.
+
+    r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the gate, so weights
+    do not move a clip. A unit's loss is the mean over its edges.
+    """
+
+    gate: Gate = field(default_factory=Clip)
+    ratio: Ratio = field(default_factory=StepRatio)
+    pulls: tuple[Pull, ...] = ()
 
     @property
     def unit(self) -> str:
         """Micro-batches never split a unit."""
-        return "edge"
+        return self.ratio.unit
+
+    @property
+    def _pulls(self) -> tuple[Pull, ...]:
+        return tuple(p for p in self.pulls if p.coefficient > 0)
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return ("policy", "reference") if self.kl > 0 else ("policy",)
+        return tuple(dict.fromkeys(("policy", *(s for p in self._pulls for s in p.weight_sets))))
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether the rollout must keep the means that edges were drawn from."""
+        return self.ratio.keeps_mean or any(p.keeps_mean for p in self._pulls)
 
     @property
     def tightest_clip(self) -> float:
-        """The smaller of the two clip ranges: the scale against which a first-update log ratio is judged."""
-        return min(self.clip_low, self.clip_high)
+        """The scale against which a first-update log ratio is judged."""
+        return self.gate.tightest
 
     def check(self, dynamics: Dynamics) -> None:
-        """Raises ValueError for the drift form of the KL with dynamics that have no diffusion rate."""
-        if self.kl > 0 and self.kl_form == "drift" and not isinstance(dynamics, Diffusion):
-            raise ValueError(
-                f"kl_form: 'drift' needs a diffusion rate, which {dynamics} has not; nearest valid: 'exact'"
-            )
+        """Raises ValueError where a pull needs of the dynamics what they have not."""
+        for pull in self._pulls:
+            pull.check(dynamics)
 
     def __call__(self, models: Mapping[str, Predict], batch: EdgeBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only.
 
-        Raises ValueError for a per-edge field of another shape than [B], a step without noise, or the drift form of the
-        KL with a kind that has no diffusion rate.
+        Raises ValueError for a per-edge field of another shape than [B], a step without noise, or a missing column.
         """
-        _check_shapes(batch)
-        sigma = batch.schedule.at(batch.step)
-        velocity = models["policy"](batch.x, sigma, batch.rows)
-        policy = batch.dynamics.transition(batch.x, velocity, batch.schedule, batch.step, batch.scale)
-        log_ratio = policy.log_prob(batch.y) - batch.log_prob
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate = torch.maximum(-batch.advantage * ratio, -batch.advantage * clipped)
-        loss = batch.weight * surrogate
-        with torch.no_grad():
-            metrics = {
-                "log_ratio_abs": log_ratio.detach().abs(),
-                "clip_fraction": (surrogate > -batch.advantage * ratio).float(),
-                "outside_clip": (ratio != clipped).float(),
-            }
-        if self.kl > 0:
-            with torch.no_grad():
-                reference_velocity = models["reference"](batch.x, sigma, batch.rows)
-            divergence = self._divergence(policy, velocity, reference_velocity, batch)
-            loss = loss + self.kl * divergence
-            metrics["kl"] = divergence.detach()
-        return Loss(loss.mean(), metrics)
-
-    def _divergence(self, policy: Gaussian, velocity: Tensor, reference_velocity: Tensor, batch: EdgeBatch) -> Tensor:
-        if self.kl_form == "velocity":
-            return velocity_kl(velocity, reference_velocity)
-        reference = batch.dynamics.transition(batch.x, reference_velocity, batch.schedule, batch.step, batch.scale)
-        if self.kl_form == "exact":
-            return policy.kl(reference)
-        if not isinstance(batch.dynamics, Diffusion):
-            raise ValueError(
-                f"kl_form: 'drift' needs a diffusion rate, which {batch.dynamics} has not; nearest valid: 'exact'"
-            )
-        return drift_kl(policy, reference, batch.dynamics.rate(batch.schedule, batch.step, batch.scale))
+        at = replay(models, self.weight_sets, batch)
+        log_ratio = self.ratio(at)
+        gated = self.gate(log_ratio, self.ratio.advantage(batch, log_ratio), batch.columns)
+        loss = batch.weight * _flat(gated.loss)
+        metrics = {
+            "log_ratio_abs": _flat(log_ratio.detach().abs()),
+            "clip_fraction": _flat(gated.blocked),
+            "outside_clip": _flat(gated.outside),
+        }
+        for pull in self._pulls:
+            term = pull(at)
+            loss = loss + pull.coefficient * term
+            metrics[pull.name] = term.detach()
+        return Loss(_mean_over_units(loss, batch) if self.unit == "chunk" else loss.mean(), metrics)
 
 
-def _check_shapes(batch: EdgeBatch) -> None:
-    """A per-edge factor of another shape would broadcast into a [B, B] loss without a word."""
-    size = (batch.x.shape[0],)
-    fields = {
-        "step": batch.step,
-        "scale": batch.scale,
-        "rows": batch.rows,
-        "log_prob": batch.log_prob,
-        "advantage": batch.advantage,
-        "weight": batch.weight,
-    }
-    for name, given in fields.items():
-        if given.shape != size:
-            raise ValueError(f"{name}: shape {list(given.shape)} must be {list(size)}, one number per edge")
+def clipped(
+    clip_low: float = 1e-4,
+    clip_high: float = 1e-4,
+    kl: float = 0.0,
+    kl_form: KLForm = "exact",
+    ratio: Ratio | None = None,
+) -> PolicyRatio:
+    """GRPO's own: PPO's clip, one ratio a step (or another form of it), and β = `kl` times the KL to the reference.
+
+    Raises ValueError for a clip or kl that is negative or not finite, and for an unknown form.
+    """
+    return PolicyRatio(Clip(clip_low, clip_high), ratio or StepRatio(), (Divergence(kl, kl_form),))
+
+
+def _flat(values: Tensor) -> Tensor:
+    """[B], the mean over positions."""
+    return values if values.dim() == 1 else values.flatten(1).mean(1)
+
+
+def _unit(batch: EdgeBatch) -> Tensor:
+    """Dense unit numbers of the batch."""
+    if batch.unit is None:
+        raise ValueError("unit: is missing; a chunk ratio needs to know which edges share a chunk")
+    return dense(batch.unit)
+
+
+def _sizes(unit: Tensor) -> Tensor:
+    return torch.bincount(unit)
+
+
+def _mean_over_units(loss: Tensor, batch: EdgeBatch) -> Tensor:
+    unit = _unit(batch)
+    size = _sizes(unit)
+    return (loss / size[unit]).sum() / len(size)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from tempflow.evaluate import diversity
-from tempflow.evaluate.diversity import features, within_groups
+from tempflow.perception import diversity
+from tempflow.perception.diversity import features, within_groups
 from tempflow.shapes.prompts import COLORS, Spec, specs
 from tempflow.shapes.render import Placed, draw, scene
 

@@ -1,0 +1,414 @@
+"""Every algorithm on `shapes`, from one base, at one budget of transformer forwards; docs/leaderboard.md is its table.
+
+    python -m benchmarks.leaderboard [--only NAME …] [--jobs 2] [--table]
+
+Each entry tries three learning rates with one seed; validation decides. Then it runs at that rate with its final seeds
+(a paper's method three, a knob one) and is judged once on test. Searches come first, then seeds in turn over entries:
+a leaderboard that was cut off is a table with fewer seeds. A finished run is boiled down to a small file under
+benchmarks/leaderboard/results, which is kept with the code: start it again, here or elsewhere, to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.runs import (
+    affordable,
+    base_hash,
+    boiled,
+    draw_curves,
+    mismatch,
+    paired_interval,
+    resumable,
+    run_all,
+    table,
+    unpacked,
+)
+from tempflow.config import Config, ConfigError, parse_config
+from tempflow.recipes.shapes import COMMON, OPTIMIZER, REWARDS
+
+METRIC, SEARCH_SEED, ATTEMPTS = "shapes_strict", 100, 2
+REFERENCES = ("flow_grpo_global", "tempflow_grpo")
+"""Entries that all others are compared with."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the leaderboard.
+
+    algorithm  its configuration; what the recipe has in common stands in it, where the algorithm takes it
+    prompts    an iteration's; chosen so that an iteration has about 1 500 forwards, as all others'
+    kind       "paper": a method as published; "knob": a part of one, changed
+    optimizer  settings other than the recipe's
+    """
+
+    name: str
+    algorithm: Mapping[str, Any]
+    prompts: int
+    kind: Literal["paper", "knob"] = "paper"
+    rates: tuple[float, float, float] = (1e-4, 2e-4, 4e-4)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return (0, 1, 2) if self.kind == "paper" else (0,)
+
+
+NOISELESS = {key: value for key, value in COMMON.items() if key != "noise_level"}
+"""For algorithms whose step has no noise level to set."""
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("tempflow_grpo", {"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
+    Entry("flow_grpo_global", {"name": "flow_grpo", "group": 12, "std": "global", **COMMON}, 12),
+    Entry("flow_grpo_group", {"name": "flow_grpo", "group": 12, "std": "group", **COMMON}, 12),
+    Entry("flow_grpo_fast", {"name": "flow_grpo_fast", "group": 12, "window": 2, **COMMON}, 16),
+    Entry("flash_grpo", {"name": "flash_grpo", "group": 12, **NOISELESS}, 18),
+)
+
+
+@dataclass(frozen=True)
+class Board:
+    """One leaderboard: the hash of its base weights, its budget and pictures, where runs work, and where results go."""
+
+    base: str
+    forwards: int = 105_000
+    validation: int = 240
+    test: int = 1008
+    dtype: str = "bfloat16"
+    out: Path = Path("runs/leaderboard")
+    results: Path = Path("benchmarks/leaderboard/results")
+
+    def config(self, entry: Entry, rate: float, seed: int) -> Config:
+        """The run's configuration. Raises ConfigError."""
+        name = f"{entry.name}-{rate:g}-{seed}-{self.forwards}"
+        fields = {
+            "name": name,
+            "seed": seed,
+            "iterations": 1,
+            "output": str(self.out / self.base[:8] / name),
+            "threads": 1,
+            "algorithm": dict(entry.algorithm),
+            "model": {"dtype": self.dtype},
+            "data": {"prompts_per_iteration": entry.prompts},
+            "rollout_rows": 192,
+            "rewards": REWARDS,
+            "optimizer": {**OPTIMIZER, "warmup_iterations": 5, **entry.optimizer, "learning_rate": rate},
+            "evaluation": {
+                "validation_prompts": self.validation,
+                "test_prompts": self.test,
+                "metric": METRIC,
+                "seed": 4321,
+            },
+        }
+        iterations = affordable(parse_config(fields).algorithm.build(), entry.prompts, self.forwards)
+        fields["evaluation"] |= {"every": max(1, round(iterations / 10))}
+        return parse_config(fields | {"iterations": iterations})
+
+    def file(self, config: Config) -> Path:
+        return self.results / f"{config.name}.json"
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def stored(board: Board, config: Config, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The result of that run, where there is one that stands for it; says why one does not."""
+    file = board.file(config)
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text())
+        why = mismatch(result, config, board.base)
+    except (ValueError, KeyError, TypeError) as error:
+        why = [f"not a result: {type(error).__name__}: {error}"]
+    if why:
+        say(f"{file.name} is not used: {'; '.join(why)}")
+        return None
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- work
+def best_rate(search: Mapping[float, Mapping[str, Any]]) -> float | None:
+    """The rate of the best validation; one that a guard stopped only where all were. None without any."""
+    whole = {rate: result for rate, result in search.items() if not result["stopped"]} or search
+    score = {r: -1.0 if x["best_validation"] is None else x["best_validation"] for r, x in whole.items()}
+    return max(sorted(score), key=lambda rate: score[rate]) if score else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of an entry: results of its search by rate, the rate taken, and final results by seed."""
+
+    entry: Entry
+    search: Mapping[float, Mapping[str, Any]]
+    rate: float | None
+    finals: Mapping[int, Mapping[str, Any]]
+
+    @property
+    def shown(self) -> list[Mapping[str, Any]]:
+        """Results with a test score: final seeds', else the search's best."""
+        search = [] if self.rate is None else [self.search[self.rate]]
+        return [r for r in (list(self.finals.values()) or search) if not r["stopped"]]
+
+
+def standing(board: Board, entry: Entry, say: Callable[[str], None] = print) -> Standing:
+    """Raises ConfigError."""
+
+    def found(rate: float, seed: int) -> dict[str, Any] | None:
+        return stored(board, board.config(entry, rate, seed), say)
+
+    search = {rate: r for rate in entry.rates if (r := found(rate, SEARCH_SEED)) is not None}
+    rate = best_rate(search)
+    finals = dict[int, Mapping[str, Any]]()
+    if rate is not None and len(search) == len(entry.rates):
+        finals = {s: r for s in entry.seeds if (r := found(rate, s)) is not None}
+    return Standing(entry, search, rate, finals)
+
+
+class Worker:
+    """Runs what has no result yet, and boils down what ends. Counts the failures of a run beside its folder."""
+
+    def __init__(self, board: Board, jobs: int) -> None:
+        self.board, self.jobs = board, jobs
+
+    def run(self, configs: Sequence[Config]) -> None:
+        """Raises KeyboardInterrupt when it is interrupted; runs at work have then kept their state."""
+        todo = [c for c in configs if stored(self.board, c, _silent) is None and not self._given_up(c)]
+        for config in todo:
+            if (Path(config.output) / "summary.json").exists():  # finished, but cut off before it was boiled down
+                if resumable(config):
+                    self.ended(config, 0, "had finished")
+                else:
+                    self._forget(config)
+        todo = [c for c in todo if stored(self.board, c, _silent) is None]
+        print(f"{len(todo)} of {len(configs)} runs to do", flush=True)
+        run_all(todo, self.jobs, resume=True, ended=self.ended)
+
+    def ended(self, config: Config, code: int, last: str) -> None:
+        """Keeps the result; a run without one is told of, and tried again when the leaderboard is next started."""
+        try:
+            result = boiled(config, self.board.base, METRIC)
+        except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+            failed = self._failures(config)
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            with failed.open("a") as stream:
+                stream.write(f"exit {code}: {last or error}\n")
+            print(f"{config.name} FAILED, exit {code}: {last or error} (see {config.output}.log)", flush=True)
+            if code > 0:  # not killed: its state may be the fault
+                self._forget(config)
+            return
+        file = self.board.file(config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.part")
+        part.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        part.replace(file)
+        self._forget(config)
+        self._failures(config).unlink(missing_ok=True)
+        print(f"{config.name}: {result['stopped'] or last}", flush=True)
+
+    def _forget(self, config: Config) -> None:
+        """A run's folder is a hundred times its result."""
+        shutil.rmtree(config.output, ignore_errors=True)
+
+    def _failures(self, config: Config) -> Path:
+        return Path(f"{config.output}.failed")
+
+    def _given_up(self, config: Config) -> bool:
+        file = self._failures(config)
+        tries = file.read_text().splitlines() if file.exists() else []
+        if len(tries) < ATTEMPTS:
+            return False
+        print(f"{config.name} is skipped, it failed {len(tries)} times: {tries[-1]}; remove {file} to try again")
+        return True
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+def compared(a: Standing, b: Standing, draws: int = 10_000) -> str:
+    """Test scores of a − b on the final seeds that both have: mean, 95 % interval, what it says."""
+    seeds = [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
+    if not seeds:
+        return "–"
+    mine, theirs = (np.stack([outcomes(x.finals[s]) for s in seeds]) for x in (a, b))
+    mean, low, high = paired_interval(mine, theirs, draws)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}, {len(seeds)} seed{'s'[: len(seeds) > 1]}"
+
+
+def outcomes(result: Mapping[str, Any]) -> np.ndarray:
+    return unpacked(result["after_bits"], result["pictures"])
+
+
+def row(s: Standing) -> list[str]:
+    """The table's cells for an entry with a test score."""
+    before, after, seconds = (np.mean([r[key] for r in s.shown]) for key in ("before", "after", "seconds"))
+    forwards, decodes = (np.mean([r["cost"][key] for r in s.shown]) for key in ("forwards", "decodes"))
+    spread = [r["diversity"] for r in s.shown if r["diversity"] is not None]
+    first, last = np.mean(spread, 0) if spread else (np.nan, np.nan)
+    stopped = [r["stopped"] for r in s.finals.values() if r["stopped"]]
+    rates = f"search only, {len(s.search)} of {len(s.entry.rates)} rates"
+    notes = [f"{len(s.shown)} of {len(s.entry.seeds)}" if s.finals else rates]
+    notes += [f"{len(stopped)} stopped: {stopped[0]}"] if stopped else []
+    notes += [f"{n} collapsed"] if (n := sum(r["collapsed"] for r in s.shown)) else []
+    return [
+        f"{s.entry.name} ({s.entry.kind})",
+        f"{s.rate:g}",
+        "; ".join(notes),
+        f"{before:.3f} → **{after:.3f}**",
+        f"{after - before:+.3f}",
+        f"{last:.3f} ({last / first:.2f} ×)" if spread else "–",
+        f"{forwards:,.0f}",
+        f"{decodes:,.0f}",
+        f"{seconds:,.0f}",
+    ]
+
+
+def page(board: Board, standings: Sequence[Standing], draws: int = 10_000) -> str:
+    """docs/leaderboard.md."""
+    shown = sorted((s for s in standings if s.shown), key=lambda s: -np.mean([r["after"] for r in s.shown]))
+    waiting = [
+        f"{s.entry.name} ({len(s.search)} of {len(s.entry.rates)} rates tried"
+        + (f", {len(s.finals)} final stopped by a guard)" if s.finals else ")")
+        for s in standings
+        if not s.shown
+    ]
+    by_name = {s.entry.name: s for s in standings}
+    references = [name for name in REFERENCES if name in by_name]
+    versions = sorted({r["tempflow"] for s in shown for r in s.shown})
+    head = [
+        "entry",
+        "rate",
+        "final seeds",
+        "strict before → after",
+        "gain",
+        "diversity after",
+        "forwards",
+        "decodes",
+        "s",
+    ]
+    differences = [
+        [s.entry.name, *("" if s.entry.name == n else compared(s, by_name[n], draws) for n in references)]
+        for s in shown
+    ]
+    return f"""# Leaderboard
+
+Generated by `make leaderboard`, which goes on where it was cut off. Every entry trains the shapes model (base weights
+{board.base[:8]}) for about {board.forwards:,} planned forwards, {board.dtype}, one thread a run; groups without
+spread are not trained, so fewer are counted. Of three learning rates the best on {board.validation} validation prompts
+(seed {SEARCH_SEED}) is taken; then a paper's method has three final seeds, a knob one. Strict score: share of
+{board.test:,} held-out test pictures that the strict verifier calls right, with the weights that were best on
+validation. "Search only" is the search's run at the best rate so far: no final seed is in yet.
+
+{table(head, [row(s) for s in shown])}
+
+Not here yet: {", ".join(waiting) or "none"}.
+
+Diversity: mean distance between training pictures of one prompt in the last five iterations, and its share of that in
+the first five. Plans differ (branches share most of their way), so only the share can be compared between entries.
+Seconds are those of iterations and validations, on whatever machine and beside whatever ran there.
+tempflow {", ".join(versions) or "–"}.
+
+## Differences
+Test score of the row less that of the column, on the same pictures and the final seeds that both have, with its 95 %
+paired bootstrap interval over seeds and pictures. "Better" and "worse" only where it excludes 0; intervals are not
+widened for their number. With one seed it covers the choice of pictures, not the chance in training.
+
+{table(["", *references], differences)}
+
+![Validation score over forwards](img/leaderboard.png)
+
+Validation strict score over forwards: thick, the mean over an entry's runs in the table; thin, each run.
+With more than eight entries each has a panel of its own, with {" and ".join(references)} in grey.
+"""
+
+
+def write(board: Board, entries: Sequence[Entry], docs: Path) -> None:
+    """The page and its picture."""
+    standings = [standing(board, entry) for entry in entries]
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "leaderboard.md").write_text(page(board, standings))
+    curves = {s.entry.name: [np.array(r["curve"], float) for r in s.shown] for s in standings if s.shown}
+    draw_curves(curves, docs / "img" / "leaderboard.png", REFERENCES)
+    print(f"{docs / 'leaderboard.md'}: {len(curves)} of {len(entries)} entries have a score")
+
+
+def work(board: Board, entries: Sequence[Entry], jobs: int) -> None:
+    """All searches, then final seeds, one more of every entry at a time."""
+    worker = Worker(board, jobs)
+    print("search: ", end="")
+    worker.run([board.config(e, rate, SEARCH_SEED) for e in entries for rate in e.rates])
+    found = list[tuple[Entry, float]]()
+    for entry in entries:
+        searched = standing(board, entry, _silent)
+        if searched.rate is None or len(searched.search) < len(entry.rates):
+            print(f"{entry.name}: {len(searched.search)} of {len(entry.rates)} rates are there, so no final seeds yet")
+        else:
+            found.append((entry, searched.rate))
+    print("final seeds: ", end="")
+    worker.run([board.config(e, rate, seed) for e, rate, seed in turns(found)])
+
+
+def turns(found: Sequence[tuple[Entry, float]]) -> list[tuple[Entry, float, int]]:
+    """Entry, rate and seed of the final runs: every entry's first seed, every entry's second, and so on."""
+    most = max((len(entry.seeds) for entry, _ in found), default=0)
+    return [(e, rate, e.seeds[turn]) for turn in range(most) for e, rate in found if turn < len(e.seeds)]
+
+
+def valid(board: Board, entries: Sequence[Entry]) -> list[Entry]:
+    """Those whose configuration is valid; says which are not, and why."""
+    kept = list[Entry]()
+    for entry in entries:
+        try:
+            for rate in entry.rates:
+                board.config(entry, rate, SEARCH_SEED)
+            kept.append(entry)
+        except ConfigError as error:
+            print(f"{entry.name} is skipped: {error}", flush=True)
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="entries to run; the page has all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the page of what there is")
+    parser.add_argument("--forwards", type=int, default=Board.forwards, help="budget of a run")
+    parser.add_argument("--validation", type=int, default=Board.validation, help="validation prompts")
+    parser.add_argument("--test", type=int, default=Board.test, help="test prompts")
+    parser.add_argument("--out", type=Path, default=Board.out, help="where runs work")
+    parser.add_argument("--results", type=Path, default=Board.results)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    a = parser.parse_args()
+    names = [e.name for e in ENTRIES]
+    for name in a.only or ():
+        if name not in names:
+            nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            parser.error(f"--only: {name!r} is no entry; nearest valid: {nearest!r}")
+    board = Board(base_hash(), a.forwards, a.validation, a.test, out=a.out, results=a.results)
+    entries = valid(board, ENTRIES)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = False
+    try:
+        if not a.table:
+            work(board, [e for e in entries if not a.only or e.name in a.only], a.jobs)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted; start it again to go on")
+    write(board, entries, a.docs)
+    sys.exit(130 if interrupted else 0)
+
+
+if __name__ == "__main__":
+    main()

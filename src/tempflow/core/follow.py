@@ -1,0 +1,67 @@
+"""How a weight set follows the policy: set ← decay·set + (1−decay)·policy, at each of its updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Rule(Protocol):
+    """The decay at every update."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the set ever changes."""
+        ...
+
+    def decay(self, update: int) -> float:
+        """The share of the set that stays at its `update`-th update, counted from 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The policy as it stands, at every update."""
+
+    moves = True
+
+    def decay(self, update: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Never follows."""
+
+    moves = False
+
+    def decay(self, update: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Warmed-up average: min(rate, (1+n)/(10+n)) (DiffusionNFT's and Flow-GRPO's evaluation weights)."""
+
+    rate: float
+    moves = True
+
+    def decay(self, update: int) -> float:
+        return min(self.rate, (1 + update) / (10 + update))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Old policy of the forward-process family: 0 for `flat` updates, then `slope` a step up to `hold`.
+
+    DiffusionNFT's types (scripts/train_nft_sd3.py): 0 is Ramp(0, 0, 0), 1 is Ramp(0, .001, .5), 2 is
+    Ramp(75, .0075, .999); "type 3" of "Rethinking the design space" is Ramp(10, .01, .5). i counts from 0.
+    """
+
+    flat: int
+    slope: float
+    hold: float
+    moves = True
+
+    def decay(self, update: int) -> float:
+        return min(max(0.0, self.slope * (update - 1 - self.flat)), self.hold)

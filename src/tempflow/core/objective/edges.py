@@ -1,0 +1,157 @@
+"""Stochastic edges as a loss sees them: what was sampled, and how the policy sees it now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tempflow.core.distribution import Gaussian, to_rows
+from tempflow.core.dynamics import Dynamics
+from tempflow.core.schedule import Schedule
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Peers:
+    """For every edge of a batch another one of its prompt and step: its parent state and the mean it was drawn from."""
+
+    x: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeBatch:
+    """Some edges of a forest, ready to be replayed. x, y: parent and child states [B, *S] as stored; the rest [B].
+
+    mean      [B, *S], the mean that y was drawn from; None unless the objective asks for it
+    unit      LongTensor[B], equal for edges that share a chunk; None: every edge is its own
+    columns   what credit says of each edge beside its advantage, [B, …] by name
+    peers     other edges that credit points to; None: it points to none
+    """
+
+    x: Tensor
+    y: Tensor
+    step: Tensor
+    scale: Tensor
+    rows: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    weight: Tensor
+    schedule: Schedule
+    dynamics: Dynamics
+    mean: Tensor | None = None
+    unit: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    peers: Peers | None = None
+
+    def column(self, name: str) -> Tensor:
+        """Raises ValueError where credit gave no such column."""
+        if name not in self.columns:
+            raise ValueError(f"columns: {name!r} is missing, which the objective reads; give it by the credit")
+        return self.columns[name]
+
+    def drawn_from(self) -> Tensor:
+        """`mean`. Raises ValueError where it was not kept."""
+        if self.mean is None:
+            raise ValueError("mean: was not kept, and this objective needs it; roll out with keep_mean=True")
+        return self.mean
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B] (reduced by the loop)."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Objective(Protocol):
+    """The loss of a micro-batch of edges."""
+
+    @property
+    def unit(self) -> str:
+        """What a micro-batch never splits: "edge" or "chunk"."""
+        ...
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """The weight sets that `__call__` asks of `models`."""
+        ...
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether the rollout must keep the means that edges were drawn from."""
+        ...
+
+    @property
+    def tightest_clip(self) -> float:
+        """The scale against which a first-update log ratio is judged."""
+        ...
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Raises ValueError where the loss needs of the dynamics what they have not."""
+        ...
+
+    def __call__(self, models: Mapping[str, Predict], batch: EdgeBatch) -> Loss: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """A batch with every weight set's velocity at its parent states, [B, *S]; only "policy" bears gradients."""
+
+    batch: EdgeBatch
+    velocity: Mapping[str, Tensor]
+    policy: Gaussian
+
+    def transition(self, name: str) -> Gaussian:
+        """The transition as that weight set has it."""
+        b = self.batch
+        return b.dynamics.transition(b.x, self.velocity[name], b.schedule, b.step, b.scale)
+
+
+def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch) -> Replayed:
+    """Asks the named weight sets, of which "policy" is one, at the batch's parent states.
+
+    Raises ValueError for a weight set that `models` lacks, or a per-edge field of another shape than [B].
+    """
+    _check_shapes(batch)
+    missing = [name for name in names if name not in models]
+    if missing:
+        raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
+    sigma = batch.schedule.at(batch.step)
+    velocity: dict[str, Tensor] = {}
+    for name in names:
+        with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
+            velocity[name] = models[name](batch.x, sigma, batch.rows)
+    policy = batch.dynamics.transition(batch.x, velocity["policy"], batch.schedule, batch.step, batch.scale)
+    return Replayed(batch, velocity, policy)
+
+
+def velocity_of(mean: Tensor, x: Tensor, batch: EdgeBatch, scale: Tensor) -> Tensor:
+    """The velocity v that gives `mean` = a·x + b·v at the batch's steps, [B, *S]."""
+    a, b, _ = batch.dynamics.coefficients(batch.schedule, batch.step, scale)
+    return (mean - to_rows(a, mean) * x.to(mean)) / to_rows(b, mean)
+
+
+def _check_shapes(batch: EdgeBatch) -> None:
+    """A per-edge factor of another shape would broadcast into a [B, B] loss without a word."""
+    size = (batch.x.shape[0],)
+    fields = {
+        "step": batch.step,
+        "scale": batch.scale,
+        "rows": batch.rows,
+        "log_prob": batch.log_prob,
+        "advantage": batch.advantage,
+        "weight": batch.weight,
+    }
+    if batch.unit is not None:
+        fields["unit"] = batch.unit
+    for name, given in fields.items():
+        if given.shape != size:
+            raise ValueError(f"{name}: shape {list(given.shape)} must be {list(size)}, one number per edge")

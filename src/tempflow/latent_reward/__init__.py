@@ -1,0 +1,33 @@
+"""Noise-conditional latent rewards (DRM): a preference model on noisy latents, its training, and sampling by it."""
+
+from __future__ import annotations
+
+from tempflow.latent_reward.model import LatentReward, RewardSpec, bind
+from tempflow.latent_reward.score import Guided, LatentJudge, guided_sample
+from tempflow.latent_reward.train import (
+    Bucket,
+    Rated,
+    RewardTraining,
+    accuracy,
+    bradley_terry,
+    fit,
+    pairs_of,
+    train_latent_reward,
+)
+
+__all__ = [
+    "Bucket",
+    "Guided",
+    "LatentJudge",
+    "LatentReward",
+    "Rated",
+    "RewardSpec",
+    "RewardTraining",
+    "accuracy",
+    "bind",
+    "bradley_terry",
+    "fit",
+    "guided_sample",
+    "pairs_of",
+    "train_latent_reward",
+]

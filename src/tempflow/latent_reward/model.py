@@ -1,0 +1,247 @@
+"""R(x_σ, σ, prompt): a preference score of a noisy latent, made from a diffusion transformer's own early blocks.
+
+DRM (CVPR 2026, arXiv 2605.25661), as a secondary source has it: SD3.5-M without its last three blocks, the picture
+tokens through an MLP, back on their grid, a convolution, a pool, an MLP to one number. Not stated there, and chosen
+here: a LayerNorm in front, the head's width, SiLU, a 3×3 kernel, a mean as the pool, a last layer that starts at zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tempflow.models.protocol import Conditioning, Model, Predict
+
+WEIGHTS, RECORD = "latent_reward.safetensors", "latent_reward.json"
+FAMILY = "SD3Transformer2DModel"
+FORMAT = 1
+DROP = 3
+"""Blocks that the paper leaves off; fewer where less than `LEAST` would be left."""
+LEAST = 2
+WIDTH = 256
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What a `LatentReward` is built from.
+
+    transformer  the configuration of the SD3 transformer that it is a copy of
+    kept         how many of its blocks are kept, 1 … num_layers
+    width        channels of the head, ≥ 1
+    licence      of the weights that it was made from; "unknown" where nobody said
+
+    Raises ValueError for a field out of range or a configuration that lacks a field.
+    """
+
+    transformer: Mapping[str, Any]
+    kept: int
+    width: int = WIDTH
+    licence: str = "unknown"
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
+            value = self.transformer.get(field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"transformer.{field}: {value!r} must be a whole number; nearest valid: 1")
+        layers = self.transformer["num_layers"]
+        if not 1 <= self.kept <= layers:
+            near = min(max(self.kept, 1), layers)
+            raise ValueError(f"kept: {self.kept} of {layers} blocks cannot be kept; nearest valid: {near}")
+        if self.width < 1:
+            raise ValueError(f"width: {self.width} is too small; nearest valid: 1, {WIDTH} is usual")
+
+
+class LatentReward(nn.Module):
+    """Early blocks of an SD3 transformer and a head, float32, frozen; fresh weights are a function of `seed` alone.
+
+    `forward` is called as the transformer itself is, so that an adapter binds σ and prompts for both: see `bind`.
+    Scores mean something beside scores at the same σ only.
+    """
+
+    def __init__(self, spec: RewardSpec, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.trunk = _Trunk(spec)
+            self.head = _Head(self.trunk.inner, spec.width)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_transformer(
+        cls,
+        transformer: nn.Module,
+        *,
+        drop: int | None = None,
+        width: int = WIDTH,
+        seed: int = 0,
+        licence: str = "unknown",
+    ) -> LatentReward:
+        """A reward whose blocks are copies of `transformer`'s, which stays as it is; the head is fresh.
+
+        drop  how many of the last blocks are left off; None: 3 as in the paper, less where under two would be left
+
+        Raises ValueError for another class of network, one that a LoRA was added to, or a `drop` that leaves no block.
+        """
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+        if not isinstance(transformer, SD3Transformer2DModel):
+            raise ValueError(f"transformer: {type(transformer).__name__} has no latent reward; nearest valid: {FAMILY}")
+        state = transformer.state_dict()
+        if any(".lora_" in name for name in state):
+            raise ValueError("transformer: it has a LoRA; make the reward of the model as loaded, before add_lora")
+        config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+        layers = config["num_layers"]
+        leave = min(DROP, max(layers - LEAST, 0)) if drop is None else drop
+        if not 0 <= leave < layers:
+            near = min(max(leave, 0), layers - 1)
+            raise ValueError(f"drop: {leave} of {layers} blocks cannot be left off; nearest valid: {near}")
+        reward = cls(RewardSpec(config, layers - leave, width, licence), seed)
+        reward.trunk.load_state_dict({name: state[name] for name in reward.trunk.state_dict()})
+        return reward.to(next(transformer.parameters()).device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """Scores, one tensor [B] in the reward's dtype, inside a tuple as the transformer returns its velocity.
+
+        Args:
+            hidden_states: x_σ, [B, C, h, w], whole patches.
+            timestep: σ · num_train_timesteps, [B].
+            encoder_hidden_states, pooled_projections: a prompt's tensors, [B, L, d] and [B, p].
+            return_dict: only False.
+
+        Raises ValueError where a shape is not that of the transformer it was made from.
+        """
+        if return_dict:
+            raise ValueError("return_dict: True, but scores come as a tuple; nearest valid: False")
+        self._check(hidden_states, encoder_hidden_states, pooled_projections)
+        dtype = self.head.out.weight.dtype
+        patch = self.spec.transformer["patch_size"]
+        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
+        tokens = self.trunk(
+            hidden_states.to(dtype), timestep, encoder_hidden_states.to(dtype), pooled_projections.to(dtype)
+        )
+        return (self.head(tokens, grid),)
+
+    def _check(self, x: Tensor, embeds: Tensor, pooled: Tensor) -> None:
+        config = self.spec.transformer
+        for name, value, field in (
+            ("x: channels", x.shape[1], "in_channels"),
+            ("embeds: width", embeds.shape[-1], "joint_attention_dim"),
+            ("pooled: width", pooled.shape[-1], "pooled_projection_dim"),
+        ):
+            if value != config[field]:
+                raise ValueError(f"{name} {value} is another model's; nearest valid: {config[field]}, as it was made")
+        patch = config["patch_size"]
+        if x.dim() != 4 or x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(f"x: shape {list(x.shape)} must be [B, C, h, w]; nearest valid: h, w multiples of {patch}")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes weights as safetensors, and beside them a JSON record of what they are; no pickle."""
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, place / WEIGHTS)
+        record = {"format": FORMAT, "family": FAMILY, **asdict(self.spec)}
+        (place / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> LatentReward:
+        """What `save` wrote, in eval mode.
+
+        Raises ValueError, naming the file, where one is missing, broken, of another format, or does not fit the other.
+        """
+        place = Path(folder)
+        for name in (RECORD, WEIGHTS):
+            if not (place / name).is_file():
+                near = [str(p.parent) for p in sorted(place.parent.glob(f"*/{RECORD}"))]
+                hint = f"nearest valid: {near[0]!r}" if near else "LatentReward.save makes such a folder"
+                raise ValueError(f"latent reward: {str(place)!r} has no {name}; {hint}")
+        reward = cls(_read_spec(place / RECORD))
+        try:
+            reward.load_state_dict(load_file(place / WEIGHTS))
+        except SafetensorError as error:
+            raise ValueError(f"latent reward: {str(place / WEIGHTS)!r} is not safetensors ({error})") from error
+        except RuntimeError as error:  # torch's word for names and shapes that differ
+            what = " ".join(str(error).split())
+            raise ValueError(f"latent reward: {WEIGHTS} does not fit {RECORD} in {str(place)!r} ({what})") from error
+        return reward.to(device)
+
+
+def bind(model: Model, reward: nn.Module, condition: Conditioning) -> Predict:
+    """score(x [B, C, h, w], sigma [B], rows [B]) -> [B]: the reward with prompts bound by the model's own adapter.
+
+    So σ, prompts and dtypes reach it as they reach the transformer; a bfloat16 model's latents arrive in bfloat16.
+    """
+    return model.predictor(condition, 1.0, network=reward)
+
+
+class _Trunk(nn.Module):
+    """The transformer up to its last kept block; names of parameters are the transformer's."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        super().__init__()
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+        # the last block of a network lacks parts that the kept ones have, so one more is built where there is one
+        layers = min(spec.kept + 1, spec.transformer["num_layers"])
+        network: Any = SD3Transformer2DModel.from_config({**spec.transformer, "num_layers": layers})
+        self.inner: int = network.inner_dim
+        self.pos_embed = network.pos_embed
+        self.time_text_embed = network.time_text_embed
+        self.context_embedder = network.context_embedder
+        self.transformer_blocks = network.transformer_blocks[: spec.kept]
+
+    def forward(self, x: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+        """Picture tokens [B, L, d]."""
+        tokens = self.pos_embed(x).contiguous()
+        moment = self.time_text_embed(timestep, pooled)
+        text = self.context_embedder(embeds)
+        for block in self.transformer_blocks:
+            text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=moment)
+        return tokens
+
+
+class _Head(nn.Module):
+    """Tokens [B, h·w, d] on a grid (h, w) -> scores [B]; 0 for all until trained."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
+        self.near = nn.Conv2d(width, width, 3, padding=1)
+        self.pooled = nn.Linear(width, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        picture = self.tokens(tokens).mT.unflatten(2, grid)
+        pooled = nn.functional.silu(self.near(picture)).mean(dim=(2, 3))
+        return self.out(nn.functional.silu(self.pooled(pooled))).squeeze(1)
+
+
+def _read_spec(file: Path) -> RewardSpec:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"latent reward: {str(file)!r} is not JSON ({error})") from error
+    if not isinstance(record, dict) or (record.get("format"), record.get("family")) != (FORMAT, FAMILY):
+        raise ValueError(f"latent reward: {str(file)!r} must say format {FORMAT} and family {FAMILY!r}")
+    fields: dict[str, Any] = {name: record.get(name) for name in ("transformer", "kept", "width", "licence")}
+    for (name, value), kind in zip(fields.items(), (dict, int, int, str), strict=True):
+        if not isinstance(value, kind):
+            raise ValueError(f"latent reward: {name} in {str(file)!r} is {value!r}; it must be a {kind.__name__}")
+    return RewardSpec(**fields)

@@ -1,0 +1,148 @@
+"""Learning from one iteration's experience: order, batches, accumulation, the optimizer's steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tempflow.train import guards
+from tempflow.train.dist import World
+from tempflow.train.lessons import Lessons, lessons, loss_of, one_of
+from tempflow.train.step import Clock, Counter, Credit, Experience, Setting
+from tempflow.train.watcher import Watcher
+from tempflow.train.weightsets import Trainable, WeightSet
+
+
+def update(
+    setting: Setting,
+    experience: Experience,
+    given: Credit,
+    trainable: Trainable,
+    average: WeightSet | None,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    counter: Counter,
+    clock: Clock,
+    watcher: Watcher,
+    skip: Collection[int] = (),
+) -> dict[str, float]:
+    """Trains on one iteration's lessons; returns its metrics.
+
+    An update's loss is a mean over its share of all valid units (`lessons` says of which). Raises GuardError before the
+    weights move when no reward is valid, or when `watcher` does.
+    """
+    algorithm, scores = setting.algorithm, experience.scores
+    number = iteration + 1  # as metrics.jsonl counts
+    guards.check_rewards(int(scores.total(algorithm.credit.reward_weights)[1].sum()), len(scores), number)
+    started = time.perf_counter()
+    taught = lessons(setting, experience, given, iteration, skip)
+    norms, sums = list[float](), list[Sums]()
+    computed = 0
+    for part in taught.parts(setting.updates):
+        trainable.zero_grad()
+        share = setting.updates / taught.valid
+        seen = accumulate(setting, experience, given, part, share, trainable, may_pause=not norms)
+        computed += part.forwards
+        norm = _checked(setting, trainable, seen, number, watcher)
+        if norm is None:
+            continue
+        if algorithm.draws is None and not optimizer.state:
+            # nothing has moved yet; an iteration without spread moves nothing either
+            watcher.first_ratio(number, seen.worst, algorithm.edge_objective.tightest_clip)
+        optimizer.step()
+        trainable.publish()
+        if average is not None:
+            average.update()
+        norms.append(norm)
+        sums.append(seen)
+    clock.add("train", started)
+    others = sum(name != "policy" for name in algorithm.objective.weight_sets)
+    counter.train += computed
+    counter.reference += computed * others
+    names, rows = (sums[0].metrics, sum(s.rows for s in sums)) if sums else ((), 1)
+    return {
+        **{name: sum(s.metrics[name] for s in sums) / rows for name in names},
+        "trained_edges": taught.forwards,
+        "updates": len(norms),
+        "loss": sum(s.loss for s in sums) / max(1, len(sums)),
+        "grad_norm": max(norms, default=0.0),
+        "log_ratio_max": max((s.worst for s in sums), default=0.0),
+    }
+
+
+def _checked(setting: Setting, trainable: Trainable, seen: Sums, iteration: int, watcher: Watcher) -> float | None:
+    """The gradients' norm before they were clipped; None when the step is to be dropped, as something is not finite."""
+    try:
+        guards.check_finite_loss(torch.tensor(seen.loss), iteration)
+        norm = guards.clip_gradients(trainable.masters, setting.max_grad_norm, iteration)
+    except guards.NonFiniteError as fault:
+        watcher.drops(iteration, fault)
+        trainable.zero_grad()
+        return None
+    watcher.drops(iteration, None)
+    return norm
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all ranks' items of an update: its loss, the largest |log ratio|, sums of the metrics over `rows` rows."""
+
+    loss: float
+    worst: float
+    metrics: Mapping[str, float]
+    rows: float
+
+
+def accumulate(
+    setting: Setting,
+    experience: Experience,
+    given: Credit,
+    part: Lessons,
+    share: float,
+    trainable: Trainable,
+    may_pause: bool,
+) -> Sums:
+    """Adds the gradient of `share` · Σ loss over the units of `part` to the masters, all ranks' together.
+
+    A rank that owns none of them computes one item that counts 0, so that all ranks take part in every exchange.
+    """
+    own = part.of(experience.first, len(experience.forest.edges))
+    counts = len(own.row) > 0
+    if not counts:
+        own = one_of(part, experience.first + int(experience.forest.edges.trained.nonzero()[0, 0]))
+    batches = own.batches(setting.train_rows)
+    sums: dict[str, float] = {}
+    worst, total, rows = 0.0, 0.0, 0
+    for number, batch in enumerate(batches):
+        if may_pause:
+            setting.pause()
+        if setting.shards is not None:
+            setting.shards.before_backward(last=number + 1 == len(batches))
+        loss = loss_of(setting, experience, given, batch)
+        value = loss.value * (batch.units * share if counts else 0.0)
+        value.backward()
+        trainable.collect()
+        total += value.item()
+        rows += len(batch.row) if counts else 0
+        if counts and "log_ratio_abs" in loss.metrics:
+            worst = max(worst, loss.metrics["log_ratio_abs"].max().item())
+        for name, column in loss.metrics.items():
+            sums[name] = sums.get(name, 0.0) + (column.sum().item() if counts else 0.0)
+    return _summed(setting.world, trainable, Sums(total, worst, sums, rows), sharded=setting.shards is not None)
+
+
+def _summed(world: World, trainable: Trainable, own: Sums, sharded: bool) -> Sums:
+    """All ranks' sums, and their gradients in the masters, by one exchange; a sharded network's gradients are summed
+    already."""
+    if world.size == 1:
+        return own
+    worst = [own.worst if rank == world.rank else 0.0 for rank in range(world.size)]
+    figures = torch.tensor([own.loss, own.rows, *own.metrics.values(), *worst], device=world.device)
+    gradients = [] if sharded else [m.grad for m in trainable.masters if m.grad is not None]
+    world.sum_([*gradients, figures])
+    loss, rows, *rest = figures.tolist()
+    metrics = dict(zip(own.metrics, rest, strict=False))
+    return Sums(loss, max(rest[len(metrics) :]), metrics, rows)

@@ -1,0 +1,315 @@
+"""The leaderboard's bookkeeping: budgets, result files, what stands for what, order, the table. No run is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import leaderboard, runs
+from benchmarks.leaderboard import ENTRIES, METRIC, Board, Entry, Standing, Worker
+from tempflow.config import Config, parse_config, to_yaml
+
+BASE = "b" * 64
+FLOW = next(e for e in ENTRIES if e.name == "flow_grpo_global")
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(BASE, out=tmp_path / "runs", results=tmp_path / "results")
+
+
+def result(after: np.ndarray, seed: int = 0, **fields: Any) -> dict[str, Any]:
+    return {
+        "stopped": None,
+        "collapsed": False,
+        "best_validation": 0.5,
+        "before": 0.25,
+        "after": after.mean(),
+        "pictures": len(after),
+        "after_bits": runs.packed(after),
+        "diversity": [0.2, 0.1],
+        "cost": {"forwards": 1234, "decodes": 56},
+        "seconds": 7.0,
+        "curve": [[0, 0.25], [1234, 0.5]],
+        "tempflow": "0",
+    } | fields
+
+
+def finished(config: Config, right: list[float], fake: Callable[[Path], None] | None = None) -> None:
+    """Writes what a run of that configuration leaves behind."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    points = [(0, 0.5), (1584, 0.75)]
+    write_lines(folder / "evaluation.jsonl", [{"forwards": x, "mean": {METRIC: y}} for x, y in points])
+    metrics = [{"diversity": d, "forwards": 100, "decodes": 9, "reward_calls": 18} for d in (3.0, 1, 1, 1, 1, 1, 1, 5)]
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "alarms.jsonl", [])
+    cost = {"forwards": 1500, "decodes": 144, "reward_calls": 288}
+    summary = {"best_validation": 0.75, "cost": cost, "seconds": 12.34}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "samples.json").write_text(json.dumps({METRIC: [[0.0] * len(right), right]}))
+    if fake is not None:
+        fake(folder)
+
+
+def write_lines(file: Path, records: list[dict]) -> None:
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+# ------------------------------------------------------------------------------------------------------------ budget
+def test_budget_counts_rollout_training_and_reference(board: Board):
+    # Flow-GRPO by hand, a prompt: 12 chains of 6 steps, 5 of which are trained; with a KL once more by the reference.
+    cost = 12 * (12 * 6 + 12 * 5)
+    config = board.config(FLOW, 1e-4, 0)
+    assert config.iterations == round(105_000 / cost)
+    held = replace(FLOW, algorithm={**FLOW.algorithm, "kl": 0.1})
+    assert board.config(held, 1e-4, 0).iterations == round(105_000 / (cost + 12 * 12 * 5))
+
+
+@given(st.integers(1, 20_000))
+def test_budget_is_met_as_nearly_as_whole_iterations_can(budget: int):
+    algorithm = parse_config({"name": "x", "iterations": 1, "algorithm": dict(FLOW.algorithm)}).algorithm.build()
+    one = 3 * 132
+    assert abs(runs.affordable(algorithm, 3, budget) * one - budget) <= max(one / 2, one - budget)
+
+
+def test_every_entry_spends_about_the_same(board: Board):
+    for entry in ENTRIES:
+        config = board.config(entry, entry.rates[0], 0)
+        algorithm = config.algorithm.build()
+        costs = [algorithm.cost(i, entry.prompts) for i in range(config.iterations)]
+        sets = len(algorithm.objective.weight_sets)
+        assert sum(c.forwards + c.trained_edges * sets for c in costs) == pytest.approx(board.forwards, rel=0.02)
+        assert 8 <= config.iterations / config.evaluation.every <= 12
+    assert len({e.name for e in ENTRIES}) == len(ENTRIES)
+    assert all(len(set(e.rates)) == 3 for e in ENTRIES)
+
+
+def test_names_keep_rates_apart(board: Board):
+    files = [board.file(board.config(FLOW, rate, 0)).name for rate in (1e-4, 1.5e-4, 15e-4)]
+    assert files[1] == "flow_grpo_global-0.00015-0-105000.json"
+    assert len(set(files)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ result files
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_outcomes_survive_packing(bits: list[bool]):
+    digits = runs.packed(np.array(bits, float))
+    assert runs.unpacked(digits, len(bits)).tolist() == [float(b) for b in bits]
+    # Independent of numpy: the digits are the outcomes as a binary number, filled up with zeros on the right.
+    assert int(digits, 16) == int("".join(str(int(b)) for b in bits).ljust(len(digits) * 4, "0"), 2)
+
+
+def test_a_failed_score_is_not_a_wrong_picture():
+    with pytest.raises(ValueError, match="1 are neither 0 nor 1"):
+        runs.packed(np.array([1, 0, np.nan]))
+    with pytest.raises(ValueError, match="nearest valid: 4"):
+        runs.unpacked("ff", 9)
+
+
+def test_a_finished_run_becomes_a_small_file(board: Board):
+    config = board.config(FLOW, 1e-4, 0)
+    finished(config, [1.0, 0.0] * 504)
+    Worker(board, 1).ended(config, 0, "done")
+    file = board.file(config)
+    kept = json.loads(file.read_text())
+    assert file.stat().st_size < 6 * 1024
+    assert kept["after"] == 0.5 and kept["before_bits"] == "00" * 126 and kept["after_bits"] == "aa" * 126
+    assert kept["diversity"] == [pytest.approx(7 / 5), pytest.approx(9 / 5)]
+    assert kept["curve"] == [[0, 0.5], [1584, 0.75]] and kept["cost"]["forwards"] == 1500 and not kept["collapsed"]
+    assert not Path(config.output).exists()
+    assert leaderboard.stored(board, config) == kept
+
+
+def test_collapse_and_a_guards_stop_are_told(board: Board):
+    config = board.config(FLOW, 1e-4, 0)
+
+    def stopped(folder: Path) -> None:
+        (folder / "summary.json").unlink()
+        write_lines(folder / "evaluation.jsonl", [{"forwards": x, "mean": {METRIC: 0.5 - x}} for x in (0, 0.3)])
+        alarms = [{"guard": g, "action": a, "iteration": i} for g, a, i in (("kl", "warn", 3), ("kl", "stop", 7))]
+        write_lines(folder / "alarms.jsonl", alarms)
+
+    finished(config, [1.0], stopped)
+    kept = runs.boiled(config, BASE, METRIC)
+    assert kept["stopped"] == "kl at iteration 7" and kept["best_validation"] == 0.5 and kept["collapsed"]
+    assert "after" not in kept
+
+
+def test_a_failed_run_is_counted_then_skipped(
+    board: Board, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    config, worker, started = board.config(FLOW, 1e-4, 0), Worker(board, 1), list[str]()
+
+    def crash(configs: list[Config], jobs: int, *, resume: bool, ended: Callable[[Config, int, str], None]) -> None:
+        for c in configs:
+            started.append(c.name)
+            ended(c, 1, "out of memory")
+
+    monkeypatch.setattr(leaderboard, "run_all", crash)
+    for _ in range(4):
+        worker.run([config])
+    assert len(started) == leaderboard.ATTEMPTS
+    assert "is skipped, it failed 2 times: exit 1: out of memory" in capsys.readouterr().out
+    assert not board.file(config).exists()
+
+
+def test_a_run_that_finished_before_the_cut_is_not_run_again(board: Board, monkeypatch: pytest.MonkeyPatch):
+    done, other = board.config(FLOW, 1e-4, 0), board.config(FLOW, 2e-4, 0)
+    for config in (done, other):
+        finished(config, [1.0, 1.0])
+    (Path(other.output) / "config.yaml").write_text("name: something else\n")
+    seen = list[str]()
+    monkeypatch.setattr(leaderboard, "run_all", lambda configs, *_, **__: seen.extend(c.name for c in configs))
+    Worker(board, 1).run([done, other])
+    assert seen == [other.name] and not Path(other.output).exists()
+    assert board.file(done).exists()
+
+
+# ---------------------------------------------------------------------------------------------- what stands for what
+def kept_as(board: Board, config: Config) -> dict[str, Any]:
+    finished(config, [1.0])
+    return json.loads(json.dumps(runs.boiled(config, BASE, METRIC)))
+
+
+def test_a_result_stands_for_its_own_configuration_only(board: Board):
+    config = board.config(FLOW, 1e-4, 0)
+    kept = kept_as(board, config)
+    elsewhere = config.replace(output="elsewhere", name="other")
+    assert runs.mismatch(kept, config, BASE) == runs.mismatch(kept, elsewhere, BASE) == []
+    assert runs.mismatch(kept, config.replace(seed=1), BASE) == ["seed was 0, now 1"]
+    other = board.config(replace(FLOW, algorithm={**FLOW.algorithm, "clip": 0.02}), 1e-4, 0)
+    assert runs.mismatch(kept, other, BASE) == ["algorithm.clip was 0.01, now 0.02"]
+    assert runs.mismatch(kept, config, "c" * 64) == ["base weights bbbbbbbb, now cccccccc"]
+    kept["config"]["seed"] = 1
+    assert "its configuration was changed by hand" in runs.mismatch(kept, config.replace(seed=1), BASE)
+
+
+def test_a_setting_added_later_counts_where_it_is_used(board: Board):
+    config = board.config(FLOW, 1e-4, 0)
+    kept = kept_as(board, config)
+    for setting in ("clip_high", "train_steps"):
+        del kept["config"]["algorithm"][setting]
+    kept["config_hash"] = runs.config_hash(kept["config"])
+    assert runs.mismatch(kept, config, BASE) == []
+    used = board.config(replace(FLOW, algorithm={**FLOW.algorithm, "train_steps": 2}), 1e-4, 0)
+    used = used.replace(iterations=config.iterations, evaluation=config.evaluation)
+    assert runs.mismatch(kept, used, BASE) == ["algorithm.train_steps is 2, and was not there"]
+
+
+def test_a_foreign_file_is_said_and_not_used(board: Board):
+    config, said = board.config(FLOW, 1e-4, 0), list[str]()
+    board.results.mkdir()
+    board.file(config).write_text("{}")
+    assert leaderboard.stored(board, config, said.append) is None
+    board.file(config).write_text(json.dumps(kept_as(board, config) | {"base_hash": "d" * 64}))
+    assert leaderboard.stored(board, config, said.append) is None
+    assert "not a result" in said[0] and "base weights dddddddd" in said[1]
+
+
+# ------------------------------------------------------------------------------------------------------ order of work
+def test_validation_chooses_the_rate():
+    def at(score: float | None, stopped: str | None = None) -> dict[str, Any]:
+        return {"best_validation": score, "stopped": stopped}
+
+    assert leaderboard.best_rate({4e-4: at(0.6), 1e-4: at(0.7), 2e-4: at(None)}) == 1e-4
+    assert leaderboard.best_rate({4e-4: at(0.5), 1e-4: at(0.5)}) == 1e-4  # the gentler of two equals
+    assert leaderboard.best_rate({4e-4: at(0.9, "kl at iteration 3"), 1e-4: at(0.4)}) == 1e-4
+    assert leaderboard.best_rate({4e-4: at(0.9, "kl at iteration 3")}) == 4e-4
+    assert leaderboard.best_rate({}) is None
+
+
+def test_seeds_go_round_the_entries():
+    paper, knob = Entry("p", {}, 1), Entry("k", {}, 1, "knob")
+    order = [
+        (e.name, seed) for e, _, seed in leaderboard.turns([(paper, 1.0), (knob, 1.0), (replace(paper, name="q"), 1.0)])
+    ]
+    assert order == [("p", 0), ("k", 0), ("q", 0), ("p", 1), ("q", 1), ("p", 2), ("q", 2)]
+
+
+def test_final_seeds_count_only_at_the_rate_of_a_whole_search(board: Board):
+    def keep(rate: float, seed: int, validation: float) -> None:
+        config = board.config(FLOW, rate, seed)
+        finished(config, [1.0, 0.0])
+        kept = runs.boiled(config, BASE, METRIC) | {"best_validation": validation}
+        board.results.mkdir(exist_ok=True)
+        board.file(config).write_text(json.dumps(kept))
+
+    slow, middle, fast = FLOW.rates
+    keep(slow, leaderboard.SEARCH_SEED, 0.5)
+    keep(slow, 0, 0.5)
+    assert not leaderboard.standing(board, FLOW).finals
+    keep(middle, leaderboard.SEARCH_SEED, 0.6)
+    keep(fast, leaderboard.SEARCH_SEED, 0.4)
+    assert leaderboard.standing(board, FLOW).rate == middle and not leaderboard.standing(board, FLOW).finals
+    keep(middle, 1, 0.6)
+    assert list(leaderboard.standing(board, FLOW).finals) == [1]
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+def stands(name: str, *afters: np.ndarray, kind: Any = "paper", **fields: Any) -> Standing:
+    entry = replace(FLOW, name=name, kind=kind)
+    return Standing(entry, {1e-4: result(afters[0])}, 1e-4, {s: result(a, **fields) for s, a in enumerate(afters)})
+
+
+def test_an_ordering_is_claimed_only_where_the_interval_excludes_zero():
+    low, high = np.zeros(200), np.ones(200)
+    close = low.copy()
+    close[0] = 1  # one picture of 200: a resample leaves it out with probability 0.37
+    a, b, c = (stands(n, x, x, x) for n, x in (("a", low), ("b", high), ("c", close)))
+    assert leaderboard.compared(b, a, 200) == "+1.000 [+1.000, +1.000] better, 3 seeds"
+    assert leaderboard.compared(a, b, 200).endswith("worse, 3 seeds")
+    assert "+0.005" in leaderboard.compared(c, a, 200) and "not separable" in leaderboard.compared(c, a, 200)
+
+
+def test_only_seeds_that_both_have_are_compared():
+    ones, zeros = np.ones(8), np.zeros(8)
+    many, one = stands("many", ones, zeros, zeros), stands("one", zeros, kind="knob")
+    assert leaderboard.compared(many, one, 50).endswith("better, 1 seed")
+    searched = replace(one, finals={})
+    assert leaderboard.compared(many, searched, 50) == "–"
+
+
+def test_the_page_sorts_and_says_how_many_seeds(board: Board):
+    half, most = np.array([1.0, 0, 1, 0]), np.array([1.0, 1, 1, 0])
+    first = stands("tempflow_grpo", most, most)
+    stopped = replace(stands("flow_grpo_global", half), finals={0: result(half), 1: {"stopped": "kl at iteration 9"}})
+    searched = replace(stands("third", np.ones(4)), finals={})
+    missing = Standing(replace(FLOW, name="fourth"), {}, None, {})
+    text = leaderboard.page(board, [stopped, missing, first, searched], draws=50)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "→ **" in line]
+    assert [row.split()[1] for row in rows] == ["third", "tempflow_grpo", "flow_grpo_global"]
+    assert "search only, 1 of 3 rates" in rows[0] and "2 of 3" in rows[1]
+    assert "1 of 3; 1 stopped: kl at iteration 9" in rows[2]
+    assert "0.250 → **0.750** | +0.500 | 0.100 (0.50 ×) | 1,234 | 56 | 7 |" in rows[1]
+    assert "Not here yet: fourth (0 of 3 rates tried)." in text
+
+
+@pytest.mark.parametrize("number", [0, 3, 9])
+def test_curves_are_drawn_for_any_number_of_entries(tmp_path: Path, number: int):
+    curves = {f"e{i}": [np.array([[0, 0.4], [10, 0.5]]), np.array([[0, 0.4]])] for i in range(number)}
+    runs.draw_curves(curves, tmp_path / "img" / "x.png", ["e1"])
+    assert (tmp_path / "img" / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_base_hash_is_of_weights_and_their_places(tmp_path: Path):
+    assert len(runs.base_hash()) == 64
+    seen = set[str]()
+    for name, content in (("a/m", b"1"), ("a/m", b"2"), ("b/m", b"2")):
+        root = tmp_path / str(len(seen))
+        file = root / f"{name}.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+        seen.add(runs.base_hash(root))
+        (root / "config.json").write_text("{}")
+        assert runs.base_hash(root) in seen
+    assert len(seen) == 3

@@ -1,0 +1,84 @@
+"""A one-dimensional linear toy with a known direction: Gaussian data whose mean for each of two prompts is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from mixture import painted, seen
+from torch import Tensor, nn
+
+from tempflow.core.schedule import Schedule, linear
+from tempflow.core.scores import Scores
+from tempflow.models.protocol import Conditioning, Predict, Size
+
+PROMPTS = ("up", "down")
+SPREAD = 0.5
+
+
+class Velocity(nn.Module):
+    """The exact velocity of x0 ~ N(mean of the prompt, SPREAD²): linear in x and in the mean, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Linear(len(PROMPTS), 1, bias=False)
+        nn.init.zeros_(self.mean.weight)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        s, m = sigma.to(x).view(-1, 1, 1, 1), self.mean(condition).view(-1, 1, 1, 1)
+        gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
+        return (x - m - gain * (x - (1 - s) * m)) / s
+
+
+class Line:
+    """Implements `models.protocol.Model`; latents are [1, 1, 1]."""
+
+    name, licence = "line", "Apache-2.0"
+
+    def __init__(self) -> None:
+        self.network = Velocity()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def means(self) -> list[float]:
+        """Of "up" and of "down"."""
+        return self.network.mean.weight.detach()[0].tolist()
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule("mean")]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(tuple(prompts), {"c": torch.eye(2)[[PROMPTS.index(p) for p in prompts]]})
+
+    def schedule(self, steps: int, size: Size) -> Schedule:
+        return linear(steps)
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        return (1, 1, 1)
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        module, tokens = self.network if network is None else network, condition.tensors["c"]
+        return lambda x, sigma, rows: module(x, sigma, tokens[rows])
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        return painted(x.flatten(1))
+
+    def save(self, folder: str, network: nn.Module | None = None) -> None:
+        raise NotImplementedError("a toy is not kept")
+
+
+@dataclass(frozen=True)
+class Height:
+    """How far the point lies in the direction that the prompt names; linear."""
+
+    name: str = "height"
+    groupwise: bool = False
+
+    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
+        value = (seen(media)[:, 0] * sign).float()[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))

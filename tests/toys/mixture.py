@@ -1,0 +1,215 @@
+"""A two-dimensional toy with a known optimum: points from a mixture of four Gaussians, and a place named by the prompt.
+
+The untrained model draws the same mixture whatever the prompt says; the reward asks for the corner that the prompt
+names. Both ends of the scale are closed forms: the best mean reward is 1, the base's that of `base_reward`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from fake import Bench
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tempflow.algorithms import Algorithm
+from tempflow.core.schedule import Schedule, linear
+from tempflow.core.scores import Scores
+from tempflow.models.protocol import Conditioning, Predict, Size
+
+SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
+SIDE = 8  # pixels along the square that shows a coordinate
+RANGE = 4.0  # what it can show: −RANGE … RANGE
+SIZE: Size = (2, 2)  # what the bench asks for; this model has one size
+
+PROMPTS = ("north east", "north west", "south west", "south east")
+MEANS = torch.tensor([[1.5, 1.5], [-1.5, 1.5], [-1.5, -1.5], [1.5, -1.5]])
+WEIGHTS = torch.tensor([0.3, 0.3, 0.2, 0.2])
+SPREAD = 0.4  # standard deviation of a mode
+REACH = 1.5  # standard deviation of the reward's bell
+
+
+def posterior_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    """E[ε − x0 | x_σ = x] of the mixture, exactly; x [B, 2], σ in (0, 1], [B]."""
+    s = sigma[:, None]
+    means = MEANS.to(x)
+    variance = (1 - s).square() * SPREAD**2 + s.square()  # of x_σ within a mode, per coordinate
+    away = x[:, None] - (1 - s)[..., None] * means  # [B, modes, 2]
+    share = (WEIGHTS.to(x).log() - away.square().sum(-1) / (2 * variance)).softmax(1)
+    clean = means + ((1 - s) * SPREAD**2 / variance)[..., None] * away
+    x0 = (share[..., None] * clean).sum(1)
+    return (x - x0) / s
+
+
+def base_reward() -> float:
+    """The mean reward of the mixture itself, over the prompts: a Gaussian's mean under Gaussians."""
+    variance = REACH**2 + SPREAD**2
+    distance = (MEANS[:, None] - MEANS).square().sum(-1)  # [prompt, mode]
+    bell = REACH**2 / variance * torch.exp(-distance / (2 * variance))
+    return (bell @ WEIGHTS).mean().item()
+
+
+class Net(nn.Module):
+    """v(x, σ, condition), with the condition's columns 0 at first: the prompt says nothing yet."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(5 + len(PROMPTS), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+        )
+        with torch.no_grad():
+            self.body[0].weight[:, 5:] = 0.0
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        s = sigma.to(x).view(-1, 1)
+        seen = torch.cat([x.flatten(1), s, s.square(), torch.cos(math.pi * s), condition.to(x)], 1)
+        return self.body(seen).view(-1, *SHAPE)
+
+
+@lru_cache(maxsize=1)
+def pretrained(steps: int = 1500, rows: int = 512) -> Net:
+    """The network fitted to the mixture's exact velocity. Made once a session; to be copied, not trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = torch.optim.Adam(net.parameters())
+        nothing = torch.zeros(rows, len(PROMPTS))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            sigma = torch.rand(rows) * 0.98 + 0.02
+            mode = torch.multinomial(WEIGHTS, rows, replacement=True)
+            x0 = MEANS[mode] + SPREAD * torch.randn(rows, 2)
+            x = (1 - sigma)[:, None] * x0 + sigma[:, None] * torch.randn(rows, 2)
+            wrong = net(x, sigma, nothing).flatten(1) - posterior_velocity(x, sigma)
+            optimizer.zero_grad()
+            wrong.square().mean().backward()
+            optimizer.step()
+    return net
+
+
+class Mixture:
+    """Implements `models.protocol.Model`; each has a pretrained network of its own."""
+
+    name, licence = "mixture", "Apache-2.0"
+
+    def __init__(self) -> None:
+        self.network = copy.deepcopy(pretrained())
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule("body")]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        number = torch.tensor([PROMPTS.index(p) for p in prompts])
+        return Conditioning(tuple(prompts), {"c": torch.eye(len(PROMPTS))[number]})
+
+    def schedule(self, steps: int, size: Size) -> Schedule:
+        return linear(steps)
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        return SHAPE
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        module = self.network if network is None else network
+        tokens = condition.tensors["c"]
+        return lambda x, sigma, rows: module(x, sigma, tokens[rows])
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        return painted(x.flatten(1))
+
+    def save(self, folder: str, network: nn.Module | None = None) -> None:
+        save_file((self.network if network is None else network).state_dict(), f"{folder}/model.safetensors")
+
+
+def painted(points: Tensor) -> Tensor:
+    """Pictures of points [N, D]: a grey square for each coordinate, side by side, uint8 [N, SIDE, D·SIDE, 3].
+
+    A square's bytes differ by 1 at most, and their sum is the coordinate in steps of 2·RANGE/48960: neighbours look
+    alike, and the reward still reads the point as closely as it needs.
+    """
+    count = SIDE * SIDE * 3
+    level = ((points.double() / RANGE + 1) / 2 * count * 255).clamp(0, count * 255).round().long()[..., None]
+    square = (level // count + (torch.arange(count) < level % count)).to(torch.uint8)
+    return torch.cat(list(square.view(*points.shape, SIDE, SIDE, 3).unbind(1)), 2).contiguous()
+
+
+def seen(media: Tensor) -> Tensor:
+    """The points [N, D] that pictures show, float64."""
+    squares = media.double().unflatten(2, (-1, SIDE)).mean((1, 3, 4)) / 255
+    return (2 * squares - 1) * RANGE
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """A bell around the corner that the prompt names: 1 there, in (0, 1]."""
+
+    name: str = "closeness"
+    groupwise: bool = False
+
+    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        goal = MEANS[torch.tensor([PROMPTS.index(p) for p in prompts])]
+        value = torch.exp(-(seen(media) - goal).square().sum(1) / (2 * REACH**2)).float()[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Says nothing about the picture: numbers drawn from a hash of its bytes."""
+
+    name: str = "chance"
+    groupwise: bool = False
+
+    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        weight = torch.arange(1, media[0].numel() + 1, dtype=torch.float64).sqrt()
+        value = (media.flatten(1).double() @ weight * 1e3).frac().float()[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+@torch.no_grad()
+def samples(model: Mixture, count: int = 256, steps: int = 10) -> tuple[Tensor, list[str]]:
+    """Points [4·count, 2] drawn by ODE, from the same noises for every prompt, with their prompts."""
+    noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(17)).repeat(len(PROMPTS), 1, 1, 1)
+    rows = torch.arange(len(PROMPTS)).repeat_interleave(count)
+    predict = model.predictor(model.encode(PROMPTS), 1.0)
+    schedule = model.schedule(steps, SIZE)
+    x = noise
+    for i in range(steps):
+        step = torch.full((len(x),), i)
+        x = x - schedule.delta(step).view(-1, 1, 1, 1) * predict(x, schedule.at(step), rows)
+    return x.flatten(1), [PROMPTS[i] for i in rows.tolist()]
+
+
+def mean_reward(model: Mixture, count: int = 256, steps: int = 10) -> float:
+    """The mean over prompts and fixed noises, through pictures as in training."""
+    x, prompts = samples(model, count, steps)
+    media = model.decode(x.view(-1, *SHAPE), SIZE)
+    return Closeness().score(media, prompts, [{}] * len(prompts)).value.mean().item()
+
+
+def gap_closed(before: float, after: float) -> float:
+    """1 at the optimum (a mean reward of 1), 0 where nothing was learnt."""
+    return (after - before) / (1 - before)
+
+
+def bench(algorithm: Algorithm, model: Any = None, reward: Any = None, **setting: Any) -> Bench:
+    """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1."""
+    setting = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **setting}
+    return Bench(model or Mixture(), algorithm, reward or Closeness(), **setting)
+
+
+def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:
+    """Iterations over all prompts, each `repeat` times; the learning rate falls from `rate` to 0 on a straight line."""
+    for iteration in range(iterations):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate * (1 - iteration / iterations)
+        run.update(run.collect(iteration, PROMPTS * repeat), iteration)

@@ -1,0 +1,35 @@
+"""Every registered algorithm, through the real loop, closes at least half the gap to the toy's known optimum."""
+
+from __future__ import annotations
+
+import time
+
+import line
+import pytest
+from mixture import Mixture, bench, gap_closed, mean_reward, train
+from settings import build, toy
+
+from tempflow.algorithms import ALGORITHMS
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_closes_half_the_gap_of_the_mixture(name: str) -> None:
+    settings = toy(name)
+    run = bench(build(ALGORITHMS[name], settings))
+    before = mean_reward(Mixture())
+    started = time.process_time()
+    train(run, settings.iterations, settings.repeat, settings.rate)
+    seconds = time.process_time() - started
+    closed = gap_closed(before, mean_reward(run.model))
+    print(f"{name}: closed {closed:.2f} of the gap in {seconds:.1f} s of CPU")
+    assert closed >= 0.5
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_first_step_goes_the_right_way_on_the_line(name: str) -> None:
+    # Adam's first step has the rate's length for any gradient that is not tiny: only its direction is the algorithm's
+    run = bench(build(ALGORITHMS[name], toy(name)), line.Line(), line.Height(), updates=1, rate=0.01)
+    run.update(run.collect(0, line.PROMPTS * 8))
+    up, down = run.model.means
+    assert up == pytest.approx(0.01, rel=1e-2)
+    assert down == pytest.approx(-0.01, rel=1e-2)
