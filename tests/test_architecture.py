@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "report": set(),
     "export": {"config", "models", "train"},
     "doctor": {"config", "data", "models"},
-    "train": {"core", "data", "models", "rewards", "algorithms", "config", "evaluate", "perception", "strict"},
+    "train": {"core", "data", "models", "rewards", "algorithms", "config", "evaluate", "perception", "latent_reward", "strict"},
     "cli": {
         "strict",
         "algorithms",

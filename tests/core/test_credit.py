@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -349,5 +350,136 @@ def test_nothing_recorded_gives_nothing() -> None:
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupZScore(**arguments)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------- center, power, pooled scale and gain
+def of_leaves(credit: GroupZScore, values: Tensor, ok: Tensor | None = None) -> np.ndarray:
+    """Advantages of CHAINS' leaves, [2 prompts, 5]; all edges of a chain have that of its leaf."""
+    advantage = credit(scored(values, ok), CHAINS).value
+    edge, leaf = CHAINS.descent
+    out = torch.full((10,), math.nan).index_copy_(0, leaf, advantage[edge])
+    assert torch.equal(out[leaf], advantage[edge])
+    return out.view(2, 5).double().numpy()
+
+
+REWARD = random_scores(CHAINS, 11).value[:, 0]
+RAW = GroupZScore(scale="none", clip=None)
+
+
+def test_the_others_mean_as_baseline_is_n_over_n_minus_one_times_the_plain_centring() -> None:
+    r = REWARD.view(2, 5).double().numpy()
+    others = (r.sum(1, keepdims=True) - r) / 4
+    got = of_leaves(replace(RAW, center="others"), REWARD)
+    np.testing.assert_allclose(got, r - others, atol=1e-6)
+    np.testing.assert_allclose(got, 5 / 4 * of_leaves(RAW, REWARD), rtol=1e-6)
+
+
+def test_leave_one_out_counts_the_valid_ones_only() -> None:
+    ok = torch.ones(10, dtype=torch.bool)
+    ok[[0, 3]] = False
+    r = REWARD.double().numpy()
+    got = of_leaves(replace(RAW, center="others"), REWARD, ok)
+    for n in (1, 2, 4):
+        rest = [r[m] for m in (1, 2, 4) if m != n]
+        assert got[0, n] == pytest.approx(r[n] - np.mean(rest), abs=1e-6)
+    assert got[0, 0] == got[0, 3] == 0
+    ok[:4] = False  # one valid leaf: nothing to compare it with
+    assert (of_leaves(replace(RAW, center="others"), REWARD, ok)[0] == 0).all()
+
+
+def test_batch_baseline_and_pooled_scale_are_the_batchs_zscore() -> None:
+    """REINFORCE++: (R − mean)/(std + eps) over all the iteration's pictures."""
+    r = REWARD.double().numpy()
+    credit = GroupZScore(center="batch", scale="pooled", eps=1e-3, clip=None)
+    want = ((r - r.mean()) / (r.std() + 1e-3)).reshape(2, 5)
+    np.testing.assert_allclose(of_leaves(credit, REWARD), want, atol=1e-5)
+    assert abs(want[0].mean()) > 0.05  # or the group's mean could not be told apart from the batch's
+    flat = torch.where(CHAINS.leaves.prompt == 0, 0.9, REWARD)
+    got = of_leaves(credit, flat)
+    assert (got[0] == got[0, 0]).all() and got[0, 0] > 0.3  # a flat group still moves
+    assert (of_leaves(credit, torch.full((10,), 0.3)) == 0).all()
+
+
+def test_power_one_pooled_is_mean_centred_over_the_batchs_std() -> None:
+    """SLAS at γ = 0. The mean of group-centred values is 0, so their root mean square is a standard deviation."""
+    r = REWARD.view(2, 5).double().numpy()
+    centred = r - r.mean(1, keepdims=True)
+    credit = GroupZScore(scale="pooled", eps=0.0, clip=None, power=1.0)
+    np.testing.assert_allclose(of_leaves(credit, REWARD), centred / centred.std(), atol=1e-5)
+    failed = torch.ones(10, dtype=torch.bool)
+    failed[2] = False
+    rest = np.delete(r[0], 2)
+    pool = np.concatenate([rest - rest.mean(), centred[1]])
+    got = of_leaves(credit, REWARD, failed)
+    np.testing.assert_allclose(got[1], centred[1] / np.sqrt((pool**2).mean()), atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.25, 1.0, 2.0])
+def test_power_shapes_the_centred_value_and_keeps_its_sign_and_order(gamma: float) -> None:
+    r = REWARD.view(2, 5).double().numpy()
+    c = r - r.mean(1, keepdims=True)
+    shaped = np.sign(c) * np.abs(c) ** (1 + gamma)
+    want = shaped / np.sqrt((shaped**2).mean())
+    got = of_leaves(GroupZScore(scale="pooled", eps=0.0, clip=None, power=1 + gamma), REWARD)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert (got**2).mean() == pytest.approx(1, abs=1e-5)
+    assert (np.argsort(got, axis=1) == np.argsort(r, axis=1)).all()
+    # odd: mirrored rewards give mirrored advantages
+    np.testing.assert_allclose(of_leaves(replace(RAW, power=1 + gamma), -REWARD), -shaped, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_twice_the_deviation_is_two_to_the_one_plus_gamma_times_the_advantage(gamma: float) -> None:
+    """Centred values −2, −1, 0, 1, 2 (times ¼): Ã(2x)/Ã(x) = 2^(1+γ), with and without a pooled scale."""
+    values = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).repeat(2)
+    for scale in ("none", "pooled"):
+        got = of_leaves(GroupZScore(scale=scale, eps=0.0, clip=None, power=1 + gamma), values)[0]  # type: ignore[arg-type]
+        assert got[4] / got[3] == pytest.approx(2 ** (1 + gamma), rel=1e-6)
+        assert got[0] / got[1] == pytest.approx(2 ** (1 + gamma), rel=1e-6)
+        assert got[2] == 0 and got[1] < 0 < got[3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(factor=st.floats(0.01, 100), seed=st.integers(0, 999), gamma=st.floats(0, 2))
+def test_shaped_advantages_ignore_the_rewards_unit(factor: float, seed: int, gamma: float) -> None:
+    values = random_scores(CHAINS, seed).value[:, 0]
+    credit = GroupZScore(scale="pooled", eps=0.0, clip=None, power=1 + gamma)
+    a, b = of_leaves(credit, values), of_leaves(credit, (values.double() * factor).float())
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    # raw: equivariant of degree 1 + γ
+    raw = replace(RAW, power=1 + gamma)
+    scaled = of_leaves(raw, (values.double() * factor).float())
+    np.testing.assert_allclose(scaled, of_leaves(raw, values) * factor ** (1 + gamma), rtol=1e-3, atol=1e-4)
+
+
+def test_gain_multiplies_before_the_bound() -> None:
+    free = of_leaves(GroupZScore(clip=None), REWARD)
+    np.testing.assert_allclose(of_leaves(GroupZScore(clip=None, gain=0.1), REWARD), 0.1 * free, rtol=1e-6)
+    bounded = of_leaves(GroupZScore(clip=0.5, gain=2.0), REWARD)
+    np.testing.assert_allclose(bounded, np.clip(2 * free, -0.5, 0.5), rtol=1e-6)
+    assert (np.abs(bounded) == 0.5).any() and (np.abs(bounded) < 0.5).any()
+
+
+@pytest.mark.parametrize("center", ["group", "others", "batch"])
+@pytest.mark.parametrize("scale", ["group", "global", "batch", "pooled", "none"])
+def test_no_spread_anywhere_is_exactly_nothing(center: str, scale: str) -> None:
+    credit = GroupZScore(center=center, scale=scale, power=1.5)  # type: ignore[arg-type]
+    for value in (0.0, 0.1, -1e6):
+        advantage = credit(scored(torch.full((10,), value)), CHAINS)
+        assert bool((advantage.value == 0).all()) and not bool(advantage.live.any()) and bool(advantage.ok.all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"center": "prompt"}, "center: 'prompt' is not one of group, others, batch"),
+        ({"power": 0.0}, "power: 0.0 must be finite and above 0; 1 is usual"),
+        ({"power": math.nan}, "power: nan must be"),
+        ({"gain": -1.0}, "gain: -1.0 must be finite and above 0; 1 is usual"),
+    ],
+)
+def test_bad_centre_power_and_gain(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GroupZScore(**arguments)  # type: ignore[arg-type]

@@ -7,12 +7,14 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.flash_grpo import flash_grpo
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "drm_grpo": drm_grpo,
     "flash_grpo": flash_grpo,
     "flow_grpo": flow_grpo,
     "flow_grpo_fast": flow_grpo_fast,
@@ -25,6 +27,7 @@ __all__ = [
     "ALGORITHMS",
     "ENTRY_POINTS",
     "Algorithm",
+    "drm_grpo",
     "find",
     "flash_grpo",
     "flow_grpo",

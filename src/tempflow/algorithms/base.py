@@ -61,6 +61,8 @@ class Algorithm:
     sampler      the weight set that rolls out
     units        which edges share a chunk, for an objective whose unit is one
     observe      what credit and units want to know of the rollout, as traits of its edges and leaves
+    judge        folder of a latent reward that scores every trained edge's end at its σ; credit then sees these scores,
+                 and the leaves' are only looked at. None: credit sees the leaves' scores
     solver       walks the deterministic edges; None: Euler
     grid         (iteration, the model's grid of T steps) -> the grid of that rollout, whose length the plan has
 
@@ -80,6 +82,7 @@ class Algorithm:
     sampler: str = "policy"
     units: Units | None = None
     observe: tuple[Observation, ...] = ()
+    judge: str | None = None
     solver: Solver | None = None
     grid: Callable[[int, Schedule], Schedule] | None = None
 

@@ -13,7 +13,7 @@ The rollout keeps μ_old: one more latent per trained edge. Weights have mean 1 
 have mean 1/Δ: it is the learning rate that differs (and the balance with `kl`), no clip.
 
 Scale. r̂ is S times as far from 1 as Flow-GRPO's r, so a clip c of that is about c·S here (S differs by step, which is
-the point). On `shapes` (6 steps, noise 0.9: S from .9 down to .3 or so) 1e-2 becomes 5e-3.
+the point). On `shapes` (6 steps, noise 0.9: S from 1.0 down to .5) 1e-2 becomes 7e-3.
 
 Cost for a prompt: as Flow-GRPO; at the defaults 240 forwards, 24 leaves, 216 trained edges.
 

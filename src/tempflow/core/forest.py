@@ -196,6 +196,12 @@ class Forest:
         )
         return replace(self, edges=edges, descent=(alone, alone))
 
+    def as_candidates(self) -> Forest:
+        """A forest in which every edge is scored itself: leaf e stands for the state that edge e reaches, and descends
+        from it alone. It lets every credit that works on leaves' scores take a latent reward's, one for each edge."""
+        edges, numbers = self.edges, torch.arange(len(self.edges), device=self.edges.step.device)
+        return replace(self, leaves=Leaves(edges.child, edges.prompt, edges.root), descent=(numbers, numbers))
+
     @staticmethod
     def cat(forests: Sequence[Forest]) -> Forest:
         """One forest from several; prompt slots are kept, indices of nodes, edges and leaves shift.

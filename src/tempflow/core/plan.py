@@ -251,6 +251,24 @@ def tree(
     return _grow(steps, _starts("roots", roots, False), lambda i, _: rule[i])
 
 
+def candidates(steps: int, roots: int, count: int) -> Plan:
+    """Chains that draw `count` successors at every step but the last, of which the first goes on (DRM, §13).
+
+    All successors are trained, each by a score of its own (a latent reward's). They are drawn alike, so that going on
+    from the first is going on from any. The last step is an ODE step, and its end is scored, to look at.
+    Cost: roots·T forwards, roots leaves, roots·count·(T − 1) trained edges.
+    """
+    _at_least("steps", steps, 2)
+    _at_least("count", count, 2)
+    noisy = [_Shoot(True, True, trunk=n == 0) for n in range(count)]
+    last = [_Shoot(False, False, trunk=True)]
+
+    def rule(i: int, trunk: bool) -> list[_Shoot]:
+        return [] if not trunk else noisy if i < steps - 1 else last
+
+    return _grow(steps, _starts("roots", roots, False), rule)
+
+
 @dataclass(frozen=True)
 class _Shoot:
     """One child to be grown; `trunk` is handed to the child and says which rule applies to it."""

@@ -64,20 +64,29 @@ class StratifiedGridTimes:
     """One index drawn uniformly from each of `strata` consecutive chunks of the grid, noisiest first.
 
     The grid is cut to the indices first … int(T·fraction) − 1; chunk j starts at first + floor(j·length/strata).
-    AWM "discrete_wo_init" (strata 6, first 1, fraction 0.9; certain: read in code) and V-GRPO (strata 4, the whole
-    grid; where its chunks end is not known). Raises ValueError for impossible fields or fewer indices than strata.
+    `initial`: index 0, pure noise, comes first and always, and the chunks follow it.
+    AWM "discrete_wo_init" (strata 6, first 1, fraction 0.9), "discrete" (first 0) and "discrete_with_init" (strata 5,
+    first 1, initial); certain: read in code. V-GRPO (strata 4, the whole grid; where its chunks end is not known).
+    Raises ValueError for impossible fields, fewer indices than strata, or `initial` with a chunk that holds index 0.
     """
 
     strata: int
     first: int = 0
     fraction: float = 1.0
+    initial: bool = False
 
     def __post_init__(self) -> None:
         _check_least("strata", self.strata, 1)
         _check_least("first", self.first, 0)
         _check_fraction(self.fraction)
+        if self.initial and self.first == 0:
+            raise ValueError("first: 0 would be drawn twice, as `initial` takes it; nearest valid: 1")
 
     def count(self, steps: int) -> int:
+        self._check_room(steps)
+        return self.strata + self.initial
+
+    def _check_room(self, steps: int) -> None:
         last = int(steps * self.fraction)
         if last - self.first < self.strata:
             room = max(last - self.first, 0)
@@ -85,17 +94,19 @@ class StratifiedGridTimes:
                 f"strata: {self.strata} do not fit the indices {self.first} … {last - 1} of {steps} steps; "
                 f"nearest valid: {room}"
             )
-        return self.strata
 
     def edges(self, steps: int) -> list[int]:
         """The strata + 1 chunk boundaries: chunk j holds the indices edges[j] … edges[j + 1] − 1."""
+        self._check_room(steps)
         length = int(steps * self.fraction) - self.first
-        return [self.first + j * length // self.count(steps) for j in range(self.strata + 1)]
+        return [self.first + j * length // self.strata for j in range(self.strata + 1)]
 
     def __call__(self, stream: Stream, ids: Sequence[Id], schedule: Schedule) -> Tensor:
         low = torch.tensor(self.edges(schedule.steps), dtype=torch.float64)
         u = stream.uniform(ids, (self.strata,))
         index = (low[:-1] + (low.diff() * u).floor()).long()
+        if self.initial:
+            index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
         return _on_grid(schedule, index)
 
 

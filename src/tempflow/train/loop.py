@@ -17,7 +17,7 @@ from tempflow.core.follow import Frozen
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load
-from tempflow.models.protocol import Model
+from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import Patient, build, from_function, patient
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
@@ -28,7 +28,7 @@ from tempflow.train.records import Records
 from tempflow.train.resume import resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
-from tempflow.train.step import Setting
+from tempflow.train.step import Judge, Setting
 from tempflow.train.track import open_trackers
 from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
@@ -172,6 +172,7 @@ def _setting(
         sets=networks,
         world=world,
         shards=shards,
+        judge=None if algorithm.judge is None else _judge(algorithm.judge, model, config.rollout_rows),
     )
     return setting, trainable, followers
 
@@ -183,6 +184,19 @@ def _shards(model: Model, reference: nn.Module | None, config: Config, world: Wo
     networks = [model.network] if reference is None else [model.network, reference]
     dtype = DTYPES[config.model.dtype]
     return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole)
+
+
+def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Judge]:
+    """A latent reward from disk, to be given the prompts' conditions. Raises ValueError where there is none."""
+    from tempflow.latent_reward import LatentJudge, LatentReward, bind
+
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"algorithm.reward: {folder!r} is no folder with a latent reward; "
+            "python scripts/train_latent_reward.py --out FOLDER makes one"
+        )
+    reward = LatentReward.load(folder, device=str(model.device)).requires_grad_(False).eval()
+    return lambda condition: LatentJudge(bind(model, reward, condition), rows=rows)
 
 
 def _reference(which: str, trainable: Trainable, base: Mapping[str, Tensor]) -> WeightSet:

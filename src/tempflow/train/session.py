@@ -195,9 +195,8 @@ class Session:
             raise
         self.followers.update()
         self.watcher.update(iteration + 1, seen | learned)
-        self.records.steps(
-            iteration + 1, steps_of(setting.algorithm.credit, experience.scores, experience.whole, given)
-        )
+        rule = setting.algorithm.credit if experience.judged is None else setting.algorithm.credit.weighted(None)
+        self.records.steps(iteration + 1, steps_of(rule, *experience.credited, given))
         return seen | learned
 
     def _due(self, done: int) -> bool:

@@ -20,7 +20,7 @@ from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.models.protocol import Model, Predict, Size
+from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
 from tempflow.train.dist import SINGLE, World
@@ -28,6 +28,9 @@ from tempflow.train.signals import Signals, measure
 
 if TYPE_CHECKING:
     from tempflow.train.shard import Shards
+
+Judge = Callable[[Tensor, Tensor, Tensor], Scores]
+"""judge(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
 
 LEAVES_AT_ONCE = 1024
 """A rollout advances in chunks of whole prompts with about this many leaves; each is decoded, scored and dropped."""
@@ -67,6 +70,7 @@ class Setting:
     sets       the networks of the weight sets beside the policy that the algorithm asks for, by name
     world      the ranks that share the run; each needs a prompt of every iteration
     shards     the sharded network's switches; None where every rank has all of it
+    judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
     pause      called between batches of work; may raise to leave the iteration
     """
 
@@ -84,6 +88,7 @@ class Setting:
     sets: Mapping[str, nn.Module]
     world: World = SINGLE
     shards: Shards | None = None
+    judge: Callable[[Conditioning], Judge] | None = None
     pause: Callable[[], None] = lambda: None
 
 
@@ -98,6 +103,7 @@ class Experience:
     scores     of the whole's leaves
     signals    of the whole's leaves, by prompt slot
     models     this rank's predictors by weight set
+    judged     a latent reward's scores of the whole's edges; None without one
     schedule   the grid that was walked
     iteration  which one it is, from 0
     """
@@ -109,8 +115,14 @@ class Experience:
     scores: Scores
     signals: Signals
     models: Mapping[str, Predict]
+    judged: Scores | None
     schedule: Schedule
     iteration: int
+
+    @property
+    def credited(self) -> tuple[Scores, Forest]:
+        """The scores that credit sees, and the forest whose leaves they are of."""
+        return (self.scores, self.whole) if self.judged is None else (self.judged, self.whole.as_candidates())
 
 
 def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter: Counter, clock: Clock) -> Experience:
@@ -145,9 +157,29 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
         scores=Scores(world.gather(scores.value, counts), world.gather(scores.ok, counts), scores.names),
         signals=Signals(*(world.gather(t, [len(b) for b in blocks]) for t in astuple(signals))),
         models=models,
+        judged=None if setting.judge is None else _judged(setting, prompts, mine, forest, schedule, edges, counter),
         schedule=schedule,
         iteration=iteration,
     )
+
+
+def _judged(
+    setting: Setting,
+    prompts: Sequence[Prompt],
+    mine: range,
+    forest: Forest,
+    schedule: Schedule,
+    counts: Sequence[int],
+    counter: Counter,
+) -> Scores:
+    """The latent reward's scores of all ranks' edges, each at the σ of the state it reaches."""
+    assert setting.judge is not None
+    judge, edges = setting.judge(setting.model.encode([prompts[slot].text for slot in mine])), forest.edges
+    sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
+    scores = judge(forest.nodes[edges.child], sigma, edges.prompt - mine.start)
+    counter.reward_calls += sum(counts)
+    value, ok = (setting.world.gather(t.cpu(), counts) for t in (scores.value, scores.ok))
+    return Scores(value, ok, scores.names)
 
 
 def _with_traits(world: World, forest: Forest, whole: Forest, edges: Sequence[int], leaves: Sequence[int]) -> Forest:
@@ -176,7 +208,8 @@ class Credit:
 def credit(setting: Setting, experience: Experience) -> Credit:
     """The same on every rank: it needs all scores, but no states."""
     algorithm, whole = setting.algorithm, experience.whole
-    advantage = algorithm.credit(experience.scores, whole)
+    rule = algorithm.credit if experience.judged is None else algorithm.credit.weighted(None)
+    advantage = rule(*experience.credited)
     if algorithm.dynamics is None:
         return Credit(advantage, torch.ones_like(advantage.value))
     return Credit(advantage, algorithm.weight(whole, experience.schedule, algorithm.dynamics))

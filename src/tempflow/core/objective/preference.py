@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from tempflow.core.objective import penalty
 from tempflow.core.objective.edges import Loss, Predict
@@ -16,6 +17,9 @@ from tempflow.core.objective.leaves import LeafBatch, Noised, group_mean, noised
 from tempflow.core.objective.matching import optimality
 from tempflow.core.objective.penalty import Penalty, PredictionPenalty
 from tempflow.core.surrogate import Adaptive, Matching, Surrogate
+
+
+Regression = Literal["mse", "bce"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,68 @@ class PreferencePairs:
 
 
 @dataclass(frozen=True)
+class OnlinePairs:
+    """`pairs` on a rollout's own samples: in each group that of the highest advantage against that of the lowest.
+
+    Samples of a group must share their (t, ε) (`Draws(times, 2, 2)`). Others than these two cost their forwards and
+    teach nothing, so a credit should leave them out. A group whose advantages are all equal has no pair: it counts in
+    the mean, with a loss of 0. Metrics are [B], each sample bearing its pair's (0 for the rest).
+    """
+
+    pairs: PreferencePairs = field(default_factory=PreferencePairs)
+
+    @property
+    def unit(self) -> str:
+        """Micro-batches never split a unit."""
+        return "group"
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        """The weight sets that `__call__` asks of `models`."""
+        return self.pairs.weight_sets
+
+    def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
+        """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
+
+        Raises ValueError where a pair's samples have different times or noises.
+        """
+        best, worst, groups = extremes(batch.advantage, batch.group)
+        if not len(best):  # a loss that every rank can still go backward through
+            at = noised(models, ("policy",), batch)
+            return Loss(at.policy.sum() * 0.0, {name: torch.zeros_like(batch.advantage) for name in PAIR_METRICS})
+        if not (batch.t[best].equal(batch.t[worst]) and batch.noise[best].equal(batch.noise[worst])):
+            raise ValueError("draws: a pair's samples differ in (t, ε); nearest valid: Draws(times, 2, 2)")
+        couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best])
+        found = self.pairs(models, couples)
+        metrics: dict[str, Tensor] = {}
+        for name, column in found.metrics.items():
+            spread = torch.zeros(len(batch), dtype=column.dtype, device=column.device)
+            metrics[name] = spread.index_copy(0, torch.cat([best, worst]), column.repeat(2))
+        return Loss(found.value * (len(best) / groups), metrics)
+
+
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward")
+"""What `PreferencePairs` measures."""
+
+
+def extremes(advantage: Tensor, group: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Rows of the highest and of the lowest advantage of each group that has two different ones, and how many groups
+    there are. Of equal ones the first counts."""
+    best: list[int] = []
+    worst: list[int] = []
+    groups = torch.unique(group)
+    for number in groups:
+        rows = (group == number).nonzero()[:, 0]
+        values = advantage[rows]
+        high, low = int(values.argmax()), int(values.argmin())
+        if bool(values[high] > values[low]):
+            best.append(int(rows[high]))
+            worst.append(int(rows[low]))
+    place = torch.tensor([best, worst], dtype=torch.long, device=group.device)
+    return place[0], place[1], len(groups)
+
+
+@dataclass(frozen=True)
 class GroupPreference:
     """DGPO: L = mean_j softplus(S_g(j)) / β, S_g = β · mean over the group of A·(m − m_cmp), m = mean (v−v*)².
 
@@ -182,7 +248,7 @@ class GroupPreference:
         order = self.beta * group_mean(at.by_sample(-advantage * gain), batch.group)
         metrics |= {"group_weight": order.detach().sigmoid().mean(1), "log_ratio": at.by_sample(gain.detach()).mean(1)}
         loss, more = penalty.add(softplus(order).flatten() / self.beta, self.penalties, at)
-        return Loss(loss.mean(), metrics | more)
+        return Loss(over_groups(at.by_sample(loss), batch.group), metrics | more)
 
 
 @dataclass(frozen=True)
@@ -191,7 +257,9 @@ class CentredReward:
 
     r = s_θ − s_old, the surrogate's log-ratio; a = `optimality` of A with M = `advantage_max`; ã = a − Σ p·a and
     r̃ = r − sg Σ p·r over the group, which cancels the unknown normaliser. `temperature` None: p uniform; τ: the mean of
-    two such losses, with p = softmax(a/τ) and with p = softmax(−a/τ).
+    two such losses, with p = softmax(a/τ) and with p = softmax(−a/τ); 0, hard selection: p ∝ e^a on the samples with
+    a > ½, and on those with a < ½ (uniform where there are none). The code compares a with 0, so that its second pool
+    is empty; ours is what it says it does. `form` "bce": the cross-entropy of σ(β·r̃) with σ(ã) in the square's place.
 
     KL: `kl` · mean ((c + (1−c)·a) · mean (v−v_ref)²) with c = min(1, 1e-4/kl) where `adaptive_kl`, so that what scores
     well is held near the reference, and the rest hardly; else the plain mean.
@@ -208,12 +276,15 @@ class CentredReward:
     kl: float = 0.1
     adaptive_kl: bool = True
     surrogate: Surrogate = field(default_factory=lambda: Adaptive("velocity"))
+    form: Regression = "mse"
 
     def __post_init__(self) -> None:
         _check_positive("beta", self.beta, 1.0)
         _check_positive("advantage_max", self.advantage_max, 5.0)
-        if self.temperature is not None:
-            _check_positive("temperature", self.temperature, 1.0)
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature: {self.temperature} must be finite and ≥ 0, or None for uniform; 1 is usual")
+        if self.form not in get_args(Regression):
+            raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Regression))}")
         if not (math.isfinite(self.kl) and self.kl >= 0):
             raise ValueError(f"kl: {self.kl} must be finite and ≥ 0; 0 turns it off")
 
@@ -232,27 +303,44 @@ class CentredReward:
         at = noised(models, self.weight_sets, batch)
         given = optimality(batch.advantage.to(at.x), self.advantage_max)[:, None].expand(-1, batch.draws)
         implicit = at.by_sample(_log_ratio(self.surrogate, at, "old"))
-        if self.temperature is None:
-            weights = [torch.ones_like(given)]
-        else:  # softmax up to a factor per group, which group_mean divides out; given is within [0, 1]
-            weights = [(sign * (given - 0.5) / self.temperature).exp() for sign in (1, -1)]
-        residuals = [
-            self.beta * (implicit - group_mean(implicit.detach(), batch.group, p))
-            - (given - group_mean(given, batch.group, p))
+        weights = self._weights(given, batch.group)
+        centred = [
+            (self.beta * (implicit - group_mean(implicit.detach(), batch.group, p)),
+             given - group_mean(given, batch.group, p))
             for p in weights
-        ]
-        loss = torch.stack([residual.square() for residual in residuals]).mean(0) * self.advantage_max / self.beta
-        metrics = {
-            "implicit_reward": implicit.detach().mean(1),
-            "residual": torch.stack(residuals).detach().abs().mean((0, 2)),
-        }
+        ]  # fmt: skip
+        loss = torch.stack([self._regression(r, a) for r, a in centred]).mean(0) * self.advantage_max / self.beta
+        residuals = torch.stack([r.detach() - a for r, a in centred])
+        metrics = {"implicit_reward": implicit.detach().mean(1), "residual": residuals.abs().mean((0, 2))}
         if self.kl > 0:
             divergence = at.by_sample(PredictionPenalty("reference", self.kl)(at))
             floor = min(1.0, 1e-4 / self.kl)
             share = floor + (1 - floor) * given if self.adaptive_kl else torch.ones_like(given)
             loss = loss + self.kl * share * divergence
             metrics["kl_reference"] = divergence.detach().mean(1)
-        return Loss(loss.mean(), metrics)
+        return Loss(over_groups(loss, batch.group), metrics)
+
+    def _weights(self, given: Tensor, group: Tensor) -> list[Tensor]:
+        """p of each centring, up to a factor per group, which `group_mean` divides out; `given` is within [0, 1]."""
+        if self.temperature is None:
+            return [torch.ones_like(given)]
+        if self.temperature > 0:
+            return [(sign * (given - 0.5) / self.temperature).exp() for sign in (1, -1)]
+        pools = [given > 0.5, given < 0.5]
+        none = [group_mean(pool.to(given), group) == 0 for pool in pools]
+        return [torch.where(e, 1.0, pool * given.exp()) for pool, e in zip(pools, none, strict=True)]
+
+    def _regression(self, implicit: Tensor, given: Tensor) -> Tensor:
+        if self.form == "bce":
+            return binary_cross_entropy_with_logits(implicit, given.sigmoid(), reduction="none")
+        return (implicit - given).square()
+
+
+def over_groups(values: Tensor, group: Tensor) -> Tensor:
+    """The mean over groups of each one's mean, for `values` [B, M]: the same however groups are batched, of whatever
+    sizes they are."""
+    share = 1 / (group[:, None] == group[None, :]).sum(1).to(values)
+    return (values.mean(1) * share).sum() / share.sum()
 
 
 def _log_ratio(surrogate: Surrogate, at: Noised, other: str) -> Tensor:

@@ -1,0 +1,280 @@
+"""Credits around a credit: that select leaves, join rewards or leaves differently, or point to other edges.
+
+Each wraps an `inner` credit, hands its reward weights and groups on, and changes one thing. Leaves are valued by the
+inner credit itself, on the forest in which every leaf stands as an edge (`Forest.as_leaves`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from tempflow.core.credit import Advantage, Credit
+from tempflow.core.forest import Edges, Forest, Leaves
+from tempflow.core.groups import dense, moments
+from tempflow.core.scores import Scores
+
+Among = Literal["prompt", "branch"]
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What all of them share."""
+
+    inner: Credit
+
+    @property
+    def reward_weights(self) -> Mapping[str, float] | None:
+        """Weights of the named rewards, the inner credit's."""
+        return self.inner.reward_weights
+
+    def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
+        """The same credit with other reward weights."""
+        return replace(self, inner=self.inner.weighted(reward_weights))
+
+    def groups(self, edges: Edges) -> Tensor:
+        """Dense group numbers [E], the inner credit's."""
+        return self.inner.groups(edges)
+
+
+@dataclass(frozen=True)
+class Extremes(_Around):
+    """Keeps the `best` and `worst` leaves; an edge stays if a kept leaf descends from it (DanceGRPO, BranchGRPO).
+
+    Leaves are ranked by the inner credit's advantage, ties by their order, `among` those of a "prompt", or of a
+    "branch": those whose last split is the same. Statistics are the full group's: what goes is not `ok` any more, what
+    stays keeps its advantage. A failed leaf is never kept. Raises ValueError unless best ≥ 0, worst ≥ 0 and one is > 0.
+    """
+
+    best: int
+    worst: int
+    among: Among = "prompt"
+
+    def __post_init__(self) -> None:
+        for name, value in (("best", self.best), ("worst", self.worst)):
+            if value < 0:
+                raise ValueError(f"{name}: {value} must be at least 0; nearest valid: 0")
+        if self.best + self.worst == 0:
+            raise ValueError("best: 0 with worst 0 keeps no leaf; nearest valid: 1")
+        if self.among not in get_args(Among):
+            raise ValueError(f"among: {self.among!r} is not one of {', '.join(get_args(Among))}")
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        given = self.inner(scores, forest)
+        leaves = self.inner(scores, forest.as_leaves())
+        group = dense(forest.leaves.prompt) if self.among == "prompt" else _last_split(forest)
+        rank, count = _ranks(leaves.value, leaves.ok, group)
+        kept = leaves.ok & ((rank < self.best) | (rank >= count - self.worst))
+        stays = _any_below(forest, kept)
+        live = given.live & stays
+        return replace(given, value=torch.where(live, given.value, 0.0), ok=given.ok & stays, live=live)
+
+
+@dataclass(frozen=True)
+class PerReward(_Around):
+    """A = clamp(Σ_k w_k·A_k / Σ_k |w_k|, ±clip), A_k the inner credit on reward k alone (MixGRPO, multi-reward).
+
+    A reward of large spread does not drown the others, as it does in a sum of scores. A leaf on which one of them
+    failed counts for none. `restandardise`: the sum is then centred and scaled over all the iteration's edges (GDPO;
+    second-hand). An edge is live if it is for any reward. Raises ValueError for a negative eps or a clip that is not
+    positive.
+    """
+
+    clip: float | None = 5.0
+    restandardise: bool = False
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps: {self.eps} must be a finite number ≥ 0; 1e-4 is usual")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: {self.clip} must be > 0, or None for no bound; 5 is usual")
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        given = self.reward_weights
+        weights = {name: w for name, w in (given or dict.fromkeys(scores.names, 1.0)).items() if w != 0}
+        whole = scores.total(given)[1]
+        common = Scores(scores.value, scores.ok & whole[:, None], scores.names)
+        parts = [self.inner.weighted({name: 1.0})(common, forest) for name in weights]
+        size = sum(abs(w) for w in weights.values())
+        value = torch.zeros_like(parts[0].value, dtype=torch.float64)
+        for part, w in zip(parts, weights.values(), strict=True):
+            value = value + part.value.double() * (w / size)
+        ok, live = parts[0].ok, torch.stack([part.live for part in parts]).any(0)
+        if self.restandardise:
+            mean, deviation, _ = moments(value, ok, torch.zeros_like(forest.edges.step), False)
+            value = (value - mean) / (deviation + self.eps)
+        if self.clip is not None:
+            value = value.clamp(-self.clip, self.clip)
+        return replace(parts[0], value=torch.where(live, value, 0.0).float(), live=live)
+
+
+@dataclass(frozen=True)
+class FromLeaves(_Around):
+    """Edge advantages as means over the valid leaves below of the leaves' own advantages.
+
+    So a tree's edges are judged by the statistics of the prompt's leaves, whatever their depth (Dynamic-TreeRPO;
+    BranchGRPO's `use_group`), where the inner credit alone standardises the values at each depth.
+    """
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        leaves = self.inner(scores, forest.as_leaves())
+        value, ok = forest.backup(leaves.value, leaves.ok)
+        live = ok & _any_below(forest, leaves.live)
+        return Advantage(torch.where(live, value, 0.0), ok, live)
+
+
+@dataclass(frozen=True)
+class LogProbBackup(_Around):
+    """An edge's value is Σ softmax(log p of the edges that follow it)·their values (BranchGRPO's weighted back-up).
+
+    Reads the edge trait "log_prob" (`LogProb`), a mean over latent elements, so siblings' weights differ little. An edge
+    that no recorded edge follows has the mean of its leaves; branches without a valid leaf take no part.
+    """
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        above = _above(forest)
+        if not bool((above >= 0).any()):
+            return self.inner(scores, forest)
+        if "log_prob" not in forest.edges.traits:
+            raise ValueError("traits: 'log_prob' is missing, which the back-up reads; observe it by LogProb()")
+        whole = scores.total(self.reward_weights)[1]
+        columns = [
+            _softmax_backup(forest, above, scores.value[:, r], scores.ok[:, r] & whole)
+            for r in range(len(scores.names))
+        ]
+        of_edges = Scores(
+            torch.stack([value for value, _ in columns], 1), torch.stack([ok for _, ok in columns], 1), scores.names
+        )
+        return self.inner(of_edges, _edges_as_leaves(forest))
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Observes the edges' log-probabilities, for `LogProbBackup`."""
+
+    @property
+    def name(self) -> str:
+        """The trait it becomes."""
+        return "log_prob"
+
+    @property
+    def of(self) -> Literal["edge", "leaf"]:
+        """A trait of edges."""
+        return "edge"
+
+    def __call__(self, forest: Forest, media: Tensor) -> Tensor:
+        """[E]; NaN where a step has no spread."""
+        return forest.edges.log_prob.cpu()
+
+
+@dataclass(frozen=True)
+class Standing(_Around):
+    """Adds the column "standing" in [−1, 1], the advantage clamped, by which `Clip.sensitivity` bends its range.
+
+    With a z-score inside it is Dynamic-TreeRPO's reward condition in our reading; the paper's form is not known.
+    """
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        given = self.inner(scores, forest)
+        return replace(given, columns={**given.columns, "standing": given.value.clamp(-1.0, 1.0)})
+
+
+@dataclass(frozen=True)
+class BestPath(_Around):
+    """Points every edge to the edge at its step on the path to its prompt's best leaf (Dynamic-TreeRPO's imitation).
+
+    Best by the inner credit's advantage, the first of equals. Edges of that path point to themselves, as do edges at a
+    step where the path has none, and those of a prompt without a valid leaf.
+    """
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        given = self.inner(scores, forest)
+        leaves = self.inner(scores, forest.as_leaves())
+        rank, _ = _ranks(leaves.value, leaves.ok, dense(forest.leaves.prompt))
+        best = leaves.ok & (rank == 0)
+        edge, leaf = forest.descent
+        on_path = edge[best[leaf]]
+        place = forest.edges.prompt * forest.steps + forest.edges.step
+        table = torch.full((int(place.max()) + 1 if len(place) else 0,), -1, dtype=torch.long, device=place.device)
+        table[place[on_path]] = on_path
+        peer = torch.where(table[place] < 0, torch.arange(len(place), device=place.device), table[place])
+        return replace(given, peer=peer)
+
+
+def _ranks(value: Tensor, ok: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's place in its group by descending value, ties by order, failed rows last; and its valid rows' count."""
+    by_value = torch.argsort(torch.where(ok, value, -math.inf), descending=True, stable=True)
+    order = by_value[torch.argsort(group[by_value], stable=True)]
+    size = torch.bincount(group)
+    start = size.cumsum(0) - size
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - start[group[order]]
+    return rank, torch.zeros_like(size).index_add(0, group, ok.long())[group]
+
+
+def _any_below(forest: Forest, leaf_flag: Tensor) -> Tensor:
+    """Whether a leaf with the flag descends from each edge, bool [E]."""
+    edge, leaf = forest.descent
+    seen = torch.zeros(len(forest.edges), dtype=torch.bool, device=leaf_flag.device)
+    seen[edge[leaf_flag[leaf]]] = True
+    return seen
+
+
+def _last_split(forest: Forest) -> Tensor:
+    """Dense numbers [N], equal for leaves whose deepest split is the same node; a leaf without any is alone."""
+    edges, (edge, leaf) = forest.edges, forest.descent
+    splits = torch.bincount(edges.parent)[edges.parent] > 1
+    at = torch.where(splits[edge], edges.step[edge], -1)
+    deepest = torch.full_like(forest.leaves.prompt, -1).scatter_reduce(0, leaf, at, "amax")
+    last = (at >= 0) & (at == deepest[leaf])
+    group = torch.arange(len(forest.leaves), device=leaf.device) + len(forest.nodes)
+    group[leaf[last]] = edges.parent[edge[last]]
+    return dense(group)
+
+
+def _above(forest: Forest) -> Tensor:
+    """The nearest recorded edge above each edge, LongTensor [E]; −1 where there is none."""
+    edge, leaf = forest.descent
+    order = torch.argsort(leaf * forest.steps + forest.edges.step[edge])
+    edge, leaf = edge[order], leaf[order]
+    same = leaf[1:] == leaf[:-1]
+    above = torch.full_like(forest.edges.step, -1)
+    above[edge[1:][same]] = edge[:-1][same]
+    return above
+
+
+def _softmax_backup(forest: Forest, above: Tensor, leaf_value: Tensor, leaf_ok: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and validity [E] of every edge, from the deepest up."""
+    edges = forest.edges
+    mean, ok = forest.backup(leaf_value, leaf_ok)
+    value = mean.double()
+    log_prob = edges.traits["log_prob"].double().nan_to_num(0.0)
+    follows = ok & (above >= 0)
+    for step in range(forest.steps - 2, -1, -1):
+        child = (follows & (edges.step[above.clamp(min=0)] == step)).nonzero()[:, 0]
+        parent = above[child]
+        top = torch.full_like(value, -math.inf).scatter_reduce(0, parent, log_prob[child], "amax")
+        weight = (log_prob[child] - top[parent]).exp()
+        total = torch.zeros_like(value).index_add(0, parent, weight)
+        backed = torch.zeros_like(value).index_add(0, parent, weight * value[child]) / total
+        value = torch.where(total > 0, backed, value)
+    return value.to(leaf_value.dtype), ok
+
+
+def _edges_as_leaves(forest: Forest) -> Forest:
+    """The forest in which every edge has one leaf of its own below it."""
+    edges = forest.edges
+    alone = torch.arange(len(edges), device=edges.step.device)
+    return replace(forest, leaves=Leaves(edges.child, edges.prompt, edges.root), descent=(alone, alone))

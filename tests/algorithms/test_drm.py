@@ -1,0 +1,144 @@
+"""DRM's Step-GRPO: candidates of one state compared by a reward on noisy latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+from torch import Tensor
+
+from tempflow.algorithms.drm_grpo import drm_grpo
+from tempflow.core import plan
+from tempflow.core.scores import Scores
+from tempflow.models.protocol import Conditioning
+from tempflow.train.loop import train
+from tempflow.train.step import credit
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def judging(score: Score) -> Callable[[Conditioning], Callable[[Tensor, Tensor, Tensor], Scores]]:
+    def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
+        value = score(x, sigma, rows).float()
+        return Scores(value[:, None], value.isfinite()[:, None], ("latent",))
+
+    return lambda condition: judge
+
+
+def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: float) -> Bench:
+    algorithm = drm_grpo(**{"steps": 4, "chains": 2, "candidates": 3, "clip": 0.02, **options})  # type: ignore[arg-type]
+    return Bench(algorithm=algorithm, judge=judging(score))
+
+
+def test_plan_and_cost() -> None:
+    grown = plan.candidates(5, 2, 3)
+    assert grown.cost() == plan.Cost(forwards=2 * 5, leaves=2, trained_edges=2 * 3 * 4)
+    goes_on = [grown.child_index[e] for e in range(len(grown.parent)) if grown.roots + e in grown.parent]
+    assert sum(grown.stochastic) == 24 and goes_on == [0] * 8
+    chain = plan.candidates(5, 2, 2)
+    only_first = [e for e, n in enumerate(chain.child_index) if n == 0]
+    assert len(only_first) == 2 * 5  # what goes on is a plain chain
+
+
+def test_a_chain_of_first_candidates_is_flow_grpos_chain() -> None:
+    """The same noise by identity: the candidates beside it change nothing."""
+    ours = bench().collect()
+    from tempflow.algorithms import flow_grpo
+
+    theirs = Bench(algorithm=flow_grpo(steps=4, group=2, clip=0.02, kl=0.0)).collect()
+    edges = ours.forest.edges
+    first = torch.unique(edges.parent)  # states that went on
+    other = theirs.forest
+    got = ours.forest.nodes[first]
+    want = other.nodes[other.edges.parent]
+    assert all(bool((want == state).flatten(1).all(1).any()) for state in got)
+
+
+def test_counts_and_first_ratio() -> None:
+    b = bench()
+    metrics = b.iterate()
+    cost = b.setting.algorithm.cost(0, len(PROMPTS))
+    assert b.counter.rollout == cost.forwards and b.counter.train == cost.trained_edges == metrics["trained_edges"]
+    assert sum(b.model.rows) == b.counter.forwards
+    assert b.counter.reward_calls == cost.leaves + cost.trained_edges
+    assert metrics["log_ratio_max"] <= 1e-6
+
+
+def test_candidates_are_compared_at_one_state_and_one_sigma() -> None:
+    """A score that depends on σ and prompt alone makes no difference between siblings."""
+    b = bench(lambda x, sigma, rows: sigma + rows)
+    before = weights(b.model)
+    metrics = b.iterate()
+    assert metrics["zero_variance"] == 1 and metrics["updates"] == 0 and same(before, weights(b.model))
+
+
+def test_advantages_are_the_z_scores_of_siblings() -> None:
+    b = bench(eps=0.0)
+    experience = b.collect()
+    given = credit(b.setting, experience)
+    whole, forest = experience.whole, experience.forest
+    value = forest.nodes[forest.edges.child].flatten(1).mean(1).double()
+    for parent in whole.edges.parent.unique():
+        of = whole.edges.parent == parent
+        z = (value[of] - value[of].mean()) / value[of].std(unbiased=False)
+        torch.testing.assert_close(given.advantage.value[of].double(), z, rtol=1e-4, atol=1e-4)
+
+
+def test_judged_at_the_sigma_that_is_reached() -> None:
+    seen: list[Tensor] = []
+
+    def score(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        seen.append(sigma)
+        return x.flatten(1).mean(1)
+
+    b = bench(score)
+    experience = b.collect()
+    torch.testing.assert_close(torch.cat(seen), experience.schedule.after(experience.forest.edges.step))
+    assert float(torch.cat(seen).min()) > 0
+
+
+def test_failed_scores_are_left_out_and_never_zero() -> None:
+    def score(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        value = x.flatten(1).mean(1)
+        return torch.where(torch.arange(len(x)) % 3 == 0, math.nan, value)
+
+    b = bench(score)
+    experience = b.collect()
+    given = credit(b.setting, experience)
+    failed = ~experience.judged.ok[:, 0]  # type: ignore[union-attr]
+    assert int(failed.sum()) == len(failed) // 3
+    assert bool((given.advantage.ok == ~failed).all()) and not bool(given.advantage.value[failed].any())
+
+
+def test_a_reward_on_latents_raises_the_pictures_brightness() -> None:
+    b = bench()
+    first = b.iterate(0)["reward/brightness"]
+    for iteration in range(1, 12):
+        last = b.iterate(iteration)["reward/brightness"]
+    assert last > first + 0.05
+
+
+def test_a_missing_reward_is_said_before_any_work(tmp_path: Path) -> None:
+    given = {"name": "drm_grpo", "reward": str(tmp_path / "none"), "steps": 4, "chains": 2, "candidates": 2}
+    with pytest.raises(ValueError, match=r"algorithm.reward: .*none' is no folder.*train_latent_reward"):
+        train(config(tmp_path / "run", algorithm=given), model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 1}, "steps: 1 must be at least 2"),
+        ({"chains": 0}, "chains: 0 must be at least 1"),
+        ({"candidates": 1}, "candidates: 1 must be at least 2"),
+        ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0"),
+        ({"clip": -1.0}, "clip: -1.0 must be"),
+        ({"reward": ""}, "reward: is empty"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        drm_grpo(**arguments)  # type: ignore[arg-type]
