@@ -16,10 +16,10 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -36,45 +36,21 @@ from benchmarks.runs import (
     unpacked,
 )
 from tempflow.config import Config, ConfigError, parse_config
-from tempflow.recipes.shapes import COMMON, OPTIMIZER, REWARDS
+from tempflow.recipes.every import ENTRIES, Entry
+from tempflow.recipes.shapes import OPTIMIZER, REWARDS
 
 METRIC, SEARCH_SEED, ATTEMPTS = "shapes_strict", 100, 2
 REFERENCES = ("flow_grpo_global", "tempflow_grpo")
 """Entries that all others are compared with."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A line of the leaderboard.
-
-    algorithm  its configuration; what the recipe has in common stands in it, where the algorithm takes it
-    prompts    an iteration's; chosen so that an iteration has about 1 500 forwards, as all others'
-    kind       "paper": a method as published; "knob": a part of one, changed
-    optimizer  settings other than the recipe's
-    """
-
-    name: str
-    algorithm: Mapping[str, Any]
-    prompts: int
-    kind: Literal["paper", "knob"] = "paper"
-    rates: tuple[float, float, float] = (1e-4, 2e-4, 4e-4)
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return (0, 1, 2) if self.kind == "paper" else (0,)
+RATES = (5e-5, 1e-4, 2e-4)
+"""The learning rates that every entry tries."""
 
 
-NOISELESS = {key: value for key, value in COMMON.items() if key != "noise_level"}
-"""For algorithms whose step has no noise level to set."""
-
-ENTRIES: tuple[Entry, ...] = (
-    Entry("tempflow_grpo", {"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
-    Entry("flow_grpo_global", {"name": "flow_grpo", "group": 12, "std": "global", **COMMON}, 12),
-    Entry("flow_grpo_group", {"name": "flow_grpo", "group": 12, "std": "group", **COMMON}, 12),
-    Entry("flow_grpo_fast", {"name": "flow_grpo_fast", "group": 12, "window": 2, **COMMON}, 16),
-    Entry("flash_grpo", {"name": "flash_grpo", "group": 12, **NOISELESS}, 18),
-)
+def seeds(entry: Entry) -> tuple[int, ...]:
+    """The final runs' seeds."""
+    return (0, 1, 2) if entry.kind == "paper" else (0,)
 
 
 @dataclass(frozen=True)
@@ -166,11 +142,11 @@ def standing(board: Board, entry: Entry, say: Callable[[str], None] = print) -> 
     def found(rate: float, seed: int) -> dict[str, Any] | None:
         return stored(board, board.config(entry, rate, seed), say)
 
-    search = {rate: r for rate in entry.rates if (r := found(rate, SEARCH_SEED)) is not None}
+    search = {rate: r for rate in RATES if (r := found(rate, SEARCH_SEED)) is not None}
     rate = best_rate(search)
     finals = dict[int, Mapping[str, Any]]()
-    if rate is not None and len(search) == len(entry.rates):
-        finals = {s: r for s in entry.seeds if (r := found(rate, s)) is not None}
+    if rate is not None and len(search) == len(RATES):
+        finals = {s: r for s in seeds(entry) if (r := found(rate, s)) is not None}
     return Standing(entry, search, rate, finals)
 
 
@@ -258,8 +234,8 @@ def row(s: Standing) -> list[str]:
     spread = [r["diversity"] for r in s.shown if r["diversity"] is not None]
     first, last = np.mean(spread, 0) if spread else (np.nan, np.nan)
     stopped = [r["stopped"] for r in s.finals.values() if r["stopped"]]
-    rates = f"search only, {len(s.search)} of {len(s.entry.rates)} rates"
-    notes = [f"{len(s.shown)} of {len(s.entry.seeds)}" if s.finals else rates]
+    rates = f"search only, {len(s.search)} of {len(RATES)} rates"
+    notes = [f"{len(s.shown)} of {len(seeds(s.entry))}" if s.finals else rates]
     notes += [f"{len(stopped)} stopped: {stopped[0]}"] if stopped else []
     notes += [f"{n} collapsed"] if (n := sum(r["collapsed"] for r in s.shown)) else []
     return [
@@ -279,7 +255,7 @@ def page(board: Board, standings: Sequence[Standing], draws: int = 10_000) -> st
     """docs/leaderboard.md."""
     shown = sorted((s for s in standings if s.shown), key=lambda s: -np.mean([r["after"] for r in s.shown]))
     waiting = [
-        f"{s.entry.name} ({len(s.search)} of {len(s.entry.rates)} rates tried"
+        f"{s.entry.name} ({len(s.search)} of {len(RATES)} rates tried"
         + (f", {len(s.finals)} final stopped by a guard)" if s.finals else ")")
         for s in standings
         if not s.shown
@@ -348,12 +324,12 @@ def work(board: Board, entries: Sequence[Entry], jobs: int) -> None:
     """All searches, then final seeds, one more of every entry at a time."""
     worker = Worker(board, jobs)
     print("search: ", end="")
-    worker.run([board.config(e, rate, SEARCH_SEED) for e in entries for rate in e.rates])
+    worker.run([board.config(e, rate, SEARCH_SEED) for e in entries for rate in RATES])
     found = list[tuple[Entry, float]]()
     for entry in entries:
         searched = standing(board, entry, _silent)
-        if searched.rate is None or len(searched.search) < len(entry.rates):
-            print(f"{entry.name}: {len(searched.search)} of {len(entry.rates)} rates are there, so no final seeds yet")
+        if searched.rate is None or len(searched.search) < len(RATES):
+            print(f"{entry.name}: {len(searched.search)} of {len(RATES)} rates are there, so no final seeds yet")
         else:
             found.append((entry, searched.rate))
     print("final seeds: ", end="")
@@ -362,8 +338,8 @@ def work(board: Board, entries: Sequence[Entry], jobs: int) -> None:
 
 def turns(found: Sequence[tuple[Entry, float]]) -> list[tuple[Entry, float, int]]:
     """Entry, rate and seed of the final runs: every entry's first seed, every entry's second, and so on."""
-    most = max((len(entry.seeds) for entry, _ in found), default=0)
-    return [(e, rate, e.seeds[turn]) for turn in range(most) for e, rate in found if turn < len(e.seeds)]
+    most = max((len(seeds(entry)) for entry, _ in found), default=0)
+    return [(e, rate, seeds(e)[turn]) for turn in range(most) for e, rate in found if turn < len(seeds(e))]
 
 
 def valid(board: Board, entries: Sequence[Entry]) -> list[Entry]:
@@ -371,7 +347,7 @@ def valid(board: Board, entries: Sequence[Entry]) -> list[Entry]:
     kept = list[Entry]()
     for entry in entries:
         try:
-            for rate in entry.rates:
+            for rate in RATES:
                 board.config(entry, rate, SEARCH_SEED)
             kept.append(entry)
         except ConfigError as error:

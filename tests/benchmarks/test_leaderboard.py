@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import leaderboard, runs
-from benchmarks.leaderboard import ENTRIES, METRIC, Board, Entry, Standing, Worker
+from benchmarks.leaderboard import ENTRIES, METRIC, RATES, Board, Entry, Standing, Worker
 from tempflow.config import Config, parse_config, to_yaml
 
 BASE = "b" * 64
@@ -84,14 +84,14 @@ def test_budget_is_met_as_nearly_as_whole_iterations_can(budget: int):
 
 def test_every_entry_spends_about_the_same(board: Board):
     for entry in ENTRIES:
-        config = board.config(entry, entry.rates[0], 0)
+        config = board.config(entry, RATES[0], 0)
         algorithm = config.algorithm.build()
         costs = [algorithm.cost(i, entry.prompts) for i in range(config.iterations)]
         sets = len(algorithm.objective.weight_sets)
         assert sum(c.forwards + c.trained_edges * sets for c in costs) == pytest.approx(board.forwards, rel=0.02)
         assert 8 <= config.iterations / config.evaluation.every <= 12
     assert len({e.name for e in ENTRIES}) == len(ENTRIES)
-    assert all(len(set(e.rates)) == 3 for e in ENTRIES)
+    assert len(set(RATES)) == 3
 
 
 def test_names_keep_rates_apart(board: Board):
@@ -244,7 +244,7 @@ def test_final_seeds_count_only_at_the_rate_of_a_whole_search(board: Board):
         board.results.mkdir(exist_ok=True)
         board.file(config).write_text(json.dumps(kept))
 
-    slow, middle, fast = FLOW.rates
+    slow, middle, fast = RATES
     keep(slow, leaderboard.SEARCH_SEED, 0.5)
     keep(slow, 0, 0.5)
     assert not leaderboard.standing(board, FLOW).finals

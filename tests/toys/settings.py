@@ -40,6 +40,19 @@ TOYS: dict[str, Toy] = {
     "flow_grpo_fast": Toy({"noise_level": 0.8}),
     "flash_grpo": Toy(iterations=40, repeat=4),
     "tempflow_grpo": Toy({"seeds": 2, "branches": 6}, repeat=1),
+    # knobs known from language models
+    "rloo": Toy(),
+    "dr_grpo": Toy(),
+    "reinforce_pp": Toy(),
+    "dapo": Toy({"clip_high": 0.28}),
+    "gspo": Toy({"clip": 0.1}),
+    "cispo": Toy(),
+    "sapo": Toy({"temperature": 5.0, "temperature_negative": 5.25}),
+    # comparisons, advantage shapes, bonuses
+    "pref_grpo": Toy({"train_steps": 5}),
+    "slas": Toy({"train_steps": 5, "noise_level": 0.6}),
+    "perceptual_entropy": Toy(),
+    "ddpo": Toy(),
 }
 
 

@@ -51,7 +51,18 @@ def cispo(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
+    positive("clip", clip, 1e-4)
     positive("clip_low", clip_low, 1.0)
-    base = flow_grpo(steps, group, train_steps, noise_level, clip, None, kl, kl_form, "group", eps, advantage_clip)
+    base = flow_grpo(
+        steps,
+        group,
+        train_steps,
+        noise_level,
+        kl=kl,
+        kl_form=kl_form,
+        std="group",
+        eps=eps,
+        advantage_clip=advantage_clip,
+    )
     objective = PolicyRatio(Truncate(clip_low, clip), pulls=(Divergence(kl, kl_form),))
     return replace(base, name="cispo", objective=objective)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -161,6 +161,20 @@ def chain(
     trained = noisy - {steps - 1} if train is None else _steps_in("train", train, noisy)
     rule = [[_Shoot(i in noisy, i in trained)] for i in range(steps)]
     return _grow(steps, _starts("roots", roots, shared_noise), lambda i, _: rule[i])
+
+
+def chains(
+    steps: int, train: Sequence[Iterable[int]], stochastic: Iterable[int] | None = None, shared_noise: bool = False
+) -> Plan:
+    """As `chain`, but each chain trains steps of its own: one chain per entry of `train` (DanceGRPO, §3.1).
+
+    Cost: len(train)·T forwards, len(train) leaves, Σ |train[r]| trained edges.
+    """
+    base = chain(steps, len(train), train=(), stochastic=stochastic, shared_noise=shared_noise)
+    noisy = {i for i, draws in zip(base.step, base.stochastic, strict=True) if draws}
+    own = [_steps_in(f"train[{r}]", chosen, noisy) for r, chosen in enumerate(train)]
+    edges = zip(base.step, base.node_root[base.roots :], strict=True)
+    return replace(base, trained=tuple(i in own[root] for i, root in edges))
 
 
 def window(steps: int, roots: int, start: int, size: int, shared_noise: bool = False) -> Plan:

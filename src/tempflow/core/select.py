@@ -136,8 +136,9 @@ class FromLeaves(_Around):
 class LogProbBackup(_Around):
     """An edge's value is Σ softmax(log p of the edges that follow it)·their values (BranchGRPO's weighted back-up).
 
-    Reads the edge trait "log_prob" (`LogProb`), a mean over latent elements, so siblings' weights differ little. An edge
-    that no recorded edge follows has the mean of its leaves; branches without a valid leaf take no part.
+    Reads the edge trait "log_prob" (`LogProb`), a mean over latent elements, so siblings' weights differ little. An
+    edge that no recorded edge follows has the mean of its leaves; branches without a valid leaf take no part. Raises
+    ValueError where the trait is missing.
     """
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
@@ -239,7 +240,7 @@ def _last_split(forest: Forest) -> Tensor:
     at = torch.where(splits[edge], edges.step[edge], -1)
     deepest = torch.full_like(forest.leaves.prompt, -1).scatter_reduce(0, leaf, at, "amax")
     last = (at >= 0) & (at == deepest[leaf])
-    group = torch.arange(len(forest.leaves), device=leaf.device) + len(forest.nodes)
+    group = torch.arange(len(forest.leaves), device=leaf.device) + int(edges.parent.max()) + 1
     group[leaf[last]] = edges.parent[edge[last]]
     return dense(group)
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tempflow.config import Config
+from tempflow.recipes.every import ENTRIES, Entry, recipe
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+
+
+def _named(entry: Entry) -> Callable[[], Config]:
+    def build() -> Config:
+        return recipe(entry)
+
+    build.__doc__ = f"{entry.algorithm['name']} on the shapes model, as the leaderboard sets it."
+    return build
+
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
@@ -14,6 +24,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
     "sd35_medium_tempflow": sd35_medium_tempflow,
+    **{f"shapes_{entry.name}": _named(entry) for entry in ENTRIES},
 }
 
 __all__ = ["RECIPES", "demo", "sd35_medium_tempflow", "shapes_flow", "shapes_lora", "shapes_tempflow"]

@@ -160,9 +160,9 @@ class OnlinePairs:
         Raises ValueError where a pair's samples have different times or noises.
         """
         best, worst, groups = extremes(batch.advantage, batch.group)
-        if not len(best):  # a loss that every rank can still go backward through
-            at = noised(models, ("policy",), batch)
-            return Loss(at.policy.sum() * 0.0, {name: torch.zeros_like(batch.advantage) for name in PAIR_METRICS})
+        some = len(best) > 0
+        if not some:  # one sample against itself, times 0: whatever a batch holds, it gives the same metrics
+            best = worst = torch.zeros(1, dtype=torch.long, device=batch.x0.device)
         if not (batch.t[best].equal(batch.t[worst]) and batch.noise[best].equal(batch.noise[worst])):
             raise ValueError("draws: a pair's samples differ in (t, ε); nearest valid: Draws(times, 2, 2)")
         couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best])
@@ -170,29 +170,21 @@ class OnlinePairs:
         metrics: dict[str, Tensor] = {}
         for name, column in found.metrics.items():
             spread = torch.zeros(len(batch), dtype=column.dtype, device=column.device)
-            metrics[name] = spread.index_copy(0, torch.cat([best, worst]), column.repeat(2))
-        return Loss(found.value * (len(best) / groups), metrics)
-
-
-PAIR_METRICS = ("accuracy", "margin", "chosen_reward")
-"""What `PreferencePairs` measures."""
+            metrics[name] = spread.index_copy(0, torch.cat([best, worst]), column.repeat(2)) if some else spread
+        return Loss(found.value * (len(best) / groups if some else 0.0), metrics)
 
 
 def extremes(advantage: Tensor, group: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows of the highest and of the lowest advantage of each group that has two different ones, and how many groups
-    there are. Of equal ones the first counts."""
-    best: list[int] = []
-    worst: list[int] = []
-    groups = torch.unique(group)
-    for number in groups:
-        rows = (group == number).nonzero()[:, 0]
-        values = advantage[rows]
-        high, low = int(values.argmax()), int(values.argmin())
-        if bool(values[high] > values[low]):
-            best.append(int(rows[high]))
-            worst.append(int(rows[low]))
-    place = torch.tensor([best, worst], dtype=torch.long, device=group.device)
-    return place[0], place[1], len(groups)
+    """Rows of the highest and of the lowest advantage of each group that has two different ones, LongTensor each, and
+    how many groups there are. Of equal advantages the first counts."""
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(int(g) for g in group):
+        members.setdefault(number, []).append(row)
+    value = [float(a) for a in advantage]
+    ends = [(max(rows, key=value.__getitem__), min(rows, key=value.__getitem__)) for rows in members.values()]
+    pairs = [(high, low) for high, low in ends if value[high] > value[low]]
+    place = torch.tensor(pairs, dtype=torch.long, device=group.device).view(-1, 2)
+    return place[:, 0], place[:, 1], len(members)
 
 
 @dataclass(frozen=True)
