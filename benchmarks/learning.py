@@ -1,4 +1,4 @@
-"""TempFlow-GRPO against Flow-GRPO (group std; global std) on `shapes`, at equal transformer forwards.
+"""TempFlow-GRPO (its own weights; rectified ones) against Flow-GRPO (group std; global std), at equal forwards.
 
     python -m benchmarks.learning --out runs/learning [--forwards 210000] [--seeds 0 1 2]
 
@@ -10,6 +10,7 @@ Prints the table and paired 95 % intervals, and draws the curves over forwards, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -26,7 +27,9 @@ METHODS = {
     "tempflow": ({"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
     "flow_group": ({"name": "flow_grpo", "group": 12, "std": "group", **COMMON}, 12),
     "flow_global": ({"name": "flow_grpo", "group": 12, "std": "global", **COMMON}, 12),
+    "rectified": ({"name": "tempflow_grpo", "seeds": 2, "branches": 6, "weight": "rectified", **COMMON}, 6),
 }
+COLORS = dict(zip(METHODS, ("C3", "C0", "C2", "C1"), strict=True))
 """Method → algorithm and prompts per iteration: 1 500 forwards an iteration for TempFlow, 1 584 for Flow-GRPO."""
 
 
@@ -65,8 +68,8 @@ def best_rate(method: str, out: Path) -> float:
 def draw(folders: dict[str, list[Path]], path: Path) -> None:
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     for axes, unit in zip(figure.subplots(1, 3), ("forwards", "elapsed", "reward_calls"), strict=True):
-        for (method, runs), color in zip(folders.items(), ("C3", "C0", "C2"), strict=True):
-            curves = []
+        for method, runs in folders.items():
+            curves, color = [], COLORS[method]
             for run in runs:
                 evaluations = lines(run, "evaluation.jsonl")
                 y = [e["mean"]["shapes_strict"] for e in evaluations]
@@ -84,6 +87,18 @@ def draw(folders: dict[str, list[Path]], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def compare(mine: str, theirs: str, after: dict[str, np.ndarray], folders: dict[str, list[Path]]) -> None:
+    """The test's difference with its interval, and what share of the other's cost reaches its best validation score."""
+    mean, low, high = paired_interval(after[mine], after[theirs])
+    print(f"{mine} − {theirs}: {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]")
+    for unit in ("forwards", "reward_calls"):
+        shares = []
+        for a, b in zip(folders[mine], folders[theirs], strict=True):
+            target = max(e["mean"]["shapes_strict"] for e in lines(b, "evaluation.jsonl"))
+            shares.append(reach(a, target, unit) / reach(b, target, unit))
+        print(f"  {unit.replace('_', ' ')} to reach {theirs}'s best validation score: {np.round(shares, 2)} of its own")
 
 
 def main() -> None:
@@ -112,18 +127,8 @@ def main() -> None:
             + ", ".join(f"{v:.0f} {k}" for k, v in cost.items())
             + f", {np.mean([r['seconds'] for r in runs]):.0f} s"
         )
-    for other in ("flow_group", "flow_global"):
-        mean, low, high = paired_interval(after["tempflow"], after[other])
-        print(f"tempflow − {other}: {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]")
-        shares = []
-        for mine, theirs in zip(folders["tempflow"], folders[other], strict=True):
-            evaluations = lines(theirs, "evaluation.jsonl")
-            target = max(e["mean"]["shapes_strict"] for e in evaluations)
-            shares.append(
-                [reach(mine, target, unit) / reach(theirs, target, unit) for unit in ("forwards", "reward_calls")]
-            )
-        for unit, share in zip(("forwards", "reward calls"), np.array(shares).T, strict=True):
-            print(f"  {unit} to reach {other}'s best validation score: {np.round(share, 2)} of its own, per seed")
+    for mine, theirs in itertools.product(("tempflow", "rectified"), ("flow_group", "flow_global")):
+        compare(mine, theirs, after, folders)
     draw(folders, a.out / "curves.png")
     (a.out / "result.json").write_text(json.dumps({"rates": rates, "mean": {m: v.mean() for m, v in after.items()}}))
 

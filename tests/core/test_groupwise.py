@@ -85,7 +85,9 @@ def test_win_rates_sum_to_half_ignore_monotone_changes_and_follow_a_permutation(
 
 @pytest.mark.parametrize("n", [2, 3, 8, 24])
 def test_a_strict_order_has_the_closed_forms_spread_and_largest_advantage(n: int) -> None:
-    rate = win_rates(torch.randperm(n, generator=torch.Generator().manual_seed(n))[:, None].double(), torch.ones(n, 1) > 0)
+    rate = win_rates(
+        torch.randperm(n, generator=torch.Generator().manual_seed(n))[:, None].double(), torch.ones(n, 1) > 0
+    )
     std = rate.std(unbiased=False)
     assert float(std) == pytest.approx(math.sqrt((n + 1) / (12 * (n - 1))), rel=1e-12)
     assert float(((rate - 0.5) / std).max()) == pytest.approx(math.sqrt(3 * (n - 1) / (n + 1)), rel=1e-12)
@@ -277,12 +279,14 @@ def test_failed_leaves_of_kept_prompts_stay_left_out() -> None:
 
 def test_columns_and_peers_pass_through() -> None:
     class Pointing(GroupZScore):
-        def __call__(self, scores: Scores, forest: Forest):  # noqa: ANN204
+        def __call__(self, scores: Scores, forest: Forest):
             rows = torch.arange(len(forest.edges))
             return replace(super().__call__(scores, forest), columns={"standing": rows.float()}, peer=rows)
 
     for credit in (DynamicSampling(Pointing(), 2), WinRate(Pointing()), Surprisal(Pointing())):
-        got = credit(flat_prompts(), replace(POOL, leaves=replace(POOL.leaves, traits={"embedding": torch.rand(30, 2)})))
+        got = credit(
+            flat_prompts(), replace(POOL, leaves=replace(POOL.leaves, traits={"embedding": torch.rand(30, 2)}))
+        )
         assert got.peer is not None and torch.equal(got.columns["standing"], got.peer.float())
 
 
@@ -314,6 +318,6 @@ def test_weights_and_groups_are_the_inner_credits(make: type) -> None:
         (lambda: DynamicSampling(RAW, 0), "prompts: 0 must be at least 1, or None for all; nearest valid: 1"),
     ],
 )
-def test_bad_arguments(make, message: str) -> None:  # noqa: ANN001
+def test_bad_arguments(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

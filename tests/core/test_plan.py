@@ -282,3 +282,22 @@ def test_edges_out_of_wavefront_order_are_refused() -> None:
 def test_bad_arguments_name_the_field_and_the_nearest_valid_value(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@given(st.integers(2, 6), st.lists(st.sets(st.integers(0, 4), max_size=5), min_size=1, max_size=4), st.booleans())
+def test_chains_train_each_its_own_steps(steps: int, train: list[set[int]], shared: bool) -> None:
+    own = [{i for i in chosen if i < steps - 1} for chosen in train]
+    plan = P.chains(steps, own, stochastic=range(steps - 1), shared_noise=shared)
+    base = P.chain(steps, len(own), stochastic=range(steps - 1), shared_noise=shared)
+    assert dataclasses.replace(plan, trained=base.trained) == base
+    seen = [set[int]() for _ in own]
+    for e, use in enumerate(plan.trained):
+        if use:
+            seen[plan.node_root[plan.roots + e]].add(plan.step[e])
+    assert seen == own and plan.cost() == Cost(len(own) * steps, len(own), sum(map(len, own)))
+
+
+def test_chains_with_equal_steps_are_a_chain_and_bad_steps_are_named() -> None:
+    assert P.chains(4, [(0, 2)] * 3) == P.chain(4, 3, train=(0, 2))
+    with pytest.raises(ValueError, match=r"train\[1\] = 3: must be among the steps \[0, 1, 2\]; nearest valid: 2"):
+        P.chains(4, [(0,), (3,)], stochastic=range(3))

@@ -19,6 +19,7 @@ IDS = [(0, slot, root) for slot in range(20) for root in range(5)]
 KINDS: tuple[Times, ...] = (
     GridTimes(), StratifiedGridTimes(6, 1, 0.9), StratifiedGridTimes(4), WindowTimes(3, 3),
     UniformTimes(6, 0.2, 1.0, 3.0), UniformTimes(), LogitNormalTimes(6, shift=3.0),
+    StratifiedGridTimes(5, 1, 0.9, initial=True),
 )  # fmt: skip
 
 
@@ -60,6 +61,18 @@ def test_strata_of_awm() -> None:
     found = index(kind(STREAM, IDS, SCHEDULE))
     for j, (low, high) in enumerate([(1, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]):
         assert set(found[:, j].tolist()) == set(range(low, high))
+
+
+def test_awm_with_pure_noise_always() -> None:
+    """ "discrete_with_init": index 0, then the strata, which never hold it."""
+    kind = StratifiedGridTimes(5, first=1, fraction=0.9, initial=True)
+    assert kind.count(14) == 6 and kind.edges(14) == [1, 3, 5, 7, 9, 12]
+    found = index(kind(STREAM, IDS, SCHEDULE))
+    assert bool((found[:, 0] == 0).all())
+    for j, (low, high) in enumerate([(1, 3), (3, 5), (5, 7), (7, 9), (9, 12)]):
+        assert set(found[:, j + 1].tolist()) == set(range(low, high))
+    plain = StratifiedGridTimes(5, first=1, fraction=0.9)(STREAM, IDS, SCHEDULE)
+    assert torch.equal(kind(STREAM, IDS, SCHEDULE)[:, 1:], plain)
 
 
 @given(steps=st.integers(1, 60), strata=st.integers(1, 60), first=st.integers(0, 5))
@@ -105,7 +118,7 @@ def test_logit_normal_density() -> None:
 def test_bad_fields_are_refused() -> None:
     for call in (
         lambda: GridTimes(0), lambda: GridTimes(0.01).count(10), lambda: StratifiedGridTimes(0),
-        lambda: StratifiedGridTimes(2, -1), lambda: WindowTimes(0), lambda: WindowTimes(3, 3).count(4),
+        lambda: StratifiedGridTimes(2, -1), lambda: StratifiedGridTimes(2, 0, 1.0, True), lambda: WindowTimes(0), lambda: WindowTimes(3, 3).count(4),
         lambda: UniformTimes(1, 0.5, 0.5), lambda: UniformTimes(shift=0), lambda: LogitNormalTimes(std=0),
         lambda: LogitNormalTimes(low=0), lambda: LogitNormalTimes(mean=float("nan")),
     ):  # fmt: skip

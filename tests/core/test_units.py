@@ -55,7 +55,9 @@ def test_leaf_of_names_the_one_leaf_below_and_refuses_trees() -> None:
     leaf = leaf_of(whole)
     assert torch.equal(whole.leaves.prompt[leaf], whole.edges.prompt)
     assert torch.equal(whole.leaves.root[leaf], whole.edges.root)
-    with pytest.raises(ValueError, match=r"forest: 2 leaves descend from edge 0, and a path needs one; nearest valid: "):
+    with pytest.raises(
+        ValueError, match=r"forest: 2 leaves descend from edge 0, and a path needs one; nearest valid: "
+    ):
         leaf_of(forest(P.tree(3, 1, {1: 2})))
     unscored = replace(CHAINS, scored=CHAINS.scored[1:])
     with pytest.raises(ValueError, match="forest: 0 leaves descend from edge 0"):
@@ -97,7 +99,17 @@ def test_order_of_edges_does_not_matter() -> None:
     order = torch.randperm(len(whole.edges), generator=torch.Generator().manual_seed(0))
     shuffled = whole.select(order)
     chunks = FixedChunks((1, 2, 3), ChunkSampler(0.67, weighted=True))
-    assert torch.equal(chunks(shuffled, 4), chunks(whole, 4)[order])
+    a, b = chunks(shuffled, 4), chunks(whole, 4)[order]
+    assert torch.equal(a < 0, b < 0) and torch.equal(a[:, None] == a, b[:, None] == b)
+
+
+def test_a_chunk_is_numbered_by_its_first_edge() -> None:
+    whole = forest(CHAINS)
+    singles = FixedChunks((1,) * 6)(whole, 0)
+    assert torch.equal(singles, torch.where(whole.edges.trained, torch.arange(len(whole.edges)), -1))
+    pairs = FixedChunks((2, 2, 2))(whole, 0)
+    for number in pairs[pairs >= 0].unique().tolist():
+        assert number == int((pairs == number).nonzero()[0, 0])
 
 
 def test_sizes_that_do_not_fit() -> None:
@@ -106,7 +118,7 @@ def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"add up to 9.* nearest valid: \(4, 2\)"):
         FixedChunks((4, 5))(forest(CHAINS), 0)
     for bad in ((), (2, 0)):
-        with pytest.raises(ValueError, match="sizes: .* must be chunks of at least one step"):
+        with pytest.raises(ValueError, match=r"sizes: .* must be chunks of at least one step"):
             FixedChunks(bad)
     uneven = Forest.cat([forest(CHAINS, 1), forest(P.chain(7, 4, train=[1]), 1)])
     with pytest.raises(ValueError, match=r"forest: paths have \[1, 6\] trained steps"):
@@ -132,14 +144,12 @@ def test_second_order_cuts_at_the_inflection() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    signal=st.lists(st.floats(0.01, 2), min_size=1, max_size=24), largest=st.integers(1, 8), order=st.integers(1, 3)
-)
+@given(signal=st.lists(st.floats(0.01, 2), min_size=1, max_size=24), largest=st.integers(1, 8), order=st.integers(1, 3))
 def test_cuts_cover_every_step_once_in_chunks_no_larger_than_asked(
     signal: list[float], largest: int, order: int
 ) -> None:
     sizes = cuts(signal, largest, order)
-    assert sum(sizes) == len(signal) and 1 <= min(sizes) and max(sizes) <= largest
+    assert sum(sizes) == len(signal) and min(sizes) >= 1 and max(sizes) <= largest
     assert sizes == cuts([3 * s for s in signal], largest, order)
 
 
@@ -191,7 +201,7 @@ def test_draws_differ_by_path_and_iteration_and_not_by_what_comes_before() -> No
     whole, chunks = forest(CHAINS), FixedChunks((1, 2, 3), ChunkSampler(0.4))
     first, second = chunks(whole, 0), chunks(whole, 1)
     assert not torch.equal(first, second) and torch.equal(first, chunks(whole, 0))
-    assert len({tuple(c % 3 if c >= 0 else -1 for c in p) for p in chunks_by_path(whole, first)}) > 1
+    assert len({tuple(c >= 0 for c in p) for p in chunks_by_path(whole, first)}) > 1
     alone = skeleton([CHAINS], [2])
     mine = chunks(alone, 0)
     at_end = first[whole.edges.prompt == 2]
@@ -218,8 +228,8 @@ def test_weighted_draws_by_the_mean_signal_of_a_chunk_not_its_sum() -> None:
     """A chunk of three steps with the same mean is as likely as a chunk of one."""
     whole = forest(P.chain(7, 400), 1, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 9.0]))
     unit = FixedChunks((1, 3, 2), ChunkSampler(0.34, weighted=True))(whole, 0)
-    drawn = Counter(next(c % 3 for c in p if c >= 0) for p in chunks_by_path(whole, unit))
-    assert [drawn[c] / 400 for c in range(3)] == pytest.approx([0.2, 0.2, 0.6], abs=0.07)
+    first_step = Counter([c >= 0 for c in p].index(True) for p in chunks_by_path(whole, unit))
+    assert [first_step[s] / 400 for s in (0, 1, 4)] == pytest.approx([0.2, 0.2, 0.6], abs=0.07)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])

@@ -20,9 +20,9 @@ class Toy:
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
-    iterations: int = 30
+    iterations: int = 50
     repeat: int = 2
-    rate: float = 1e-2
+    rate: float = 6e-3
 
 
 COMMON: dict[str, Any] = {
@@ -35,24 +35,48 @@ COMMON: dict[str, Any] = {
     "eps": 1e-2,
 }
 
+CHAIN = {"steps": 4}  # one reward for all steps of a path: the fewer, the less noise in each one's share
+
 TOYS: dict[str, Toy] = {
-    "flow_grpo": Toy(),
+    "flow_grpo": Toy(CHAIN, iterations=60),
     "flow_grpo_fast": Toy({"noise_level": 0.8}),
-    "flash_grpo": Toy(iterations=40, repeat=4),
+    "flash_grpo": Toy(repeat=4),
     "tempflow_grpo": Toy({"seeds": 2, "branches": 6}, repeat=1),
     # knobs known from language models
-    "rloo": Toy(),
-    "dr_grpo": Toy(),
-    "reinforce_pp": Toy(),
-    "dapo": Toy({"clip_high": 0.28}),
-    "gspo": Toy({"clip": 0.1}),
-    "cispo": Toy(),
-    "sapo": Toy({"temperature": 5.0, "temperature_negative": 5.25}),
+    "rloo": Toy(CHAIN, iterations=60),
+    "dr_grpo": Toy(CHAIN, iterations=60),
+    "reinforce_pp": Toy(CHAIN, iterations=60),
+    "dapo": Toy({"clip_high": 0.28, **CHAIN}, iterations=60),
+    "gspo": Toy({"clip": 0.1, **CHAIN}, iterations=60),
+    "cispo": Toy(CHAIN, iterations=60),
+    "sapo": Toy({"temperature": 5.0, "temperature_negative": 5.25, **CHAIN}, iterations=60),
     # comparisons, advantage shapes, bonuses
     "pref_grpo": Toy({"train_steps": 5}),
     "slas": Toy({"train_steps": 5, "noise_level": 0.6}),
     "perceptual_entropy": Toy(),
     "ddpo": Toy(),
+    # the step, the ratio, and credit along and across the latent
+    "flow_cps": Toy({"noise_level": 0.8}),
+    "grpo_guard": Toy({"weight": "equalised"}),
+    "gcpo": Toy({"sizes": (1, 2, 2), "share": 1.0}),
+    "otca": Toy({"noise_level": 0.6}),
+    "vipo": Toy({"noise_level": 0.6}),
+    # windows and trees
+    "dance_grpo": Toy({"noise_level": 0.6}),
+    "mix_grpo": Toy({"window": 3, "order": "random", "every": 1}),
+    "mix_grpo_flash": Toy({"window": 3, "order": "random", "every": 1, "shift": 1.0}),
+    "branch_grpo": Toy({"trees": 2, "splits": (0, 1, 2), "noise_level": 0.3}),
+    "dynamic_treerpo": Toy({"trees": 2, "depth": 3, "order": "random", "every": 1}, iterations=60, repeat=3),
+    # the forward process: leaves and their (t, ε)
+    "diffusion_nft": Toy(),
+    "awm": Toy({"steps": 8}),
+    "advantage_flow": Toy(),
+    "v_grpo": Toy(repeat=4),
+    "elbo_pg": Toy(),
+    "dgpo": Toy({"beta": 1.0}),
+    "crd": Toy(),
+    "online_dpo": Toy({"beta": 1.0}),
+    "rejection_sft": Toy({"best": 3}, rate=1e-2),
 }
 
 

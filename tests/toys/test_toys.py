@@ -30,6 +30,7 @@ from mixture import (
 from settings import build, toy
 
 from tempflow.algorithms import flow_grpo, tempflow_grpo
+from tempflow.core.scores import Scores
 from tempflow.models.protocol import Model
 from tempflow.rewards.protocol import Reward
 
@@ -132,11 +133,24 @@ def test_line_draws_its_means() -> None:
 # ---------------------------------------------------------------------------------------------- what cannot be learnt
 @pytest.mark.parametrize("function", [flow_grpo, tempflow_grpo], ids=lambda f: f.__name__)
 def test_rewards_by_chance_close_no_gap(function) -> None:
+    """One-sided: Adam takes full steps on noise too, so the weights wander, and wandering takes points off the corners
+    (gaps of 0.1 to −0.3 over seeds); it must not bring them nearer."""
     settings = toy(function.__name__)
     before = mean_reward(Mixture())
     run = bench(build(function, settings), reward=Chance())
     train(run, settings.iterations, settings.repeat, settings.rate)
-    assert abs(gap_closed(before, mean_reward(run.model))) < 0.15
+    assert gap_closed(before, mean_reward(run.model)) < 0.15
+
+
+def test_equal_rewards_change_nothing() -> None:
+    class Same(Closeness):
+        def score(self, media, prompts, metadata):
+            scores = super().score(media, prompts, metadata)
+            return Scores(torch.full_like(scores.value, 0.5), scores.ok, scores.names)
+
+    run = bench(build(flow_grpo, toy("flow_grpo")), reward=Same())
+    train(run, 2)
+    assert mean_reward(run.model) == mean_reward(Mixture())
 
 
 def test_rewards_of_the_wrong_prompt_widen_the_gap() -> None:

@@ -349,3 +349,15 @@ def test_trackers_get_metrics_validations_and_pictures(tmp_path: Path) -> None:
     assert {"loss", "forwards", "validation/reward"} <= set(tags["scalars"])
     assert [e.step for e in reader.Scalars("validation/reward")] == [0, 2, 4]
     assert tags["images"] and {e.step for tag in tags["images"] for e in reader.Images(tag)} == {2, 4}
+
+
+@pytest.mark.parametrize(("iterations", "warned"), [(3, True), (4, True), (5, False)])
+def test_a_warm_up_that_outlasts_the_run_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], iterations: int, warned: bool
+) -> None:
+    short = config(tmp_path / "run", iterations=iterations, optimizer={"warmup_iterations": 4, "learning_rate": 0.1})
+    train(short, model=Fake(), reward=brightness, prompts=PROMPTS)
+    out = capsys.readouterr().out
+    assert ("warmup_iterations 4 outlasts" in " ".join(out.split())) == warned
+    if warned:
+        assert f"ends at {0.1 * iterations / 5:.2g}, not 0.1" in " ".join(out.split())

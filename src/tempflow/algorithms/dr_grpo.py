@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.base import Algorithm, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.pull import KLForm
@@ -49,5 +49,7 @@ def dr_grpo(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 1.0)
     base = flow_grpo(steps, group, train_steps, noise_level, clip, clip_high, kl, kl_form)
     return replace(base, name="dr_grpo", credit=GroupZScore(by=("prompt", "step"), scale="none", clip=advantage_clip))

@@ -10,8 +10,8 @@ that keeps the coefficients of picture and noise at 1 − σ' and σ' does not.
                 "density": log r of the step's own density, as everywhere else here
 
 Why 2S² matters: S falls with σ', and so to nearly 0 at the last trained step of a grid that ends just above 0 (SD 3's:
-σ' = .0089). The density's gradient, |b|/S a unit of noise, is there some 60 times that of the step before and outweighs
-all others together; times 2S² it is 2S|b| and fades out instead. With "density", prefer a window of early steps.
+σ' = .0089). The density's gradient, |b|/S a unit of noise, is there 29 times that of the step before (T 10; 62 times at
+T 6); times 2S² it is 2S|b| and fades out instead. With "density", prefer a window of early steps.
 
 Trajectories: `group` chains, noisy and trained at every step but the last.
 Cost for a prompt at the defaults: 240 forwards, 24 leaves, 216 trained edges.

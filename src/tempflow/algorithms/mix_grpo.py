@@ -9,7 +9,7 @@ the way of denoising, early steps first, teaches better than steps at random.
                 "decay" the same, staying int(τ·(1 − p) + max(1, τ//4)·p) of them, p = l/window_end
                 "exp_decay"       staying ⌈τ·exp(−0.1·max(0, l − 13))⌉ of them
                 "random" draws l anew for every iteration
-    advantage   every reward's own z-score in the group (unbiased std), and their weighted mean   (core.select.PerReward)
+    advantage   every reward's own z-score in the group (unbiased std), and their weighted mean   (PerReward)
     loss        as Flow-GRPO, no KL
 
 Cost for a prompt: group·T forwards, group leaves, group·(window's steps) trained edges; at the defaults 300, 12, 48.

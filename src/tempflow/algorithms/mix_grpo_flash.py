@@ -16,7 +16,7 @@ defaults 132, 12, 48 (MixGRPO: 300 forwards). The saving shrinks as the window m
 Defaults: the released scripts (read in source; sure): compress 0.4, τ 20, second order, midpoint, else MixGRPO's. n
 counts points with both ends, as the code's linspace; where it gives one point, which would not reach σ = 0, here are
 two. `shift` is the one of the code's grid; give the model's own. Outside the window all steps are the solver's, so
-those before the window are second-order too, on the uncompressed grid; the code does so as well (read second-hand).
+those before the window are second-order too, on the uncompressed grid; whether the code does so is not checked.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def _points(steps: int, last: int, compress: float) -> int:
     return max(int((steps - last) * compress + 1e-9), 2)
 
 
-def _plan(
-    steps: int, group: int, slide: Slide, compress: float, shared_noise: bool, iteration: int, slot: int
-) -> Plan:
+def _plan(steps: int, group: int, slide: Slide, compress: float, shared_noise: bool, iteration: int, slot: int) -> Plan:
     inside = slide.at(iteration)
     return window_plan(inside[-1] + _points(steps, inside[-1], compress), group, inside, shared_noise)
 

@@ -8,7 +8,8 @@ put it into the reward, before the group is normalised.
     PCVAE   R̃ = R − bonus · (log p_perc − log p_latent): the latent policy's surprise is taken away again
     −log p_perc = |φ_k − φ̄|² / (2·scale²), a Gaussian around the group's mean; over a group the sum is that of squares
 
-All else is Flow-GRPO: advantage, ratio, KL, cost (and one embedding a leaf). bonus 0 is Flow-GRPO.
+All else is Flow-GRPO: advantage, ratio, cost (and one embedding a leaf); without its KL, which the page shows as
+another remedy. bonus 0 is Flow-GRPO.
 
 Pitfalls. Shallow variety is rewarded like any other. The bonus is in units of the reward over φ's squared distances, so
 `bonus`, `scale` and the embedding belong together. It gives groups of equal rewards a spread, and so advantages.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.base import Algorithm, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.gate import Score
@@ -47,6 +47,8 @@ def rloo(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 1.0)
     base = flow_grpo(steps, group, train_steps, noise_level, 1e-4 if clip is None else clip, kl=kl, kl_form=kl_form)
     credit = GroupZScore(by=("prompt", "step"), center="others", scale="none", clip=advantage_clip)
     objective = PolicyRatio(Score(), pulls=(Divergence(kl, kl_form),)) if clip is None else base.objective

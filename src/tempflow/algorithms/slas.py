@@ -43,7 +43,7 @@ def slas(
     clip: float = 1e-4,
     kl: float = 0.0,
     kl_form: KLForm = "exact",
-    eps: float = 1e-8,
+    eps: float = 0.0,
     advantage_clip: float | None = 5.0,
 ) -> Algorithm:
     """SLAS (arXiv 2605.10937): advantages are a power above 1 of the centred reward, with one scale for the batch.
@@ -60,7 +60,7 @@ def slas(
         clip: ratio clip below and above 1.
         kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the batch's scale.
+        eps: added to the batch's scale, in the unit of the reward to the power 1 + γ; 0 is safe.
         advantage_clip: bound of |A|, after the shaping; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.

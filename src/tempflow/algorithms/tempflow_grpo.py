@@ -30,11 +30,11 @@ from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
-from tempflow.core.weight import noise_aware, uniform
+from tempflow.core.weight import noise_aware, rectified, uniform
 
 StdGroup = Literal["seed", "prompt", "batch"]
 
-WEIGHTS = {"noise_aware": noise_aware, "uniform": uniform}
+WEIGHTS = {"noise_aware": noise_aware, "uniform": uniform, "rectified": rectified}
 
 
 def tempflow_grpo(
@@ -47,7 +47,7 @@ def tempflow_grpo(
     clip_high: float | None = None,
     kl: float = 0.004,
     std_group: StdGroup = "seed",
-    weight: Literal["noise_aware", "uniform"] = "noise_aware",
+    weight: Literal["noise_aware", "uniform", "rectified"] = "noise_aware",
     eps: float = 1e-4,
     advantage_clip: float | None = 5.0,
 ) -> Algorithm:
@@ -65,7 +65,8 @@ def tempflow_grpo(
         kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         std_group: what is compared: branches of one "seed", of all the "prompt"'s seeds, or the latter with the
             standard deviation of the whole "batch"; always at one step.
-        weight: loss weight of a step: "noise_aware" or "uniform".
+        weight: loss weight of a step: "noise_aware", "uniform", or "rectified" (Flash-GRPO's; not the paper's): noise-
+            aware gradients grow with a step's length Δ, which on a shifted grid is longest late; rectified ones do not.
         eps: added to the standard deviation.
         advantage_clip: bound of |A|; None for no bound.
 

@@ -18,9 +18,9 @@ DECAY, THRESHOLD = 0.1, 13
 class Slide:
     """A window of `size` steps inside 0 … end − 1.
 
-    order      "progressive": `every` iterations (τ) at a place, then `stride` steps on; "decay": staying
-               int(τ·(1 − p) + max(1, τ//4)·p) of them, p = start/end; "exp_decay": staying ⌈τ·exp(−k·max(0, start − λ))⌉;
-               "random": a place drawn for every iteration, evenly
+    order      "progressive": `every` iterations (τ) at a place, then `stride` steps on; "decay": the same, staying
+               int(τ·(1 − p) + max(1, τ//4)·p) of them, p = start/end; "exp_decay": ⌈τ·exp(−k·max(0, start − λ))⌉ of
+               them; "random": a place drawn for every iteration, evenly
     stride     0 leaves it at step 0
     roll_back  after its last place it starts anew; else it stays there
     whole      it never shrinks; else its last places have fewer steps than `size`, but one at least
@@ -65,9 +65,9 @@ class Slide:
             raise ValueError(f"window: {size} is longer than the rollout; nearest valid: {steps}")
         top = steps if size == steps else steps - 1
         last = top if end is None else end
-        if not 1 <= size <= last <= top:
-            low = max(size, 1)
-            raise ValueError(f"window_end: {last} must be in {low} … {top}; nearest valid: {min(max(last, low), top)}")
+        if size >= 1 and not size <= last <= top:
+            nearest = min(max(last, size), top)
+            raise ValueError(f"window_end: {last} must be in {size} … {top}; nearest valid: {nearest}")
         return Slide(size, last, order, every, stride, roll_back, whole or size == steps)
 
     @property

@@ -204,16 +204,20 @@ def _places(forest: Forest) -> tuple[Tensor, int]:
 def _numbered(
     forest: Forest, iteration: int, place: Tensor, sizes: Sequence[int], signal: Tensor, sampler: ChunkSampler
 ) -> Tensor:
-    """Chunk numbers, leaf · K + chunk, of the chunks that the sampler takes of each path."""
+    """The chunks that the sampler takes of each path, numbered by their first edge: chunks of one are edges as such."""
     leaf, chunks = leaf_of(forest), len(sizes)
     chunk_at = torch.repeat_interleave(torch.arange(chunks), torch.tensor(sizes))
     weight = torch.zeros(chunks, dtype=torch.float64).index_add(0, chunk_at, signal) / torch.tensor(sizes)
     chunk = torch.where(place >= 0, chunk_at[place], -1)
-    number = torch.where(place >= 0, leaf * chunks + chunk, -1)
+    code = (leaf * chunks + chunk)[place >= 0]
+    edge = torch.arange(len(place))
+    first_edge = edge.new_full((len(forest.leaves) * chunks,), len(edge))
+    first_edge = first_edge.scatter_reduce(0, code, edge[place >= 0], "amin")
+    number = edge.new_full(edge.shape, -1).index_put((place >= 0,), first_edge[code])
     if sampler.count(chunks) == chunks:
         return number
     prompt = [int(slot) for slot in forest.leaves.prompt]
-    first: dict[int, int] = {}
+    first: dict[int, int] = {}  # leaf of each prompt
     taken = torch.stack(
         [
             # a leaf is named by its place in its prompt, so that a draw does not depend on the prompts before

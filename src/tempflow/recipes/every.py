@@ -32,15 +32,87 @@ class Entry:
     optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-NOISELESS = {key: value for key, value in COMMON.items() if key != "noise_level"}
+def _less(*names: str) -> dict[str, Any]:
+    """What the recipes have in common, without what an algorithm does not take."""
+    return {key: value for key, value in COMMON.items() if key not in names}
+
+
+NOISELESS = _less("noise_level")
 """For algorithms whose step has no noise level to set."""
+
+_FLOW = {"group": 12, **COMMON}
+_TWO = {"updates_per_iteration": 2}
+"""With one update the ratio is 1 throughout, and gates that differ beside it are one and the same."""
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("tempflow_grpo", {"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
-    Entry("flow_grpo_global", {"name": "flow_grpo", "group": 12, "std": "global", **COMMON}),
-    Entry("flow_grpo_group", {"name": "flow_grpo", "group": 12, "std": "group", **COMMON}),
+    Entry(
+        "tempflow_grpo_rectified",
+        {"name": "tempflow_grpo", "seeds": 2, "branches": 6, "weight": "rectified", **COMMON},
+        6,
+        "knob",
+    ),
+    Entry("flow_grpo_global", {"name": "flow_grpo", "std": "global", **_FLOW}),
+    Entry("flow_grpo_group", {"name": "flow_grpo", "std": "group", **_FLOW}),
     Entry("flow_grpo_fast", {"name": "flow_grpo_fast", "group": 12, "window": 2, **COMMON}, 16),
     Entry("flash_grpo", {"name": "flash_grpo", "group": 12, **NOISELESS}, 18),
+    # a constant η of 0.9 would overshoot in the long step before the last
+    Entry("dance_grpo", {"name": "dance_grpo", "group": 12, **COMMON, "noise_level": 0.6}, 14),
+    Entry("mix_grpo", {"name": "mix_grpo", "group": 12, "window": 2, "every": 5, **COMMON}, 16),
+    # 0.4 of six steps would leave a single step after the first window
+    Entry(
+        "mix_grpo_flash",
+        {"name": "mix_grpo_flash", "group": 12, "window": 2, "every": 5, "compress": 0.6, "shift": 3.0, **COMMON},
+        18,
+    ),
+    Entry(
+        "branch_grpo",
+        {"name": "branch_grpo", "splits": (0, 1, 2), "split_scale": 2.0, **COMMON, "noise_level": 0.6},
+        24,
+    ),
+    # sensitivity 0.5 halves the tightest side of the clip
+    Entry(
+        "dynamic_treerpo",
+        {"name": "dynamic_treerpo", "depth": 4, "every": 10, **COMMON, "clip": 2e-2, "noise_level": 0.7},
+        22,
+    ),
+    # the normalised ratio is S times the plain one, and S is about .75 here
+    Entry(
+        "pref_grpo",
+        {"name": "pref_grpo", "group": 12, "train_steps": None, "shared_noise": False, **_less("kl"), "clip": 7e-3},
+    ),
+    # a constant η is hardly any noise on this grid; eps is in the unit of reward^(1+γ)
+    Entry(
+        "slas",
+        {
+            "name": "slas",
+            "group": 12,
+            "train_steps": None,
+            "dynamics": "flow",
+            "shared_noise": False,
+            **_less("kl", "eps"),
+        },
+    ),
+    # pictures of a prompt are about .16 apart, so a scale of .1 makes the bonus about .03
+    Entry(
+        "perceptual_entropy",
+        {"name": "perceptual_entropy", "group": 12, "std": "group", "scale": 0.1, **_less("kl")},
+    ),
+    Entry("ddpo", {"name": "ddpo", "group": 12, **_less("kl", "noise_level")}),
+    Entry("rloo", {"name": "rloo", "group": 12, **_less("eps")}, kind="knob"),
+    Entry("dr_grpo", {"name": "dr_grpo", "group": 12, **_less("eps")}, kind="knob"),
+    Entry("reinforce_pp", {"name": "reinforce_pp", "group": 12, **_less("eps")}, kind="knob"),
+    Entry("flow_grpo_two_updates", {"name": "flow_grpo", "std": "group", **_FLOW}, kind="knob", optimizer=_TWO),
+    Entry("dapo", {"name": "dapo", "group": 12, "clip_high": 1.4e-2, **_less("kl")}, kind="knob", optimizer=_TWO),
+    # a mean over five steps strays less than one step
+    Entry("gspo", {"name": "gspo", "group": 12, **_less("kl"), "clip": 5e-3}, kind="knob", optimizer=_TWO),
+    Entry("cispo", {"name": "cispo", "group": 12, **_less("kl")}, kind="knob", optimizer=_TWO),
+    Entry(
+        "sapo",
+        {"name": "sapo", "group": 12, "temperature": 100.0, "temperature_negative": 105.0, **_less("kl", "clip")},
+        kind="knob",
+        optimizer=_TWO,
+    ),
 )
 """In the order of papers/trajectory, then papers/forward."""
 

@@ -82,6 +82,7 @@ def train(
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         sets = _prompt_sets(config, prompts, test_prompts)
         _check_ranks(config, world, display.say)
+        _warn_of_warmup(config, display.say)
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, world, display.say
         )
@@ -232,6 +233,17 @@ def _prompts(given: Sequence[str | Prompt] | None, source: str) -> Sequence[Prom
     if len(given) == 0:
         raise ValueError("prompts: the list is empty; at least one prompt is needed")
     return [p if isinstance(p, Prompt) else Prompt(p, {}) for p in given]
+
+
+def _warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
+    """A recipe's warm-up may outlast a run that was cut short: allowed, but said."""
+    warmup, given = config.optimizer.warmup_iterations, config.optimizer.learning_rate
+    if warmup >= config.iterations:
+        reached = given * config.iterations / (warmup + 1)
+        say(
+            f"warn: optimizer.warmup_iterations {warmup} outlasts the run's {config.iterations}: the learning rate "
+            f"ends at {reached:.2g}, not {given:g}; nearest that reaches it: {max(0, config.iterations - 1)}"
+        )
 
 
 def _check_ranks(config: Config, world: World, say: Callable[[str], None]) -> None:

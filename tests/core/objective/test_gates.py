@@ -100,7 +100,9 @@ def test_soft_gate_is_the_published_sigmoid(
     want = torch.tensor([-advantage * 4 / tau * p for p in s], dtype=torch.float64)
     torch.testing.assert_close(gate(log_ratio, a, NONE).loss, want, rtol=1e-9, atol=1e-12)
     # d/dr = 4·p·(1 − p), then times r
-    want = torch.tensor([-advantage * 4 * p * (1 - p) * math.exp(v) for p, v in zip(s, values, strict=True)], dtype=torch.float64)
+    want = torch.tensor(
+        [-advantage * 4 * p * (1 - p) * math.exp(v) for p, v in zip(s, values, strict=True)], dtype=torch.float64
+    )
     torch.testing.assert_close(slope(gate, log_ratio, a), want, rtol=1e-9, atol=1e-12)
 
 
@@ -121,7 +123,9 @@ def test_soft_gate_tends_to_the_plain_ratio() -> None:
 
 
 def test_soft_gate_says_what_is_outside_one_over_tau() -> None:
-    gated = SoftGate(5.0, 10.0)(torch.tensor([1.15, 1.25, 0.85, 0.75]).log(), torch.tensor([1.0, 1.0, -1.0, -1.0]), NONE)
+    gated = SoftGate(5.0, 10.0)(
+        torch.tensor([1.15, 1.25, 0.85, 0.75]).log(), torch.tensor([1.0, 1.0, -1.0, -1.0]), NONE
+    )
     assert gated.outside.tolist() == [0, 1, 1, 1] and gated.blocked.tolist() == [0, 0, 0, 0]
     assert SoftGate(5.0, 10.0).tightest == 0.1
 
@@ -185,7 +189,7 @@ def test_no_standing_no_bend_and_a_missing_column_is_named() -> None:
         (lambda: SoftGate(1.0, math.nan), "negative: nan must be finite and above 0"),
     ],
 )
-def test_bad_arguments(make, message: str) -> None:  # noqa: ANN001
+def test_bad_arguments(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

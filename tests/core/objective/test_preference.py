@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tempflow.core.objective.leaves import LeafBatch, noised
 from tempflow.core.objective.penalty import PredictionPenalty
-from tempflow.core.objective.preference import CentredReward, GroupPreference, PairBatch, PreferencePairs, Supervised
+from tempflow.core.objective.preference import (
+    CentredReward,
+    GroupPreference,
+    OnlinePairs,
+    PairBatch,
+    PreferencePairs,
+    Supervised,
+)
 from tempflow.core.surrogate import Adaptive
 
 
@@ -132,6 +139,71 @@ def test_crd_written_form() -> None:
         assert float(found) == pytest.approx(base + float(0.1 * (share * gap).mean()), rel=1e-12)
 
 
+def test_crd_hard_selection_and_cross_entropy() -> None:
+    """Temperature 0 centres on those above and on those below the middle, each by its own e^a; by hand."""
+    b = batch(advantage=torch.tensor([0.9, -0.5, -0.4, 0.6, 0.2, -0.8], dtype=torch.float64))
+    at = noised(models(), ("policy", "old"), b)
+    form = Adaptive("velocity")
+    r = at.by_sample(form(at.policy, at.x0, at.noise, at.t) - form(at.velocity["old"], at.x0, at.noise, at.t))
+    a = b.advantage / 2 + 0.5
+    mse, bce = [], []
+    for rows, high, low in (([0, 1, 2], [0], [1, 2]), ([3, 4, 5], [3, 4], [5])):
+        for pool in (high, low):
+            p = a[pool].exp() / a[pool].exp().sum()
+            given = a[rows] - (p * a[pool]).sum()
+            implicit = 2 * (r[rows] - (p[:, None] * r[pool]).sum(0))
+            mse.append((implicit - given[:, None]).square())
+            y = given.sigmoid()[:, None]
+            bce.append(-y * implicit.sigmoid().log() - (1 - y) * (-implicit).sigmoid().log())
+    head = CentredReward(2.0, 1.0, 0.0, kl=0)
+    close(head(models(), b).value, torch.stack(mse).mean() / 2)
+    close(replace(head, form="bce")(models(), b).value, torch.stack(bce).mean() / 2)
+    # without anyone above (or below) the middle, that centring is the plain one
+    flat = replace(b, advantage=torch.zeros(6).double())
+    close(head(models(), flat).value, CentredReward(2.0, 1.0, None, kl=0)(models(), flat).value)
+    # a small temperature picks the best alone, where hard selection takes all above the middle
+    close(
+        gradient(replace(head, temperature=100.0), models(), b),
+        gradient(replace(head, temperature=None), models(), b),
+        2e-2,
+    )
+
+
+def test_groups_of_different_sizes_are_one_term_each() -> None:
+    """So a loss does not depend on which groups share a batch."""
+    b = batch().take(torch.tensor([0, 1, 2, 3, 4]))
+    for head in (GroupPreference(40.0, penalties=(PredictionPenalty("old", 0.3),)), CentredReward()):
+        parts = [gradient(head, models(), b.take(s)) for s in (slice(0, 3), slice(3, 5))]
+        close(gradient(head, models(), b), (parts[0] + parts[1]) / 2)
+
+
+def test_online_pairs_are_the_extremes_of_each_group() -> None:
+    couples = PreferencePairs(20.0, penalties=(PredictionPenalty("reference", 0.1),))
+    b = batch(advantage=torch.tensor([-0.5, 0.9, -0.4, 0.2, 0.2, -0.8], dtype=torch.float64))
+    first = torch.tensor([0, 0, 0, 3, 3, 3])
+    b = replace(b, t=b.t[first], noise=b.noise[first])
+    high, low = torch.tensor([1, 3]), torch.tensor([0, 5])
+    by_hand = PairBatch(b.x0[high], b.x0[low], b.rows[high], b.t[high], b.noise[high])
+    head = OnlinePairs(couples)
+    found, want = head(models(), b), couples(models(), by_hand)
+    close(found.value, want.value)
+    assert torch.equal(found.metrics["margin"][torch.tensor([1, 0, 3, 5])], want.metrics["margin"][[0, 0, 1, 1]])
+    assert bool((found.metrics["margin"][torch.tensor([2, 4])] == 0).all())
+    # a group without two different samples has no pair, but counts
+    half = replace(b, advantage=torch.tensor([-0.5, 0.9, -0.4, 0.2, 0.2, 0.2]).double())
+    close(head(models(), half).value, couples(models(), by_hand_of(b, 1, 0)).value / 2)
+    none = replace(b, advantage=torch.zeros(6).double())
+    assert float(gradient(head, models(), none).abs().max()) == 0
+    assert list(head(models(), none).metrics) == list(found.metrics)
+    with pytest.raises(ValueError, match="a pair's samples differ"):
+        head(models(), replace(b, t=batch().t))
+
+
+def by_hand_of(b: LeafBatch, high: int, low: int) -> PairBatch:
+    h, w = slice(high, high + 1), slice(low, low + 1)
+    return PairBatch(b.x0[h], b.x0[w], b.rows[h], b.t[h], b.noise[h])
+
+
 def test_crd_is_indifferent_to_a_constant_of_the_group() -> None:
     """Centring cancels what all samples of a prompt share, in the rewards and in the log-ratio."""
     b, head = batch(), CentredReward(kl=0)
@@ -159,6 +231,6 @@ def test_groups_may_be_in_any_order_and_are_whole_units() -> None:
 def test_bad_fields_are_refused() -> None:
     for call in (lambda: PreferencePairs(0), lambda: GroupPreference(-1), lambda: GroupPreference(clip=0),
                  lambda: GroupPreference(compare_to="ema"), lambda: CentredReward(0), lambda: CentredReward(kl=-1),
-                 lambda: CentredReward(temperature=0)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"beta|clip|compare_to|kl|temperature"):
+                 lambda: CentredReward(temperature=-1), lambda: CentredReward(form='l1')):  # fmt: skip
+        with pytest.raises(ValueError, match=r"beta|clip|compare_to|kl|temperature|form"):
             call()

@@ -126,7 +126,7 @@ class SoftGate:
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated:
         excess = log_ratio.expm1()
-        tau = torch.where(advantage > 0, self.positive, self.negative)
+        tau = torch.where(advantage > 0, advantage.new_tensor(self.positive), advantage.new_tensor(self.negative))
         loss = -advantage * 4 / tau * torch.sigmoid(tau * excess)
         nothing = torch.zeros_like(loss, requires_grad=False)
         return Gated(loss, nothing, (excess.detach().abs() * tau > 1).float())

@@ -18,7 +18,6 @@ from tempflow.core.objective.matching import optimality
 from tempflow.core.objective.penalty import Penalty, PredictionPenalty
 from tempflow.core.surrogate import Adaptive, Matching, Surrogate
 
-
 Regression = Literal["mse", "bce"]
 
 

@@ -1,0 +1,122 @@
+"""DDPO: the score function and importance sampling on DDIM's steps, statistics by prompt or batch, arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake import Bench
+from one_iteration import (
+    assert_bit_equal_runs,
+    assert_learns,
+    assert_same_gradient,
+    assert_sound,
+    assert_still_without_spread,
+    iterated,
+    partly_flat,
+    refuses,
+)
+from torch.distributions import Normal
+
+from tempflow.algorithms import flow_grpo
+from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.ddpo import ddpo
+from tempflow.core.dynamics import DDIM, FlowSDE
+from tempflow.core.objective.gate import Clip, Score
+from tempflow.core.plan import Cost
+from tempflow.train.step import credit
+
+
+def toy(**changes: Any) -> Algorithm:
+    return ddpo(**{"steps": 4, "group": 6, "clip": 0.02, **changes})
+
+
+CHANGES: list[dict[str, Any]] = [{}, {"kind": "sf"}, {"statistics": "batch"}, {"eta": 0.6, "train_steps": 2, "kl": 0.1}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_first_pass_counts_and_batch_sizes(changes: dict[str, Any]) -> None:
+    assert_sound(toy(**changes))
+    assert_still_without_spread(toy(**changes))
+
+
+@pytest.mark.parametrize("changes", CHANGES[:3])
+def test_rewards_rise(changes: dict[str, Any]) -> None:
+    assert_learns(toy(**changes))
+
+
+def test_what_the_defaults_compose() -> None:
+    a = ddpo()
+    assert (a.name, a.steps, a.dynamics, a.plan(0, 0).cost()) == ("ddpo", 50, DDIM(1.0), Cost(800, 16, 784))
+    assert a.objective.gate == Clip(1e-4, 1e-4)  # type: ignore[union-attr]
+    assert isinstance(ddpo(kind="sf").objective.gate, Score) and not a.sets  # type: ignore[union-attr]
+    noisy = {i for i, on in zip(a.plan(0, 0).step, a.plan(0, 0).stochastic, strict=True) if on}
+    assert noisy == set(range(49))
+
+
+def test_both_kinds_have_one_first_gradient_and_then_part() -> None:
+    assert_same_gradient(toy(kind="sf"), toy(kind="is"))
+    a, b = iterated(toy(kind="sf", clip=1e-3)), iterated(toy(kind="is", clip=1e-3))
+    assert any(not torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_score_functions_gradient_by_hand() -> None:
+    """∇ of −mean A·log p over the trained edges, log p from torch.distributions on the DDIM step written out."""
+    bench = Bench(algorithm=toy(kind="sf"), max_grad_norm=1e9)
+    experience = bench.collect()
+    given = credit(bench.setting, experience).advantage.value
+    forest, edges = experience.forest, experience.forest.edges
+    rows = edges.trained.nonzero()[:, 0]
+    x, y = forest.nodes[edges.parent[rows]], forest.nodes[edges.child[rows]]
+    sigmas = experience.schedule.sigmas
+    s, t = (sigmas[edges.step[rows] + n].view(-1, 1, 1, 1) for n in (0, 1))
+    v = experience.models["policy"](x, sigmas[edges.step[rows]], edges.prompt[rows])
+    std = t * (1 - t**2 * (1 - s) ** 2 / (s**2 * (1 - t) ** 2)).sqrt()
+    mean = (1 - t) * (x - s * v) + (t**2 - std**2).clamp(min=0).sqrt() * (x + (1 - s) * v)
+    log_p = Normal(mean, std).log_prob(y).flatten(1).mean(1)
+    parameters = list(bench.model.network.parameters())
+    want = torch.autograd.grad(-(given[rows] * log_p).mean(), parameters)
+    bench.update(experience)
+    for parameter, gradient in zip(parameters, want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_importance_sampling_on_another_step_is_flow_grpo() -> None:
+    other = flow_grpo(steps=4, group=6, clip=0.02, kl=0.0, std="group", eps=1e-6, noise_level=0.9)
+    assert_bit_equal_runs(replace(toy(), dynamics=FlowSDE(0.9), plan=other.plan), other)
+
+
+def test_statistics_by_prompt_and_by_batch() -> None:
+    bench = Bench(algorithm=toy(), reward=partly_flat)
+    experience = bench.collect()
+    edge, leaf = experience.whole.descent
+    r = experience.scores.value[:, 0].double().numpy()
+    by = r.reshape(6, 6)
+    spread = np.where(by.std(1, keepdims=True) > 0, by.std(1, keepdims=True), 1)
+    want = {"prompt": ((by - by.mean(1, keepdims=True)) / spread).reshape(-1), "batch": (r - r.mean()) / r.std()}
+    for statistics, advantage in want.items():
+        got = toy(statistics=statistics).credit(experience.scores, experience.whole).value
+        np.testing.assert_allclose(got[edge], advantage[leaf], atol=1e-3)
+    assert np.abs(want["batch"] - want["prompt"]).max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 1}, "steps: 1 must be at least 2"),
+        ({"group": 1}, "group: 1 must be at least 2, or there is nothing to compare with; nearest valid: 2"),
+        ({"train_steps": 50}, "train_steps: 50 must be in 1 … 49; nearest valid: 49"),
+        ({"kind": "reinforce"}, "kind: 'reinforce' is not one of 'is', 'sf'; nearest valid: 'is'"),
+        ({"statistics": "group"}, "statistics: 'group' is not one of 'prompt', 'batch'; nearest valid: 'prompt'"),
+        ({"eta": 0.0}, "eta: 0.0 must be finite and above 0; 1.0 is usual"),
+        ({"eta": 1.5}, "eta: 1.5 must be at most 1.0"),
+        ({"clip": 0.0}, "clip: 0.0 must be finite and above 0; 0.0001 is usual"),
+        ({"kl": 0.1, "kl_form": "drift"}, "kl_form: 'drift' needs a diffusion rate"),
+        ({"advantage_clip": 0.0}, "advantage_clip: 0.0 must be finite and above 0; 5.0 is usual"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    refuses(ddpo, arguments, message)
