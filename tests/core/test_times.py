@@ -118,7 +118,8 @@ def test_logit_normal_density() -> None:
 def test_bad_fields_are_refused() -> None:
     for call in (
         lambda: GridTimes(0), lambda: GridTimes(0.01).count(10), lambda: StratifiedGridTimes(0),
-        lambda: StratifiedGridTimes(2, -1), lambda: StratifiedGridTimes(2, 0, 1.0, True), lambda: WindowTimes(0), lambda: WindowTimes(3, 3).count(4),
+        lambda: StratifiedGridTimes(2, -1), lambda: StratifiedGridTimes(2, 0, 1.0, True),
+        lambda: WindowTimes(0), lambda: WindowTimes(3, 3).count(4),
         lambda: UniformTimes(1, 0.5, 0.5), lambda: UniformTimes(shift=0), lambda: LogitNormalTimes(std=0),
         lambda: LogitNormalTimes(low=0), lambda: LogitNormalTimes(mean=float("nan")),
     ):  # fmt: skip

@@ -6,7 +6,8 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Field, create_model, model_validator
 
@@ -41,10 +42,20 @@ def algorithm_config(name: str) -> type[AlgorithmConfig]:
     fields: dict[str, Any] = {"name": (Literal[name], Field(default=name, description="which algorithm"))}
     for parameter in inspect.signature(function).parameters.values():
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        fields[parameter.name] = (hints[parameter.name], Field(default=default, description=texts.get(parameter.name)))
+        hint = _listable(hints[parameter.name])
+        fields[parameter.name] = (hint, Field(default=default, description=texts.get(parameter.name)))
     label = "".join(word.capitalize() for word in name.split("_")) + "Config"
     summary = inspect.cleandoc(function.__doc__ or name).partition("\n")[0]
     return create_model(label, __base__=AlgorithmConfig, __doc__=summary, **fields)
+
+
+def _listable(hint: Any) -> Any:
+    """The type, in which a tuple may be given as a list: YAML and JSON know no other."""
+    if get_origin(hint) is tuple:
+        return Annotated[hint, Field(strict=False)]
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(_listable(option) for option in get_args(hint))]  # noqa: UP007 (made of a list)
+    return hint
 
 
 def _argument_texts(docstring: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ def _named(entry: Entry) -> Callable[[], Config]:
     def build() -> Config:
         return recipe(entry)
 
+    build.__name__ = f"shapes_{entry.name}"
     build.__doc__ = f"{entry.algorithm['name']} on the shapes model, as the leaderboard sets it."
     return build
 
