@@ -4,7 +4,8 @@
 
 Each method tries the same three learning rates (one seed, judged on validation; rectified TempFlow-GRPO takes the other
 one's), then runs at its best rate with three seeds, judged once on test. Two runs go side by side, one thread each.
-Finished runs are kept: start it again to go on. Prints the table and paired 95 % intervals, and draws the curves over forwards, wall time and reward calls.
+Finished runs are kept: start it again to go on. Prints the table and paired 95 % intervals, and draws the curves over
+forwards, wall time and reward calls.
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from fake import PROMPTS, Bench, brightness, same, weights
+from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.train.step import Judge
 
 PROMPTS = ("up", "down")
 SPREAD = 0.5
@@ -82,3 +83,14 @@ class Height:
         sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
         value = (seen(media)[:, 0] * sign).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+def judge(condition: Conditioning) -> Judge:
+    """The same of a noisy latent: the expected height grows with it."""
+    sign = condition.tensors["c"] @ torch.tensor([1.0, -1.0])
+
+    def scores(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
+        value = (x.flatten(1)[:, 0] * sign[rows])[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), ("expected",))
+
+    return scores

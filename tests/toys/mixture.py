@@ -22,6 +22,7 @@ from tempflow.algorithms import Algorithm
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.train.step import Judge
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
@@ -35,16 +36,29 @@ SPREAD = 0.4  # standard deviation of a mode
 REACH = 1.5  # standard deviation of the reward's bell
 
 
-def posterior_velocity(x: Tensor, sigma: Tensor) -> Tensor:
-    """E[ε − x0 | x_σ = x] of the mixture, exactly; x [B, 2], σ in (0, 1], [B]."""
+def posterior(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x0 given x_σ = x is a mixture again: its weights [B, modes], means [B, modes, 2] and variance [B, 1]."""
     s = sigma[:, None]
     means = MEANS.to(x)
     variance = (1 - s).square() * SPREAD**2 + s.square()  # of x_σ within a mode, per coordinate
-    away = x[:, None] - (1 - s)[..., None] * means  # [B, modes, 2]
+    away = x[:, None] - (1 - s)[..., None] * means
     share = (WEIGHTS.to(x).log() - away.square().sum(-1) / (2 * variance)).softmax(1)
     clean = means + ((1 - s) * SPREAD**2 / variance)[..., None] * away
-    x0 = (share[..., None] * clean).sum(1)
-    return (x - x0) / s
+    return share, clean, SPREAD**2 * s.square() / variance
+
+
+def posterior_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    """E[ε − x0 | x_σ = x] of the mixture, exactly; x [B, 2], σ in (0, 1], [B]."""
+    share, clean, _ = posterior(x, sigma)
+    return (x - (share[..., None] * clean).sum(1)) / sigma[:, None]
+
+
+def expected_reward(x: Tensor, sigma: Tensor, goal: Tensor) -> Tensor:
+    """E[reward of x0 | x_σ = x] of the mixture, exactly: what a perfect reward on noisy latents says; [B]."""
+    share, clean, variance = posterior(x, sigma)
+    width = REACH**2 + variance
+    bell = REACH**2 / width * torch.exp(-(clean - goal[:, None]).square().sum(-1) / (2 * width))
+    return (share * bell).sum(1)
 
 
 def base_reward() -> float:
@@ -201,10 +215,22 @@ def gap_closed(before: float, after: float) -> float:
     return (after - before) / (1 - before)
 
 
-def bench(algorithm: Algorithm, model: Any = None, reward: Any = None, **setting: Any) -> Bench:
+def judge(condition: Conditioning) -> Judge:
+    """For algorithms that ask for a reward on noisy latents."""
+    goal = condition.tensors["c"] @ MEANS
+
+    def scores(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
+        value = expected_reward(x.flatten(1), sigma, goal[rows])[:, None]
+        return Scores(value, torch.ones_like(value, dtype=torch.bool), ("expected",))
+
+    return scores
+
+
+def bench(algorithm: Algorithm, model: Any = None, reward: Any = None, judge: Any = judge, **setting: Any) -> Bench:
     """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1."""
     setting = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **setting}
-    return Bench(model or Mixture(), algorithm, reward or Closeness(), **setting)
+    asked = None if algorithm.judge is None else judge
+    return Bench(model or Mixture(), algorithm, reward or Closeness(), judge=asked, **setting)
 
 
 def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:

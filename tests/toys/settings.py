@@ -66,13 +66,15 @@ TOYS: dict[str, Toy] = {
     "mix_grpo": Toy({"window": 3, "order": "random", "every": 1}),
     "mix_grpo_flash": Toy({"window": 3, "order": "random", "every": 1, "shift": 1.0}),
     "branch_grpo": Toy({"trees": 2, "splits": (0, 1, 2), "noise_level": 0.3}),
+    "drm_grpo": Toy({"candidates": 4}),
     "dynamic_treerpo": Toy({"trees": 2, "depth": 3, "order": "random", "every": 1}, iterations=60, repeat=3),
     # the forward process: leaves and their (t, ε)
     "diffusion_nft": Toy(),
     "awm": Toy({"steps": 8}),
     "advantage_flow": Toy(),
     "v_grpo": Toy(repeat=4),
-    "elbo_pg": Toy(),
+    # by initial noises alone its points come to lie on each other, short of the corner, and nothing is left to compare
+    "elbo_pg": Toy({"steps": 4, "rollout": "sde", "scale": "group"}, iterations=40),
     "dgpo": Toy({"beta": 1.0}),
     "crd": Toy(),
     "online_dpo": Toy({"beta": 1.0}),

@@ -16,11 +16,15 @@ from tempflow.algorithms.dr_grpo import dr_grpo
 from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo
 from tempflow.algorithms.flash_grpo import flash_grpo
+from tempflow.algorithms.flow_cps import flow_cps
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast
+from tempflow.algorithms.gcpo import gcpo
+from tempflow.algorithms.grpo_guard import grpo_guard
 from tempflow.algorithms.gspo import gspo
 from tempflow.algorithms.mix_grpo import mix_grpo
 from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash
+from tempflow.algorithms.otca import otca
 from tempflow.algorithms.perceptual_entropy import perceptual_entropy
 from tempflow.algorithms.pref_grpo import pref_grpo
 from tempflow.algorithms.reinforce_pp import reinforce_pp
@@ -28,6 +32,7 @@ from tempflow.algorithms.rloo import rloo
 from tempflow.algorithms.sapo import sapo
 from tempflow.algorithms.slas import slas
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
+from tempflow.algorithms.vipo import vipo
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "branch_grpo": branch_grpo,
@@ -39,11 +44,15 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "drm_grpo": drm_grpo,
     "dynamic_treerpo": dynamic_treerpo,
     "flash_grpo": flash_grpo,
+    "flow_cps": flow_cps,
     "flow_grpo": flow_grpo,
     "flow_grpo_fast": flow_grpo_fast,
+    "gcpo": gcpo,
+    "grpo_guard": grpo_guard,
     "gspo": gspo,
     "mix_grpo": mix_grpo,
     "mix_grpo_flash": mix_grpo_flash,
+    "otca": otca,
     "perceptual_entropy": perceptual_entropy,
     "pref_grpo": pref_grpo,
     "reinforce_pp": reinforce_pp,
@@ -51,6 +60,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "sapo": sapo,
     "slas": slas,
     "tempflow_grpo": tempflow_grpo,
+    "vipo": vipo,
 }
 
 ENTRY_POINTS = "tempflow.algorithms"
@@ -69,11 +79,15 @@ __all__ = [
     "dynamic_treerpo",
     "find",
     "flash_grpo",
+    "flow_cps",
     "flow_grpo",
     "flow_grpo_fast",
+    "gcpo",
+    "grpo_guard",
     "gspo",
     "mix_grpo",
     "mix_grpo_flash",
+    "otca",
     "perceptual_entropy",
     "pref_grpo",
     "reinforce_pp",
@@ -81,6 +95,7 @@ __all__ = [
     "sapo",
     "slas",
     "tempflow_grpo",
+    "vipo",
 ]
 
 

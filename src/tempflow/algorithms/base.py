@@ -160,7 +160,7 @@ def _check_edges(algorithm: Algorithm, plan: Plan) -> None:
         noisy = [i for i in trained if i not in silent]
         raise ValueError(f"plan: trains step {silent[0]}, where {dynamics} has no noise; nearest valid: train {noisy}")
     if objective.unit == "chunk" and algorithm.units is None:
-        raise ValueError("units: None, and the objective's unit is a chunk; nearest valid: credit_units.whole_path")
+        raise ValueError("units: None, and the objective's unit is a chunk; nearest valid: core.units.whole_path")
     objective.check(dynamics)
 
 

@@ -76,7 +76,14 @@ ENTRIES: tuple[Entry, ...] = (
         {"name": "dynamic_treerpo", "depth": 4, "every": 10, **COMMON, "clip": 2e-2, "noise_level": 0.7},
         22,
     ),
+    # the official code's log-prob, without 1/(2S²): the true one is all last step on this grid
+    Entry("flow_cps", {"name": "flow_cps", "log_prob": "unscaled", "std": "group", **_FLOW, "noise_level": 0.8}),
     # the normalised ratio is S times the plain one, and S is about .75 here
+    Entry("grpo_guard", {"name": "grpo_guard", "kind": "flow", "std": "group", **_FLOW, "clip": 7e-3}),
+    Entry("gcpo", {"name": "gcpo", "sizes": (1, 2, 2), "share": 1.0, "shared_noise": False, **_FLOW}),
+    Entry("otca", {"name": "otca", "kind": "flow", **_FLOW}),
+    # a ratio at every position strays √(channels · elements) = 64 times as far as a mean over all
+    Entry("vipo", {"name": "vipo", "kind": "flow", "train_fraction": 1.0, **_FLOW, "clip": 0.5}),
     Entry(
         "pref_grpo",
         {"name": "pref_grpo", "group": 12, "train_steps": None, "shared_noise": False, **_less("kl"), "clip": 7e-3},
