@@ -6,15 +6,21 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 
+from tempflow.algorithms.advantage_flow import advantage_flow
+from tempflow.algorithms.awm import awm
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.branch_grpo import branch_grpo
 from tempflow.algorithms.cispo import cispo
+from tempflow.algorithms.crd import crd
 from tempflow.algorithms.dance_grpo import dance_grpo
 from tempflow.algorithms.dapo import dapo
 from tempflow.algorithms.ddpo import ddpo
+from tempflow.algorithms.dgpo import dgpo
+from tempflow.algorithms.diffusion_nft import diffusion_nft
 from tempflow.algorithms.dr_grpo import dr_grpo
 from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo
+from tempflow.algorithms.elbo_pg import elbo_pg
 from tempflow.algorithms.flash_grpo import flash_grpo
 from tempflow.algorithms.flow_cps import flow_cps
 from tempflow.algorithms.flow_grpo import flow_grpo
@@ -24,25 +30,34 @@ from tempflow.algorithms.grpo_guard import grpo_guard
 from tempflow.algorithms.gspo import gspo
 from tempflow.algorithms.mix_grpo import mix_grpo
 from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash
+from tempflow.algorithms.online_dpo import online_dpo
 from tempflow.algorithms.otca import otca
 from tempflow.algorithms.perceptual_entropy import perceptual_entropy
 from tempflow.algorithms.pref_grpo import pref_grpo
 from tempflow.algorithms.reinforce_pp import reinforce_pp
+from tempflow.algorithms.rejection_sft import rejection_sft
 from tempflow.algorithms.rloo import rloo
 from tempflow.algorithms.sapo import sapo
 from tempflow.algorithms.slas import slas
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
+from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.algorithms.vipo import vipo
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "advantage_flow": advantage_flow,
+    "awm": awm,
     "branch_grpo": branch_grpo,
     "cispo": cispo,
+    "crd": crd,
     "dance_grpo": dance_grpo,
     "dapo": dapo,
     "ddpo": ddpo,
+    "dgpo": dgpo,
+    "diffusion_nft": diffusion_nft,
     "dr_grpo": dr_grpo,
     "drm_grpo": drm_grpo,
     "dynamic_treerpo": dynamic_treerpo,
+    "elbo_pg": elbo_pg,
     "flash_grpo": flash_grpo,
     "flow_cps": flow_cps,
     "flow_grpo": flow_grpo,
@@ -52,14 +67,17 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "gspo": gspo,
     "mix_grpo": mix_grpo,
     "mix_grpo_flash": mix_grpo_flash,
+    "online_dpo": online_dpo,
     "otca": otca,
     "perceptual_entropy": perceptual_entropy,
     "pref_grpo": pref_grpo,
     "reinforce_pp": reinforce_pp,
+    "rejection_sft": rejection_sft,
     "rloo": rloo,
     "sapo": sapo,
     "slas": slas,
     "tempflow_grpo": tempflow_grpo,
+    "v_grpo": v_grpo,
     "vipo": vipo,
 }
 
@@ -69,14 +87,20 @@ __all__ = [
     "ALGORITHMS",
     "ENTRY_POINTS",
     "Algorithm",
+    "advantage_flow",
+    "awm",
     "branch_grpo",
     "cispo",
+    "crd",
     "dance_grpo",
     "dapo",
     "ddpo",
+    "dgpo",
+    "diffusion_nft",
     "dr_grpo",
     "drm_grpo",
     "dynamic_treerpo",
+    "elbo_pg",
     "find",
     "flash_grpo",
     "flow_cps",
@@ -87,14 +111,17 @@ __all__ = [
     "gspo",
     "mix_grpo",
     "mix_grpo_flash",
+    "online_dpo",
     "otca",
     "perceptual_entropy",
     "pref_grpo",
     "reinforce_pp",
+    "rejection_sft",
     "rloo",
     "sapo",
     "slas",
     "tempflow_grpo",
+    "v_grpo",
     "vipo",
 ]
 

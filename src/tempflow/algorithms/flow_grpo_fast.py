@@ -49,7 +49,8 @@ def flow_grpo_fast(
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other.
         window: noisy steps; all but the sampler's last are trained.
-        window_end: the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window.
+        window_end: (keep it below T − 1 with "cps": into an SD3 grid's tiny last σ its density's gradient is tens of
+            times the other steps') the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window.
         shared_prefix: one initial noise and ODE prefix for the group, which fans out where the window starts.
         kind: "cps", or "sde" for Flow-GRPO's step (noise 0.7).
         noise_level: of the kind; for "cps" in (0, 1].

@@ -27,7 +27,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
@@ -37,7 +36,7 @@ from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.objective.ratio import NormRatio, clipped
 from tempflow.core.schedule import Schedule
-from tempflow.core.weight import Weight, equalised, inverse_step
+from tempflow.core.weight import Weight, equalised, inverse_step, mean_one
 
 
 def grpo_guard(
@@ -99,10 +98,7 @@ def dance_published(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> T
     """
     edges = forest.edges
     b = dynamics.coefficients(schedule, edges.step, edges.scale)[1]
-    raw = b.abs() / schedule.delta(edges.step).square()
-    steps = edges.step[edges.trained].unique()
-    mean = torch.stack([raw[edges.trained & (edges.step == i)].mean() for i in steps]).mean()
-    return (raw / mean).float()
+    return mean_one(forest, b.abs() / schedule.delta(edges.step).square())
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,26 @@ class Credit(Protocol):
         ...
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage: ...
+
+
+@dataclass(frozen=True)
+class Around:
+    """What credits around another one share: its reward weights and groups are theirs."""
+
+    inner: Credit
+
+    @property
+    def reward_weights(self) -> Mapping[str, float] | None:
+        """Weights of the named rewards' sum; None: all 1."""
+        return self.inner.reward_weights
+
+    def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
+        """The same credit with other reward weights."""
+        return replace(self, inner=self.inner.weighted(reward_weights))
+
+    def groups(self, edges: Edges) -> Tensor:
+        """Dense group numbers [E], the inner credit's."""
+        return self.inner.groups(edges)
 
 
 def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:

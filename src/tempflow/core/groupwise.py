@@ -6,15 +6,14 @@ Each wraps another credit, `inner`, which turns what they make of the scores int
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tempflow.core.credit import Advantage, Credit
-from tempflow.core.forest import Edges, Forest
+from tempflow.core.credit import Advantage, Around
+from tempflow.core.forest import Forest
 from tempflow.core.groups import dense
 from tempflow.core.scores import Scores
 
@@ -23,27 +22,7 @@ PATH_LOG_PROB = "path_log_prob"
 
 
 @dataclass(frozen=True)
-class _Around:
-    """A credit around another one, whose reward weights and groups are its own."""
-
-    inner: Credit
-
-    @property
-    def reward_weights(self) -> Mapping[str, float] | None:
-        """Weights of the named rewards' sum; None: all 1."""
-        return self.inner.reward_weights
-
-    def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
-        """The same credit with other reward weights."""
-        return replace(self, inner=self.inner.weighted(reward_weights))
-
-    def groups(self, edges: Edges) -> Tensor:
-        """Dense group numbers [E], those of the inner credit."""
-        return self.inner.groups(edges)
-
-
-@dataclass(frozen=True)
-class WinRate(_Around):
+class WinRate(Around):
     """Every reward becomes its win rate inside the prompt's group, (wins + ties/2) / (n − 1) (Pref-GRPO).
 
     A reward is taken as a judge that prefers the larger of two scores, so only their order matters; equal scores tie.
@@ -85,7 +64,7 @@ def win_rates(value: Tensor, ok: Tensor, rounding: int | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Surprisal(_Around):
+class Surprisal(Around):
     """R + coefficient · surprisal, added before the inner credit compares (perceptual entropy, arXiv 2605.12112).
 
     surprisal of leaf k = |φ_k − φ̄|² / (2·scale²): −log density, up to a constant, of a Gaussian around the group's
@@ -162,7 +141,7 @@ class PathLogProb:
 
 
 @dataclass(frozen=True)
-class DynamicSampling(_Around):
+class DynamicSampling(Around):
     """Keeps the first `prompts` prompts (by slot) whose trained edges have spread; all others are left out (DAPO).
 
     Left out means out of the loss's mean too, so that a loss is normalised over what is kept. Fewer with spread keep

@@ -7,15 +7,14 @@ inner credit itself, on the forest in which every leaf stands as an edge (`Fores
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tempflow.core.credit import Advantage, Credit
-from tempflow.core.forest import Edges, Forest, Leaves
+from tempflow.core.credit import Advantage, Around
+from tempflow.core.forest import Forest, Leaves
 from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
 
@@ -23,27 +22,7 @@ Among = Literal["prompt", "branch"]
 
 
 @dataclass(frozen=True)
-class _Around:
-    """What all of them share."""
-
-    inner: Credit
-
-    @property
-    def reward_weights(self) -> Mapping[str, float] | None:
-        """Weights of the named rewards, the inner credit's."""
-        return self.inner.reward_weights
-
-    def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
-        """The same credit with other reward weights."""
-        return replace(self, inner=self.inner.weighted(reward_weights))
-
-    def groups(self, edges: Edges) -> Tensor:
-        """Dense group numbers [E], the inner credit's."""
-        return self.inner.groups(edges)
-
-
-@dataclass(frozen=True)
-class Extremes(_Around):
+class Extremes(Around):
     """Keeps the `best` and `worst` leaves; an edge stays if a kept leaf descends from it (DanceGRPO, BranchGRPO).
 
     Leaves are ranked by the inner credit's advantage, ties by their order, `among` those of a "prompt", or of a
@@ -77,7 +56,7 @@ class Extremes(_Around):
 
 
 @dataclass(frozen=True)
-class PerReward(_Around):
+class PerReward(Around):
     """A = clamp(Σ_k w_k·A_k / Σ_k |w_k|, ±clip), A_k the inner credit on reward k alone (MixGRPO, multi-reward).
 
     A reward of large spread does not drown the others, as it does in a sum of scores. A leaf on which one of them
@@ -117,7 +96,7 @@ class PerReward(_Around):
 
 
 @dataclass(frozen=True)
-class FromLeaves(_Around):
+class FromLeaves(Around):
     """Edge advantages as means over the valid leaves below of the leaves' own advantages.
 
     So a tree's edges are judged by the statistics of the prompt's leaves, whatever their depth (Dynamic-TreeRPO;
@@ -133,7 +112,7 @@ class FromLeaves(_Around):
 
 
 @dataclass(frozen=True)
-class LogProbBackup(_Around):
+class LogProbBackup(Around):
     """An edge's value is Σ softmax(log p of the edges that follow it)·their values (BranchGRPO's weighted back-up).
 
     Reads the edge trait "log_prob" (`LogProb`), a mean over latent elements, so siblings' weights differ little. An
@@ -179,7 +158,7 @@ class LogProb:
 
 
 @dataclass(frozen=True)
-class Standing(_Around):
+class Standing(Around):
     """Adds the column "standing" in [−1, 1], the advantage clamped, by which `Clip.sensitivity` bends its range.
 
     With a z-score inside it is Dynamic-TreeRPO's reward condition in our reading; the paper's form is not known.
@@ -192,7 +171,7 @@ class Standing(_Around):
 
 
 @dataclass(frozen=True)
-class BestPath(_Around):
+class BestPath(Around):
     """Points every edge to the edge at its step on the path to its prompt's best leaf (Dynamic-TreeRPO's imitation).
 
     Best by the inner credit's advantage, the first of equals. Edges of that path point to themselves, as do edges at a

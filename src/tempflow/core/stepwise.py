@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tempflow.core.credit import Advantage, Credit
+from tempflow.core.credit import Advantage, Around
 from tempflow.core.distribution import upcast
-from tempflow.core.forest import Edges, Forest
+from tempflow.core.forest import Forest
 from tempflow.core.scores import Scores
 from tempflow.core.units import leaf_of
 
@@ -55,7 +55,7 @@ class RelativeChange:
 
 
 @dataclass(frozen=True)
-class StepCredit:
+class StepCredit(Around):
     """OTCA's trajectory-level credit: A_t = w_t·A with w_t = n·d_t / Σ d, d = max(trait_t, 0) + floor.
 
     The sum runs over the path's n trained edges, so w ≥ 0 has mean 1 on every path, and a large `floor` gives w = 1.
@@ -68,26 +68,12 @@ class StepCredit:
     Raises ValueError for such a floor; when called, for a missing trait, or edges with another number of leaves than 1.
     """
 
-    inner: Credit
     trait: str = "progress"
     floor: float = 0.01
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.floor) and self.floor > 0):
             raise ValueError(f"floor: {self.floor} must be finite and above 0; 0.01 is ours")
-
-    @property
-    def reward_weights(self) -> Mapping[str, float] | None:
-        """The inner credit's."""
-        return self.inner.reward_weights
-
-    def weighted(self, reward_weights: Mapping[str, float] | None) -> StepCredit:
-        """The same credit with other reward weights."""
-        return replace(self, inner=self.inner.weighted(reward_weights))
-
-    def groups(self, edges: Edges) -> Tensor:
-        """The inner credit's."""
-        return self.inner.groups(edges)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """The inner credit's advantages, each times its step's weight."""
@@ -106,7 +92,7 @@ class StepCredit:
 
 
 @dataclass(frozen=True)
-class MinNorm:
+class MinNorm(Around):
     """OTCA's multi-objective credit: A = (1−explore)·m + explore·Σ u_k A_k, m the point of the hull of {A_k} nearest 0.
 
     All objectives of a sample push along one direction, ∇log π of its action, so the min-norm problem
@@ -122,25 +108,11 @@ class MinNorm:
     Raises ValueError for explore outside [0, 1].
     """
 
-    inner: Credit
     explore: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore: {self.explore} must be in [0, 1]; nearest valid: {float(self.explore > 0)}")
-
-    @property
-    def reward_weights(self) -> Mapping[str, float] | None:
-        """The inner credit's."""
-        return self.inner.reward_weights
-
-    def weighted(self, reward_weights: Mapping[str, float] | None) -> MinNorm:
-        """The same credit with other reward weights."""
-        return replace(self, inner=self.inner.weighted(reward_weights))
-
-    def groups(self, edges: Edges) -> Tensor:
-        """The inner credit's."""
-        return self.inner.groups(edges)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """Fused advantages of the forest's recorded edges. Raises whatever `Scores.total` does for the weights."""
@@ -171,7 +143,7 @@ def nearest_to_zero(value: Tensor, counts: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mapped:
+class Mapped(Around):
     """The inner credit, with a trait of each edge's leaf as a column of the edge: ViPO's map, for `PositionRatio`.
 
     Advantages stay as they are: the objective multiplies them with the map (never the rewards, which would make a group
@@ -184,22 +156,8 @@ class Mapped:
     When called, raises ValueError for a missing trait, or edges with another number of leaves than one.
     """
 
-    inner: Credit
     trait: str = "map"
     column: str = "map"
-
-    @property
-    def reward_weights(self) -> Mapping[str, float] | None:
-        """The inner credit's."""
-        return self.inner.reward_weights
-
-    def weighted(self, reward_weights: Mapping[str, float] | None) -> Mapped:
-        """The same credit with other reward weights."""
-        return replace(self, inner=self.inner.weighted(reward_weights))
-
-    def groups(self, edges: Edges) -> Tensor:
-        """The inner credit's."""
-        return self.inner.groups(edges)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """The inner credit's advantages, with the column [E, …]."""

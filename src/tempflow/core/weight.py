@@ -30,34 +30,34 @@ def noise_aware(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tenso
     1.73 (FLUX 1024², a = .9) and 1.53 (Qwen-Image 512², a = 1.2) as its reciprocals.
     """
     step, scale = forest.edges.step, forest.edges.scale
-    return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2])
+    return mean_one(forest, dynamics.coefficients(schedule, step, scale)[2])
 
 
 def ratio_norm(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     """w_i ∝ S_i / Δ_i: by which GRPO-Guard (ratio exponent × S_i, loss × 1/Δ_i) rescales a step's gradient."""
     step, scale = forest.edges.step, forest.edges.scale
-    return _mean_one(forest, dynamics.coefficients(schedule, step, scale)[2] / schedule.delta(step))
+    return mean_one(forest, dynamics.coefficients(schedule, step, scale)[2] / schedule.delta(step))
 
 
 def equalised(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     """w_i ∝ 1/|b_i|: with GRPO-Guard's ratio, whose gradient has size |b_i|, equal gradients at all steps."""
     b = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)[1]
-    return _mean_one(forest, 1 / b.abs())
+    return mean_one(forest, 1 / b.abs())
 
 
 def inverse_step(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     """w_i ∝ 1/Δ_i: GRPO-Guard's loss weight beside its normalised ratio, in its flow_sde form."""
-    return _mean_one(forest, 1 / schedule.delta(forest.edges.step))
+    return mean_one(forest, 1 / schedule.delta(forest.edges.step))
 
 
 def rectified(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     """w_i ∝ 1 / c_i, equal gradients at all steps (Flash-GRPO's rectification λ, computed instead of tabulated)."""
     _, b, std = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)
-    return _mean_one(forest, std / b.abs())  # so written, an untrained edge without noise (CPS into σ = 0) gives 0
+    return mean_one(forest, std / b.abs())  # so written, an untrained edge without noise (CPS into σ = 0) gives 0
 
 
-def _mean_one(forest: Forest, raw: Tensor) -> Tensor:
-    """Divides by the mean over trained steps, each counted once however many edges it has."""
+def mean_one(forest: Forest, raw: Tensor) -> Tensor:
+    """`raw` [E] divided by its mean over trained steps, each counted once however many edges it has."""
     trained = forest.edges.trained.to(raw.dtype)
     nothing = torch.zeros(forest.steps, dtype=raw.dtype, device=raw.device)
     total = nothing.index_add(0, forest.edges.step, trained * raw)

@@ -41,6 +41,7 @@ NOISELESS = _less("noise_level")
 """For algorithms whose step has no noise level to set."""
 
 _FLOW = {"group": 12, **COMMON}
+_FORWARD = {"steps": 6, "group": 12}
 _TWO = {"updates_per_iteration": 2}
 """With one update the ratio is 1 throughout, and gates that differ beside it are one and the same."""
 
@@ -120,6 +121,21 @@ ENTRIES: tuple[Entry, ...] = (
         kind="knob",
         optimizer=_TWO,
     ),
+    # the forward-process family: sampled without noise, trained at drawn (t, ε)
+    Entry("diffusion_nft", {"name": "diffusion_nft", **_FORWARD, "fraction": 0.5, "kl": 0.0, "eps": 0.1}, 10),
+    Entry("awm", {"name": "awm", **_FORWARD, "pairs": 4, "kl": 0.0, "eps": 0.1}, 9),
+    Entry("advantage_flow", {"name": "advantage_flow", **_FORWARD, "pairs": 3, "reference": 0.0}, 10),
+    Entry("v_grpo", {"name": "v_grpo", **_FORWARD, "pairs": 4, "eps": 0.1}, 12),
+    Entry("elbo_epg", {"name": "elbo_pg", **_FORWARD, "kl": 0.0, "fraction": 0.5, "scale": "group", "gain": 1.0}, 10),
+    Entry(
+        "elbo_par",
+        {"name": "elbo_pg", "kind": "par", **_FORWARD, "kl": 0.0, "fraction": 0.5, "scale": "none", "gain": 0.1},
+        10,
+    ),
+    Entry("dgpo", {"name": "dgpo", **_FORWARD, "clip": None, "eps": 0.1}, 10),
+    Entry("crd", {"name": "crd", **_FORWARD, "kl": 0.0, "fraction": 0.5, "eps": 0.1}, 10),
+    Entry("online_dpo", {"name": "online_dpo", **_FORWARD}, 17),
+    Entry("rejection_sft", {"name": "rejection_sft", **_FORWARD, "best": 3}, 18),
 )
 """In the order of papers/trajectory, then papers/forward."""
 

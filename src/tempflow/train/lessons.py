@@ -53,7 +53,7 @@ class Lessons:
         """Batches of at most that many forwards, of even size where every item is its own unit. No unit is split: one
         that is larger makes a batch by itself."""
         if self.units == len(self.row):
-            count = -(-len(self.row) * self.pairs // max(rows, self.pairs))
+            count = -(-len(self.row) // max(1, rows // self.pairs))
             cuts = [int(part[0]) for part in torch.tensor_split(torch.arange(self.units), count) if len(part)]
         else:
             cuts, held = [0], 0
