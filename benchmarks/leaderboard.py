@@ -87,7 +87,8 @@ class Board:
                 "seed": 4321,
             },
         }
-        iterations = affordable(parse_config(fields).algorithm.build(), entry.prompts, self.forwards)
+        algorithm = parse_config(fields).algorithm.build()
+        iterations = affordable(algorithm, entry.prompts, self.forwards, entry.counted)
         fields["evaluation"] |= {"every": max(1, round(iterations / 10))}
         return parse_config(fields | {"iterations": iterations})
 

@@ -169,8 +169,11 @@ def unpacked(digits: str, outcomes: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=outcomes).astype(float)
 
 
-def affordable(algorithm: Algorithm, prompts: int, budget: int) -> int:
-    """Iterations, at least 1, whose rollout, training, and other weight sets' forwards come nearest to the budget."""
+def affordable(algorithm: Algorithm, prompts: int, budget: int, counted: int | None = None) -> int:
+    """Iterations, at least 1, whose rollout, training, and other weight sets' forwards come nearest to the budget;
+    `counted`: those of each, where the plans do not know."""
+    if counted is not None:
+        return max(1, round(budget / counted))
     spent = 0
     for iteration in count():
         cost = algorithm.cost(iteration, prompts)

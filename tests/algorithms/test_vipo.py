@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,6 @@ from loop_checks import (
 )
 from torch import Tensor
 
-from tempflow.algorithms import vipo as module
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.vipo import ImportanceMap, Maps, vipo
@@ -123,7 +123,7 @@ def test_the_default_maps_are_the_rooms_own_on_the_latents_grid() -> None:
 
 def test_dino_is_loaded_when_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(module, "_dino", lambda path: asked.append(path) or HandFeatures(4))
+    monkeypatch.setattr(sys.modules[vipo.__module__], "_dino", lambda path: asked.append(path) or HandFeatures(4))
     algorithm = vipo(dino="some/folder")
     assert asked == []
     media = torch.randint(0, 255, (2, 16, 16, 3), dtype=torch.uint8)

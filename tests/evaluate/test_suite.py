@@ -17,10 +17,10 @@ from tempflow.core.rollout import Noise
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate import pictures, suite
-from tempflow.perception.diversity import features, within_groups
 from tempflow.evaluate.grid import CAPTION, CELL, GAP, grid
 from tempflow.evaluate.stats import interval
 from tempflow.evaluate.suite import Report, draw, evaluate, fixed_prompts
+from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import from_function
 
 

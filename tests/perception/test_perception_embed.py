@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pictures import noise, rendered
 from torch import Tensor
 
-from tempflow.perception.diversity import features
 from tempflow.perception import Embedding, HandEmbedding
+from tempflow.perception.diversity import features
 
 
 def bonus(media: Tensor) -> Tensor:

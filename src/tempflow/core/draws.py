@@ -48,7 +48,6 @@ class Draws:
         z = Stream(seed, "forward.noise").normal([(j, *i) for i in owners for j in wanted], shape)
         return t, z.view(len(owners), len(wanted), *shape)[place]
 
-
     def single(
         self, seed: int, ids: Sequence[Id], which: Sequence[int], schedule: Schedule, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor]:

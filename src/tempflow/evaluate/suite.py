@@ -16,10 +16,10 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.perception.diversity import features, within_groups
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.models.protocol import Model, Predict, Size
+from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
 

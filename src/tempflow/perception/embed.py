@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempflow.perception.diversity import features
 from tempflow.perception.dino import DinoBackbone
+from tempflow.perception.diversity import features
 from tempflow.perception.media import Media, check_media
 
 Pool = Literal["cls", "patches"]

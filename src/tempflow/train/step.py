@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Judge = Callable[[Tensor, Tensor, Tensor], Scores]
 """judge(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
 
+NO_EDGES = torch.zeros(0, dtype=torch.long)
+"""What is kept of a rollout's edges where leaves are trained: their states are freed."""
+
 LEAVES_AT_ONCE = 1024
 """A rollout advances in chunks of whole prompts with about this many leaves; each is decoded, scored and dropped."""
 
@@ -253,7 +256,8 @@ class _Tour:
         signals = measure(latents, media, forest.leaves.prompt, ok)
         forest = observed(algorithm, forest, media)
         clock.add("signals", started)
-        return _Grown(forest if algorithm.draws is not None else forest.drop_leaf_states(), scores, signals)
+        kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
+        return _Grown(kept, scores, signals)
 
     def _rollout(self, slots: Sequence[int]) -> Forest:
         setting, algorithm = self.setting, self.setting.algorithm

@@ -81,7 +81,8 @@ class LeafObjective(Protocol):
 
     @property
     def unit(self) -> str:
-        """What a micro-batch never splits: "draw" (a sample's pair), "leaf" (all its pairs) or "group"."""
+        """What a micro-batch never splits: "draw" (a sample's pair), "leaf" (all its pairs) or
+        "group" (a prompt's samples at one pair)."""
         ...
 
     @property
