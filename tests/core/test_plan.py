@@ -233,7 +233,7 @@ GOOD = P.branch_each_step(3, 1, 2)
         ({"trained": (True,) * len(GOOD.parent)}, "trained[2]", "False"),
         ({"scale": (0.0, *GOOD.scale[1:])}, "scale[0]", "1.0"),
         ({"scale": (math.inf, *GOOD.scale[1:])}, "scale[0]", "1.0"),
-        ({"start": (1,)}, "start[0]", "0"),
+        ({"start": (-1,)}, "start[0]", "0"),
         ({"start": (0, 0)}, "start", "1"),
         ({"scored": (0,)}, "scored[0]", str(min(GOOD.scored))),
         ({"scored": (GOOD.scored[0],) * 2}, "scored", str((GOOD.scored[0],))),

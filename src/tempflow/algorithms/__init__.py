@@ -39,6 +39,7 @@ from tempflow.algorithms.rejection_sft import rejection_sft
 from tempflow.algorithms.rloo import rloo
 from tempflow.algorithms.sapo import sapo
 from tempflow.algorithms.slas import slas
+from tempflow.algorithms.sol_rl import sol_rl
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
 from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.algorithms.vipo import vipo
@@ -76,6 +77,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "rloo": rloo,
     "sapo": sapo,
     "slas": slas,
+    "sol_rl": sol_rl,
     "tempflow_grpo": tempflow_grpo,
     "v_grpo": v_grpo,
     "vipo": vipo,
@@ -120,6 +122,7 @@ __all__ = [
     "rloo",
     "sapo",
     "slas",
+    "sol_rl",
     "tempflow_grpo",
     "v_grpo",
     "vipo",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core.credit import Credit
+from tempflow.core.draft import Draft
 from tempflow.core.draws import Draws
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.follow import Frozen, Rule
@@ -61,6 +62,7 @@ class Algorithm:
     sampler      the weight set that rolls out
     units        which edges share a chunk, for an objective whose unit is one
     observe      what credit and units want to know of the rollout, as traits of its edges and leaves
+    draft        a pool of noises that is drafted and scored first; the plan's roots start from those it chooses
     judge        folder of a latent reward that scores every trained edge's end at its σ; credit then sees these scores,
                  and the leaves' are only looked at. None: credit sees the leaves' scores
     solver       walks the deterministic edges; None: Euler
@@ -82,6 +84,7 @@ class Algorithm:
     sampler: str = "policy"
     units: Units | None = None
     observe: tuple[Observation, ...] = ()
+    draft: Draft | None = None
     judge: str | None = None
     solver: Solver | None = None
     grid: Callable[[int, Schedule], Schedule] | None = None
@@ -91,6 +94,8 @@ class Algorithm:
         steps = self.schedule(0, linear(self.steps)).steps
         if plan.steps != steps:
             raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
+        if self.draft is not None and self.draft.pool < plan.roots:
+            raise ValueError(f"pool: {self.draft.pool} for {plan.roots} roots a prompt; nearest valid: {plan.roots}")
         missing = [s for s in self.sets if s != "reference" and s not in self.weight_sets]
         if missing:
             raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
@@ -137,11 +142,11 @@ class Algorithm:
         return total
 
     def cost_of(self, plan: Plan) -> Cost:
-        """What one of its plans costs. Where leaves are trained, trained edges are pairs of a leaf and a (t, ε)."""
+        """What one of its plans costs, its draft included. Where leaves are trained, an edge is a leaf's (t, ε)."""
         cost = plan.cost()
-        if self.draws is None:
-            return cost
-        return Cost(cost.forwards, cost.leaves, cost.leaves * self.draws.times.count(plan.steps))
+        pairs = 0 if self.draws is None else cost.leaves * self.draws.times.count(plan.steps)
+        drafted = Cost(0, 0, 0) if self.draft is None else self.draft.cost()
+        return cost + drafted + Cost(0, 0, pairs)
 
 
 def _check_edges(algorithm: Algorithm, plan: Plan) -> None:

@@ -48,7 +48,7 @@ class Plan:
     stochastic  per edge: an SDE step (an action) or an ODE step
     trained     per edge: used by the loss; only stochastic edges can be
     scale       per edge: finite multiplier > 0 of the dynamics' noise level, 1.0 = as it is
-    start       per root: index of the initial noise it starts from, in 0 … R − 1; all 0 = one shared noise
+    start       per root: index ≥ 0 of the initial noise it starts from; all 0 = one shared noise
     scored      ids of the nodes at σ = 0 that are decoded and scored, in leaf order
 
     Raises ValueError when the lists do not describe such a forest.
@@ -351,7 +351,7 @@ def _check_roots_and_leaves(plan: Plan) -> None:
     if len(plan.start) != plan.roots:
         raise _invalid("len(start)", len(plan.start), "one entry per root is needed", plan.roots)
     for root, start in enumerate(plan.start):
-        _between(f"start[{root}]", start, 0, plan.roots - 1)
+        _at_least(f"start[{root}]", start, 0)
     if len(set(plan.scored)) != len(plan.scored):
         raise _invalid("scored", plan.scored, "names a node twice", tuple(dict.fromkeys(plan.scored)))
     nodes = plan.roots + len(plan.parent)

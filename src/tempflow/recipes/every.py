@@ -125,6 +125,11 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     # the forward-process family: sampled without noise, trained at drawn (t, ε)
     Entry("diffusion_nft", {"name": "diffusion_nft", **_FORWARD, "fraction": 0.5, "kl": 0.0, "eps": 0.1}, 10),
+    Entry(
+        "sol_rl",
+        {"name": "sol_rl", **_FORWARD, "pool": 24, "draft_steps": 3, "fraction": 0.5, "kl": 0.0, "eps": 0.1},
+        7,
+    ),
     Entry("awm", {"name": "awm", **_FORWARD, "pairs": 4, "kl": 0.0, "eps": 0.1}, 9),
     Entry("advantage_flow", {"name": "advantage_flow", **_FORWARD, "pairs": 3, "reference": 0.0}, 10),
     Entry("v_grpo", {"name": "v_grpo", **_FORWARD, "pairs": 4, "eps": 0.1}, 12),

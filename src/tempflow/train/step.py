@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.credit import Advantage
+from tempflow.core.draft import Draft, from_noises, kendall
 from tempflow.core.dynamics import ODE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
+from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
@@ -109,6 +111,7 @@ class Experience:
     judged     a latent reward's scores of the whole's edges; None without one
     schedule   the grid that was walked
     iteration  which one it is, from 0
+    fidelity   [P] how the draft ranked the chosen noises beside the regenerated pictures; None without a draft
     """
 
     forest: Forest
@@ -121,6 +124,7 @@ class Experience:
     judged: Scores | None
     schedule: Schedule
     iteration: int
+    fidelity: Tensor | None = None
 
     @property
     def credited(self) -> tuple[Scores, Forest]:
@@ -142,9 +146,10 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
     tour = _Tour(setting, plans, prompts, iteration, schedule, models[algorithm.sampler], clock)
     grown = [tour.grow(slots) for slots in _chunks(plans, mine)]
     leaves = [plan.cost().leaves for plan in plans]
-    counter.rollout += sum(plan.cost().forwards for plan in plans)
-    counter.decodes += sum(leaves)
-    counter.reward_calls += sum(leaves) * len(setting.rewards)
+    costs = [algorithm.cost_of(plan) for plan in plans]
+    counter.rollout += sum(cost.forwards for cost in costs)
+    counter.decodes += sum(cost.leaves for cost in costs)
+    counter.reward_calls += sum(cost.leaves for cost in costs) * len(setting.rewards)
     scores = Scores.cat([part.scores for part in grown])
     signals = Signals.cat([part.signals for part in grown])
     counts = [sum(leaves[slot] for slot in block) for block in blocks]
@@ -163,7 +168,13 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
         judged=None if setting.judge is None else _judged(setting, prompts, mine, forest, schedule, edges, counter),
         schedule=schedule,
         iteration=iteration,
+        fidelity=_gathered(world, [part.fidelity for part in grown], [len(b) for b in blocks]),
     )
+
+
+def _gathered(world: World, parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return world.gather(torch.cat(given), counts) if given else None
 
 
 def _judged(
@@ -220,9 +231,12 @@ def credit(setting: Setting, experience: Experience) -> Credit:
 
 @dataclass(frozen=True, eq=False)
 class _Grown:
+    """`fidelity` [P]: Kendall's τ between a draft's scores and the regenerated pictures', prompt by prompt."""
+
     forest: Forest
     scores: Scores
     signals: Signals
+    fidelity: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,27 +253,54 @@ class _Tour:
 
     def grow(self, slots: Sequence[int]) -> _Grown:
         """A chunk of whole prompts: rolled out, decoded, scored, measured, observed."""
+        algorithm = self.setting.algorithm
+        plans, drafted = [self.plans[s] for s in slots], None
+        if algorithm.draft is not None:
+            plans, drafted = self._drafted(algorithm.draft, slots, plans)
+        forest, media, scores = self._judged(slots, plans, self.schedule)
+        latents = forest.nodes[forest.leaves.node]
+        started = time.perf_counter()
+        total, ok = scores.total(algorithm.credit.reward_weights)
+        signals = measure(latents, media, forest.leaves.prompt, ok)
+        forest = observed(algorithm, forest, media)
+        self.clock.add("signals", started)
+        kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
+        fidelity = None
+        if drafted is not None and len(drafted) == len(total):  # a root has one leaf
+            fidelity = _fidelity(drafted, total, forest.leaves.prompt.cpu(), slots)
+        return _Grown(kept, scores, signals, fidelity)
+
+    def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor]:
+        """The plans from the noises that the draft chose, and the draft's scores of these, root by root."""
+        setting = self.setting
+        schedule = setting.model.schedule(draft.steps, setting.size)
+        _, _, scores = self._judged(slots, [draft.plan] * len(slots), schedule)
+        value, ok = (t.view(len(slots), draft.pool) for t in scores.total(setting.algorithm.credit.reward_weights))
+        stream = Stream(setting.seed, "draft.choice")
+        starts = [
+            draft.choose(v, o, plan.roots, stream, (self.iteration, slot))
+            for v, o, plan, slot in zip(value, ok, plans, slots, strict=True)
+        ]
+        chosen = torch.cat([v[list(start)] for v, start in zip(value, starts, strict=True)])
+        return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen
+
+    def _judged(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> tuple[Forest, Tensor, Scores]:
+        """Those plans rolled out; their leaves' pictures and scores."""
         setting, clock, started = self.setting, self.clock, time.perf_counter()
-        model, algorithm = setting.model, setting.algorithm
-        forest = self._rollout(slots)
+        forest = self._rollout(slots, plans, schedule)
         started = clock.add("rollout", started)
         latents = forest.nodes[forest.leaves.node]
-        media = model.decode(latents, setting.size)
+        media = setting.model.decode(latents, setting.size)
         started = clock.add("decode", started)
         slot = forest.leaves.prompt.tolist()
         owner = [self.prompts[s] for s in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
         sound = latents.isfinite().flatten(1).all(1).cpu()
         scores = score_all(setting.rewards, media, texts, metadata, slot, sound=sound, pause=setting.pause)
-        started = clock.add("reward", started)
-        ok = scores.total(algorithm.credit.reward_weights)[1]
-        signals = measure(latents, media, forest.leaves.prompt, ok)
-        forest = observed(algorithm, forest, media)
-        clock.add("signals", started)
-        kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
-        return _Grown(kept, scores, signals)
+        clock.add("reward", started)
+        return forest, media, scores
 
-    def _rollout(self, slots: Sequence[int]) -> Forest:
+    def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> Forest:
         setting, algorithm = self.setting, self.setting.algorithm
 
         def patient(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
@@ -267,9 +308,9 @@ class _Tour:
             return self.predict(x, sigma, rows)
 
         return rollout(
-            [self.plans[s] for s in slots],
+            plans,
             algorithm.dynamics or ODE(),
-            self.schedule,
+            schedule,
             patient,
             Noise(setting.seed, self.iteration),
             shape=setting.model.noise_shape(setting.size),
@@ -279,6 +320,17 @@ class _Tour:
             keep_mean=algorithm.draws is None and algorithm.edge_objective.keeps_mean,
             device=setting.model.device,
         )
+
+
+def _fidelity(drafted: Tensor, value: Tensor, prompt: Tensor, slots: Sequence[int]) -> Tensor:
+    """Per prompt; failed scores take no part."""
+    taus = list[float]()
+    for slot in slots:
+        here = prompt == slot
+        a, b = drafted[here], value[here]
+        both = a.isfinite() & b.isfinite()
+        taus.append(kendall(a[both], b[both]))
+    return torch.tensor(taus, dtype=torch.float64)
 
 
 def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
@@ -325,5 +377,7 @@ def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, f
     trained = experience.whole.edges.trained & advantage.ok
     metrics["failed_rewards"] = int((~scores.ok).any(1).sum())
     metrics["zero_variance"] = 1 - (trained & advantage.live).sum().item() / max(1, int(trained.sum()))
+    if experience.fidelity is not None and bool(experience.fidelity.isfinite().any()):
+        metrics["draft/kendall"] = experience.fidelity.nanmean().item()
     measured = {name: value for name, value in experience.signals.metrics().items() if math.isfinite(value)}
     return metrics | measured

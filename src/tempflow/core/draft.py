@@ -1,0 +1,85 @@
+"""Drafts: sample a large pool cheaply, score it, and grow the real forest from the initial noises worth it (Sol-RL)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tempflow.core.plan import Cost, Plan, ode
+from tempflow.core.rng import Stream
+
+Choice = Literal["best_worst", "mean_deviation", "random", "extremes_random"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """`pool` noises of a prompt, walked by ODE in `steps` steps; the plan's roots start from those chosen.
+
+    `mode`: "best_worst" the n//2 best and the n − n//2 worst; "mean_deviation" those farthest from the pool's mean;
+    "random" any; "extremes_random" half by the first rule, half any of the rest (how Sol-RL divides it is our reading).
+    Ties go to the lower index. A failed draft is chosen only where too few are left. Initial noises are functions of
+    slot and index, so the chosen ones are walked again from the very same noise (code: NVlabs/Sana, sol_rl).
+    Raises ValueError for a pool or steps below 1, or an unknown mode.
+    """
+
+    pool: int
+    steps: int
+    mode: Choice = "best_worst"
+
+    def __post_init__(self) -> None:
+        for name, value in (("pool", self.pool), ("draft_steps", self.steps)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} must be at least 1; nearest valid: 1")
+        if self.mode not in get_args(Choice):
+            raise ValueError(f"mode: {self.mode!r} is not one of {', '.join(get_args(Choice))}")
+
+    @property
+    def plan(self) -> Plan:
+        """The pool's own."""
+        return ode(self.steps, self.pool)
+
+    def cost(self) -> Cost:
+        """What a prompt's draft costs; its pictures are decoded and scored too."""
+        return Cost(self.steps * self.pool, self.pool, 0)
+
+    def choose(self, value: Tensor, ok: Tensor, keep: int, stream: Stream, id: tuple[int, ...]) -> tuple[int, ...]:
+        """`keep` distinct indices of one prompt's pool, ascending. value float [pool], ok bool [pool]."""
+        shuffled = stream.permutation(id, self.pool)
+        valid = [i for i in range(self.pool) if bool(ok[i])]
+        failed = [i for i in range(self.pool) if not bool(ok[i])]
+        score = {i: float(value[i]) for i in valid}
+        if self.mode == "random":
+            ranked = [i for i in shuffled if i in score]
+        elif self.mode == "mean_deviation":
+            mean = math.fsum(score.values()) / max(1, len(score))
+            ranked = sorted(valid, key=lambda i: (-abs(score[i] - mean), i))
+        else:
+            count = keep if self.mode == "best_worst" else keep // 2
+            ranked = _ends(sorted(valid, key=lambda i: (-score[i], i)), count)
+            ranked += [i for i in shuffled if i in score and i not in set(ranked)]
+        return tuple(sorted([*ranked, *failed][:keep]))
+
+
+def from_noises(plan: Plan, start: Sequence[int]) -> Plan:
+    """The same forest from other initial noises, one for each root."""
+    return replace(plan, start=tuple(start))
+
+
+def kendall(a: Tensor, b: Tensor) -> float:
+    """Kendall's τ_b of two score lists, float [n]; NaN where one of them is all ties or n < 2."""
+    pairs = torch.triu_indices(len(a), len(a), 1)
+    x, y = ((t[pairs[0]] - t[pairs[1]]).double().sign() for t in (a, b))
+    scale = math.sqrt(float(x.abs().sum()) * float(y.abs().sum()))
+    return float((x * y).sum()) / scale if scale > 0 else math.nan
+
+
+def _ends(ranked: list[int], keep: int) -> list[int]:
+    """The keep // 2 first and the rest from the end; all of them where there are no more."""
+    best = ranked[: keep // 2]
+    rest = ranked[len(best) :]
+    return best + rest[max(0, len(rest) - (keep - keep // 2)) :]
