@@ -70,7 +70,7 @@ TOYS: dict[str, Toy] = {
     "dynamic_treerpo": Toy({"trees": 2, "depth": 3, "order": "random", "every": 1}, iterations=60, repeat=3),
     # the forward process: leaves and their (t, ε)
     "diffusion_nft": Toy(),
-    "sol_rl": Toy({"pool": 24, "draft_steps": 3}),
+    "sol_rl": Toy({"pool": 24, "draft_steps": 3}, iterations=35),
     "awm": Toy({"steps": 8}),
     "advantage_flow": Toy(),
     "v_grpo": Toy(repeat=4),

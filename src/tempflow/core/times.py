@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Protocol
 
@@ -55,7 +56,7 @@ class GridTimes:
 
     def __call__(self, stream: Stream, ids: Sequence[Id], schedule: Schedule) -> Tensor:
         count = self.count(schedule.steps)
-        order = [stream.permutation(i, schedule.steps)[:count] for i in ids]
+        order = [_order(stream, i, schedule.steps)[:count] for i in ids]
         return _on_grid(schedule, torch.tensor(order, dtype=torch.long).view(-1, count))
 
 
@@ -198,6 +199,12 @@ class LogitNormalTimes:
         # one number at a time: a vector library's last bit depends on how many there are
         t = [0.5 * (1 + math.tanh(normal.inv_cdf(p) / 2)) for row in u for p in map(float, row)]
         return _shifted(torch.tensor(t, dtype=torch.float64).view(u.shape), self.shift).clamp(min=self.low)
+
+
+@lru_cache(maxsize=8192)
+def _order(stream: Stream, id: Id, n: int) -> tuple[int, ...]:
+    """Kept, as micro-batches ask for the same sample's times again and again."""
+    return tuple(stream.permutation(id, n))
 
 
 def _on_grid(schedule: Schedule, index: Tensor) -> Tensor:
