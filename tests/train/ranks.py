@@ -13,17 +13,25 @@ from fake import PROMPTS, Bench, Fake, brightness, config, flow, tempflow
 from PIL import Image
 from safetensors.torch import save_file
 
+from tempflow.algorithms import dgpo, diffusion_nft, gcpo, sol_rl, v_grpo, vipo
 from tempflow.train.dist import join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
 from tempflow.train.step import credit
 from tempflow.train.weightsets import Trainable
 
+# groups are multiples of three: `patchy` fails every third picture of a call, which must not depend on the ranks
 ALGORITHMS = {
     "flow": lambda: flow(kl=0.05, std="group"),
     "flow_global": lambda: flow(kl=0.05, std="global"),
     "tempflow": lambda: tempflow(kl=0.05),
     "tempflow_batch": lambda: tempflow(std_group="batch"),
+    "nft": lambda: diffusion_nft(steps=4, group=6),
+    "dgpo": lambda: dgpo(steps=4, group=6),
+    "v_grpo": lambda: v_grpo(steps=4, group=6, pairs=3),
+    "gcpo": lambda: gcpo(steps=4, group=6, sizes=(1, 2), share=1.0, clip=0.02),
+    "vipo": lambda: vipo(steps=4, group=6, kind="flow", noise_level=0.7, clip=0.5),
+    "sol_rl": lambda: sol_rl(steps=4, group=6, pool=9, draft_steps=2),
 }
 
 

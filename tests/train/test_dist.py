@@ -43,7 +43,10 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
     return float((a - b).abs().max()) <= relative * float(b.abs().max())
 
 
-@pytest.mark.parametrize("algorithm", ["flow", "flow_global", "tempflow", "tempflow_batch"])
+KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl"]
+
+
+@pytest.mark.parametrize("algorithm", KINDS)
 def test_two_ranks_equal_one_process(algorithm: str, tmp_path: Path) -> None:
     """Five prompts on two ranks, failed scores and a group without spread: loss, advantages, gradients, a step."""
     launch(1, algorithm, str(tmp_path / "one"), "ddp")
