@@ -144,9 +144,11 @@ class Algorithm:
     def cost_of(self, plan: Plan) -> Cost:
         """What one of its plans costs, its draft included. Where leaves are trained, an edge is a leaf's (t, ε)."""
         cost = plan.cost()
-        pairs = 0 if self.draws is None else cost.leaves * self.draws.times.count(plan.steps)
         drafted = Cost(0, 0, 0) if self.draft is None else self.draft.cost()
-        return cost + drafted + Cost(0, 0, pairs)
+        if self.draws is None:
+            return cost + drafted
+        pairs = cost.leaves * self.draws.times.count(plan.steps)
+        return Cost(cost.forwards, cost.leaves, pairs) + drafted
 
 
 def _check_edges(algorithm: Algorithm, plan: Plan) -> None:
