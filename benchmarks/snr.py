@@ -158,8 +158,11 @@ def main() -> None:
     for n, first in enumerate(names):
         for second in names[n + 1 :]:
             (g, s), (h, t) = means[first], means[second]
-            inner = float((g.double() * h.double()).sum())
-            print(f"cosine of mean gradients of {first} and {second}, noise taken out: {inner / (s * t) ** 0.5:.2f}")
+            if min(s, t) <= 0:
+                print(f"{first} and {second}: no signal above the noise, so no cosine; take more iterations")
+                continue
+            cosine = float((g.double() * h.double()).sum()) / (s * t) ** 0.5
+            print(f"cosine of mean gradients of {first} and {second}, noise taken out: {cosine:.2f}")
 
 
 if __name__ == "__main__":
