@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def run_all(
                 return
             process = _started(config, resume)
             live.add(process)
-        code = process.wait()
+        code = _ended(config, process)
         with lock:
             live.discard(process)
             if not leaving.is_set():
@@ -71,6 +72,23 @@ def run_all(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ended(config: Config, process: subprocess.Popen) -> int:
+    """Waits for it and adds its processor time to that of the run's earlier starts; its exit status."""
+    try:
+        _, status, used = os.wait4(process.pid, 0)
+    except ChildProcessError:  # who terminated it has waited already
+        return process.wait()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    _beside(config, ".cpu").write_text(f"{processor_seconds(config) + used.ru_utime + used.ru_stime:.2f}\n")
+    return process.returncode
+
+
+def processor_seconds(config: Config) -> float:
+    """What the run has used so far, all its starts together."""
+    file = _beside(config, ".cpu")
+    return float(file.read_text()) if file.exists() else 0.0
 
 
 def _beside(config: Config, end: str) -> Path:
@@ -215,6 +233,7 @@ def boiled(config: Config, base: str, metric: str) -> dict[str, Any]:
     """A finished run, or one that a guard stopped, as a small file: plain JSON.
 
     base: hash of the weights that it started from; metric: the test score that is kept, 0 or 1 for each picture.
+    `seconds`: processor time, None where the run was not started by `run_all`.
     `diversity` is that of the pictures trained on, in the first and the last five iterations. `collapsed`: the last
     validation is under half of the untrained model's.
     Raises OSError, KeyError or ValueError where the run is neither.
@@ -245,7 +264,7 @@ def boiled(config: Config, base: str, metric: str) -> dict[str, Any]:
             "before_bits": packed(before),
             "after_bits": packed(after),
             "cost": told["cost"],
-            "seconds": round(told["seconds"], 1),
+            "seconds": processor_seconds(config) or None,
             "config": settings,
         }
     stops = [a for a in lines(folder, "alarms.jsonl") if a["action"] == "stop"]

@@ -81,7 +81,7 @@ WRONG = [
     ({"evaluation": {"steps": 0}}, "evaluation.steps: 0 must be ≥ 1; nearest valid: 1"),
     ({"evaluation": {"guidance": 0.0}}, "evaluation.guidance: 0.0 must be ≥ 1.0; nearest valid: 1.0"),
     # names and choices
-    ({"model": {"dtype": "float16"}}, "model.dtype: 'float16' is not one of float32, bfloat16"),
+    ({"model": {"dtype": "float16"}}, "model.dtype: 'float16' is not one of auto, float32, bfloat16"),
     ({"model": {"training": "LoRA"}}, "model.training: 'LoRA' is not one of full, lora; nearest valid: 'lora'"),
     (alg("tempflow_grp"), "algorithm.name: 'tempflow_grp' is no known algorithm; nearest valid: 'tempflow_grpo'"),
     (alg(weight="noise"), "algorithm.weight: 'noise' is not one of noise_aware, uniform, rectified; nearest valid: "),

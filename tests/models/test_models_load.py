@@ -186,3 +186,33 @@ def test_the_adapter_knows_its_licence(tiny_folder: Path, tmp_path: Path) -> Non
     assert models.load(str(folder)).licence == "unknown"
     (folder / "README.md").write_text(SD35)
     assert models.load(str(folder)).licence == "stabilityai-ai-community"
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_f": True}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert models.resolved_dtype("auto", "cpu") == dtype
+    assert (
+        models.resolved_dtype("float32", "cpu") == "float32" and models.resolved_dtype("bfloat16", "cpu") == "bfloat16"
+    )
+    assert str(models.load(str(tiny_folder), dtype="auto").dtype) == f"torch.{dtype}"
+
+
+def test_auto_is_float32_where_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert models.resolved_dtype("auto", "cpu") == models.resolved_dtype("auto", "mps") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.resolved_dtype("auto", "cuda") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert models.resolved_dtype("auto", "cuda:1") == "bfloat16"

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tempflow.config import load_config
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import evaluate, fixed_prompts
+from tempflow.models import resolved_dtype
 from tempflow.rewards import from_function
 from tempflow.train.guards import GuardError
 from tempflow.train.loop import Run, train
@@ -361,3 +363,9 @@ def test_a_warm_up_that_outlasts_the_run_is_said(
     assert ("warmup_iterations 4 outlasts" in " ".join(out.split())) == warned
     if warned:
         assert f"ends at {0.1 * iterations / 5:.2g}, not 0.1" in " ".join(out.split())
+
+
+def test_a_runs_records_name_the_dtype_that_auto_meant(tmp_path: Path) -> None:
+    chosen = config(tmp_path / "toy", iterations=1, model={"dtype": "auto", "height": 2, "width": 2})
+    run = train(chosen, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
+    assert load_config(run.folder / "config.yaml").model.dtype == resolved_dtype("auto", "cpu") != "auto"

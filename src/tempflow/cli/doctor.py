@@ -48,11 +48,13 @@ def _checks(words: Sequence[str]) -> list[Check]:
     from tempflow.cli.lists import REWARD_NOTES
     from tempflow.cli.parse import configured
     from tempflow.doctor.run import needed_extras, run_checks
+    from tempflow.models import resolved_dtype
 
     config: Config = configured("doctor", words)
+    device = _device(config.device)
     return [
         *library_checks(needed_extras(config, REWARD_NOTES)),
-        *machine_checks(_device(config.device), config.model.dtype, config.threads),
+        *machine_checks(device, resolved_dtype(config.model.dtype, device), config.threads),
         *run_checks(config, REWARD_NOTES, os.environ),
     ]
 

@@ -20,7 +20,10 @@ class ModelConfig(Strict):
         default="shapes", min_length=1, description="'shapes' (embedded), a diffusers pipeline folder, or a hub id"
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub id")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="what the network computes in")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="what the network computes in; auto: bfloat16 where hardware does it",
+    )
     height: int = Field(default=32, ge=1, description="pixels")
     width: int = Field(default=32, ge=1, description="pixels")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance in rollout and training; 1 = none")

@@ -18,8 +18,20 @@ from tempflow.models.sd3 import SD3
 FAMILIES = {"StableDiffusion3Pipeline": "Stable Diffusion 3 / 3.5 (and the embedded `shapes`)"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTO = "auto"
 
-__all__ = ["DTYPES", "FAMILIES", "SD3", "Conditioning", "Model", "Predict", "Size", "load", "shapes_folder"]
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "SD3",
+    "Conditioning",
+    "Model",
+    "Predict",
+    "Size",
+    "load",
+    "resolved_dtype",
+    "shapes_folder",
+]
 
 
 def shapes_folder() -> Path:
@@ -27,13 +39,34 @@ def shapes_folder() -> Path:
     return Path(str(resources.files("tempflow"))) / "shapes" / "weights"
 
 
+def resolved_dtype(dtype: str, device: str) -> str:
+    """`dtype` itself; for "auto" bfloat16 where `device` has it in hardware, else float32.
+
+    A CPU without such instructions emulates it, several times slower than float32.
+    """
+    if dtype != AUTO:
+        return dtype
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu" and "get_capabilities" in dir(torch.cpu):  # torch 2.13 has it, 2.6 has not
+        has = torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        fast = False
+    return "bfloat16" if fast else "float32"
+
+
 def load(path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> SD3:
     """The adapter for "shapes", a diffusers pipeline folder, or a hub id ("owner/name", at `revision`).
+
+    `dtype` may be "auto" (`resolved_dtype`).
 
     Raises ValueError for a dtype that is not float32 or bfloat16, a folder that is no pipeline (naming the nearest
     folder that is one), a hub id that cannot be had or a pipeline class without an adapter; ImportError with the
     command to run when diffusers is missing; OSError when a file of the pipeline is missing or broken.
     """
+    dtype = resolved_dtype(dtype, device)
     if dtype not in DTYPES:
         nearest = difflib.get_close_matches(dtype, DTYPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}; nearest is {nearest!r}")

@@ -155,7 +155,7 @@ def recipe(entry: Entry) -> Config:
             "iterations": 300,
             "algorithm": dict(entry.algorithm),
             "rollout_rows": 192,
-            "model": {"dtype": "bfloat16"},
+            "model": {"dtype": "auto"},
             "data": {"prompts_per_iteration": entry.prompts},
             "rewards": REWARDS,
             "optimizer": {**OPTIMIZER, **entry.optimizer},

@@ -16,7 +16,7 @@ from tempflow.config import OWN_REWARD, Config, to_yaml
 from tempflow.core.follow import Frozen
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import load
+from tempflow.models import load, resolved_dtype
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import Patient, build, from_function, patient
 from tempflow.rewards.protocol import Reward
@@ -69,6 +69,7 @@ def train(
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = join(resolved_device(config.device))
     try:
+        config = _settled(config)
         display = Display(config.name, config.iterations, quiet or not world.first)
         folder = Path(config.output)
         algorithm = algorithm or config.algorithm.build()
@@ -97,6 +98,12 @@ def train(
             return session.run()
     finally:
         leave(world)
+
+
+def _settled(config: Config) -> Config:
+    """With the dtype that "auto" means here, so that the run's records name it and it is resumed in it."""
+    dtype = resolved_dtype(config.model.dtype, resolved_device(config.device))
+    return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
 
 
 def prepare_model(config: Config, world: World = SINGLE) -> Model:
