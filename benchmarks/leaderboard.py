@@ -332,8 +332,9 @@ def write(board: Board, entries: Sequence[Entry], docs: Path) -> None:
 
 
 def work(board: Board, entries: Sequence[Entry], jobs: int) -> None:
-    """The search, rate by rate over all entries; then seeds, one more of every entry at a time."""
+    """The search, rate by rate over all entries, papers first; then seeds, one more of every entry at a time."""
     worker = Worker(board, jobs)
+    entries = sorted(entries, key=lambda entry: entry.kind != "paper")
     print("search: ", end="")
     worker.run([board.config(e, rate, SEARCH_SEED) for rate in RATES for e in entries])
     found = list[tuple[Entry, float]]()

@@ -75,8 +75,8 @@ def rollout(
     shape        *S, one sample's latent shape
     slots        per prompt its slot in the iteration, distinct and ≥ 0; default 0, 1, …  It enters the noise, is what
                  `predict` gets as `rows`, and is `edges.prompt` and `leaves.prompt`
-    solver       walks the deterministic edges: a deterministic dynamics, default `ODE()`, or a `Solver`, which at order
-                 2 gets x̂0 at the node's parent, whatever kind of edge led from there, in float32 at least
+    solver       walks the deterministic edges: a deterministic dynamics, default `ODE()`, or a `Solver`, which gets x̂0
+                 at the node's last ancestors, whatever kind of edge led from there, in float32 at least
     max_rows     upper bound of B; default no bound.  Chunks of a step are of even size
     store_dtype  dtype of every state.  A child is rounded to it first; the rounded value is what the next step starts
                  from and what log_prob is taken at, so that training sees exactly the sampled transition
@@ -174,14 +174,14 @@ class _Front:
     """The nodes of one step."""
 
     x: Tensor  # their states
-    clean: Tensor | None = None  # x̂0 at their parents, each once, while the solver wants it
-    parent_of: Tensor | None = None  # per node: index into `clean`, on the CPU
+    clean: tuple[Tensor, ...] = ()  # x̂0 at their parents, each once; at the parents of these; … as the solver wants
+    parent_of: Tensor | None = None  # per node: index into each of `clean`, on the CPU
 
-    def previous(self, at: Tensor) -> Tensor | None:
-        """x̂0 at the parents of the nodes at these positions; None at the roots, or when the solver wants none."""
-        if self.clean is None or self.parent_of is None:
-            return None
-        return self.clean[self.parent_of[at].to(self.clean.device)]
+    def previous(self, at: Tensor) -> tuple[Tensor, ...]:
+        """x̂0 at the last ancestors of the nodes at these positions, the nearest first; () at the roots."""
+        if self.parent_of is None:
+            return ()
+        return tuple(clean[self.parent_of[at].to(clean.device)] for clean in self.clean)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Walker:
     def advance(self, front: _Front, i: int, level: _Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
         """The front at step i -> the next front; fills in the log_prob and mean of the recorded stochastic edges."""
         children = torch.empty(level.born, *self.shape, dtype=self.dtype, device=self.device)
-        remembers = self.solver.order > 1 and i + 1 < self.schedule.steps
+        remembers = self.solver.memory > 0 and i + 1 < self.schedule.steps
         clean = children.new_empty(len(level.parents), *self.shape, dtype=log_prob.dtype) if remembers else None
         bounds = _chunks(len(level.parents), self.max_rows)
         first_child = _first(level.parent_of, bounds)
@@ -242,7 +242,9 @@ class _Walker:
                     log_prob[edge] = law.log_prob(child.to(law.mean.dtype)).to(log_prob.dtype)
                 if mean is not None:
                     mean[edge] = law.mean.to(mean.dtype)
-        return _Front(children, clean, level.parent_of)
+        if clean is None:
+            return _Front(children)
+        return _Front(children, (clean, *front.previous(level.parents))[: self.solver.memory], level.parent_of)
 
     def _spreads(self, i: int) -> bool:
         """Whether the stochastic edges of step i have a density (CPS and DDIM have none at the last step)."""
@@ -369,8 +371,6 @@ def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: s
         raise ValueError(f"slots = {list(slots)}: must be distinct and ≥ 0; nearest valid: {list(range(len(slots)))}")
     if walker.max_rows is not None and walker.max_rows < 1:
         raise ValueError(f"max_rows = {walker.max_rows}: must be at least 1; nearest valid: 1")
-    if walker.solver.order not in (1, 2):
-        raise ValueError(f"solver.order = {walker.solver.order}: one earlier step is remembered; nearest valid: 2")
     if not walker.dtype.is_floating_point:
         raise ValueError(f"store_dtype = {walker.dtype}: must be a floating-point type; nearest valid: torch.float32")
     if keep not in ("stochastic", "all"):
