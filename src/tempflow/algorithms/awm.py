@@ -32,6 +32,7 @@ from tempflow.core.draws import Draws
 from tempflow.core.follow import Ramp
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
 from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.surrogate import SurrogateName, surrogate
 from tempflow.core.times import LogitNormalTimes, StratifiedGridTimes, Times, UniformTimes
 
@@ -52,6 +53,7 @@ def awm(
     advantage_max: float = 1.0,
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
+    solver: SolverName = "euler",
 ) -> Algorithm:
     """AWM (arXiv 2509.25050): the matching loss as log-likelihood, weighted by the advantage, held near its average.
 
@@ -70,6 +72,7 @@ def awm(
         advantage_max: bound of |A|.
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
+        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
@@ -96,6 +99,7 @@ def awm(
         draws=Draws(_times(times, pairs), share_times=1),
         weight_sets=rules,
         sampler="old" if off_policy else "policy",
+        solver=solver_of(solver),
     )
 
 

@@ -16,7 +16,7 @@ Cost for a prompt at the defaults: 240 forwards, 24 leaves; 216 pairs, each a fo
 
 Defaults: config/base.py, config/nft.py, scripts/train_nft_sd3.py (read in source, sure): T 10, G 24, β 1 (OCR and many
 rewards 0.1), M 5, KL 1e-4 (named train.beta there), lag "type1" (OCR "type2"), global std, eps 1e-4. The code's rollout
-is a two-step solver; `core.solver.DPMSolver2` is one, and Euler walks here. Its η counts optimizer steps, ours counts
+is a two-step solver ("dpm2"); Euler walks here unless `solver` says so. Its η counts optimizer steps, ours counts
 iterations (it does one of the former in the latter). Not here: evaluation EMA and optimizer, which are the run's.
 """
 
@@ -33,6 +33,7 @@ from tempflow.core.draws import Draws
 from tempflow.core.follow import Ramp
 from tempflow.core.objective.matching import Mode, NegativeAware
 from tempflow.core.objective.penalty import Penalty, PredictionPenalty
+from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.times import GridTimes
 
 Lag = Literal["type0", "type1", "type2", "type3"]
@@ -57,6 +58,7 @@ def diffusion_nft(
     kl: float = 1e-4,
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
+    solver: SolverName = "euler",
 ) -> Algorithm:
     """DiffusionNFT (arXiv 2509.16117): fit good samples, and bad ones by reflection about the old policy.
 
@@ -71,6 +73,7 @@ def diffusion_nft(
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
+        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
@@ -84,6 +87,7 @@ def diffusion_nft(
         draws=Draws(GridTimes(fraction)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
+        solver=solver_of(solver),
     )
 
 

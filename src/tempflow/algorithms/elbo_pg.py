@@ -37,6 +37,7 @@ from tempflow.core.objective.leaves import LeafObjective
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
 from tempflow.core.objective.penalty import LikelihoodPenalty, Penalty, PredictionPenalty
 from tempflow.core.plan import Plan
+from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.surrogate import SurrogateName, surrogate
 from tempflow.core.times import GridTimes
 
@@ -61,6 +62,7 @@ def elbo_pg(
     kl: float = 1e-4,
     kl_form: Divergence = "velocity",
     lag: Lag = "type1",
+    solver: SolverName = "euler",
 ) -> Algorithm:
     """ELBO policy gradients ("Rethinking the design space"): objective × likelihood estimate × sampler.
 
@@ -79,6 +81,7 @@ def elbo_pg(
         kl: weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "velocity", or an estimate from the likelihoods: "k1", "k2", "k3", or the code's "k3_reversed".
         lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
+        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
@@ -97,6 +100,7 @@ def elbo_pg(
         draws=Draws(GridTimes(fraction)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
+        solver=solver_of(solver),
     )
 
 

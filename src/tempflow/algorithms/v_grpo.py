@@ -33,6 +33,7 @@ from tempflow.core.draws import Draws
 from tempflow.core.follow import Copy
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
 from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.times import StratifiedGridTimes
 
 
@@ -47,6 +48,7 @@ def v_grpo(
     std: Literal["global", "group"] = "group",
     eps: float = 1e-4,
     advantage_clip: float | None = None,
+    solver: SolverName = "euler",
 ) -> Algorithm:
     """V-GRPO: clipped ratios of a shared-noise likelihood bound, one for each picture.
 
@@ -61,6 +63,7 @@ def v_grpo(
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
         advantage_clip: hard bound of |A|; None for none.
+        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
@@ -87,4 +90,5 @@ def v_grpo(
         ),
         draws=Draws(StratifiedGridTimes(pairs), share, share),
         weight_sets={} if clip is None and kl == 0 else {"old": Copy()},
+        solver=solver_of(solver),
     )

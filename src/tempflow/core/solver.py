@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Solver(Protocol):
     ) -> Gaussian:
         """The next state, as the mean of a Gaussian with std 0.
 
-        x, velocity [B, *S] at σ_step, step LongTensor[B]; previous, each [B, *S]: `predict_clean` at the parent of x, at
-        that one's parent, … up to `memory`, whatever kind of edge led from there; fewer near the root.
+        x, velocity [B, *S] at σ_step, step LongTensor[B]; previous, each [B, *S]: `predict_clean` at the parent of x,
+        at that one's parent, … up to `memory`, whatever kind of edge led from there; fewer near the root.
         """
         ...
 
@@ -147,8 +147,17 @@ class UniPC2:
         return replace(law, mean=law.mean + to_rows(keeps, move) * move)
 
 
-SOLVERS: Mapping[str, Solver | None] = {"euler": None, "dpm2": DPMSolver2(), "unipc2": UniPC2()}
+SolverName = Literal["euler", "dpm2", "unipc2"]
+
+SOLVERS: Mapping[SolverName, Solver | None] = {"euler": None, "dpm2": DPMSolver2(), "unipc2": UniPC2()}
 """By the names that algorithms take; None is the rollout's own Euler step."""
+
+
+def solver_of(name: SolverName) -> Solver | None:
+    """The solver of that name. Raises ValueError for another."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver: {name!r} is not one of {', '.join(SOLVERS)}; nearest valid: 'euler'")
+    return SOLVERS[name]
 
 
 def _check_shapes(x: Tensor, previous: Sequence[Tensor]) -> None:
