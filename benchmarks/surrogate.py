@@ -230,7 +230,8 @@ def draw(
     right.set(
         title=f"gradient: noise / signal, {PAIRS} pairs",
         xticks=range(len(cases)),
-        xticklabels=[f"{times}\nshared: {share}" for _, times, share in cases],
+        xticklabels=[f"{times}\n{share}" for _, times, share in cases],
+        xlabel="t, and what a group shares",
     )
     right.tick_params(axis="x", labelsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The guard of velocities' size through the loop: measured where asked, refused where it cannot be, silent elsewhere."""
+"""The guard of velocities' size through the loop: measured where asked, refused where it cannot be, else silent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_it_stops_a_run_that_inflates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "name"), [({"name": "v_grpo", "steps": 4, "pairs": 2}, "v_grpo"), (NFT | {"kl": 0.0}, "diffusion_nft")]
+    ("algorithm", "name"),
+    [({"name": "v_grpo", "steps": 4, "pairs": 2}, "v_grpo"), (NFT | {"kl": 0.0}, "diffusion_nft")],
 )
 def test_without_a_reference_it_is_refused(algorithm: dict[str, Any], name: str, tmp_path: Path) -> None:
     said = (
@@ -120,6 +121,5 @@ def test_a_limit_of_one_is_no_limit() -> None:
     from tempflow.config.guards import GuardsConfig
     from tempflow.strict import validated
 
-    with pytest.raises(ConfigError, match="velocity_norm.limit: 1.0 must be above 1"):
+    with pytest.raises(ConfigError, match=r"velocity_norm.limit: 1.0 must be above 1"):
         validated(GuardsConfig, {"velocity_norm": {"limit": 1.0}})
-
