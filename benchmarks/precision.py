@@ -1,9 +1,10 @@
 """What bfloat16 does to surrogates of the likelihood, and to differences of two of them, on `shapes`.
 
-    python -m benchmarks.precision [--samples 12] [--noises 4] [--updates 3]
+    python -m benchmarks.precision [--samples 12] [--noises 4] [--updates 3] [--rates 2e-4 2e-5]
 
 ℓ is the adaptive x0 error (V-GRPO, DiffusionNFT), δ = ℓ_θ − ℓ_old what ratios and proximal objectives are made of. θ is
-the untrained model after a few of V-GRPO's updates (AdamW, the recipes' 2e-4, on-policy, pairs drawn anew), float32.
+the untrained model after a few V-GRPO updates (AdamW, on-policy, pairs drawn anew) in float32, at the recipes' rate
+and at about that of their first iteration of warm-up. The shipped weights have bfloat16's digits, so old's are exact.
 Old and θ are then asked at the same (t, ε), the times of ten steps, in these ways:
 
     float32           the yardstick
@@ -92,12 +93,12 @@ WAYS: Mapping[str, Way] = {
 }
 
 
-def trained(group: Group, updates: int) -> nn.Module:
+def trained(group: Group, updates: int, rate: float) -> nn.Module:
     """A copy of the network after V-GRPO's updates on the group."""
     network = copy.deepcopy(group.model.network)
     condition = group.model.encode(group.texts)
     predict = group.model.predictor(condition, 1.0, network)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=rate)
     objective = ClippedLikelihood(estimate=Estimate(pooled=True, on_policy=True), soft_clip=3.0)
     for update in range(updates):
         optimizer.zero_grad()
@@ -141,26 +142,33 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--noises", type=int, default=4)
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 2e-5])
     a = parser.parse_args()
     torch.set_num_threads(1)
     whole = group_of(2, STEPS)
-    moved = trained(whole, a.updates)
-    old, new = (
-        torch.cat([p.detach().flatten() for p in n.parameters() if p.requires_grad])
-        for n in (whole.model.network, moved)
-    )
-    differ = float((old.to(HALF) != new.to(HALF)).float().mean())
-    print(f"θ after {a.updates} updates: RMS change {float((new - old).square().mean().sqrt()):.2e}; "
-          f"{differ:.1%} of the weights differ in bfloat16\n")  # fmt: skip
+    networks: dict[str, nn.Module] = {"old": whole.model.network}
+    for rate in a.rates:
+        name = f"rate {rate:g}"
+        networks[name] = trained(whole, a.updates, rate)
+        old, new = (weights(networks[n]) for n in ("old", name))
+        differ = float((old.to(HALF) != new.to(HALF)).float().mean())
+        change = float((new - old).square().mean().sqrt())
+        print(
+            f"θ after {a.updates} updates at {name}: RMS change {change:.2e}, {differ:.0%} of its bfloat16 weights move"
+        )
     group = whole.every(len(whole.x0) // a.samples)
-    times, found = group.schedule.sigmas[:-1], errors(group, {"old": whole.model.network, "θ": moved}, a.noises)
+    found = errors(group, networks, a.noises)
+    print(f"\n{len(group.x0)} samples × {a.noises} noises\n")
+    report(group.schedule.sigmas[:-1], found)
+    ratios(found)
+
+
+def weights(network: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in network.parameters() if p.requires_grad])
+
+
+def report(times: Tensor, found: Mapping[str, Mapping[str, Tensor]]) -> None:
     exact = found["float32"]
-    print(f"{len(group.x0)} samples × {a.noises} noises × {len(times)} times\n")
-    report(times, found, exact)
-    ratios(found, exact)
-
-
-def report(times: Tensor, found: Mapping[str, Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> None:
     print("| t | " + " | ".join(f"{t:.3f}" for t in times.tolist()) + " |")
     print("|---|" + "---|" * len(times))
 
@@ -172,30 +180,30 @@ def report(times: Tensor, found: Mapping[str, Mapping[str, Tensor]], exact: Mapp
         gap = ((found[way]["old"] - exact["old"]) / exact["old"]).abs().flatten(0, 1)
         line(f"median error of ℓ / ℓ, {way}", gap.median(0).values)
         line(f"95th percentile, {way}", gap.quantile(0.95, 0))
-    delta = exact["θ"] - exact["old"]
-    line("RMS δ", rms(delta))
-    for way in list(WAYS)[1:]:
-        line(f"RMS error of δ, {way}", rms(found[way]["θ"] - found[way]["old"] - delta))
+    for name in list(exact)[1:]:
+        delta = exact[name] - exact["old"]
+        line(f"RMS δ, {name}", rms(delta))
+        for way in list(WAYS)[1:]:
+            line(f"RMS error of δ, {way}", rms(found[way][name] - found[way]["old"] - delta))
 
 
-def ratios(found: Mapping[str, Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> None:
+def ratios(found: Mapping[str, Mapping[str, Tensor]]) -> None:
     """A log ratio of four pairs (strata of the grid), against clip ranges."""
-    strata = StratifiedGridTimes(4).edges(STEPS)
-    picked = [low + 1 for low in strata[:-1]]
+    picked = [low + 1 for low in StratifiedGridTimes(4).edges(STEPS)[:-1]]
 
-    def pooled(of: Mapping[str, Tensor]) -> Tensor:
-        return -(of["θ"] - of["old"])[:, :, picked].mean(2)
+    def pooled(way: str, name: str) -> Tensor:
+        return -(found[way][name] - found[way]["old"])[:, :, picked].mean(2)
 
-    true = pooled(exact)
-    print(f"\nlog ratio of four pairs: RMS {float(true.square().mean().sqrt()):.2e}\n")
-    print("| way | RMS error of the log ratio | " + " | ".join(f"share of clip {c:g}" for c in CLIPS)
-          + " | its sign is wrong |")  # fmt: skip
-    print("|---|---|" + "---|" * (len(CLIPS) + 1))
-    for way in list(WAYS)[1:]:
-        seen = pooled(found[way])
-        size = float((seen - true).square().mean().sqrt())
-        wrong = float((seen.sign() != true.sign()).float().mean())
-        print(f"| {way} | {size:.1e} | " + " | ".join(f"{size / c:.2g}" for c in CLIPS) + f" | {wrong:.1%} |")
+    print("\n| θ, way | RMS log ratio | RMS error | " + " | ".join(f"of clip {c:g}" for c in CLIPS) + " | wrong sign |")
+    print("|---|---|---|" + "---|" * (len(CLIPS) + 1))
+    for name in list(found["float32"])[1:]:
+        true = pooled("float32", name)
+        for way in list(WAYS)[1:]:
+            seen = pooled(way, name)
+            size, error = (float(v.square().mean().sqrt()) for v in (true, seen - true))
+            wrong = float((seen.sign() != true.sign()).float().mean())
+            shares = " | ".join(f"{error / c:.2g}" for c in CLIPS)
+            print(f"| {name}, {way} | {size:.1e} | {error:.1e} | {shares} | {wrong:.1%} |")
 
 
 if __name__ == "__main__":
