@@ -64,6 +64,8 @@ CASES: Mapping[str, Case] = {
     "t2 surrogate": Case(elbo(likelihood="t2")),
     "one update": Case(elbo(), setting={"updates": 1}),
     "rate 2e-3, 150 iterations": Case(elbo(), 2e-3, 150),
+    "rate 3e-3, 100 iterations": Case(elbo(), 3e-3, 100),
+    "150 iterations": Case(elbo(), iterations=150),
     "rate 1e-3": Case(elbo(), 1e-3),
     "KL 1e-2": Case(elbo(kl=1e-2)),
     "anchor to old 0.1, gain 1": Case(anchored(0.1)),
@@ -71,6 +73,7 @@ CASES: Mapping[str, Case] = {
     "pepg": Case(elbo(kind="pepg")),
     "pepg, gain 1": Case(elbo(kind="pepg", gain=1.0)),
     "group's scale, gain 1": Case(elbo(scale="group", gain=1.0)),
+    "group's scale, gain 1, rate 2e-3, 150 iterations": Case(elbo(scale="group", gain=1.0), 2e-3, 150),
     "sde": Case(elbo(rollout="sde")),
     "diffusion_nft, A = R − mean": Case(
         replace(diffusion_nft(steps=6, group=12, kl=0.0, advantage_max=1.0), credit=elbo(gain=1.0).credit)
