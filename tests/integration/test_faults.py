@@ -511,7 +511,30 @@ OTHER = [
         harmless=True,
     ),
 ]
-FAULTS = [*MODEL, *REWARD, *DISK, *PROMPT, *OTHER]
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+def compares_with_nothing(scene: Scene) -> None:
+    """The guard of velocities' size is asked for, and the KL, for which the starting model was asked, is taken away."""
+    scene.configure(guards={"velocity_norm": {"action": "warn"}})
+    file = scene.root / "config.yaml"
+    text = file.read_text()
+    assert "kl: 0.01" in text
+    file.write_text(text.replace("kl: 0.01", "kl: 0.0"))
+
+
+CONFIGURATION = [
+    Fault(
+        "guard without a reference",
+        compares_with_nothing,
+        (r"guards.velocity_norm.action: 'warn' compares with the starting model, .* tempflow_grpo .* nearest valid",),
+        status=2,
+        kept=None,
+        heals=False,
+    ),
+]
+
+FAULTS = [*MODEL, *REWARD, *DISK, *PROMPT, *OTHER, *CONFIGURATION]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ ALGORITHMS = {
     "tempflow": lambda: tempflow(kl=0.05),
     "tempflow_batch": lambda: tempflow(std_group="batch"),
     "nft": lambda: diffusion_nft(steps=4, group=6),
+    "nft_norms": lambda: diffusion_nft(steps=4, group=6),
     "dgpo": lambda: dgpo(steps=4, group=6),
     "v_grpo": lambda: v_grpo(steps=4, group=6, pairs=3),
     "gcpo": lambda: gcpo(steps=4, group=6, sizes=(1, 2), share=1.0, clip=0.02),
@@ -58,6 +59,10 @@ def one_update(name: str, out: Path, mode: str) -> None:
         )
         trainable = Trainable(network)
         shards.gather()
+    if name == "nft_norms":
+        patched.setting = replace(patched.setting, norms=True)
+        with torch.no_grad():
+            patched.model.network.mean.bias.add_(torch.linspace(-1, 2, 8))
     del bench
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5)
     experience = patched.collect(prompts=PROMPTS[:5])

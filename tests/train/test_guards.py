@@ -173,7 +173,8 @@ HEALTHY = {"latent_rms": 0.95, "diversity": 0.16, "high_frequency": 0.034, "grid
 
 
 def watched(**changed: dict[str, object] | int) -> GuardsConfig:
-    return GuardsConfig.model_validate(changed)
+    """The defaults but for what is given, and with the one guard on that is off by default."""
+    return GuardsConfig.model_validate({"velocity_norm": {"action": "warn"}} | changed)
 
 
 def leaves(failed: Sequence[float] = (0.0, 0.0, 0.0), prompts: int = 3, **figures: float | Sequence[float]) -> Signals:
@@ -246,6 +247,7 @@ CASES: dict[str, tuple[list[Look], list[Look], float]] = {
     "gold": (validations([(0.3, 0.5), (0.4, 0.39), (0.5, 0.39)]), validations([(0.3, 0.5)] + [(0.5, 0.41)] * 9), 0.2),
     "diversity": (rollouts(SIX + [leaves(diversity=0.045)] * 5), rollouts(SIX + [leaves(diversity=0.05)] * 9), 0.3),
     "latent_norm": (rollouts(SIX + [leaves(latent_rms=1.95)] * 5), rollouts(SIX + [leaves(latent_rms=1.85)] * 9), 2.0),
+    "velocity_norm": (updates("velocity_norm", [1.0, 1.51]), updates("velocity_norm", [0.67, 1.0, 1.49]), 1.5),
     "artefacts": (rollouts(SIX + [leaves(grid=0.031)] * 5), rollouts(SIX + [leaves(grid=0.029)] * 9), 3.0),
 }
 
@@ -288,7 +290,7 @@ def test_stop_stops(guard: str) -> None:
 @pytest.mark.parametrize("guard", CASES)
 def test_the_flags_that_a_message_names_are_those_of_the_command_line(guard: str) -> None:
     class Holder(Strict):
-        guards: GuardsConfig = GuardsConfig()
+        guards: GuardsConfig = watched()
 
     message = play(watched(), CASES[guard][0])[-1].message
     flags = re.findall(r"--guards\.\S+", message)

@@ -6,9 +6,10 @@ Actions: "off"; "warn" says it; "skip" leaves out what is bad (an update, or the
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from tempflow.strict import Strict
 
@@ -93,6 +94,13 @@ class ArtefactsGuard(Strict):
     baseline: int = Field(default=5, ge=1, description="first iterations, which the mean of as many last is held to")
 
 
+class VelocityNormGuard(Strict):
+    """The policy's velocities grow beside the starting model's; only where the loss asks both."""
+
+    action: WarnOrStop = Field(default="off", description="outside the limits; off: it is not measured either")
+    limit: float = Field(default=1.5, gt=1, description="an iteration's mean RMS ratio stays in [1/limit, limit]")
+
+
 class GuardsConfig(Strict):
     """Guards of a run. The defaults stay silent in a healthy one."""
 
@@ -106,5 +114,23 @@ class GuardsConfig(Strict):
     diversity: DiversityGuard = Field(default=DiversityGuard(), description="likeness within a prompt's group")
     latent_norm: LatentNormGuard = Field(default=LatentNormGuard(), description="size of final latents")
     artefacts: ArtefactsGuard = Field(default=ArtefactsGuard(), description="texture and grid patterns")
+    velocity_norm: VelocityNormGuard = Field(default=VelocityNormGuard(), description="size of velocities")
     repeat: int = Field(default=50, ge=1, description="iterations before a warning that stands is said again")
     idle: int = Field(default=20, ge=1, description="more iterations in a row with all groups skipped end the run")
+
+    def check(self, algorithm: str, asked: Collection[str]) -> None:
+        """Raises ValueError where a guard needs a weight set that the algorithm's loss does not ask for."""
+        action = self.velocity_norm.action
+        if action != "off" and "reference" not in asked:
+            raise ValueError(
+                f"guards.velocity_norm.action: {action!r} compares with the starting model, which the loss of "
+                f"{algorithm} does not ask here (its KL may be 0); nearest valid: 'off'"
+            )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A guard that is younger than the files of runs is not written where it was not asked for."""
+        written = write(self)
+        if self.velocity_norm == VelocityNormGuard():
+            del written["velocity_norm"]
+        return written

@@ -110,7 +110,9 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        cost = self.algorithm.build().cost(0, self.data.prompts_per_iteration)
+        algorithm = self.algorithm.build()
+        self.guards.check(algorithm.name, algorithm.objective.weight_sets)
+        cost = algorithm.cost(0, self.data.prompts_per_iteration)
         updates = self.optimizer.updates_per_iteration
         if updates > cost.trained_edges:
             raise ValueError(

@@ -39,6 +39,7 @@ LOOK_AT = {
     "or a further reward may be better",
     "diversity": "several pictures of one prompt; a higher algorithm.kl, fewer iterations or a reward of variety help",
     "latent_norm": "the pictures' contrast and saturation, a lower optimizer.learning_rate and a higher algorithm.kl",
+    "velocity_norm": "latent_rms and the pictures' contrast, a lower optimizer.learning_rate and a higher algorithm.kl",
     "artefacts": "the pictures at full size for grids, speckle and over-sharpening; a higher algorithm.kl or earlier "
     "weights help",
     "idle": "the skips said above",
@@ -192,7 +193,7 @@ def watch_step(
 def watch_update(
     config: GuardsConfig, state: State, iteration: int, metrics: Mapping[str, float]
 ) -> tuple[State, list[Alarm]]:
-    """Clip fraction, zero-variance groups and KL of an iteration; after its updates.
+    """Clip fraction, zero-variance groups, KL and size of velocities of an iteration; after its updates.
 
     Metrics that are not there are not judged.
     """
@@ -206,11 +207,13 @@ def watch_update(
         ("zero_variance", config.zero_variance, flat, f"{{:.3g}} {spread}"),
         ("kl", config.kl, kl, "the mean KL to the reference is {:.3g}"),
     ]
-    return look.state, [
+    fired = [
         look.alarm(name, guard.action, text.format(value), value, f"above the limit {guard.limit:g}", guard.limit)
         for name, guard, value, text in judged
         if guard.action != "off" and value is not None and not value <= guard.limit
     ]
+    norm = _velocity_norm(look, metrics.get("velocity_norm"))
+    return look.state, fired if norm is None else [*fired, norm]
 
 
 def watch_validation(
@@ -288,6 +291,16 @@ def _latent_norm(look: _Look, value: float) -> Alarm | None:
         return None
     bound = f"outside the limits {1 / guard.limit:.3g} and {guard.limit:g}"
     return look.alarm("latent_norm", guard.action, text, ratio, bound, guard.limit)
+
+
+def _velocity_norm(look: _Look, ratio: float | None) -> Alarm | None:
+    """Held to the starting model, so it needs no baseline."""
+    guard = look.config.velocity_norm
+    if guard.action == "off" or ratio is None or 1 / guard.limit <= ratio <= guard.limit:
+        return None
+    text = f"the RMS of the policy's velocities is {ratio:.3g} × the starting model's"
+    bound = f"outside the limits {1 / guard.limit:.3g} and {guard.limit:g}"
+    return look.alarm("velocity_norm", guard.action, text, ratio, bound, guard.limit)
 
 
 TEXTURES = {"high_frequency": "fine texture", "grid": "a pattern in step with the latent grid"}

@@ -14,6 +14,7 @@ from tempflow.core.distribution import upcast
 from tempflow.core.groups import dense
 from tempflow.core.objective.edges import EdgeBatch, Loss, Peers
 from tempflow.core.objective.leaves import LeafBatch, draw_leaves
+from tempflow.core.objective.norms import with_velocity_norm
 from tempflow.core.rng import Stream
 from tempflow.core.times import Id
 
@@ -145,10 +146,16 @@ def one_of(lessons: Lessons, first: int) -> Lessons:
 
 def loss_of(setting: Setting, experience: Experience, given: Credit, batch: Lessons) -> Loss:
     """The objective's loss of a batch, all of it this rank's own."""
-    algorithm = setting.algorithm
+    algorithm, models = setting.algorithm, experience.models
     if algorithm.draws is None:
-        return algorithm.edge_objective(experience.models, edge_batch(setting, experience, given, batch))
-    return algorithm.leaf_objective(experience.models, leaf_batch(setting, experience, given, batch))
+        edges = edge_batch(setting, experience, given, batch)
+        if setting.norms:
+            return with_velocity_norm(algorithm.edge_objective, models, edges, len(batch.row))
+        return algorithm.edge_objective(models, edges)
+    leaves = leaf_batch(setting, experience, given, batch)
+    if setting.norms:
+        return with_velocity_norm(algorithm.leaf_objective, models, leaves, len(batch.row))
+    return algorithm.leaf_objective(models, leaves)
 
 
 def edge_batch(setting: Setting, experience: Experience, given: Credit, batch: Lessons) -> EdgeBatch:

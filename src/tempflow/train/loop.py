@@ -73,6 +73,7 @@ def train(
         display = Display(config.name, config.iterations, quiet or not world.first)
         folder = Path(config.output)
         algorithm = algorithm or config.algorithm.build()
+        config.guards.check(algorithm.name, algorithm.objective.weight_sets)
         rewards = _rewards(config, reward)
         if reward is not None and config.evaluation.metric not in {r.name for r in rewards}:
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
@@ -181,6 +182,7 @@ def _setting(
         world=world,
         shards=shards,
         judge=None if algorithm.judge is None else _judge(algorithm.judge, model, config.rollout_rows),
+        norms=config.guards.velocity_norm.action != "off",
     )
     return setting, trainable, followers
 

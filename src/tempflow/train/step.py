@@ -76,6 +76,7 @@ class Setting:
     world      the ranks that share the run; each needs a prompt of every iteration
     shards     the sharded network's switches; None where every rank has all of it
     judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
+    norms      whether to measure how large the policy's velocities are beside the reference's
     pause      called between batches of work; may raise to leave the iteration
     """
 
@@ -94,6 +95,7 @@ class Setting:
     world: World = SINGLE
     shards: Shards | None = None
     judge: Callable[[Conditioning], Judge] | None = None
+    norms: bool = False
     pause: Callable[[], None] = lambda: None
 
 

@@ -156,19 +156,22 @@ def _minimum(objective, x: float, t: float = 0.6) -> tuple[Tensor, Tensor, Tenso
     return best, best - old.theta.detach(), target, post
 
 
+@pytest.mark.parametrize("t", [0.25, 0.6, 0.95])
 @pytest.mark.parametrize("x", [-1.0, 0.1, 0.9])
-def test_free_function_optima(x: float) -> None:
+def test_free_function_optima(x: float, t: float) -> None:
     """SLQ: v_old + Cov(A, v*)/(γ + E A), the exact velocity of q ∝ (γ + A)·π_old; NFT: v_old + Cov(A', v*)/β."""
-    best, move, target, post = _minimum(FREE, x)
+    best, move, target, post = _minimum(FREE, x, t)
     mean = (post * REWARD).sum()
     covariance = (post * (REWARD - mean) * target).sum()
     close(move, (covariance / (1.1 + mean))[None])
     q = (1.1 + REWARD) * PRIOR
-    close(best, (_posterior(x, 0.6, q / q.sum()) * target).sum()[None])
+    close(best, (_posterior(x, t, q / q.sum()) * target).sum()[None])
     gain = (q / q.sum() * REWARD).sum() - (PRIOR * REWARD).sum()
     spread = (PRIOR * REWARD.square()).sum() - (PRIOR * REWARD).sum().square()
     close(gain, spread / (1.1 + (PRIOR * REWARD).sum()))
-    close(_minimum(NegativeAware(0.7, 1.0, adaptive=False), x)[1], covariance[None] / 0.7)
+    close(_minimum(NegativeAware(0.7, 1.0, adaptive=False), x, t)[1], covariance[None] / 0.7)
+    balanced = SignedLeastSquares(1.3, "balanced", 0)  # γ(A) = 1.3 − A: the same curvature for all
+    close(_minimum(balanced, x, t)[1], covariance[None] / 1.3)
 
 
 def test_two_modes_the_rewarded_one_grows() -> None:
