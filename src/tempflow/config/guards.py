@@ -7,9 +7,9 @@ Actions: "off"; "warn" says it; "skip" leaves out what is bad (an update, or the
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from tempflow.strict import Strict
 
@@ -126,11 +126,3 @@ class GuardsConfig(Strict):
                 f"guards.velocity_norm.action: {action!r} compares with the starting model, which the loss of "
                 f"{algorithm} does not ask here (its KL may be 0); nearest valid: 'off'"
             )
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A guard that is younger than the files of runs is not written where it was not asked for."""
-        written = write(self)
-        if self.velocity_norm == VelocityNormGuard():
-            del written["velocity_norm"]
-        return written
