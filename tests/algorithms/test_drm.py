@@ -9,24 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+from loop_checks import judging
 from torch import Tensor
 
 from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.core import plan
-from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning
 from tempflow.train.loop import train
 from tempflow.train.step import credit
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def judging(score: Score) -> Callable[[Conditioning], Callable[[Tensor, Tensor, Tensor], Scores]]:
-    def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
-        value = score(x, sigma, rows).float()
-        return Scores(value[:, None], value.isfinite()[:, None], ("latent",))
-
-    return lambda condition: judge
 
 
 def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: float) -> Bench:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loop_checks import check_counts, check_errors, check_first_ratio, check_learns, check_no_spread, check_size, second
+from loop_checks import check_counts, check_errors, check_first_ratio, check_learns, check_no_spread, second
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_cps import UnscaledRatio, flow_cps
@@ -42,7 +42,6 @@ def test_in_the_loop(log_prob: str) -> None:
     check_first_ratio(small(log_prob=log_prob))
     check_no_spread(small(log_prob=log_prob))
     check_learns(small(log_prob=log_prob, group=8))
-    check_size("flow_cps")
 
 
 def edges_of(algorithm: Algorithm, predict) -> EdgeBatch:
