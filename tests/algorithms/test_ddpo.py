@@ -10,14 +10,14 @@ import pytest
 import torch
 from fake import Bench
 from loop_checks import (
-    check_same_runs,
     check_learns,
-    check_same_gradient,
-    check_sound,
     check_no_spread,
-    second,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     partly_flat,
     refuses,
+    second,
 )
 from torch.distributions import Normal
 

@@ -1,4 +1,4 @@
-"""The trajectory family where things go wrong or are very small: failed scores, broken latents, one prompt, two steps."""
+"""The trajectory family where things go wrong or are very small: failed scores, broken latents, one prompt, T = 2."""
 
 from __future__ import annotations
 

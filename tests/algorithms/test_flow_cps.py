@@ -101,7 +101,7 @@ def test_bad_arguments() -> None:
     check_errors(
         flow_cps,
         [
-            ({"steps": 1}, "steps: 1 must be at least 2, as the last one has no noise; nearest valid: 2"),
+            ({"steps": 1}, "steps: 1 must be at least 2, as the last one is not trained; nearest valid: 2"),
             ({"group": 1}, "group: 1 must be at least 2"),
             ({"noise_level": 1.2}, "noise_level: 1.2 must be at most 1.0"),
             ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0; 0.8 is usual"),

@@ -12,14 +12,14 @@ import pytest
 import torch
 from fake import PROMPTS, Bench, brightness
 from loop_checks import (
-    check_same_runs,
     check_learns,
-    check_same_gradient,
-    check_sound,
     check_no_spread,
-    second,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     partly_flat,
     refuses,
+    second,
 )
 
 from tempflow.algorithms import flow_grpo

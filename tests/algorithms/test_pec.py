@@ -11,12 +11,12 @@ import pytest
 import torch
 from fake import Bench
 from loop_checks import (
-    check_same_runs,
     check_learns,
+    check_same_runs,
     check_sound,
     constant,
-    second,
     refuses,
+    second,
 )
 from torch import Tensor
 

@@ -11,13 +11,13 @@ import torch
 from fake import Bench, brightness
 from loop_checks import (
     Images,
-    check_same_runs,
     check_learns,
-    check_same_gradient,
-    check_sound,
     check_no_spread,
-    second,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     refuses,
+    second,
 )
 from scipy import stats
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from fake import Bench
 from loop_checks import (
-    check_same_runs,
     check_learns,
-    check_same_gradient,
-    check_sound,
     check_no_spread,
-    second,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     refuses,
+    second,
 )
 
 from tempflow.algorithms.base import Algorithm
