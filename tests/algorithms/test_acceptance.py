@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +21,29 @@ from tempflow.core.forest import Forest
 from tempflow.train.step import credit
 
 FOLDER = Path(algorithms.__file__).parent
+EDGES = {name for name, make in ALGORITHMS.items() if make().draws is None}
 by_name = pytest.mark.parametrize("name", FAMILY)
 
 
 def test_the_family_is_whole() -> None:
     """What trains edges is of this family."""
-    edges = {name for name, make in ALGORITHMS.items() if make().draws is None}
-    assert {name.partition(",")[0] for name in FAMILY} == edges
+    assert {name.partition(",")[0] for name in FAMILY} == EDGES
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_file_reads_at_a_sitting(name: str) -> None:
     assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", sorted(EDGES))
+def test_an_error_names_the_argument_it_is_about(name: str) -> None:
+    """Not the field of the part that the argument ends up in."""
+    known = inspect.signature(ALGORITHMS[name]).parameters
+    bad = {"advantage_clip": 0.0, "std": "all", "eps": -1.0, "clip": 0.0, "kl": -1.0, "noise_level": -0.1}
+    for field, value in bad.items():
+        if field in known:
+            with pytest.raises(ValueError, match=f"^{field}: "):
+                ALGORITHMS[name](**{field: value})
 
 
 @by_name
