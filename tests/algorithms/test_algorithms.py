@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_checks import second
 
 from tempflow import algorithms
-from tempflow.algorithms import ALGORITHMS, find, flow_grpo, tempflow_grpo
+from tempflow.algorithms import ALGORITHMS, find, flow_grpo, flow_grpo_fast, tempflow_grpo
 from tempflow.algorithms.base import Algorithm, some_steps
 from tempflow.core import plan, weight
 from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, FlowSDE, LinearSDE
@@ -152,6 +153,16 @@ def test_one_branch_at_one_step_reduces_to_a_window_of_one():
     other = plan.one_step(5, 6, at)
     assert part.cost() == other.cost()
     assert part.stochastic == other.stochastic and part.trained == other.trained and part.step == other.step
+    ours = tempflow_grpo(steps=4, seeds=6, branches=1, branch_steps=1, std_group="prompt", clip=0.02, kl=0.1)
+    fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=3, kind="sde", noise_level=0.7, clip=0.02, kl=0.1)
+
+    def same_step(iteration: int, slot: int) -> plan.Plan:
+        grown = ours.plan(iteration, slot)
+        return plan.one_step(4, 6, grown.step[grown.stochastic.index(True)])
+
+    # the same noises by identity, and the only weight left is 1 but for rounding
+    theirs = second(replace(fast, plan=same_step, credit=ours.credit))
+    torch.testing.assert_close(second(ours), theirs, rtol=0, atol=2e-6)
 
 
 def test_without_noise_children_are_equal_and_teach_nothing():

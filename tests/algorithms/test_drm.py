@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+from fake import PROMPTS, SIZE, Bench, Fake, brightness, config, same, weights
+from loop_checks import gradient, judging
 from torch import Tensor
 
+from tempflow.algorithms import tempflow_grpo
 from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.core import plan
-from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning
 from tempflow.train.loop import train
 from tempflow.train.step import credit
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def judging(score: Score) -> Callable[[Conditioning], Callable[[Tensor, Tensor, Tensor], Scores]]:
-    def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
-        value = score(x, sigma, rows).float()
-        return Scores(value[:, None], value.isfinite()[:, None], ("latent",))
-
-    return lambda condition: judge
 
 
 def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: float) -> Bench:
@@ -56,6 +49,43 @@ def test_a_chain_of_first_candidates_is_flow_grpos_chain() -> None:
     got = ours.forest.nodes[first]
     want = other.nodes[other.edges.parent]
     assert all(bool((want == state).flatten(1).all(1).any()) for state in got)
+
+
+def test_with_one_noisy_step_and_the_pictures_reward_it_is_tempflow_grpo() -> None:
+    """T = 2: candidates of the first state, each finished by ODE, and judged by what the picture would score."""
+    b = bench(steps=2, eps=1e-4)
+    sigma = b.setting.schedule.sigmas[1]
+
+    def score(x: Tensor, s: Tensor, rows: Tensor) -> Tensor:
+        predict = b.model.predictor(b.model.encode(PROMPTS), 1.0)
+        with torch.no_grad():
+            end = x - sigma * predict(x, s, rows)
+        return b.model.decode(end, SIZE)[..., 0].double().mean((1, 2)) / 255
+
+    b.setting = replace(b.setting, judge=judging(score), max_grad_norm=1e9)
+    b.iterate()
+    ours = torch.cat([p.grad.flatten() for p in b.model.network.parameters() if p.grad is not None])
+    theirs = gradient(tempflow_grpo(2, 2, 3, clip=0.02, kl=0.0))
+    assert float(theirs.abs().max()) > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expected_reward_of_noisy_latents_gives_the_gradients_direction() -> None:
+    """R(x, σ) = E[u·x0 | x] on Gaussian data: a step down the gradient moves every prompt's mean along u, and no other
+    way than sampling noise."""
+    u = torch.tensor([1.0, -2.0, 0.5, 0.0, 1.5, -0.5, 0.0, 2.0])
+    b = bench(candidates=24, chains=24, steps=4)
+
+    def expected(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        predict = b.model.predictor(b.model.encode(PROMPTS), 1.0)
+        with torch.no_grad():
+            clean = x - sigma.view(-1, 1, 1, 1).to(x) * predict(x, sigma, rows)
+        return clean.flatten(1) @ u
+
+    b.setting = replace(b.setting, judge=judging(expected), max_grad_norm=1e9)
+    b.iterate()
+    down = -b.model.network.mean.bias.grad
+    assert float(torch.nn.functional.cosine_similarity(down, u, 0)) > 0.98
 
 
 def test_counts_and_first_ratio() -> None:

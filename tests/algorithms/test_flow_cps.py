@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loop_checks import check_counts, check_errors, check_first_ratio, check_learns, check_no_spread, check_size, second
+from loop_checks import check_counts, check_errors, check_first_ratio, check_learns, check_no_spread, second
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_cps import UnscaledRatio, flow_cps
@@ -42,7 +42,6 @@ def test_in_the_loop(log_prob: str) -> None:
     check_first_ratio(small(log_prob=log_prob))
     check_no_spread(small(log_prob=log_prob))
     check_learns(small(log_prob=log_prob, group=8))
-    check_size("flow_cps")
 
 
 def edges_of(algorithm: Algorithm, predict) -> EdgeBatch:
@@ -102,7 +101,7 @@ def test_bad_arguments() -> None:
     check_errors(
         flow_cps,
         [
-            ({"steps": 1}, "steps: 1 must be at least 2, as the last one has no noise; nearest valid: 2"),
+            ({"steps": 1}, "steps: 1 must be at least 2, as the last one is not trained; nearest valid: 2"),
             ({"group": 1}, "group: 1 must be at least 2"),
             ({"noise_level": 1.2}, "noise_level: 1.2 must be at most 1.0"),
             ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0; 0.8 is usual"),

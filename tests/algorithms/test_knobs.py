@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from fake import PROMPTS, Bench, brightness
-from one_iteration import (
-    assert_bit_equal_runs,
-    assert_learns,
-    assert_same_gradient,
-    assert_sound,
-    assert_still_without_spread,
-    iterated,
+from loop_checks import (
+    check_learns,
+    check_no_spread,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     partly_flat,
     refuses,
+    second,
 )
 
 from tempflow.algorithms import flow_grpo
@@ -67,18 +67,18 @@ def plain(**changes: Any) -> Algorithm:
 # ------------------------------------------------------------------------------------------------------- all seven
 @by_name
 def test_first_pass_counts_and_batch_sizes(make: Make) -> None:
-    assert_sound(toy(make))
-    assert_sound(toy(make, kl=0.1, train_steps=2))
+    check_sound(toy(make))
+    check_sound(toy(make, kl=0.1, train_steps=2))
 
 
 @by_name
 def test_equal_rewards_teach_nothing(make: Make) -> None:
-    assert_still_without_spread(toy(make))
+    check_no_spread(toy(make))
 
 
 @by_name
 def test_rewards_rise(make: Make) -> None:
-    assert_learns(toy(make))
+    check_learns(toy(make), rise=0.05)
 
 
 @by_name
@@ -131,16 +131,16 @@ def test_rloo_is_n_over_n_minus_one_times_dr_grpo() -> None:
     r = experience.scores.value[:, 0].double().numpy().reshape(6, 6)
     others = (r.sum(1, keepdims=True) - r) / 5
     np.testing.assert_allclose(lo.value[edge], (r - others).reshape(-1)[leaf], atol=1e-6)
-    assert_same_gradient(toy(rloo), toy(dr_grpo), factor=6 / 5)
+    check_same_gradient(toy(rloo), toy(dr_grpo), factor=6 / 5)
 
 
 def test_rloo_without_a_clip_is_the_score_function_and_first_steps_agree() -> None:
     free = toy(rloo, clip=None, kl=0.2)
     assert isinstance(free.objective, PolicyRatio)
     assert isinstance(free.objective.gate, Score) and free.objective.pulls == toy(rloo, kl=0.2).objective.pulls  # type: ignore[union-attr]
-    assert_same_gradient(toy(rloo, clip=None), toy(rloo))
-    a, b = iterated(toy(rloo, clip=None)), iterated(toy(rloo))
-    assert any(not torch.equal(a[n], b[n]) for n in a)  # then they part
+    check_same_gradient(toy(rloo, clip=None), toy(rloo))
+    a, b = second(toy(rloo, clip=None)), second(toy(rloo))
+    assert not torch.equal(a, b)  # then they part
 
 
 def test_dr_grpo_is_flow_grpo_with_its_division_undone() -> None:
@@ -190,7 +190,7 @@ def test_a_flat_prompt_moves_with_the_batch_as_baseline_only() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- DAPO
 def test_dapo_with_equal_clips_is_flow_grpo_bitwise_where_all_groups_have_spread() -> None:
-    assert_bit_equal_runs(toy(dapo, clip=0.02, clip_high=0.02), plain())
+    check_same_runs(toy(dapo, clip=0.02, clip_high=0.02), plain())
     assert dapo().objective == clipped(1e-4, 1.4e-4)
 
 
@@ -231,26 +231,25 @@ class Given(GroupZScore):
 
 def test_dapo_doubles_the_mean_where_half_of_the_groups_are_flat() -> None:
     """The plain loss counts flat groups in its mean; here they are not there."""
-    assert_same_gradient(toy(dapo), plain(), factor=2.0, reward=partly_flat)
+    check_same_gradient(toy(dapo), plain(), factor=2.0, reward=partly_flat)
     assert toy(dapo, keep=3).credit == DynamicSampling(plain().credit, 3)
 
 
 def test_clip_higher_leaves_more_room_above() -> None:
     gate = toy(dapo).objective.gate  # type: ignore[union-attr]
     assert gate == Clip(0.02, 0.03)
-    a, b = (iterated(toy(dapo, clip=0.002, clip_high=high)) for high in (0.002, 0.004))
-    assert any(not torch.equal(a[n], b[n]) for n in a)
+    a, b = (second(toy(dapo, clip=0.002, clip_high=high)) for high in (0.002, 0.004))
+    assert not torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------------- GSPO
 def test_gspo_of_one_trained_step_is_flow_grpo() -> None:
-    mine, other = (iterated(a) for a in (toy(gspo, train_steps=1), plain(train_steps=1)))
-    for name in mine:
-        torch.testing.assert_close(mine[name], other[name], rtol=1e-6, atol=1e-7)
+    mine, other = (second(a) for a in (toy(gspo, train_steps=1), plain(train_steps=1)))
+    torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
 def test_gspo_first_update_is_flow_grpos() -> None:
-    assert_same_gradient(toy(gspo), plain())
+    check_same_gradient(toy(gspo), plain())
 
 
 def test_gspo_has_one_ratio_a_path() -> None:
@@ -265,28 +264,27 @@ def test_gspo_has_one_ratio_a_path() -> None:
     assert len(torch.unique(trained)) == 36 and bool((torch.bincount(trained) == 3).all())
     path = edges.prompt[edges.trained] * 6 + edges.root[edges.trained]
     assert len(torch.unique(torch.stack([path, trained], 1), dim=0)) == 36
-    a, b = iterated(toy(gspo, clip=0.01)), iterated(plain(clip=0.01))
-    assert any(not torch.equal(a[n], b[n]) for n in a)
+    a, b = second(toy(gspo, clip=0.01)), second(plain(clip=0.01))
+    assert not torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------ CISPO, SAPO
 @pytest.mark.parametrize("make", [cispo, sapo], ids=lambda f: f.__name__)
 def test_soft_gates_first_update_is_flow_grpos(make: Make) -> None:
-    assert_same_gradient(toy(make), plain())
+    check_same_gradient(toy(make), plain())
 
 
 def test_without_bounds_both_are_the_plain_ratio() -> None:
     """Updates that stray: r·A·∇log p for all, once nothing is clipped."""
     free = {
-        "cispo": iterated(toy(cispo, clip=1e6), rate=0.05),
-        "sapo": iterated(toy(sapo, temperature=1e-2, temperature_negative=1e-2), rate=0.05),
-        "clip": iterated(plain(clip=0.999999, clip_high=1e6), rate=0.05),
+        "cispo": second(toy(cispo, clip=1e6), rate=0.05),
+        "sapo": second(toy(sapo, temperature=1e-2, temperature_negative=1e-2), rate=0.05),
+        "clip": second(plain(clip=0.999999, clip_high=1e6), rate=0.05),
     }
     for name in ("cispo", "sapo"):
-        for parameter, value in free[name].items():
-            torch.testing.assert_close(value, free["clip"][parameter], rtol=1e-3, atol=1e-4)
-    tight = iterated(toy(sapo, temperature=200.0), rate=0.05)
-    assert any(float((tight[n] - free["clip"][n]).abs().max()) > 1e-3 for n in tight)
+        torch.testing.assert_close(free[name], free["clip"], rtol=1e-3, atol=1e-4)
+    tight = second(toy(sapo, temperature=200.0), rate=0.05)
+    assert float((tight - free["clip"]).abs().max()) > 1e-3
 
 
 def test_what_cispo_and_sapo_compose() -> None:

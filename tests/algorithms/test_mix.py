@@ -16,7 +16,6 @@ from loop_checks import (
     check_first_ratio,
     check_learns,
     check_no_spread,
-    check_size,
     gradient,
     two_rewards,
 )
@@ -160,11 +159,6 @@ def test_one_iteration_of_the_loop(make: type) -> None:
     check_first_ratio(make())
     check_no_spread(make())
     check_learns(make(stride=0))
-
-
-def test_sizes() -> None:
-    check_size("mix_grpo")
-    check_size("mix_grpo_flash")
 
 
 # Flash

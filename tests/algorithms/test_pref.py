@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from fake import Bench, brightness
-from one_iteration import (
+from loop_checks import (
     Images,
-    assert_bit_equal_runs,
-    assert_learns,
-    assert_same_gradient,
-    assert_sound,
-    assert_still_without_spread,
-    iterated,
+    check_learns,
+    check_no_spread,
+    check_same_gradient,
+    check_same_runs,
+    check_sound,
     refuses,
+    second,
 )
 from scipy import stats
 
@@ -40,12 +40,12 @@ def toy(**changes: Any) -> Algorithm:
 
 @pytest.mark.parametrize("changes", [{}, {"ratio": "step"}, {"win_rate": False}, {"train_steps": 2, "kl": 0.1}])
 def test_first_pass_counts_and_batch_sizes(changes: dict[str, Any]) -> None:
-    assert_sound(toy(**changes))
-    assert_still_without_spread(toy(**changes))
+    check_sound(toy(**changes))
+    check_no_spread(toy(**changes))
 
 
 def test_rewards_rise() -> None:
-    assert_learns(toy())
+    check_learns(toy(), rise=0.05)
 
 
 def test_what_the_defaults_compose() -> None:
@@ -74,10 +74,10 @@ def test_a_monotone_change_of_the_judge_changes_nothing() -> None:
     def cubed(images: Images, prompts: list[str]) -> list[float | None]:
         return [100 * (r or 0.0) ** 3 - 7 for r in brightness(images, prompts)]
 
-    a, b = iterated(toy()), iterated(toy(), reward=cubed)
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    c = iterated(toy(win_rate=False))
-    assert any(not torch.equal(a[n], c[n]) for n in a)
+    a, b = second(toy()), second(toy(), reward=cubed)
+    assert torch.equal(a, b)
+    c = second(toy(win_rate=False))
+    assert not torch.equal(a, c)
 
 
 def test_without_win_rates_and_with_step_ratios_it_is_flow_grpo() -> None:
@@ -85,7 +85,7 @@ def test_without_win_rates_and_with_step_ratios_it_is_flow_grpo() -> None:
     mine = replace(mine, credit=replace(mine.credit, unbiased=False))  # type: ignore[type-var]
     other = flow_grpo(steps=4, group=6, clip=0.02, kl=0.0, std="group")
     # the plans differ in the last step's noise alone
-    assert_bit_equal_runs(replace(mine, plan=other.plan), other)
+    check_same_runs(replace(mine, plan=other.plan), other)
 
 
 def test_a_groupwise_reward_may_give_win_rates_itself() -> None:
@@ -101,7 +101,7 @@ def test_a_groupwise_reward_may_give_win_rates_itself() -> None:
         return rates
 
     reward = from_function(judged)
-    assert_bit_equal_runs(toy(win_rate=False, rounding=None), toy(rounding=None), reward=reward)
+    check_same_runs(toy(win_rate=False, rounding=None), toy(rounding=None), reward=reward)
 
 
 def test_the_normalised_ratios_gradient_is_the_steps_noise_times_the_plain_one() -> None:
@@ -111,7 +111,7 @@ def test_the_normalised_ratios_gradient_is_the_steps_noise_times_the_plain_one()
     bench = Bench(algorithm=norm)
     (at,) = {int(i) for i in bench.collect().whole.edges.step[bench.collect().whole.edges.trained]}
     s = float(FlowSDE(0.7).coefficients(bench.setting.schedule, torch.tensor([at]))[2])
-    assert_same_gradient(norm, step, factor=s)
+    check_same_gradient(norm, step, factor=s)
 
 
 def test_step_weights_go_with_one_over_delta() -> None:

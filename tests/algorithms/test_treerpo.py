@@ -14,7 +14,6 @@ from loop_checks import (
     check_first_ratio,
     check_learns,
     check_no_spread,
-    check_size,
     gradient,
     second,
 )
@@ -184,7 +183,6 @@ def test_one_iteration_of_the_loop() -> None:
     check_no_spread(tree())
     check_learns(tree(stride=0, sensitivity=0.0))
     check_learns(tree(stride=0, imitation=0.02))
-    check_size("dynamic_treerpo")
 
 
 def test_bad_arguments() -> None:

@@ -1,13 +1,17 @@
 """Flow-GRPO-Fast and Flash-GRPO: costs, where their noise is, what they reduce to, and a ratio of 1 before updates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from loop_checks import check_same_runs, second
 
 from tempflow.algorithms import Algorithm, flash_grpo, flow_grpo, flow_grpo_fast
 from tempflow.core.objective.edges import EdgeBatch
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
+from tempflow.core.weight import uniform
 
 
 def noisy(plan: Plan) -> set[int]:
@@ -36,10 +40,23 @@ def test_fast_with_a_full_window_is_flow_grpo() -> None:
     )
 
 
-def test_flash_has_the_plan_of_a_window_of_one() -> None:
-    flash = flash_grpo(steps=6, first_steps=1).plan(0, 0)
-    fast = flow_grpo_fast(steps=6, group=8, window=1, window_end=1).plan(0, 0)
-    assert flash == fast
+def test_flash_at_a_single_step_is_a_window_of_one() -> None:
+    """All prompts at one step, so that rectified weights are 1: Flow-GRPO-Fast with Flash's dynamics, bit for bit."""
+    flash = flash_grpo(steps=4, group=6, first_steps=1, clip=0.02)
+    fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=1, clip=0.02)
+    assert flash.plan(0, 0) == fast.plan(0, 0)
+    check_same_runs(flash, replace(fast, dynamics=flash.dynamics))
+    drawn = flash_grpo(steps=4, group=6, first_steps=3, clip=0.02)
+    even = replace(drawn, weight=uniform)
+    assert not torch.equal(second(drawn), second(even))  # prompts at different steps: weights are not 1
+
+
+def test_all_of_a_group_are_noisy_at_one_step_which_is_their_prompts() -> None:
+    plans = [flash_grpo().plan(3, slot) for slot in range(12)]
+    for plan in plans:
+        chains = [plan.node_root[plan.roots + e] for e, on in enumerate(plan.stochastic) if on]
+        assert len(noisy(plan)) == 1 and sorted(chains) == list(range(8)) and len(set(plan.start)) == 8
+    assert len({min(noisy(plan)) for plan in plans}) > 3
 
 
 @pytest.mark.parametrize(("algorithm", "starts"), [(flow_grpo_fast(), range(3)), (flash_grpo(), range(10))])

@@ -13,7 +13,7 @@ from fake import PROMPTS, Bench, Fake, brightness, config, flow, tempflow
 from PIL import Image
 from safetensors.torch import save_file
 
-from tempflow.algorithms import dgpo, diffusion_nft, gcpo, sol_rl, v_grpo, vipo
+from tempflow.algorithms import dapo, dgpo, diffusion_nft, gcpo, sol_rl, v_grpo, vipo
 from tempflow.train.dist import join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
@@ -33,6 +33,7 @@ ALGORITHMS = {
     "gcpo": lambda: gcpo(steps=4, group=6, sizes=(1, 2), share=1.0, clip=0.02),
     "vipo": lambda: vipo(steps=4, group=6, kind="flow", noise_level=0.7, clip=0.5),
     "sol_rl": lambda: sol_rl(steps=4, group=6, pool=9, draft_steps=2),
+    "dapo": lambda: dapo(steps=4, group=6, clip=0.02, clip_high=0.03),
 }
 
 
@@ -45,11 +46,22 @@ def patchy(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
     ]
 
 
+def half_broken(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    """Nothing to learn from the first two prompts, which are the first rank's of two."""
+    values = brightness(images, prompts)
+    return [None if p == PROMPTS[0] else 0.5 if p == PROMPTS[1] else v for p, v in zip(prompts, values, strict=True)]
+
+
 def one_update(name: str, out: Path, mode: str) -> None:
-    """Loss, advantages, gradients and one SGD step of an iteration."""
+    """Loss, advantages, gradients and one SGD step of an iteration.
+
+    "idle NAME": the first two prompts teach nothing and have broken latents.
+    """
     world = join("cpu")
+    idle, name = name.startswith("idle "), name.removeprefix("idle ")
     bench = Bench(algorithm=ALGORITHMS[name](), reward=brightness, train_rows=7, rollout_rows=11)
-    patched = Bench(algorithm=ALGORITHMS[name](), reward=patchy, train_rows=7, rollout_rows=11, world=world)
+    reward = half_broken if idle else patchy
+    patched = Bench(algorithm=ALGORITHMS[name](), reward=reward, train_rows=7, rollout_rows=11, world=world)
     trainable = patched.trainable
     if mode == "fsdp":
         network = patched.model.network
@@ -67,6 +79,10 @@ def one_update(name: str, out: Path, mode: str) -> None:
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5)
     experience = patched.collect(prompts=PROMPTS[:5])
     given = credit(patched.setting, experience)
+    if idle:
+        forest = experience.forest
+        untaught = forest.edges.prompt < 2
+        forest.nodes[torch.cat([forest.edges.parent[untaught], forest.edges.child[untaught]])] = torch.nan
     seen: dict[str, torch.Tensor] = {}
     kept = optimizer.step
 

@@ -62,6 +62,26 @@ def test_two_ranks_equal_one_process(algorithm: str, tmp_path: Path) -> None:
         assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
 
 
+@pytest.mark.parametrize("algorithm", ["flow", "dapo", "gcpo", "vipo"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_rank_whose_groups_teach_nothing_leaves_the_others_gradient_as_it_is(
+    algorithm: str, mode: str, tmp_path: Path
+) -> None:
+    """Its groups are flat or failed, and its latents broken: 0 times these would not be 0."""
+    if mode == "fsdp" and algorithm != "flow":
+        pytest.skip("one sharded case tells")
+    launch(1, f"idle {algorithm}", str(tmp_path / "one"), "ddp")
+    launch(2, f"idle {algorithm}", str(tmp_path / "two"), mode)
+    one, two = (load_file(tmp_path / name / "tensors.safetensors") for name in ("one", "two"))
+    assert float(one["gradient/mean.bias"].abs().max()) > 1e-4
+    for name in one:
+        assert bool(two[name].isfinite().all()) and close(two[name], one[name], 1e-5), name
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0]["updates"] == metrics[1]["updates"] == 1
+    for key, value in metrics[0].items():
+        assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+
+
 @pytest.mark.parametrize("algorithm", ["flow", "tempflow"])
 def test_sharded_equals_replicated(algorithm: str, tmp_path: Path) -> None:
     launch(2, algorithm, str(tmp_path / "ddp"), "ddp")

@@ -59,6 +59,8 @@ def drm_grpo(
     at_least("candidates", candidates, 2, "or there is nothing to compare with")
     positive("noise_level", noise_level, 0.7)
     positive("clip", clip, 1e-4)
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 5.0)
     if not reward:
         raise ValueError("reward: is empty; nearest valid: 'runs/latent-reward', a latent reward's folder")
     grown = _candidates(steps, chains, candidates)

@@ -25,13 +25,13 @@ the same step in a short window, with the density's ratio.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
-from tempflow.core import plan, weight
+from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.edges import Replayed
@@ -72,8 +72,7 @@ def flow_cps(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("steps", steps, 2, "as the last one has no noise")
-    at_least("group", group, 2, "or there is nothing to compare with")
+    plan = chains_plan(steps, group, None, noisy_last=False)
     one_of("std", std, ("global", "group"))
     one_of("log_prob", log_prob, ("unscaled", "density"))
     positive("noise_level", noise_level, 0.8)
@@ -83,18 +82,12 @@ def flow_cps(
     positive("clip", bound, usual)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    chains = _chains(steps, group)
     return Algorithm(
         name="flow_cps",
         steps=steps,
-        plan=lambda iteration, slot: chains,
+        plan=plan,
         dynamics=CPS(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
         objective=clipped(bound, bound, kl, "exact", UnscaledRatio() if unscaled else None),
     )
-
-
-@lru_cache(maxsize=64)
-def _chains(steps: int, group: int) -> plan.Plan:
-    return plan.chain(steps, group, stochastic=range(steps - 1))

@@ -21,7 +21,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
@@ -67,8 +67,10 @@ def flow_grpo_fast(
     at_least("window", window, 1)
     positive("noise_level", noise_level, 0.8)
     positive("clip", clip, 1e-5)
-    if kind not in ("cps", "sde"):
-        raise ValueError(f"kind: {kind!r} is not one of 'cps', 'sde'; nearest valid: 'cps'")
+    one_of("kind", kind, ("cps", "sde"))
+    one_of("std", std, ("global", "group"))
+    if advantage_clip is not None:
+        positive("advantage_clip", advantage_clip, 5.0)
     if window > steps:
         raise ValueError(f"window: {window} is longer than the rollout; nearest valid: {steps}")
     end = max(window, steps // 2) if window_end is None else window_end

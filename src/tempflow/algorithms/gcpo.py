@@ -25,10 +25,8 @@ The draws are the iteration's and path's, whatever the run's seed.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from tempflow.algorithms.base import Algorithm, at_least, positive
-from tempflow.core import plan
+from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import ChunkRatio, clipped
@@ -68,8 +66,7 @@ def gcpo(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("steps", steps, 2, "as the last one is not trained")
-    at_least("group", group, 2, "or there is nothing to compare with")
+    plan = chains_plan(steps, group, None, shared_noise=shared_noise)
     at_least("largest", largest, 1)
     positive("noise_level", noise_level, 0.7)
     positive("clip", clip, 5e-5)
@@ -79,19 +76,13 @@ def gcpo(
     units = AdaptiveChunks(largest, sampler) if sizes is None else FixedChunks(tuple(sizes), sampler)
     if sizes is not None and sum(sizes) != steps - 1:
         raise ValueError(f"sizes: {sizes} add up to {sum(sizes)}; nearest valid: a sum of {steps - 1}, steps − 1")
-    chains = _chains(steps, group, shared_noise)
     return Algorithm(
         name="gcpo",
         steps=steps,
-        plan=lambda iteration, slot: chains,
+        plan=plan,
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip),
         objective=clipped(clip, clip, kl, "exact", ChunkRatio()),
         units=units,
         observe=(RelativeChange(),) if sizes is None or weighted else (),
     )
-
-
-@lru_cache(maxsize=64)
-def _chains(steps: int, group: int, shared_noise: bool) -> plan.Plan:
-    return plan.chain(steps, group, shared_noise=shared_noise)

@@ -24,13 +24,12 @@ formulas were read in three re-implementations (verl-omni, TeleBoost, Pref-GRPO;
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
-from tempflow.core import plan
+from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
 from tempflow.core.forest import Forest
@@ -69,8 +68,7 @@ def grpo_guard(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("steps", steps, 2, "as the last one is not trained")
-    at_least("group", group, 2, "or there is nothing to compare with")
+    plan = chains_plan(steps, group, None, noisy_last=kind == "flow")
     one_of("kind", kind, ("flow", "dance"))
     one_of("weight", weight, ("published", "equalised"))
     one_of("std", std, ("global", "group"))
@@ -78,12 +76,11 @@ def grpo_guard(
     positive("clip", clip, 2e-6)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    chains = _chains(steps, group, kind)
     published: Weight = inverse_step if kind == "flow" else dance_published
     return Algorithm(
         name="grpo_guard",
         steps=steps,
-        plan=lambda iteration, slot: chains,
+        plan=plan,
         dynamics=FlowSDE(noise_level) if kind == "flow" else DanceSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=published if weight == "published" else equalised,
@@ -99,8 +96,3 @@ def dance_published(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> T
     edges = forest.edges
     b = dynamics.coefficients(schedule, edges.step, edges.scale)[1]
     return mean_one(forest, b.abs() / schedule.delta(edges.step).square())
-
-
-@lru_cache(maxsize=64)
-def _chains(steps: int, group: int, kind: str) -> plan.Plan:
-    return plan.chain(steps, group, stochastic=range(steps) if kind == "flow" else range(steps - 1))

@@ -23,11 +23,10 @@ these: whether weights have mean 1 or sum 1, the ε (`floor`), the ρ (`explore`
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
-from tempflow.core import plan
+from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import Credit, GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -66,8 +65,7 @@ def otca(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("steps", steps, 2, "as the last one is not trained")
-    at_least("group", group, 2, "or there is nothing to compare with")
+    plan = chains_plan(steps, group, None, shared_noise=kind == "dance", noisy_last=kind == "flow")
     one_of("kind", kind, ("dance", "flow"))
     positive("noise_level", noise_level, 0.3 if kind == "dance" else 0.7)
     positive("clip", clip, 1e-4)
@@ -78,20 +76,12 @@ def otca(
         credit = MinNorm(credit, explore)
     if tcd:
         credit = StepCredit(credit, "progress", floor)
-    chains = _chains(steps, group, kind)
     return Algorithm(
         name="otca",
         steps=steps,
-        plan=lambda iteration, slot: chains,
+        plan=plan,
         dynamics=DanceSDE(noise_level) if kind == "dance" else FlowSDE(noise_level),
         credit=credit,
         objective=clipped(clip, clip, kl, "exact"),
         observe=(Progress(),) if tcd else (),
     )
-
-
-@lru_cache(maxsize=64)
-def _chains(steps: int, group: int, kind: str) -> plan.Plan:
-    if kind == "flow":
-        return plan.chain(steps, group)
-    return plan.chain(steps, group, stochastic=range(steps - 1), shared_noise=True)

@@ -34,6 +34,7 @@ class Advantage:
     live     bool, ok and its group has spread
     columns  what the objective is told of each edge beside that, [E, …] by name ("map", "standing")
     peer     LongTensor [E], another edge of the same prompt and step that the objective looks at; None: none
+    pool     the advantages before whole prompts were left out, which metrics tell of; None: these
     """
 
     value: Tensor
@@ -41,6 +42,7 @@ class Advantage:
     live: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     peer: Tensor | None = None
+    pool: Advantage | None = None
 
 
 class Credit(Protocol):

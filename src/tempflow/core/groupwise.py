@@ -147,7 +147,8 @@ class DynamicSampling(Around):
     Left out means out of the loss's mean too, so that a loss is normalised over what is kept. Fewer with spread keep
     all of these. Where the published method draws prompts until enough have spread, here a fixed pool is drawn: its
     rollouts are paid for whether kept or not. None keeps all with spread. The inner credit sees the whole pool, so a
-    batch-wide scale of its counts what is then left out. Raises ValueError for less than one prompt.
+    batch-wide scale of its counts what is then left out; what it said stays as `Advantage.pool`. Raises ValueError for
+    less than one prompt.
     """
 
     prompts: int | None = None
@@ -166,4 +167,4 @@ class DynamicSampling(Around):
         if self.prompts is not None:
             kept = kept & (spread.cumsum(0)[slot] <= self.prompts)
         value = torch.where(kept, given.value, 0.0)
-        return replace(given, value=value, ok=given.ok & kept, live=given.live & kept)
+        return replace(given, value=value, ok=given.ok & kept, live=given.live & kept, pool=given)

@@ -34,9 +34,11 @@ def update(
     An update's loss is a mean over its share of all valid units (`lessons` says of which). Raises GuardError before the
     weights move when no reward is valid, or when `watcher` does.
     """
-    algorithm, scores = setting.algorithm, experience.scores
+    algorithm = setting.algorithm
     number = iteration + 1  # as metrics.jsonl counts
-    guards.check_rewards(int(scores.total(algorithm.credit.reward_weights)[1].sum()), len(scores), number)
+    scores, weights = experience.credited[0], algorithm.credit.reward_weights
+    valid = scores.total(weights if experience.judged is None else None)[1]
+    guards.check_rewards(int(valid.sum()), len(scores), number)
     started = time.perf_counter()
     taught = lessons(setting, experience, given, iteration, skip)
     norms, sums = list[float](), list[Sums]()
@@ -105,14 +107,11 @@ def accumulate(
     trainable: Trainable,
     may_pause: bool,
 ) -> Sums:
-    """Adds the gradient of `share` · Σ loss over the units of `part` to the masters, all ranks' together.
-
-    A rank that owns none of them computes one item that counts 0, so that all ranks take part in every exchange.
-    """
+    """Adds the gradient of `share` · Σ loss over the units of `part` to the masters, all ranks' together."""
+    sharded = setting.shards is not None
     own = part.of(experience.first, len(experience.forest.edges))
-    counts = len(own.row) > 0
-    if not counts:
-        own = one_of(part, experience.first + int(experience.forest.edges.trained.nonzero()[0, 0]))
+    if not len(own.row):
+        return _summed(setting.world, trainable, _idle(setting, experience, given, part, trainable), sharded)
     batches = own.batches(setting.train_rows)
     sums: dict[str, float] = {}
     worst, total, rows = 0.0, 0.0, 0
@@ -122,16 +121,34 @@ def accumulate(
         if setting.shards is not None:
             setting.shards.before_backward(last=number + 1 == len(batches))
         loss = loss_of(setting, experience, given, batch)
-        value = loss.value * (batch.units * share if counts else 0.0)
+        value = loss.value * (batch.units * share)
         value.backward()
         trainable.collect()
         total += value.item()
-        rows += len(batch.row) if counts else 0
-        if counts and "log_ratio_abs" in loss.metrics:
+        rows += len(batch.row)
+        if "log_ratio_abs" in loss.metrics:
             worst = max(worst, loss.metrics["log_ratio_abs"].max().item())
         for name, column in loss.metrics.items():
-            sums[name] = sums.get(name, 0.0) + (column.sum().item() if counts else 0.0)
-    return _summed(setting.world, trainable, Sums(total, worst, sums, rows), sharded=setting.shards is not None)
+            sums[name] = sums.get(name, 0.0) + column.sum().item()
+    return _summed(setting.world, trainable, Sums(total, worst, sums, rows), sharded)
+
+
+def _idle(setting: Setting, experience: Experience, given: Credit, part: Lessons, trainable: Trainable) -> Sums:
+    """What a rank does that owns no item of a part: a backward that adds 0, as all ranks take part in every exchange.
+
+    It starts from zeros: a rank may own nothing because its latents broke, and 0 times what is not finite is not 0.
+    """
+    edges, schedule = experience.forest.edges, experience.schedule
+    some = one_of(part, experience.first + int(edges.trained.nonzero()[0, 0]))
+    with torch.no_grad():  # only the metrics' names are wanted, as ranks exchange metrics by place
+        names = loss_of(setting, experience, given, some).metrics
+    if setting.shards is not None:
+        setting.shards.before_backward(last=True)
+    x, sigma = torch.zeros_like(experience.forest.nodes[:1]), schedule.at(torch.zeros_like(edges.step[:1]))
+    velocity = experience.models["policy"](x, sigma, edges.prompt[:1])
+    (velocity.sum() * 0.0).backward()
+    trainable.collect()
+    return Sums(0.0, 0.0, dict.fromkeys(names, 0.0), 0)
 
 
 def _summed(world: World, trainable: Trainable, own: Sums, sharded: bool) -> Sums:

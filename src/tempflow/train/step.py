@@ -370,15 +370,18 @@ def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
 
 
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:
-    """Reward means and spreads, failures, and the share of trained edges whose group has no spread."""
-    scores, metrics = experience.scores, dict[str, float]()
+    """Reward means and spreads, failures, and the share of trained edges whose group has no spread.
+
+    Edges of prompts that a credit leaves out for that reason count in the share.
+    """
+    scores, metrics, seen = experience.scores, dict[str, float](), advantage.pool or advantage
     for column, name in enumerate(scores.names):
         value = scores.value[scores.ok[:, column], column]
         metrics[f"reward/{name}"] = value.mean().item() if len(value) else float("nan")
         metrics[f"reward_std/{name}"] = value.std(unbiased=False).item() if len(value) else float("nan")
-    trained = experience.whole.edges.trained & advantage.ok
+    trained = experience.whole.edges.trained & seen.ok
     metrics["failed_rewards"] = int((~scores.ok).any(1).sum())
-    metrics["zero_variance"] = 1 - (trained & advantage.live).sum().item() / max(1, int(trained.sum()))
+    metrics["zero_variance"] = 1 - (trained & seen.live).sum().item() / max(1, int(trained.sum()))
     if experience.fidelity is not None and bool(experience.fidelity.isfinite().any()):
         metrics["draft/kendall"] = experience.fidelity.nanmean().item()
     measured = {name: value for name, value in experience.signals.metrics().items() if math.isfinite(value)}

@@ -275,6 +275,17 @@ def test_region_ratio_is_the_maps_weighted_mean_of_log_densities() -> None:
     torch.testing.assert_close(RegionRatio()(at(BATCH)), want, rtol=1e-8, atol=1e-10)
 
 
+def test_a_map_of_zeros_looks_nowhere() -> None:
+    """One picture's empty map must not spoil the others' loss."""
+    where = BATCH.columns["map"].clone()
+    where[3] = 0
+    for ratio in (RegionRatio(), PositionRatio()):
+        batch = replace(BATCH, columns={"map": where})
+        v = new(batch.x, batch.schedule.at(batch.step), batch.rows).requires_grad_()
+        clipped(ratio=ratio)({"policy": lambda x, sigma, rows, v=v: v}, batch).value.backward()
+        assert bool(v.grad.isfinite().all()) and not bool(v.grad[3].any()) and bool(v.grad[4].any())
+
+
 def test_position_loss_is_the_mean_over_places_of_clipped_terms() -> None:
     low, high = 0.02, 0.05
     objective = clipped(low, high, ratio=PositionRatio())

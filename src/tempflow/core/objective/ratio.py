@@ -125,7 +125,7 @@ class RegionRatio(_PerEdge):
     """One ratio an edge whose log densities are averaged with the column "map" [B, h, w] as weights.
 
     Our variant of ViPO: gradients go where the map is, clips stay those of a step's ratio, and an even map gives
-    `StepRatio` exactly.
+    `StepRatio` exactly. A map of zeros has log ratio 0.
     """
 
     keeps_mean = True
@@ -135,7 +135,7 @@ class RegionRatio(_PerEdge):
         y, where = at.batch.y.to(old), upcast(at.batch.column("map")).to(old)
         gap = (y - old).square() - (y - at.policy.mean).square()
         weighted = gap * where[:, None].expand_as(gap)
-        return mean_dims(weighted) / mean_dims(where) / (2 * at.policy.std.to(old).square())
+        return mean_dims(weighted) / mean_dims(where).clamp(min=1e-12) / (2 * at.policy.std.to(old).square())
 
 
 @dataclass(frozen=True)

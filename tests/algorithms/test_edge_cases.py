@@ -1,0 +1,207 @@
+"""The trajectory family where things go wrong or are very small: failed scores, broken latents, one prompt, T = 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from fake import PROMPTS, Bench, Fake, brightness, same, weights
+from family import FAMILY
+from loop_checks import Images, bench_of, check_counts, check_first_ratio, judging
+from torch import Tensor, nn
+
+from tempflow.core.rollout import Noise
+from tempflow.train.guards import GuardError
+from tempflow.train.learn import accumulate
+from tempflow.train.lessons import lessons
+from tempflow.train.step import Experience, credit
+
+by_name = pytest.mark.parametrize("name", FAMILY)
+Value = float | None
+
+
+def failing(which: Callable[[int, int], bool], failure: Value = None) -> Any:
+    """Brightness; of the first prompt's n pictures those fail whose place `which(place, n)` names."""
+
+    def reward(images: Images, prompts: list[str]) -> list[Value]:
+        mine = [k for k, p in enumerate(prompts) if p == PROMPTS[0]]
+        gone = {k for place, k in enumerate(mine) if which(place, len(mine))}
+        return [failure if k in gone else r for k, r in enumerate(brightness(images, prompts))]
+
+    return reward
+
+
+FAILURES: dict[str, Any] = {
+    "one": failing(lambda place, n: place == 1),
+    "one is NaN": failing(lambda place, n: place == 1, math.nan),
+    "all but one": failing(lambda place, n: place != 1),
+    "all": failing(lambda place, n: True),
+}
+
+
+def without_a_score(experience: Experience) -> Tensor:
+    """Edges of which no leaf has a score (or which have none themselves), by the plain definition."""
+    scores, forest = experience.credited
+    edge, leaf = forest.descent
+    valid = torch.zeros(len(forest.edges)).index_add(0, edge, scores.ok[:, 0].float()[leaf])
+    return valid == 0
+
+
+def sound(bench: Bench, seen: dict[str, float]) -> None:
+    assert seen["updates"] == 1 and seen["grad_norm"] > 0
+    assert all(math.isfinite(seen[key]) for key in ("loss", "grad_norm", "log_ratio_max", "zero_variance"))
+    assert all(bool(w.isfinite().all()) for w in weights(bench.model).values())
+
+
+@by_name
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failed_score_takes_its_edges_out_and_nothing_else(name: str, kind: str) -> None:
+    """Their states do not matter any more: spoilt, they change nothing."""
+    if name == "drm_grpo" and kind != "one":
+        pytest.skip("trains on a judge's scores: see below")
+    gradients: list[Tensor] = []
+    for spoil in (False, True):
+        bench = bench_of(FAMILY[name](4), reward=FAILURES[kind], max_grad_norm=1e9)
+        experience = bench.collect()
+        given, gone = credit(bench.setting, experience).advantage, without_a_score(experience)
+        assert torch.equal(given.ok, ~gone) or name.startswith("dapo")
+        assert not bool(given.ok[gone].any()) and bool((given.value[gone] == 0).all())
+        assert bool(given.value.isfinite().all())
+        if spoil:
+            experience.forest.nodes[experience.forest.edges.child[gone]] = math.nan
+        sound(bench, bench.update(experience))
+        gradients.append(torch.cat([p.grad.flatten() for p in bench.model.network.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+@by_name
+def test_when_all_fail_nothing_moves_and_it_is_said(name: str) -> None:
+    judge = {"judge": judging(lambda x, sigma, rows: sigma * math.nan)} if name == "drm_grpo" else {}
+    bench = bench_of(FAMILY[name](4), reward=lambda images, prompts: [None] * len(images), **judge)
+    before = weights(bench.model)
+    with pytest.raises(GuardError, match="rewards failed, so there is nothing to learn from"):
+        bench.iterate()
+    assert same(before, weights(bench.model))
+
+
+def test_a_judge_needs_none_of_the_rewards_that_only_look() -> None:
+    bench = bench_of(FAMILY["drm_grpo"](4), reward=lambda images, prompts: [None] * len(images))
+    seen = bench.iterate()
+    sound(bench, seen)
+    assert seen["trained_edges"] == bench.setting.algorithm.cost(0, len(PROMPTS)).trained_edges
+
+
+@by_name
+def test_a_broken_latent_breaks_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompt's first path gets NaN for noise, and all that descends from it."""
+    draw = Noise.edge
+
+    def broken(self: Noise, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+        bad = torch.tensor([slot == root == 0 and not any(path[:-1]) for slot, root, *path in ids])
+        return torch.where(bad.view(-1, 1, 1, 1), math.nan, draw(self, ids, shape))
+
+    monkeypatch.setattr(Noise, "edge", broken)
+    bench = bench_of(FAMILY[name](4))
+    experience = bench.collect()
+    assert bool(experience.forest.nodes.isnan().any())
+    assert bool(without_a_score(experience).any())
+    sound(bench, bench.update(experience))
+
+
+@by_name
+def test_one_prompt_is_enough(name: str) -> None:
+    bench = bench_of(FAMILY[name](4))
+    experience = bench.collect(prompts=PROMPTS[1:2])
+    seen = bench.update(experience)
+    sound(bench, seen)
+    assert seen["trained_edges"] == bench.setting.algorithm.cost(0, 1).trained_edges
+
+
+@by_name
+def test_two_steps_are_enough(name: str) -> None:
+    check_counts(FAMILY[name](2))
+    check_first_ratio(FAMILY[name](2))
+
+
+@by_name
+def test_guidance_is_in_rollout_and_training_alike(name: str) -> None:
+    seen = [bench_of(FAMILY[name](4), guidance=g, rollout_rows=1, train_rows=1).iterate() for g in (1.0, 2.5)]
+    assert seen[1]["log_ratio_max"] <= 1e-7 and seen[1]["grad_norm"] != seen[0]["grad_norm"]
+    sound(bench_of(FAMILY[name](4)), seen[1])
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a LoRA of rank 1 beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(2, 1, bias=False), nn.Linear(1, 8, bias=False)
+        base.requires_grad_(False)
+        nn.init.constant_(self.down.weight, 0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return self.base(condition) + self.up(self.down(condition))
+
+
+def adapted() -> Fake:
+    model = Fake()
+    model.network.mean = Adapted(model.network.mean)  # type: ignore[assignment]
+    return model
+
+
+@by_name
+def test_a_lora_is_all_that_moves(name: str) -> None:
+    bench = bench_of(FAMILY[name](4), model=adapted())
+    before = weights(bench.model)
+    first = bench.iterate(0)
+    sound(bench, first)
+    assert first["log_ratio_max"] <= 1e-6
+    bench.iterate(1)
+    moved = {n for n, w in weights(bench.model).items() if not torch.equal(w, before[n])}
+    assert moved == {"mean.down.weight", "mean.up.weight"}
+
+
+@pytest.mark.parametrize("name", ["gcpo", "gcpo, adaptive", "gspo"])
+def test_two_updates_share_chunks_and_split_none(name: str) -> None:
+    bench = bench_of(FAMILY[name](5), reward=FAILURES["one"], updates=2, train_rows=3)
+    experience = bench.collect()
+    given = credit(bench.setting, experience)
+    algorithm = bench.setting.algorithm
+    assert algorithm.units is not None
+    unit = algorithm.units(experience.whole, 0)
+    taught = lessons(bench.setting, experience, given, 0, ())
+    seen: list[int] = []
+    for part in taught.parts(2):
+        for batch in part.batches(3):
+            for chunk in unit[batch.row].unique():
+                assert torch.equal(batch.row[unit[batch.row] == chunk].sort().values, (unit == chunk).nonzero()[:, 0])
+                seen.append(int(chunk))
+    ok = unit[experience.whole.edges.trained & given.advantage.ok]
+    assert sorted(seen) == ok.unique().tolist() and taught.valid == len(seen)
+    assert bench.update(experience)["updates"] == 2
+
+
+@by_name
+def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
+    bench = bench_of(FAMILY[name](4))
+    experience = bench.collect()
+    given = credit(bench.setting, experience)
+    taught = lessons(bench.setting, experience, given, 0, ())
+    wanted = accumulate(bench.setting, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
+    bench.trainable.zero_grad()
+    others = taught.of(0, 0)  # this rank owns none of them
+    experience.forest.nodes.fill_(math.nan)
+    learnt: list[Tensor] = []  # states whose gradients reach the weights: times 0, NaN would stay NaN
+    bench.model.network.register_forward_pre_hook(
+        lambda module, given: learnt.append(given[0]) if torch.is_grad_enabled() else None
+    )
+    sums = accumulate(bench.setting, experience, given, others, 1.0, bench.trainable, may_pause=False)
+    assert (sums.loss, sums.worst, sums.rows) == (0, 0, 0)
+    assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
+    assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())
+    for master in bench.trainable.masters:
+        assert master.grad is not None and bool((master.grad == 0).all())
