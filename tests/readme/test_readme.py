@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 def test_python_block_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
-    small = code[1].replace("iterations=6", "iterations=1, data={'prompts_per_iteration': 1}, threads=1")
+    few = "data={'prompts_per_iteration': 1}, evaluation={'validation_prompts': 4, 'test_prompts': 8}"
+    small = code[1].replace("iterations=6", f"iterations=1, {few}, threads=1")
     small = small.replace("reward=redness)", "reward=redness, prompts=['a circle'], quiet=True)")
     done = subprocess.run([sys.executable, "-c", small], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
