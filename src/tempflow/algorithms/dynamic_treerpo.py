@@ -21,7 +21,7 @@ noise that grows linearly with depth, Eq. 9's clipped sum over tree edges, rewar
 pull to the group's best path (Eq. 13). Ours: g's exact form, the clip's form and u, the pull's even weights over steps,
 the numbers 0.5, 0.5 and 0.1 of growth, sensitivity and imitation, and from MixGRPO T 25, noise 0.7, clip 1e-4 and the
 window's way (here it never shrinks). The mean of a shared edge's leaf advantages meets one clip, where the paper's sum
-clips each path by itself; before a first update that is the same gradient.
+clips each path by itself; before a first update that is the same gradient (where no leaf failed: weights count all).
 """
 
 from __future__ import annotations

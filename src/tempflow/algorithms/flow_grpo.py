@@ -15,6 +15,7 @@ Defaults are those of the official code for SD 3.5 (config/base.py, config/grpo.
 sure): 10 steps, group 24, noise 0.7, clip 1e-4, advantages clipped at 5, β 0.04 for GenEval and OCR (0.01 for
 PickScore) on the KL form without Δ, mean by prompt and standard deviation of all scores of the iteration, eps 1e-4.
 FLUX: 6 steps, noise 0.9, kl 0. Qwen-Image: noise 1.2, group 16. Not here: EMA and optimizer, which are the run's.
+Under guidance no gradient goes through the prediction without a prompt, as in the newer official code: the adapter's.
 """
 
 from __future__ import annotations

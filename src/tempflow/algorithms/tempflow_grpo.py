@@ -17,7 +17,8 @@ Cost for a prompt at the defaults: seeds·(T−1) + seeds·branches·T(T−1)/2 
 Defaults are those of the official code for SD 3.5 (config/dgx.py, train_sd3_pr.py; read in source, sure): 10 steps,
 4 seeds of 6 branches, noise 0.7 (0.9 FLUX, 1.2 Qwen-Image), clip 1e-4, exact KL with β 0.004 for GenEval (0.001
 PickScore, 0.004 FLUX with HPSv3, 0 Qwen-Image), population std, eps 1e-4, advantages clipped at 5, seed groups (the
-paper also shows prompt and batch groups). `branch_steps` is ours.
+paper also shows prompt and batch groups). `branch_steps` is ours. Under guidance that code's gradient also goes through
+the prediction without a prompt; here, as in Flow-GRPO's newer code, it does not.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def accumulate(
     sharded = setting.shards is not None
     own = part.of(experience.first, len(experience.forest.edges))
     if not len(own.row):
+        if may_pause:
+            setting.pause()
         return _summed(setting.world, trainable, _idle(setting, experience, given, part, trainable), sharded)
     batches = own.batches(setting.train_rows)
     sums: dict[str, float] = {}

@@ -281,7 +281,7 @@ def test_a_map_of_zeros_looks_nowhere() -> None:
     where[3] = 0
     for ratio in (RegionRatio(), PositionRatio()):
         batch = replace(BATCH, columns={"map": where})
-        v = new(batch.x, batch.schedule.at(batch.step), batch.rows).requires_grad_()
+        v = old(batch.x, batch.schedule.at(batch.step), batch.rows).requires_grad_()
         clipped(ratio=ratio)({"policy": lambda x, sigma, rows, v=v: v}, batch).value.backward()
         assert bool(v.grad.isfinite().all()) and not bool(v.grad[3].any()) and bool(v.grad[4].any())
 
