@@ -100,7 +100,7 @@ def agreement(a: Tensor, b: Tensor, prompt: Tensor, slots: Sequence[int]) -> Ten
 
 
 def overlap(a: Tensor, b: Tensor, k: int) -> float:
-    """The share of `b`'s k best that are `a`'s k best too: of two score lists, float [n]; overlap(-a, -b, k): the worst.
+    """The share of `b`'s k best that are `a`'s k best too: two score lists, float [n]. overlap(-a, -b, k): the worst.
 
     Where values tie about the k-th, the mean over independent draws among the tied; so even overlap(b, b, k) is below 1
     there. By chance it is k/n. Raises ValueError unless 1 ≤ k ≤ n and the lists are of one length without NaN.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, cast, get_args
 
@@ -128,23 +128,22 @@ class CheapCopy(nn.Module):
     @torch.no_grad()
     def refresh(self, network: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Takes the weights of `network` as they are now, `values` standing in for its parameters of these names."""
-        state = {**network.state_dict(), **values}
-        own = self.inner.state_dict()
-        for name in _plain_names(state):
+        state, own = {**network.state_dict(), **values}, self.inner.state_dict()
+        names = {name.replace(".base_layer.", "."): None for name in state if ".lora_" not in name}
+        for name in names:
             if name.rpartition(".")[0] not in self.layers:
                 own[name].copy_(merged(network, state, name))
         for layer in self.layers:
-            parts = {part: f"{layer}.{part}" for part in ("weight", "bias")}
-            known = {p: merged(network, state, name) for p, name in parts.items() if _has(state, name)}
-            self.inner.set_submodule(layer, self._converted(known["weight"], known.get("bias")))
+            parts = {part: f"{layer}.{part}" for part in ("weight", "bias") if f"{layer}.{part}" in names}
+            self._replace(layer, {part: merged(network, state, name) for part, name in parts.items()})
 
-    def _converted(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    def _replace(self, layer: str, parts: Mapping[str, Tensor]) -> None:
+        outputs, inputs = parts["weight"].shape
+        linear = nn.Linear(inputs, outputs, "bias" in parts, device="meta")  # draws no initial weights
+        for part, value in parts.items():
+            linear.register_parameter(part, nn.Parameter(value.to(self.dtype, copy=True), requires_grad=False))
         assert self.convert is not None
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=self.dtype)
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-        return self.convert(linear.requires_grad_(False))
+        self.inner.set_submodule(layer, self.convert(linear))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +156,7 @@ class CheapCopy(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------- lora
 def merged(network: nn.Module, state: Mapping[str, Tensor], name: str) -> Tensor:
-    """The tensor `name` of `network` with its LoRA, if any, added in: W + scale·B·A in float32 or better, from `state`."""
+    """The tensor `name` from the state of `network`, its LoRA added in: W + scale·B·A in float32 or better."""
     if name in state:
         return state[name]
     layer, _, part = name.rpartition(".")
@@ -170,15 +169,6 @@ def merged(network: nn.Module, state: Mapping[str, Tensor], name: str) -> Tensor
         down, up = (upcast(state[f"{layer}.lora_{side}.{adapter}.weight"]) for side in "AB")
         weight = weight + tuned.scaling[adapter] * (up @ down)
     return weight
-
-
-def _has(state: Mapping[str, Tensor], name: str) -> bool:
-    layer, _, part = name.rpartition(".")
-    return name in state or f"{layer}.base_layer.{part}" in state
-
-
-def _plain_names(state: Mapping[str, Tensor]) -> Iterator[str]:
-    return (name.replace(".base_layer.", ".") for name in state if ".lora_" not in name)
 
 
 def _without_lora(network: nn.Module) -> nn.Module:
