@@ -8,8 +8,10 @@ mean over prompts whose pool has any spread. Rewards are coarse, so pools have t
 ranks, and an overlap draws lots among the tied, so that even the full scores overlap with themselves by less than 1
 (row "itself"). Contrast: mean |R − mean of the kept| of the kept noises' full rewards, over the pool's own std.
 
-Time: an iteration of 24-in-24, of 24-in-96 drawn in full, and of Sol-RL, the sides taken in turn, medians; ratios stand
-beside those of their counted forwards. A precision slower than half of float32 here is left out unless it is named.
+Time: an iteration of 24-in-24, of 24-in-96 drawn in full, and of Sol-RL, the sides taken in turn, medians of wall time;
+ratios stand beside those of their counted forwards. Seconds of the processor ("CPU", and all of the fidelity table) are
+for one thread, and hold where other work shares the machine. A precision slower than half of float32 here is left out
+unless it is named.
 """
 
 from __future__ import annotations
@@ -55,13 +57,14 @@ DRAFT_STEPS = (2, 3, 4, 6, 8, 10)
 ENDS = (4, 8, 12)
 FRACTION = 0.6
 """Of the sampler's t that are trained: the paper's table, second-hand."""
+CPU = "CPU"
 IMAGE = Path("docs/img/sol_rl.png")
 
 
 # ------------------------------------------------------------------------------------------------------------- fidelity
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """scores [P, N] of a pool of each prompt; seconds: of the walking alone, for a prompt."""
+    """scores [P, N] of a pool of each prompt; seconds of the processor for the walking alone, for a prompt."""
 
     scores: Tensor
     seconds: float
@@ -73,7 +76,7 @@ def drawn(model: Model, precision: Precision, steps: int, prompts: Sequence[Prom
     predict = model.predictor(model.encode([p.text for p in prompts]), 1.0, network=network)
     rewards, parts, seconds = [build(r["name"]) for r in REWARDS], [], 0.0
     for slot, prompt in enumerate(prompts):
-        began = time.perf_counter()
+        began = time.process_time()
         forest = rollout(
             [ode(steps, pool)],
             ODE(),
@@ -84,7 +87,7 @@ def drawn(model: Model, precision: Precision, steps: int, prompts: Sequence[Prom
             slots=[slot],
             max_rows=ROWS,
         )
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         media = model.decode(forest.nodes[forest.leaves.node], SIZE)
         scores = score_all(rewards, media, [prompt.text] * pool, [prompt.metadata] * pool, [slot] * pool)
         parts.append(scores.total(None)[0])
@@ -92,15 +95,15 @@ def drawn(model: Model, precision: Precision, steps: int, prompts: Sequence[Prom
 
 
 def speed(model: Model, precision: Precision) -> float:
-    """Rows a second of a forward, the best of three."""
+    """Rows a second of the processor, of a forward, the best of three."""
     network = None if precision == "full" else cheap_copy(model.network, model.blocks(model.network), precision)
     predict = model.predictor(model.encode(["a red circle"]), 1.0, network=network)
     rows, best = ROWS // 2, float("inf")
     with torch.no_grad():
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             predict(torch.zeros(rows, *model.noise_shape(SIZE)), torch.full((rows,), 0.5), torch.zeros(rows).long())
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.process_time() - began)
     return rows / best
 
 
@@ -263,30 +266,32 @@ def timing(a: argparse.Namespace, prompts: Sequence[Prompt], precisions: Sequenc
     forwards: dict[str, int] = {}
     for repeat in range(a.repeats + 1):
         for name, side in ready.items():
+            began = time.process_time()
             clock, counter = side.iterate(prompts)
             forwards[name] = counter.forwards
             if repeat:  # the first warms up
-                clocks[name].append(clock.seconds)
+                clocks[name].append({**clock.seconds, CPU: time.process_time() - began})
     phases = ("rollout", "draft", "decode", "reward", "train")
     first, second = list(ready)[:2]
-    total = {name: statistics.median(sum(c.values()) for c in seen) for name, seen in clocks.items()}
+    total = {name: statistics.median(sum(c.values()) - c[CPU] for c in seen) for name, seen in clocks.items()}
     rows = []
     for name, seen in clocks.items():
         split = [f"{statistics.median(c.get(p, 0.0) for c in seen):.2f}" for p in phases]
         ratios = [
             f"{total[name] / total[base]:.2f} ({forwards[name] / forwards[base]:.2f})" for base in (first, second)
         ]
-        rows.append([name, *split, f"{total[name]:.2f}", str(forwards[name]), *ratios])
+        cpu = statistics.median(c[CPU] for c in seen)
+        rows.append([name, *split, f"{total[name]:.2f}", f"{cpu:.2f}", str(forwards[name]), *ratios])
     print(f"\ntime: {len(prompts)} prompts, medians of {a.repeats}, seconds; in brackets the ratio of counted forwards")
-    print(table(["side", *phases, "all", "forwards", f"/ {first}", f"/ {second}"], rows), flush=True)
+    print(table(["side", *phases, "all", CPU, "forwards", f"/ {first}", f"/ {second}"], rows), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- final
 def finals(a: argparse.Namespace) -> dict[str, dict[int, Config]]:
     """Method → seed → run, each of about `a.forwards` counted forwards.
 
-    Drawing the pool in full is a draft of all steps: the kept are then drawn twice, to the same pictures, and the second
-    time is not counted.
+    Drawing the pool in full is a draft of all steps: the kept are then drawn twice, to the same pictures, and the
+    second time is not counted.
     """
     common = {"steps": FULL_STEPS, "group": a.keep, "fraction": FRACTION, "kl": 0.0, "eps": 0.1}
     pool = {**common, "name": "sol_rl", "pool": a.pool}
