@@ -54,7 +54,8 @@ from tempflow.train.weightsets import Trainable
 SIZE, SEED, ROWS = (32, 32), 11, 192
 FULL_STEPS, KEEP = 10, 24
 DRAFT_STEPS = (2, 3, 4, 6, 8, 10)
-ENDS = (4, 8, 12)
+ENDS, SHOWN = (4, 8, 12), 12
+"""Sizes of the ends whose overlap is printed, and the one that is drawn."""
 FRACTION = 0.6
 """Of the sampler's t that are trained: the paper's table, second-hand."""
 CPU = "CPU"
@@ -186,7 +187,9 @@ def draw(found: Mapping[tuple[Precision, int], Mapping[str, float]], path: Path)
     """τ and the overlap of both ends against the seconds of a prompt's draft; points are labelled with steps."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for ax, (label, names) in zip(
-        figure.subplots(1, 2), {"Kendall τ": ["τ"], "overlap, k = 12": ["best 12", "worst 12"]}.items(), strict=True
+        figure.subplots(1, 2),
+        {"Kendall τ": ["τ"], f"overlap, k = {SHOWN}": [f"best {SHOWN}", f"worst {SHOWN}"]}.items(),
+        strict=True,
     ):
         for precision in dict.fromkeys(p for p, _ in found):
             points = [(seen, steps) for (p, steps), seen in found.items() if p == precision]

@@ -40,7 +40,8 @@ def lack(precision: Precision, device: torch.device) -> str:
     if precision in ("full", "bfloat16"):
         return ""
     if precision == "int8" and device.type == "cpu":
-        return "" if torch.backends.quantized.engine != "none" else "this torch has no quantised kernels"
+        able = torch.backends.quantized.engine != "none" and "quantize_per_channel" in dir(torch)
+        return "" if able else "needs torch's quantised tensors, and this torch has none"
     need, has = CAPABILITY[precision], capability(device)
     if has is None:
         return f"needs a CUDA device of compute capability {need[0]}.{need[1]}, and this is {device.type}"
@@ -122,7 +123,8 @@ class CheapCopy(nn.Module):
         super().__init__()
         self.layers, self.dtype, self.convert = tuple(layers), dtype, convert
         plain = _without_lora(copy.deepcopy(network))
-        self.inner = nn.Module.to(plain, dtype=dtype).requires_grad_(False).eval()  # diffusers' own `to` warns
+        self.inner = nn.Module.to(plain, dtype=dtype).requires_grad_(False)  # diffusers' own `to` warns
+        self.eval()
         self.refresh(network, {})
 
     @torch.no_grad()
@@ -143,7 +145,7 @@ class CheapCopy(nn.Module):
         for part, value in parts.items():
             linear.register_parameter(part, nn.Parameter(value.to(self.dtype, copy=True), requires_grad=False))
         assert self.convert is not None
-        self.inner.set_submodule(layer, self.convert(linear))
+        self.inner.set_submodule(layer, self.convert(linear).eval())
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,9 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp_min(TINY) / 127
         zero = torch.zeros(len(weight), dtype=torch.long)
-        integers = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.13 says that its quantised tensors will go; `lack` looks for them
+            integers = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(integers, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.span = torch.zeros(weight.shape[1])
