@@ -186,11 +186,8 @@ def fidelity(a: argparse.Namespace, model: Model, prompts: Sequence[Prompt], pre
 def draw(found: Mapping[tuple[Precision, int], Mapping[str, float]], path: Path) -> None:
     """τ and the overlap of both ends against the seconds of a prompt's draft; points are labelled with steps."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for ax, (label, names) in zip(
-        figure.subplots(1, 2),
-        {"Kendall τ": ["τ"], f"overlap, k = {SHOWN}": [f"best {SHOWN}", f"worst {SHOWN}"]}.items(),
-        strict=True,
-    ):
+    parts = {"Kendall τ": ["τ"], f"overlap, k = {SHOWN}": [f"best {SHOWN}", f"worst {SHOWN}"]}
+    for ax, (label, names) in zip(figure.subplots(1, 2), parts.items(), strict=True):
         for precision in dict.fromkeys(p for p, _ in found):
             points = [(seen, steps) for (p, steps), seen in found.items() if p == precision]
             xs = [seen["seconds"] for seen, _ in points]
