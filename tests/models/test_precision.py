@@ -241,12 +241,13 @@ def test_int8_errs_by_its_steps_and_no_more() -> None:
 
 
 def test_int8_of_zero_and_of_what_is_not_finite() -> None:
-    linear = nn.Linear(128, 16)
-    x = torch.zeros(3, 128)
-    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    layer = Int8Linear(linear := nn.Linear(128, 16))
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, 5], x[2, 7] = 0.0, float("nan"), float("inf")
     with torch.no_grad():
-        got = Int8Linear(linear)(x)
-    assert torch.equal(got[0], linear.bias.detach()) and not bool(got[1:].isfinite().any())
+        got = layer(x)
+        assert torch.equal(got[0], linear.bias) and not bool(got[1:3].isfinite().any())
+        assert torch.equal(got[3:], layer(x[3:]))  # its neighbours take no harm
 
 
 # ------------------------------------------------------------------------------------------------------ what works here
