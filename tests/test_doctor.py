@@ -233,6 +233,21 @@ def test_extras_that_a_configuration_needs() -> None:
     assert run.needed_extras(tracked, REWARD_NOTES)["wandb"] == ["tracker wandb"]
 
 
+def test_the_precision_of_drafts() -> None:
+    def drafting(precision: str) -> Config:
+        algorithm = RECIPES["shapes_sol_rl"]().algorithm.model_dump() | {"draft_precision": precision}
+        return small(algorithm=algorithm)
+
+    assert run.draft_checks(small(), "cpu") == []
+    assert [c.state for c in run.draft_checks(drafting("int8"), "cpu")] == ["ok"]
+    (check,) = run.draft_checks(drafting("float8"), "cpu")
+    assert check.state == "fails" and "needs a CUDA device of compute capability 8.9" in check.found
+    assert check.advice == "--algorithm.draft-precision int8"
+    assert run.needed_extras(drafting("float8"), REWARD_NOTES)["quant"] == ["drafts in float8"]
+    assert run.needed_extras(drafting("int8"), REWARD_NOTES, "cuda")["quant"] == ["drafts in int8"]
+    assert "quant" not in run.needed_extras(drafting("int8"), REWARD_NOTES)
+
+
 # ---------------------------------------------------------------------------------------------------------------- disk
 def test_shapes_by_headers_are_the_tensors_own() -> None:
     folder = shapes_folder() / "transformer"

@@ -77,6 +77,29 @@ def test_advantages_come_from_the_redrawn_pictures_alone() -> None:
     assert seen["calls"] == 2 and torch.equal(a, b) and float(a.abs().max()) > 0.1
 
 
+def test_what_drafts_score_changes_nothing_where_all_are_kept() -> None:
+    """The choice is the same whatever they score; so is the gradient."""
+    seen = {"calls": 0}
+
+    def drafts_scored_anyhow(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+        seen["calls"] += 1
+        if seen["calls"] == 1:
+            return [None if i % 5 == 0 else float((7 * i) % 11) for i in range(len(images))]
+        return brightness(images, prompts)
+
+    options = {**SMALL, "pool": 4, "draft_steps": 2, "draft_precision": "bfloat16"}
+    plain = gradient(Bench(algorithm=sol_rl(**options)))
+    other = gradient(Bench(algorithm=sol_rl(**options), reward=drafts_scored_anyhow))
+    assert seen["calls"] == 2 and torch.equal(plain, other) and float(plain.abs().max()) > 1e-4
+
+
+def test_drafts_in_low_precision_cost_the_same_rows() -> None:
+    bench = Bench(algorithm=sol_rl(pool=10, draft_steps=2, draft_precision="bfloat16", **SMALL), rollout_rows=13)
+    bench.iterate()
+    cost = bench.setting.algorithm.cost(0, len(PROMPTS))
+    assert cost.forwards == bench.counter.rollout and sum(bench.model.rows) == bench.counter.forwards
+
+
 def test_fidelity_is_reported_and_is_one_for_a_full_draft() -> None:
     assert Bench(algorithm=sol_rl(pool=8, draft_steps=4, **SMALL)).iterate()["draft/kendall"] == pytest.approx(1.0)
     coarse = Bench(algorithm=sol_rl(pool=8, draft_steps=2, **SMALL)).iterate()["draft/kendall"]
@@ -90,6 +113,7 @@ def test_fidelity_is_reported_and_is_one_for_a_full_draft() -> None:
         ({"pool": 3, "group": 4}, "pool: 3 must be at least 4"),
         ({"draft_steps": 0}, "draft_steps: 0 must be at least 1"),
         ({"choice": "best"}, "mode: 'best' is not one of"),
+        ({"draft_precision": "fp8"}, "draft_precision: 'fp8' is not one of"),
         ({"group": 1}, "group: 1 must be at least 2"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from tempflow.core.draft import Draft, from_noises, kendall
+from tempflow.core.draft import Draft, agreement, from_noises, kendall, overlap
 from tempflow.core.plan import Cost, ode
 from tempflow.core.rng import Stream
 
@@ -80,8 +81,76 @@ def test_kendall_is_scipys_tau_b(pairs: list[tuple[int, int]]) -> None:
     assert math.isnan(got) if math.isnan(want) else got == pytest.approx(want, abs=1e-12)
 
 
+def test_more_than_the_pool_is_all_of_it() -> None:
+    for mode in MODES:
+        assert choose([0.3, 0.1, 0.2], 9, mode, failed=(1,)) == (0, 1, 2)
+
+
+def test_agreement_is_kendall_by_prompt_without_failures() -> None:
+    a, b = torch.tensor([1.0, 2.0, 3.0, 1.0, math.nan, 0.0]), torch.tensor([1.0, 2.0, math.nan, 4.0, 9.0, 5.0])
+    got = agreement(a, b, torch.tensor([4, 4, 4, 7, 7, 7]), [7, 4, 9])
+    assert got.dtype == torch.float64 and got[:2].tolist() == [-1.0, 1.0] and math.isnan(got[2])
+
+
+def best_sets(scores: list[int], k: int) -> list[set[int]]:
+    """All sets of k that nothing outside of beats."""
+    every = set(range(len(scores)))
+    whole = [set(c) for c in combinations(range(len(scores)), k)]
+    return [s for s in whole if min(scores[i] for i in s) >= max((scores[i] for i in every - s), default=-9)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=6), st.data())
+def test_overlap_is_the_mean_over_all_ways_to_break_ties(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    a, b = (list(column) for column in zip(*pairs, strict=True))
+    k = data.draw(st.integers(1, len(a)))
+    ways = [len(s & t) / k for s in best_sets(a, k) for t in best_sets(b, k)]
+    got = overlap(torch.tensor(a).float(), torch.tensor(b).float(), k)
+    assert got == pytest.approx(sum(ways) / len(ways), abs=1e-12)
+
+
+def test_overlap_of_what_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="k: 4 of 3 scores; nearest valid: 3"):
+        overlap(torch.zeros(3), torch.zeros(3), 4)
+    with pytest.raises(ValueError, match="scores: 3 and 3; two lists"):
+        overlap(torch.zeros(3), torch.tensor([0.0, math.nan, 1.0]), 1)
+
+
+def pools(count: int, size: int) -> torch.Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+
+
+def test_agreement_falls_with_the_noise_of_a_draft() -> None:
+    full = pools(60, 96)
+    noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seen = {"tau": list[float](), "best": list[float](), "worst": list[float]()}
+    for level in (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 8.0):
+        rows = list(zip(full + level * noise, full, strict=True))
+        seen["tau"].append(sum(kendall(a, b) for a, b in rows) / len(rows))
+        seen["best"].append(sum(overlap(a, b, 12) for a, b in rows) / len(rows))
+        seen["worst"].append(sum(overlap(-a, -b, 12) for a, b in rows) / len(rows))
+    for curve in seen.values():
+        assert curve[0] == pytest.approx(1, abs=1e-12) and curve == sorted(curve, reverse=True)
+        assert len(set(curve)) == len(curve)
+    assert abs(seen["tau"][-1]) < 0.15 and abs(seen["best"][-1] - 12 / 96) < 0.12
+
+
+@pytest.mark.parametrize(
+    ("pool", "contrast", "spread"), [(24, 0.78, 0.97), (48, 1.25, None), (72, 1.48, None), (96, 1.63, 1.68)]
+)
+def test_the_ends_of_a_gaussian_pool_have_more_contrast(pool: int, contrast: float, spread: float | None) -> None:
+    """Mean |R − mean of the kept| of 24 of `pool`, and their standard deviation, in σ: the notes' order statistics."""
+    rewards, ok = pools(200, pool), torch.ones(pool, dtype=torch.bool)
+    draft = Draft(pool, 2)
+    kept = torch.stack([r[list(draft.choose(r, ok, 24, STREAM, (0,)))] for r in rewards])
+    centred = kept - kept.mean(1, keepdim=True)
+    assert float(centred.abs().mean()) == pytest.approx(contrast, abs=0.025)
+    if spread is not None:
+        assert float(centred.square().mean(1).sqrt().mean()) == pytest.approx(spread, abs=0.025)
+
+
 def test_costs_and_starts() -> None:
-    assert Draft(96, 6).cost() == Cost(576, 96, 0) == Draft(96, 6).plan.cost()
+    assert Draft(96, 6).cost() == Cost(576, 96, 0) == Draft(96, 6).plan.cost() == Draft(96, 6, precision="int8").cost()
     assert from_noises(ode(4, 3), (7, 0, 90)).start == (7, 0, 90)
     with pytest.raises(ValueError, match=r"start\[1\] = -1: must be at least 0"):
         from_noises(ode(4, 2), (0, -1))
@@ -93,6 +162,7 @@ def test_costs_and_starts() -> None:
         ((0, 3), "pool: 0 must be at least 1"),
         ((3, 0), "draft_steps: 0 must be"),
         ((3, 3, "best"), "mode: 'best' is not one of"),
+        ((3, 3, "random", "int4"), "draft_precision: 'int4' is not one of full, bfloat16, .*; nearest valid: 'full'"),
     ],
 )
 def test_bad_arguments(arguments: tuple[int, int], message: str) -> None:

@@ -21,6 +21,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Predict, Size
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
+from tempflow.train.drafter import Drafter
 from tempflow.train.followers import Followers
 from tempflow.train.learn import update
 from tempflow.train.step import Clock, Counter, Experience, Setting, collect, credit, rollout_metrics
@@ -156,6 +157,7 @@ class Bench:
             updates=1,
             max_grad_norm=1.0,
             sets={name: weights.network() for name, weights in sets.items()},
+            drafter=Drafter.of(algorithm, self.model, self.trainable, sets),
         )
         self.setting = replace(standard, **setting)
         self.average = WeightSet(self.trainable, Ema(ema)) if ema else None

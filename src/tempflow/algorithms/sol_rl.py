@@ -4,7 +4,7 @@ Claim. Training on the most contrastive samples of a large pool helps, but makin
 the drafts by reward, keep the initial noises of the best and the worst, draw these again in full, and train
 DiffusionNFT on the latter. A draft only has to rank; it never becomes a target.
 
-    draft       `pool` noises a prompt, `draft_steps` ODE steps, scored
+    draft       `pool` noises a prompt, `draft_steps` ODE steps by the lagged policy in `draft_precision`, scored
     select      group // 2 best and the rest worst noises (`choice`)
     redraw      the same noises in `steps` ODE steps by the lagged policy; *these* pictures' rewards count
     advantage   mean over the kept pictures of the prompt, std of all kept ones
@@ -14,9 +14,11 @@ Cost for a prompt: pool·draft_steps + group·T forwards, pool + group pictures;
 576 + 240 forwards, 96 + 24 pictures, 216 pairs.
 
 Defaults: configs/sol_rl/sana.py (read in source, sure): pool 96, group 24, drafts of 6 steps, 10 in full, best and
-worst, the rest DiffusionNFT's. Here a draft saves by fewer steps alone: the code's NVFP4 network (and int8, fp8) is not
-offered. The ranking needs a deterministic sampler, which this is; `draft/kendall` in the metrics says how well drafts
-rank the kept noises, which are the ends, so that it is above the pool's own agreement.
+worst, the rest DiffusionNFT's. The code drafts in NVFP4 (TransformerEngine); here `draft_precision` is "full" unless
+told, so that a draft saves by fewer steps alone. A cheap copy of the sampler is made anew each iteration, LoRA merged
+(models.precision); float8 and nvfp4 go through torchao, need a GPU that has them, and have not been run by us.
+The ranking needs a deterministic sampler, which this is; `draft/kendall` in the metrics says how well drafts rank the
+kept noises, which are the ends, so that it is above the pool's own agreement.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft
-from tempflow.core.draft import Choice, Draft
+from tempflow.core.draft import Choice, Draft, Precision
 
 
 def sol_rl(
@@ -42,8 +44,9 @@ def sol_rl(
     kl: float = 1e-4,
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
+    draft_precision: Precision = "full",
 ) -> Algorithm:
-    """Sol-RL: DiffusionNFT on the best and worst of a large pool that was drafted in few steps.
+    """Sol-RL: DiffusionNFT on the best and worst of a large pool that was drafted cheaply.
 
     Args:
         steps: T, sampler steps of what is trained on.
@@ -58,6 +61,7 @@ def sol_rl(
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all kept scores of the iteration; "group": of the prompt's own.
         eps: added to the standard deviation.
+        draft_precision: what drafts compute in: "full" as the sampler, "bfloat16", "int8", "float8" or "nvfp4".
 
     Raises ValueError naming the argument, its value and a valid one.
     """
@@ -73,4 +77,4 @@ def sol_rl(
         std=std,
         eps=eps,
     )
-    return replace(base, name="sol_rl", draft=Draft(pool, draft_steps, choice))
+    return replace(base, name="sol_rl", draft=Draft(pool, draft_steps, choice, draft_precision))

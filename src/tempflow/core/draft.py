@@ -15,6 +15,9 @@ from tempflow.core.rng import Stream
 
 Choice = Literal["best_worst", "mean_deviation", "random", "extremes_random"]
 
+Precision = Literal["full", "bfloat16", "int8", "float8", "nvfp4"]
+"""What a draft's network computes in, from dear to cheap; "full" is the sampler's own."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -24,12 +27,15 @@ class Draft:
     "random" any; "extremes_random" half by the first rule, half any of the rest (how Sol-RL divides it is our reading).
     Ties go to the lower index. A failed draft is chosen only where too few are left. Initial noises are functions of
     slot and index, so the chosen ones are walked again from the very same noise (code: NVlabs/Sana, sol_rl).
-    Raises ValueError for a pool or steps below 1, or an unknown mode.
+    `precision`: what the network that drafts computes in, a copy of the sampler unless "full"; the sampler itself draws
+    the chosen ones again.
+    Raises ValueError for a pool or steps below 1, or an unknown mode or precision.
     """
 
     pool: int
     steps: int
     mode: Choice = "best_worst"
+    precision: Precision = "full"
 
     def __post_init__(self) -> None:
         for name, value in (("pool", self.pool), ("draft_steps", self.steps)):
@@ -37,6 +43,9 @@ class Draft:
                 raise ValueError(f"{name}: {value} must be at least 1; nearest valid: 1")
         if self.mode not in get_args(Choice):
             raise ValueError(f"mode: {self.mode!r} is not one of {', '.join(get_args(Choice))}")
+        if self.precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ValueError(f"draft_precision: {self.precision!r} is not one of {known}; nearest valid: 'full'")
 
     @property
     def plan(self) -> Plan:
@@ -76,6 +85,38 @@ def kendall(a: Tensor, b: Tensor) -> float:
     x, y = ((t[pairs[0]] - t[pairs[1]]).double().sign() for t in (a, b))
     scale = math.sqrt(float(x.abs().sum()) * float(y.abs().sum()))
     return float((x * y).sum()) / scale if scale > 0 else math.nan
+
+
+def agreement(a: Tensor, b: Tensor, prompt: Tensor, slots: Sequence[int]) -> Tensor:
+    """[len(slots)] Kendall's τ of two score lists, prompt by prompt. a, b: float [n]; prompt: long [n], their slots.
+
+    Scores that are not finite (failed ones) take no part.
+    """
+    taus = list[float]()
+    for slot in slots:
+        here = (prompt == slot) & a.isfinite() & b.isfinite()
+        taus.append(kendall(a[here], b[here]))
+    return torch.tensor(taus, dtype=torch.float64)
+
+
+def overlap(a: Tensor, b: Tensor, k: int) -> float:
+    """The share of `b`'s k best that are `a`'s k best too: two score lists, float [n]. overlap(-a, -b, k): the worst.
+
+    Where values tie about the k-th, the mean over independent draws among the tied; so even overlap(b, b, k) is below 1
+    there. By chance it is k/n. Raises ValueError unless 1 ≤ k ≤ n and the lists are of one length without NaN.
+    """
+    if not 1 <= k <= len(b):
+        raise ValueError(f"k: {k} of {len(b)} scores; nearest valid: {min(max(k, 1), len(b))}")
+    if len(a) != len(b) or not bool((a == a).all() and (b == b).all()):
+        raise ValueError(f"scores: {len(a)} and {len(b)}; two lists of one length without NaN are compared")
+    return float((_among_best(a, k) * _among_best(b, k)).sum()) / k
+
+
+def _among_best(scores: Tensor, k: int) -> Tensor:
+    """float64 [n]: how likely each is one of the k best, with ties about the k-th drawn by lot."""
+    last = scores.topk(k).values[-1]
+    above, tied = scores > last, scores == last
+    return above.double() + tied.double() * ((k - int(above.sum())) / int(tied.sum()))
 
 
 def _ends(ranked: list[int], keep: int) -> list[int]:

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from tempflow.config import Config
 from tempflow.data.prompts import load_prompts
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
 from tempflow.models import FAMILIES, HUB_ID, shapes_folder
+from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.models.sd3 import LORA_TARGETS, licence_of
 
 Notes = Mapping[str, tuple[str, str, str]]
@@ -37,9 +40,12 @@ def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> 
     return [*checks, *prompts_checks(config), output_check(Path(config.output)), disk_check(config, folder)]
 
 
-def needed_extras(config: Config, notes: Notes) -> dict[str, list[str]]:
-    """Extra → what of the configuration needs it."""
+def needed_extras(config: Config, notes: Notes, device: str = "cpu") -> dict[str, list[str]]:
+    """Extra → what of the configuration needs it. `device`: the run's, "auto" resolved."""
     needs = {"diffusers": [f"model {config.model.path}"]}
+    draft = config.algorithm.build().draft
+    if draft is not None and needs_torchao(draft.precision, torch.device(device)):
+        needs["quant"] = [f"drafts in {draft.precision}"]
     judged = [*(r.name for r in config.rewards), *config.evaluation.gold, config.evaluation.metric]
     for name in dict.fromkeys(judged):
         extra = notes[name][2].removeprefix("tempflow").strip("[]") if name in notes else ""
@@ -87,6 +93,19 @@ def licence_check(kind: str, name: str, licence: str) -> Check:
     if licence == "unknown":
         return Check(label, "warning", "unknown", "look it up before you share what you train")
     return Check(label, "warning", licence, "has conditions: read them before you share what you train")
+
+
+def draft_checks(config: Config, device: str) -> list[Check]:
+    """Whether `device` ("auto" resolved) has the precision of the run's drafts; nothing where there are none."""
+    draft = config.algorithm.build().draft
+    if draft is None:
+        return []
+    place = torch.device(device)
+    missing = lack(draft.precision, place)
+    if missing:
+        advice = f"--algorithm.draft-precision {nearest(draft.precision, place)}"
+        return [Check("drafts", "fails", f"{draft.precision} {missing}", advice)]
+    return [Check("drafts", "ok", f"{draft.precision} on {device}")]
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts

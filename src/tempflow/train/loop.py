@@ -23,6 +23,7 @@ from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
 from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
+from tempflow.train.drafter import Drafter, check_draft
 from tempflow.train.followers import Followers
 from tempflow.train.records import Records
 from tempflow.train.resume import resumable
@@ -85,6 +86,7 @@ def train(
         sets = _prompt_sets(config, prompts, test_prompts)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
+        check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, world, display.say
         )
@@ -110,9 +112,8 @@ def _settled(config: Config) -> Config:
 def prepare_model(config: Config, world: World = SINGLE) -> Model:
     """Loads the model and marks what is trained. A sharded one is loaded in float32: its shards are the masters."""
     m = config.model
-    device = world.device if world.size > 1 else resolved_device(config.device)
     dtype = "float32" if sharded(config, world) else m.dtype
-    model = load(m.path, revision=m.revision, dtype=dtype, device=device)
+    model = load(m.path, revision=m.revision, dtype=dtype, device=str(_device(config, None, world)))
     if m.training == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # LoRA's initial weights are a function of the run's seed
@@ -125,6 +126,13 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
 def resolved_device(name: str) -> str:
     """ "auto" is CUDA where there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _device(config: Config, model: Model | None, world: World) -> torch.device:
+    """Where the model is, or will be loaded to."""
+    if model is not None:
+        return model.device
+    return torch.device(world.device if world.size > 1 else resolved_device(config.device))
 
 
 def sharded(config: Config, world: World) -> bool:
@@ -149,12 +157,11 @@ def _setting(
         trainable.load(checkpoint.best_weights(Path(config.model.start)))
         say(f"start: best weights of {config.model.start}")
     followers = Followers.of(algorithm, trainable)
-    networks = {name: weights.network() for name, weights in followers.sets.items()}
-    reference, shards = None, None
-    if "reference" in algorithm.sets and "reference" not in networks:
+    sets, reference, shards = dict(followers.sets), None, None
+    if "reference" in algorithm.sets and "reference" not in sets:
         say(f"reference: {config.model.reference}")
-        reference = _reference(config.model.reference, trainable, base)
-        networks["reference"] = reference.network()
+        sets["reference"] = reference = _reference(config.model.reference, trainable, base)
+    networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
     if sharded(config, world):
         if followers.sets:
             raise ValueError(
@@ -183,6 +190,7 @@ def _setting(
         shards=shards,
         judge=None if algorithm.judge is None else _judge(algorithm.judge, model, config.rollout_rows),
         norms=config.guards.velocity_norm.action != "off",
+        drafter=Drafter.of(algorithm, model, trainable, sets),
     )
     return setting, trainable, followers
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.credit import Advantage
-from tempflow.core.draft import Draft, from_noises, kendall
+from tempflow.core.draft import Draft, agreement, from_noises
 from tempflow.core.dynamics import ODE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
@@ -29,6 +29,7 @@ from tempflow.train.dist import SINGLE, World
 from tempflow.train.signals import Signals, measure
 
 if TYPE_CHECKING:
+    from tempflow.train.drafter import Drafter
     from tempflow.train.shard import Shards
 
 Judge = Callable[[Tensor, Tensor, Tensor], Scores]
@@ -77,6 +78,7 @@ class Setting:
     shards     the sharded network's switches; None where every rank has all of it
     judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
     norms      whether to measure how large the policy's velocities are beside the reference's
+    drafter    the low-precision network that drafts; None: the sampler does, or there is no draft
     pause      called between batches of work; may raise to leave the iteration
     """
 
@@ -96,7 +98,13 @@ class Setting:
     shards: Shards | None = None
     judge: Callable[[Conditioning], Judge] | None = None
     norms: bool = False
+    drafter: Drafter | None = None
     pause: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
+        if asked != (self.drafter is not None):
+            raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +152,14 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
     plans = [algorithm.plan(iteration, slot) for slot in range(len(prompts))]
     blocks = [world.block(len(prompts), rank) for rank in range(world.size)]
     mine = blocks[world.rank]
-    models = _predictors(setting, [prompts[slot].text for slot in mine], mine.start)
-    tour = _Tour(setting, plans, prompts, iteration, schedule, models[algorithm.sampler], clock)
+    bound = _binder(setting, [prompts[slot].text for slot in mine], mine.start)
+    models = {"policy": bound(None)} | {name: bound(network) for name, network in setting.sets.items()}
+    sampler = drafter = models[algorithm.sampler]
+    if setting.drafter is not None:
+        started = time.perf_counter()
+        drafter = bound(setting.drafter.fresh())
+        clock.add("draft", started)
+    tour = _Tour(setting, plans, prompts, iteration, schedule, sampler, drafter, clock)
     grown = [tour.grow(slots) for slots in _chunks(plans, mine)]
     leaves = [plan.cost().leaves for plan in plans]
     costs = [algorithm.cost_of(plan) for plan in plans]
@@ -250,7 +264,8 @@ class _Tour:
     prompts: Sequence[Prompt]
     iteration: int
     schedule: Schedule
-    predict: Predict
+    sampler: Predict
+    drafter: Predict
     clock: Clock
 
     def grow(self, slots: Sequence[int]) -> _Grown:
@@ -259,7 +274,7 @@ class _Tour:
         plans, drafted = [self.plans[s] for s in slots], None
         if algorithm.draft is not None:
             plans, drafted = self._drafted(algorithm.draft, slots, plans)
-        forest, media, scores = self._judged(slots, plans, self.schedule)
+        forest, media, scores = self._judged(slots, plans, self.schedule, self.sampler, "rollout")
         latents = forest.nodes[forest.leaves.node]
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
@@ -269,14 +284,14 @@ class _Tour:
         kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
         fidelity = None
         if drafted is not None and len(drafted) == len(total):  # a root has one leaf
-            fidelity = _fidelity(drafted, total, forest.leaves.prompt.cpu(), slots)
+            fidelity = agreement(drafted, total, forest.leaves.prompt.cpu(), slots)
         return _Grown(kept, scores, signals, fidelity)
 
     def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor]:
         """The plans from the noises that the draft chose, and the draft's scores of these, root by root."""
         setting = self.setting
         schedule = setting.model.schedule(draft.steps, setting.size)
-        _, _, scores = self._judged(slots, [draft.plan] * len(slots), schedule)
+        _, _, scores = self._judged(slots, [draft.plan] * len(slots), schedule, self.drafter, "draft")
         value, ok = (t.view(len(slots), draft.pool) for t in scores.total(setting.algorithm.credit.reward_weights))
         stream = Stream(setting.seed, "draft.choice")
         starts = [
@@ -286,11 +301,13 @@ class _Tour:
         chosen = torch.cat([v[list(start)] for v, start in zip(value, starts, strict=True)])
         return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen
 
-    def _judged(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> tuple[Forest, Tensor, Scores]:
-        """Those plans rolled out; their leaves' pictures and scores."""
+    def _judged(
+        self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict, phase: str
+    ) -> tuple[Forest, Tensor, Scores]:
+        """Those plans rolled out, on the clock as `phase`; their leaves' pictures and scores."""
         setting, clock, started = self.setting, self.clock, time.perf_counter()
-        forest = self._rollout(slots, plans, schedule)
-        started = clock.add("rollout", started)
+        forest = self._rollout(slots, plans, schedule, predict)
+        started = clock.add(phase, started)
         latents = forest.nodes[forest.leaves.node]
         media = setting.model.decode(latents, setting.size)
         started = clock.add("decode", started)
@@ -302,12 +319,12 @@ class _Tour:
         clock.add("reward", started)
         return forest, media, scores
 
-    def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> Forest:
+    def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict) -> Forest:
         setting, algorithm = self.setting, self.setting.algorithm
 
         def patient(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             setting.pause()
-            return self.predict(x, sigma, rows)
+            return predict(x, sigma, rows)
 
         return rollout(
             plans,
@@ -324,17 +341,6 @@ class _Tour:
         )
 
 
-def _fidelity(drafted: Tensor, value: Tensor, prompt: Tensor, slots: Sequence[int]) -> Tensor:
-    """Per prompt; failed scores take no part."""
-    taus = list[float]()
-    for slot in slots:
-        here = prompt == slot
-        a, b = drafted[here], value[here]
-        both = a.isfinite() & b.isfinite()
-        taus.append(kendall(a[both], b[both]))
-    return torch.tensor(taus, dtype=torch.float64)
-
-
 def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
     """The forest with what the algorithm wants to know of it as traits."""
     seen = {o.name: (o.of, o(forest, media)) for o in algorithm.observe}
@@ -345,8 +351,8 @@ def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
     )
 
 
-def _predictors(setting: Setting, texts: Sequence[str], first: int) -> dict[str, Predict]:
-    """By weight set; they take slots of the iteration, of which this rank encodes its own."""
+def _binder(setting: Setting, texts: Sequence[str], first: int) -> Callable[[nn.Module | None], Predict]:
+    """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank encodes its own."""
     model = setting.model
     condition = model.encode(texts)
 
@@ -354,7 +360,7 @@ def _predictors(setting: Setting, texts: Sequence[str], first: int) -> dict[str,
         predict = model.predictor(condition, setting.guidance, network=network)
         return lambda x, sigma, rows: predict(x, sigma, rows - first)
 
-    return {"policy": bound(None)} | {name: bound(network) for name, network in setting.sets.items()}
+    return bound
 
 
 def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:

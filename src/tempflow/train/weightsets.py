@@ -62,6 +62,10 @@ class Trainable:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 parameter.copy_(master)
 
+    def named(self) -> dict[str, Tensor]:
+        """The float32 masters themselves by parameter name."""
+        return {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+
     def state(self) -> dict[str, Tensor]:
         """Copies of the float32 masters by parameter name."""
         return {n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)}
@@ -115,6 +119,10 @@ class WeightSet:
         for value, master in zip(self.values, self.trainable.masters, strict=True):
             value.lerp_(master, 1 - decay)
         self._rounded = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The values themselves by parameter name."""
+        return dict(zip(self.trainable.names, self.values, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Copies by parameter name; `updates` is kept apart."""
