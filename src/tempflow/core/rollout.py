@@ -258,5 +258,3 @@ def _chunks(rows: int, most: int | None) -> list[int]:
 def _first(ascending: Tensor, values: Sequence[int]) -> list[int]:
     """Per value: the first place in `ascending` that holds no less."""
     return [int(place) for place in torch.searchsorted(ascending, long(values))]
-
-

@@ -130,6 +130,11 @@ ENTRIES: tuple[Entry, ...] = (
         {"name": "sol_rl", **_FORWARD, "pool": 24, "draft_steps": 3, "fraction": 0.5, "kl": 0.0, "eps": 0.1},
         7,
     ),
+    Entry(
+        "e2po",
+        {"name": "e2po", "steps": 6, "noises": 3, "conditions": 4, "fraction": 0.5, "kl": 0.0, "eps": 0.1},
+        10,
+    ),
     Entry("awm", {"name": "awm", **_FORWARD, "pairs": 4, "kl": 0.0, "eps": 0.1}, 9),
     Entry("advantage_flow", {"name": "advantage_flow", **_FORWARD, "pairs": 3, "reference": 0.0}, 10),
     Entry("v_grpo", {"name": "v_grpo", **_FORWARD, "pairs": 4, "eps": 0.1}, 12),

@@ -25,6 +25,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
+from tempflow.train.conditions import sampler
 from tempflow.train.dist import SINGLE, World
 from tempflow.train.signals import Signals, measure
 
@@ -300,12 +301,19 @@ class _Tour:
         clock.add("reward", started)
         return forest, media, scores
 
+    def _sampler(self, slots: Sequence[int]) -> Predict:
+        """The predictor that rolls out: as in training, or with the chunk's own conditions where there are some."""
+        perturbation = self.setting.algorithm.conditions
+        if perturbation is None:
+            return self.predict
+        return sampler(self.setting, perturbation, [self.prompts[slot].text for slot in slots], slots[0])
+
     def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> Forest:
-        setting, algorithm = self.setting, self.setting.algorithm
+        setting, algorithm, predict = self.setting, self.setting.algorithm, self._sampler(slots)
 
         def patient(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             setting.pause()
-            return self.predict(x, sigma, rows)
+            return predict(x, sigma, rows)
 
         return rollout(
             plans,
@@ -316,6 +324,7 @@ class _Tour:
             shape=setting.model.noise_shape(setting.size),
             slots=slots,
             solver=algorithm.solver,
+            variants=algorithm.variants,
             max_rows=setting.rollout_rows,
             keep_mean=algorithm.draws is None and algorithm.edge_objective.keeps_mean,
             device=setting.model.device,
