@@ -15,7 +15,7 @@ Samples of C_k are trained under C: off policy, which a regression on clean samp
 not. With one condition, ρ = 0 or offsets of 0 this is DiffusionNFT, on G noises drawn K times.
 
 Cost for a prompt: G·K·T forwards, G·K pictures, pairs as DiffusionNFT; at the defaults 480, 48, 432. Learning δ takes
-no forward of the flow: `embed_steps` steps of Adam on K − 1 embeddings, prompt by prompt.
+no forward of the flow: `embed_steps` steps on K − 1 embeddings, once a prompt.
 
 Source: second-hand notes; no code was found. Certain as they have it: the loss, the blend, content tokens only, and
 (G, K) = (4, 12) to explore, (2, 4) where cost counts, (8, 3) for preference rewards. Not stated there, and here ours:
@@ -45,8 +45,8 @@ def e2po(
     target: float = 0.9,
     band: float = 0.05,
     init: float = 0.1,
-    embed_steps: int = 100,
-    embed_rate: float = 0.02,
+    embed_steps: int = 50,
+    embed_rate: float = 0.03,
     mix_beta: float = 1.0,
     advantage_max: float = 5.0,
     lag: Lag = "type1",
@@ -66,8 +66,8 @@ def e2po(
         target: μ, their cosine with the prompt's own; unknown, ours.
         band: ε, how far from the target costs nothing; unknown, ours.
         init: σ_init, where offsets start, in a token's root mean square; unknown, ours.
-        embed_steps: Adam's steps to learn the offsets of a prompt; unknown, ours.
-        embed_rate: Adam's first learning rate there, in the same unit; it falls to 0; unknown, ours.
+        embed_steps: steps to learn the offsets of a prompt; unknown, ours.
+        embed_rate: length of the first of them, in the same unit; it falls to 0; unknown, ours.
         mix_beta: β of DiffusionNFT.
         advantage_max: M, where |A| is clipped and the optimality reaches 0 or 1.
         lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.

@@ -28,8 +28,9 @@ class Perturbation:
     band    ε ≥ 0, … give or take this much, at no cost
     init    σ_init ≥ 0, standard deviation of the offsets before they are learned
     embed_steps, embed_rate
-            Adam's steps ≥ 0 and its first learning rate > 0, which falls to 0 on a straight line; with init 0 there can
-            be no step, as equal conditions have no direction to part in
+            how many steps ≥ 0 down the loss's slope, and how long (> 0) the first is: the root mean square of an
+            offset's change, which falls to 0 on a straight line. With init 0 there can be no step, as equal conditions
+            have no direction to part in
 
     `init` and `embed_rate` are in units of each token's root mean square, so that one number fits encoders of any
     scale.  The loss and the blend are the notes'; f_φ (the mean over the content tokens), the unit, the optimizer and
@@ -58,7 +59,7 @@ class Perturbation:
                 "init: 0 leaves equal conditions no direction to part in; nearest valid: 0.1, or embed_steps 0"
             )
         if not (math.isfinite(self.embed_rate) and self.embed_rate > 0):
-            raise ValueError(f"embed_rate: {self.embed_rate} must be finite and above 0; 0.02 is usual")
+            raise ValueError(f"embed_rate: {self.embed_rate} must be finite and above 0; 0.03 is usual")
 
     def strength(self, sigma: float) -> float:
         """γ(σ) = clip((σ − (1 − ρ))/ρ, 0, 1), written so that γ(1) is exactly 1; 0 everywhere at ρ = 0."""
@@ -83,17 +84,16 @@ class Perturbation:
         return torch.cat([torch.zeros_like(moved[:1]), moved])
 
     def _learned(self, tokens: Tensor, unit: Tensor, start: Tensor) -> Tensor:
-        """Offsets in units, [K − 1, n, d], after the optimizer's steps."""
-        with torch.enable_grad():
-            free = start.clone().requires_grad_()
-            optimizer = torch.optim.Adam([free], lr=self.embed_rate)
-            anchor = tokens.mean(0)
-            for step in range(self.embed_steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.embed_rate * (1 - step / self.embed_steps)
-                (free.grad,) = torch.autograd.grad(self.loss((tokens + unit * free).mean(1), anchor), [free])
-                optimizer.step()
-        return free.detach()
+        """Offsets in units, [K − 1, n, d], after all steps. A step has one length whatever the slope, so that the
+        number of conditions and the weights of the loss do not change how far it goes."""
+        free, anchor = start, tokens.mean(0)
+        for step in range(self.embed_steps):
+            with torch.enable_grad():
+                free = free.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.loss((tokens + unit * free).mean(1), anchor), [free])
+            size = slope.square().mean((1, 2), keepdim=True).sqrt().clamp(min=torch.finfo(slope.dtype).tiny)
+            free = free.detach() - self.embed_rate * (1 - step / self.embed_steps) * slope / size
+        return free
 
     def loss(self, embeddings: Tensor, anchor: Tensor) -> Tensor:
         """λ_div·mean_{k<l} cos(e_k, e_l) + Σ_k max(|cos(e_k, e_anchor) − μ| − ε, 0); e [M, d], e_anchor [d]."""

@@ -25,7 +25,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
-from tempflow.train.conditions import sampler
+from tempflow.train.conditions import Learned, sampler
 from tempflow.train.dist import SINGLE, World
 from tempflow.train.signals import Signals, measure
 
@@ -78,6 +78,7 @@ class Setting:
     shards     the sharded network's switches; None where every rank has all of it
     judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
     pause      called between batches of work; may raise to leave the iteration
+    learned    what prompts' sampling conditions differ by, where the algorithm asks for some
     """
 
     model: Model
@@ -96,6 +97,7 @@ class Setting:
     shards: Shards | None = None
     judge: Callable[[Conditioning], Judge] | None = None
     pause: Callable[[], None] = lambda: None
+    learned: Learned = field(default_factory=Learned)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,10 +305,10 @@ class _Tour:
 
     def _sampler(self, slots: Sequence[int]) -> Predict:
         """The predictor that rolls out: as in training, or with the chunk's own conditions where there are some."""
-        perturbation = self.setting.algorithm.conditions
-        if perturbation is None:
+        conditions = self.setting.algorithm.conditions
+        if conditions is None:
             return self.predict
-        return sampler(self.setting, perturbation, [self.prompts[slot].text for slot in slots], slots[0])
+        return sampler(self.setting, conditions, [self.prompts[slot].text for slot in slots], slots[0])
 
     def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule) -> Forest:
         setting, algorithm, predict = self.setting, self.setting.algorithm, self._sampler(slots)
