@@ -41,7 +41,7 @@ def e2po(
     noises: int = 4,
     conditions: int = 12,
     fade: float = 0.5,
-    spread: float = 1.0,
+    spread: float = 0.5,
     target: float = 0.9,
     band: float = 0.05,
     init: float = 0.1,
@@ -62,7 +62,8 @@ def e2po(
         noises: G, initial noises per prompt.
         conditions: K, conditions per prompt with its own; each noise is drawn with each. 1: DiffusionNFT.
         fade: ρ in [0, 1], the noisy part of sampling in which conditions differ, σ > 1 − ρ; unknown, ours.
-        spread: λ_div, weight of how alike the perturbed embeddings are; unknown, ours.
+        spread: λ_div, weight of how alike the perturbed embeddings are; unknown, ours. Below (K−2)/(2(μ−ε)) they stay
+            in the band.
         target: μ, their cosine with the prompt's own; unknown, ours.
         band: ε, how far from the target costs nothing; unknown, ours.
         init: σ_init, where offsets start, in a token's root mean square; unknown, ours.
