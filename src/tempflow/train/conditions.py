@@ -97,7 +97,7 @@ def perturbed(
 
     def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         nonlocal held
-        level = float(sigma[0])
+        level = float(sigma[0])  # waits for the device, which a forward of a chunk outweighs by far
         if held is None or held[0] != level:  # a step comes in chunks of one σ: its conditions are made once
             blend = blended(condition, offsets, strength(level))
             held = (level, model.predictor(blend, guidance, network=network))
