@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, Fake, brightness, same, weights
+from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
 from loop_checks import check_errors, check_learns, check_size
 from PIL import Image
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict
-from tempflow.train import step
+from tempflow.train import session, step
 from tempflow.train.conditions import Learned, perturbed
+from tempflow.train.loop import train
 from tempflow.train.step import credit
 
 SMALL: dict[str, Any] = {"steps": 4, "noises": 2, "conditions": 3}
@@ -237,6 +239,34 @@ def test_a_slot_does_not_change_a_prompts_conditions() -> None:
 def test_it_learns() -> None:
     check_learns(small())
     check_size("e2po")
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"iterations": 4, "checkpoint": {"every": 2}, "algorithm": {"name": "e2po", **SMALL}}
+
+    def go(name: str, resume: bool = False) -> Path:
+        settings = config(tmp_path / name, **options)
+        return train(settings, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True, resume=resume).folder
+
+    class Killed(BaseException):
+        pass
+
+    calls = {"left": 3}
+
+    def dies(*arguments: Any) -> Any:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise Killed
+        return update(*arguments)
+
+    whole, update = go("whole"), session.update
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "update", dies)
+        with pytest.raises(Killed):
+            go("cut")
+    cut = go("cut", resume=True)
+    for file in ("metrics.jsonl", "model/model.safetensors"):
+        assert (whole / file).read_bytes() == (cut / file).read_bytes()
 
 
 def test_models_without_token_embeddings_are_refused() -> None:
