@@ -1,8 +1,8 @@
 """E²PO: explore by perturbed prompts, train as if all pictures were the clean prompt's (arXiv 2605.15803, ICML 2026).
 
-Claim. Group methods stop learning when all members of a group look alike. More initial noises do not help; other
-conditions do: a few offsets of the prompt's embedding, learned to differ from each other and to keep its sense, steer
-the early, noisy part of sampling and fade out after it. Scores, advantages and loss never hear of them.
+Claim. Group methods stop learning when all members of a group look alike. Rather than by more initial noises, spread
+the group by other conditions: a few offsets of the prompt's embedding, learned to differ from each other and to keep
+its sense, steer the noisy part of sampling and fade out after it. Scores, advantages and loss never hear of them.
 
     conditions  C of the prompt, and E + δ_k on its content tokens for k < K, from minimising
                 λ_div·mean_{k<l} cos(e_k, e_l) + Σ_k |cos(e_k, e) − μ|_ε, the flow frozen   (core.perturb.Perturbation)
@@ -11,14 +11,15 @@ the early, noisy part of sampling and fade out after it. Scores, advantages and 
     advantage   over all G·K pictures of the prompt, in which its conditions are not told apart
     loss, old   DiffusionNFT's, every forward with C alone                             (algorithms.diffusion_nft)
 
-Samples of C_k are trained under C: off policy, which a regression on clean samples bears and a ratio of densities would
-not. With one condition, ρ = 0 or offsets of 0 this is DiffusionNFT, on G noises drawn K times.
+Samples of C_k are trained under C: off policy, which a regression on clean samples should bear and a ratio of
+densities would not (our inference). With one condition, ρ = 0 or offsets of 0 this is DiffusionNFT, on G noises drawn
+K times.
 
 Cost for a prompt: G·K·T forwards, G·K pictures, pairs as DiffusionNFT; at the defaults 480, 48, 432. Learning δ takes
 no forward of the flow: `embed_steps` steps on K − 1 embeddings, once a prompt.
 
-Source: second-hand notes; no code was found. Certain as they have it: the loss, the blend, content tokens only, and
-(G, K) = (4, 12) to explore, (2, 4) where cost counts, (8, 3) for preference rewards. Not stated there, and here ours:
+Source: second-hand notes; no code was found. By these: the loss, the blend, content tokens only, and (G, K) = (4, 12)
+to explore, (2, 4) where cost counts, (8, 3) for preference rewards. Not stated there, and here ours:
 λ_div, μ, ε, ρ, σ_init, f_φ (the mean of the content tokens), the optimizer, that K counts the clean condition, that a
 pooled embedding stays, that δ depends on seed and prompt text alone (so it is the same in every iteration). T and the
 base are DiffusionNFT's. Not a reproduction.
