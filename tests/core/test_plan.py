@@ -301,3 +301,25 @@ def test_chains_with_equal_steps_are_a_chain_and_bad_steps_are_named() -> None:
     assert P.chains(4, [(0, 2)] * 3) == P.chain(4, 3, train=(0, 2))
     with pytest.raises(ValueError, match=r"train\[1\] = 3: must be among the steps \[0, 1, 2\]; nearest valid: 2"):
         P.chains(4, [(0,), (3,)], stochastic=range(3))
+
+
+# --------------------------------------------------------------------------------------------------------- variants
+def test_crossed_draws_every_noise_with_every_variant() -> None:
+    plan = P.crossed(5, 2, 3)
+    assert plan.start == (0, 0, 0, 1, 1, 1) and plan.variant == (0, 1, 2, 0, 1, 2)
+    assert plan.cost() == P.ode(5, 6).cost()
+    assert dataclasses.replace(plan, start=tuple(range(6)), variant=()) == P.ode(5, 6)
+    for arguments, message in (((5, 0, 3), "noises = 0: must be at least 1"), ((5, 2, 0), "variants = 0: must be at")):
+        with pytest.raises(ValueError, match=message):
+            P.crossed(*arguments)
+
+
+def test_variants_are_zero_unless_given_and_tell_plans_apart() -> None:
+    plain = P.ode(3, 2)
+    assert plain.variant == (0, 0) and plain == dataclasses.replace(plain, variant=(0, 0))
+    other = dataclasses.replace(plain, variant=(0, 1))
+    assert other != plain and hash(other) != hash(plain)
+    with pytest.raises(ValueError, match=r"len\(variant\) = 3: one entry per root is needed; nearest valid: 2"):
+        dataclasses.replace(plain, variant=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"variant\[1\] = -1: must be at least 0; nearest valid: 0"):
+        dataclasses.replace(plain, variant=(0, -1))

@@ -483,6 +483,43 @@ def test_predict_gets_slots_sigma_and_states_in_storage_dtype() -> None:
     assert seen == [(torch.bfloat16, torch.float32, [8, 8, 3])] * 2
 
 
+@pytest.mark.parametrize("max_rows", [None, 4])
+@pytest.mark.parametrize("name", ["tempflow", "tree", "ode"])
+def test_a_variant_is_another_row_and_changes_no_noise(name: str, max_rows: int | None) -> None:
+    """Every root's tree is what a rollout of that plan gives when all of it is walked with that root's condition."""
+    plain = ZOO[name]
+    variant = tuple(root % 2 * 2 for root in range(plain.roots))
+    mixed = [replace(plain, variant=variant), plain]
+    seen: set[tuple[int, int]] = set()
+
+    def condition(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        seen.update((row // 3, row % 3) for row in rows.tolist())
+        return velocity(x, sigma, rows)
+
+    both = grow(mixed, condition, variants=3, slots=[5, 2], keep="all", max_rows=max_rows)
+    assert seen == {(5, v) for v in variant} | {(2, 0)}
+    assert both.edges.prompt.unique().tolist() == [2, 5] == both.leaves.prompt.unique().tolist()
+    for slot, chosen in ((5, variant), (2, (0,) * plain.roots)):
+        for k in set(chosen):
+            one = grow([plain], lambda x, s, rows, k=k: velocity(x, s, rows * 3 + k), slots=[slot], keep="all")
+            mine = torch.tensor([v == k for v in chosen])
+            here, there = (both.edges.prompt == slot).nonzero()[:, 0], mine[one.edges.root]
+            assert torch.equal(both.nodes[both.edges.child[here[there]]], one.nodes[one.edges.child[there]])
+            torch.testing.assert_close(
+                both.edges.log_prob[here[there]], one.edges.log_prob[there], rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_variants_of_one_noise_start_alike_and_part() -> None:
+    forest = grow([P.crossed(3, 2, 2)], variants=2, keep="all")
+    start = forest.nodes[forest.edges.parent[forest.edges.step == 0]].flatten(1)
+    assert torch.equal(start[0], start[1]) and torch.equal(start[2], start[3]) and not torch.equal(start[0], start[2])
+    ends = leaf_states(forest).flatten(1)
+    assert float((ends[0] - ends[1]).abs().min()) > 1e-3
+    same = grow([P.crossed(3, 2, 2)], lambda x, s, rows: velocity(x, s, rows // 2), variants=2)
+    assert torch.equal(leaf_states(same)[0], leaf_states(same)[1])
+
+
 def test_no_gradient_is_kept_and_states_can_be_trained_on() -> None:
     weight = torch.ones((), requires_grad=True)
     forest = grow([P.chain(3, 2)], lambda x, sigma, rows: weight * x)
@@ -507,6 +544,11 @@ BAD: list[tuple[Callable[[], Forest], str]] = [
     (lambda: grow([P.ode(4, 1)], max_rows=0), "max_rows = 0.*nearest valid: 1"),
     (lambda: grow([P.ode(4, 1)], solver=FlowSDE(0.7)), "solver = .*ODE"),
     (lambda: grow([P.ode(4, 1)], store_dtype=torch.long), "store_dtype = .*float32"),
+    (lambda: grow([P.ode(4, 1)], variants=0), "variants = 0: must be at least 1; nearest valid: 1"),
+    (
+        lambda: grow([P.ode(4, 1), P.crossed(4, 1, 3)]),
+        r"variants = 1: plans\[1\] walks with variant 2; nearest valid: 3",
+    ),
     (lambda: grow([P.ode(4, 1)], keep="none"), "keep = 'none'.*'stochastic'"),
     (lambda: grow([P.ode(4, 1)], lambda x, sigma, rows: x[:, :1]), r"predict returned .*\[1, 2, 3\]"),
 ]

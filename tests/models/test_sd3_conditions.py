@@ -10,7 +10,9 @@ from torch import Tensor
 from worlds import World
 
 from tempflow import models
+from tempflow.core.perturb import Perturbation
 from tempflow.models import SD3, Conditioning
+from tempflow.train.conditions import Learned, blended, perturbed
 
 
 def encoded(adapter: SD3) -> list[list[str]]:
@@ -214,3 +216,63 @@ def test_guidance_needs_an_empty_prompt(world: World) -> None:
     with torch.no_grad():
         v = world.adapter.predictor(bare, 1.0)(*states(world))
         assert torch.equal(v, world.adapter.predictor(condition, 1.0)(*states(world)))
+
+
+# ----------------------------------------------------------------------------------------------------------- content
+WORDS = {
+    "shapes": [("a red circle", 3), ("two squares", 2), ("a circle left of a blue cross", 7), ("", 0)],
+    "tiny": [("a red cat on the house", 6), ("a small bird", 3), ("", 0)],
+}
+
+
+def test_content_is_the_prompts_words_in_every_encoders_part(world: World) -> None:
+    """By hand: a word is a token in both worlds; CLIP's part opens with a mark of the beginning, T5's does not."""
+    cases = WORDS["shapes" if "circle" in world.prompts[0] else "tiny"]
+    condition = world.adapter.encode([prompt for prompt, _ in cases])
+    embeds, content, clip = condition.tensors["embeds"], condition.content, world.plain.tokenizer_max_length
+    assert content is not None and content.shape == embeds.shape and content.dtype == torch.bool
+    for (prompt, count), mask in zip(cases, content, strict=True):
+        want = [1 <= place <= min(count, clip - 2) for place in range(clip)]
+        want += [place < count for place in range(world.tokens)]
+        assert mask.any(1).tolist() == want, prompt
+    widths = [m.config.hidden_size for m in (world.plain.text_encoder, world.plain.text_encoder_2)]
+    assert not content[:, :clip, sum(widths) :].any()  # zeros that widen CLIP's tokens to T5's
+    assert bool(content[0, 1, : sum(widths)].all()) and bool(content[0, clip].all())
+
+
+def test_content_does_not_depend_on_what_stands_beside_it(world: World) -> None:
+    together = world.adapter.encode(world.prompts).content
+    for row, prompt in enumerate(world.prompts):
+        alone = world.adapter.encode([prompt]).content
+        assert together is not None and alone is not None and torch.equal(alone[0], together[row])
+
+
+def test_prompts_that_are_cut_are_content_up_to_the_cut(world: World) -> None:
+    content = world.adapter.encode(["a red " * 40]).content
+    clip = world.plain.tokenizer_max_length
+    assert content is not None
+    places = content[0].any(1).tolist()
+    assert places[:clip] == [False, *[True] * (clip - 2), False]
+    assert places[clip:] == [*[True] * (world.tokens - 1), False]
+
+
+@torch.no_grad()
+def test_perturbed_conditions_move_content_alone_and_the_picture(world: World) -> None:
+    given = Perturbation(3, 1.0, 0.5, 0.9, 0.05, 0.1, 20, 0.05)
+    condition = world.adapter.encode(world.prompts)
+    offsets = Learned().of(condition, given, 7)
+    blend = blended(condition, offsets, 0.6)
+    assert blend.prompts[:4] == (world.prompts[0],) * 3 + (world.prompts[1],)
+    own = condition.tensors["embeds"].repeat_interleave(3, 0)
+    still = ~condition.content.repeat_interleave(3, 0)
+    still[::3] = True  # the first of a prompt is its own
+    assert torch.equal(blend.tensors["embeds"] != own, ~still)
+    assert torch.equal(blend.tensors["pooled"], condition.tensors["pooled"].repeat_interleave(3, 0))
+    assert blend.empty is condition.empty
+    for guidance in (1.0, 4.5):
+        predict = perturbed(world.adapter, condition, offsets, given.strength, guidance)
+        x, sigma, _ = states(world)
+        plain = world.adapter.predictor(condition, guidance)(x, sigma, torch.tensor([0, 1, 2]))
+        clean = predict(x, sigma, torch.tensor([0, 3, 6]))
+        assert torch.equal(clean, plain)
+        assert (predict(x, sigma, torch.tensor([1, 5, 8])) - plain).abs().flatten(1).max(1).values.min() > 1e-4

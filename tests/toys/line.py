@@ -53,7 +53,7 @@ class Line:
         return [network.get_submodule("mean")]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(tuple(prompts), {"c": torch.eye(2)[[PROMPTS.index(p) for p in prompts]]})
+        return Conditioning(tuple(prompts), {"embeds": torch.eye(2)[[PROMPTS.index(p) for p in prompts], None]})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps)
@@ -62,7 +62,7 @@ class Line:
         return (1, 1, 1)
 
     def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
-        module, tokens = self.network if network is None else network, condition.tensors["c"]
+        module, tokens = self.network if network is None else network, condition.tensors["embeds"][:, 0]
         return lambda x, sigma, rows: module(x, sigma, tokens[rows])
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
@@ -87,7 +87,7 @@ class Height:
 
 def judge(condition: Conditioning) -> Judge:
     """The same of a noisy latent: the expected height grows with it."""
-    sign = condition.tensors["c"] @ torch.tensor([1.0, -1.0])
+    sign = condition.tensors["embeds"][:, 0] @ torch.tensor([1.0, -1.0])
 
     def scores(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         value = (x.flatten(1)[:, 0] * sign[rows])[:, None]

@@ -125,7 +125,7 @@ class Mixture:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         number = torch.tensor([PROMPTS.index(p) for p in prompts])
-        return Conditioning(tuple(prompts), {"c": torch.eye(len(PROMPTS))[number]})
+        return Conditioning(tuple(prompts), {"embeds": torch.eye(len(PROMPTS))[number, None]})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps)
@@ -135,7 +135,7 @@ class Mixture:
 
     def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
         module = self.network if network is None else network
-        tokens = condition.tensors["c"]
+        tokens = condition.tensors["embeds"][:, 0]
         return lambda x, sigma, rows: module(x, sigma, tokens[rows])
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
@@ -217,7 +217,7 @@ def gap_closed(before: float, after: float) -> float:
 
 def judge(condition: Conditioning) -> Judge:
     """For algorithms that ask for a reward on noisy latents."""
-    goal = condition.tensors["c"] @ MEANS
+    goal = condition.tensors["embeds"][:, 0] @ MEANS
 
     def scores(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         value = expected_reward(x.flatten(1), sigma, goal[rows])[:, None]

@@ -71,6 +71,7 @@ TOYS: dict[str, Toy] = {
     # the forward process: leaves and their (t, ε)
     "diffusion_nft": Toy(),
     "sol_rl": Toy({"pool": 24, "draft_steps": 3}, iterations=35),
+    "e2po": Toy({"noises": 3, "conditions": 4}),
     "awm": Toy({"steps": 8}),
     "advantage_flow": Toy(),
     "v_grpo": Toy(repeat=4),

@@ -71,7 +71,7 @@ class Fake:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [[len(p) / 10, sum(c in "aeiou" for c in p) / 5] for p in prompts]
-        return Conditioning(tuple(prompts), {"c": torch.tensor(rows)}, {"c": torch.zeros(1, 2)})
+        return Conditioning(tuple(prompts), {"embeds": torch.tensor(rows)[:, None]}, {"embeds": torch.zeros(1, 1, 2)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps, 2.0)
@@ -83,7 +83,7 @@ class Fake:
 
     def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
         module = self.network if network is None else network
-        tokens, empty = condition.tensors["c"].to(self.dtype), torch.zeros(1, 2, dtype=self.dtype)
+        tokens, empty = condition.tensors["embeds"][:, 0].to(self.dtype), torch.zeros(1, 2, dtype=self.dtype)
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             v = module(x.to(self.dtype), sigma, tokens[rows])

@@ -13,7 +13,7 @@ from fake import PROMPTS, Bench, Fake, brightness, config, flow, tempflow
 from PIL import Image
 from safetensors.torch import save_file
 
-from tempflow.algorithms import dapo, dgpo, diffusion_nft, gcpo, sol_rl, v_grpo, vipo
+from tempflow.algorithms import dapo, dgpo, diffusion_nft, e2po, gcpo, sol_rl, v_grpo, vipo
 from tempflow.train.dist import join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
@@ -32,6 +32,7 @@ ALGORITHMS = {
     "v_grpo": lambda: v_grpo(steps=4, group=6, pairs=3),
     "gcpo": lambda: gcpo(steps=4, group=6, sizes=(1, 2), share=1.0, clip=0.02),
     "vipo": lambda: vipo(steps=4, group=6, kind="flow", noise_level=0.7, clip=0.5),
+    "e2po": lambda: e2po(steps=4, noises=2, conditions=3),
     "sol_rl": lambda: sol_rl(steps=4, group=6, pool=9, draft_steps=2),
     "dapo": lambda: dapo(steps=4, group=6, clip=0.02, clip_high=0.03),
 }

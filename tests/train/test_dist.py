@@ -43,7 +43,7 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
     return float((a - b).abs().max()) <= relative * float(b.abs().max())
 
 
-KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl"]
+KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
 
 
 @pytest.mark.parametrize("algorithm", KINDS)

@@ -20,6 +20,7 @@ from tempflow.algorithms.diffusion_nft import diffusion_nft
 from tempflow.algorithms.dr_grpo import dr_grpo
 from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo
+from tempflow.algorithms.e2po import e2po
 from tempflow.algorithms.elbo_pg import elbo_pg
 from tempflow.algorithms.flash_grpo import flash_grpo
 from tempflow.algorithms.flow_cps import flow_cps
@@ -58,6 +59,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "dr_grpo": dr_grpo,
     "drm_grpo": drm_grpo,
     "dynamic_treerpo": dynamic_treerpo,
+    "e2po": e2po,
     "elbo_pg": elbo_pg,
     "flash_grpo": flash_grpo,
     "flow_cps": flow_cps,
@@ -102,6 +104,7 @@ __all__ = [
     "dr_grpo",
     "drm_grpo",
     "dynamic_treerpo",
+    "e2po",
     "elbo_pg",
     "find",
     "flash_grpo",

@@ -18,6 +18,7 @@ from tempflow.core.follow import Frozen, Rule
 from tempflow.core.forest import Forest
 from tempflow.core.objective.edges import Objective
 from tempflow.core.objective.leaves import LeafObjective
+from tempflow.core.perturb import Perturbation
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule, linear
@@ -67,9 +68,11 @@ class Algorithm:
                  and the leaves' are only looked at. None: credit sees the leaves' scores
     solver       walks the deterministic edges; None: Euler
     grid         (iteration, the model's grid of T steps) -> the grid of that rollout, whose length the plan has
+    conditions   the conditions of a prompt that the plan's variants are walked with; None: its own alone. They are for
+                 sampling: objectives see every sample as one of the prompt's own condition
 
-    Raises ValueError when the parts do not fit: a plan of other steps, no trained edge, trained steps without noise
-    (a ratio of densities needs some), or whatever the objective's `check` finds.
+    Raises ValueError when the parts do not fit: a plan of other steps or with variants that there are not, no trained
+    edge, trained steps without noise (a ratio of densities needs some), or whatever the objective's `check` finds.
     """
 
     name: str
@@ -88,12 +91,18 @@ class Algorithm:
     judge: str | None = None
     solver: Solver | None = None
     grid: Callable[[int, Schedule], Schedule] | None = None
+    conditions: Perturbation | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan(0, 0)
         steps = self.schedule(0, linear(self.steps)).steps
         if plan.steps != steps:
             raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
+        if max(plan.variant) >= self.variants:
+            last = max(plan.variant)
+            raise ValueError(f"conditions: {self.variants}, but the plan has variant {last}; nearest valid: {last + 1}")
+        if self.draft is not None and self.conditions is not None:
+            raise ValueError("draft: is walked with a prompt's own condition alone; nearest valid: no `conditions`")
         if self.draft is not None and self.draft.pool < plan.roots:
             raise ValueError(f"pool: {self.draft.pool} for {plan.roots} roots a prompt; nearest valid: {plan.roots}")
         missing = [s for s in self.sets if s != "reference" and s not in self.weight_sets]
@@ -113,6 +122,11 @@ class Algorithm:
         """The weight sets beside the policy that the objective asks for, and the sampler's."""
         asked = (*self.objective.weight_sets, self.sampler)
         return tuple(dict.fromkeys(name for name in asked if name != "policy"))
+
+    @property
+    def variants(self) -> int:
+        """How many conditions a prompt has when it is sampled."""
+        return 1 if self.conditions is None else self.conditions.count
 
     @property
     def edge_objective(self) -> Objective:

@@ -12,27 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a plan costs: rows given to the model, samples decoded and scored, transitions a loss uses.
-
-    `forwards` counts every node that has a child once, guidance not doubled.  Costs add up, and scale with an int.
-    """
-
-    forwards: int
-    leaves: int
-    trained_edges: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.forwards + other.forwards, self.leaves + other.leaves, self.trained_edges + other.trained_edges
-        )
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.forwards * times, self.leaves * times, self.trained_edges * times)
-
-    __rmul__ = __mul__
+from tempflow.core.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -50,6 +30,7 @@ class Plan:
     scale       per edge: finite multiplier > 0 of the dynamics' noise level, 1.0 = as it is
     start       per root: index ≥ 0 of the initial noise it starts from; all 0 = one shared noise
     scored      ids of the nodes at σ = 0 that are decoded and scored, in leaf order
+    variant     per root: index ≥ 0 of the prompt's condition that its tree is walked with; default all 0
 
     Raises ValueError when the lists do not describe such a forest.
     """
@@ -63,10 +44,13 @@ class Plan:
     scale: tuple[float, ...]
     start: tuple[int, ...]
     scored: tuple[int, ...]
+    variant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
         _at_least("roots", self.roots, 1)
+        if not self.variant:  # written out, so that equal plans compare equal
+            object.__setattr__(self, "variant", (0,) * self.roots)
         _check_edges(self)
         _check_roots_and_leaves(self)
 
@@ -75,7 +59,8 @@ class Plan:
 
     @cached_property
     def _hash(self) -> int:  # a long plan is a cache key at every rollout
-        return hash((self.steps, self.roots, self.parent, self.step, self.stochastic, self.trained, self.scored))
+        shape = (self.steps, self.roots, self.parent, self.step, self.stochastic, self.trained, self.scored)
+        return hash((*shape, self.variant))
 
     @cached_property
     def node_step(self) -> tuple[int, ...]:
@@ -140,6 +125,19 @@ def ode(steps: int, roots: int) -> Plan:
     Cost: roots·T forwards, roots leaves, 0 trained edges.
     """
     return chain(steps, roots, stochastic=())
+
+
+def crossed(steps: int, noises: int, variants: int) -> Plan:
+    """Deterministic chains from each of `noises` initial noises with each of `variants` conditions (E²PO, §9).
+
+    Root r starts from noise r // variants and is walked with variant r % variants.
+    Cost: noises·variants·T forwards, noises·variants leaves, 0 trained edges.
+    """
+    _at_least("noises", noises, 1)
+    _at_least("variants", variants, 1)
+    roots = range(noises * variants)
+    start, variant = tuple(r // variants for r in roots), tuple(r % variants for r in roots)
+    return replace(ode(steps, len(roots)), start=start, variant=variant)
 
 
 def chain(
@@ -348,10 +346,11 @@ def _check_edges(plan: Plan) -> None:
 
 
 def _check_roots_and_leaves(plan: Plan) -> None:
-    if len(plan.start) != plan.roots:
-        raise _invalid("len(start)", len(plan.start), "one entry per root is needed", plan.roots)
-    for root, start in enumerate(plan.start):
-        _at_least(f"start[{root}]", start, 0)
+    for name, entries in (("start", plan.start), ("variant", plan.variant)):
+        if len(entries) != plan.roots:
+            raise _invalid(f"len({name})", len(entries), "one entry per root is needed", plan.roots)
+        for root, entry in enumerate(entries):
+            _at_least(f"{name}[{root}]", entry, 0)
     if len(set(plan.scored)) != len(plan.scored):
         raise _invalid("scored", plan.scored, "names a node twice", tuple(dict.fromkeys(plan.scored)))
     nodes = plan.roots + len(plan.parent)

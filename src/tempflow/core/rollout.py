@@ -10,23 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tempflow.core.dynamics import ODE, Dynamics
-from tempflow.core.forest import Edges, Forest, Leaves
+from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
+from tempflow.core.program import Keep, Level, compiled, long, merged
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.solver import OneStep, Solver, predict_clean
 
-Keep = Literal["stochastic", "all"]
-
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S]; `rows` are the prompt slots, to index conditions."""
+"""(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S]; `rows` index conditions: the prompt slots, or with
+several conditions a prompt slot · variants + variant."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ def rollout(
     shape: Sequence[int],
     slots: Sequence[int] | None = None,
     solver: Dynamics | Solver | None = None,
+    variants: int = 1,
     max_rows: int | None = None,
     store_dtype: torch.dtype = torch.float32,
     keep: Keep = "stochastic",
@@ -75,6 +74,8 @@ def rollout(
     shape        *S, one sample's latent shape
     slots        per prompt its slot in the iteration, distinct and ≥ 0; default 0, 1, …  It enters the noise, is what
                  `predict` gets as `rows`, and is `edges.prompt` and `leaves.prompt`
+    variants     conditions that `predict` has for a prompt: its row is slot · variants + the root's variant. A variant
+                 changes no noise
     solver       walks the deterministic edges: a deterministic dynamics, default `ODE()`, or a `Solver`, which gets x̂0
                  at the node's last ancestors, whatever kind of edge led from there, in float32 at least
     max_rows     upper bound of B; default no bound.  Chunks of a step are of even size
@@ -99,8 +100,8 @@ def rollout(
         device=torch.device(device),
     )
     owners = list(range(len(plans))) if slots is None else list(slots)
-    _check(plans, owners, walker, keep)
-    programs = [_compile(plan, keep) for plan in plans]
+    _check(plans, owners, walker, keep, variants)
+    programs = [compiled(plan, keep) for plan in plans]
     frame = Forest.cat([program.frame_for(slot) for program, slot in zip(programs, owners, strict=True)])
     edges = [len(program.frame.edges) for program in programs]
     count = [program.frame.nodes.shape[0] for program in programs]
@@ -110,9 +111,9 @@ def rollout(
     mean = torch.empty(sum(edges), *walker.shape, dtype=log_dtype, device=walker.device) if keep_mean else None
     with torch.no_grad():
         front = walker.start(plans, owners)
-        _put(nodes, front.x, _merge([program.born for program in programs], owners, count, edges))
+        _put(nodes, front.x, merged([program.born for program in programs], owners, count, edges, variants))
         for i in range(schedule.steps):
-            level = _merge([program.levels[i] for program in programs], owners, count, edges)
+            level = merged([program.levels[i] for program in programs], owners, count, edges, variants)
             front = walker.advance(front, i, level, log_prob, mean)
             _put(nodes, front.x, level)
     if mean is not None:
@@ -128,45 +129,7 @@ def skeleton(plans: Sequence[Plan], slots: Sequence[int], keep: Keep = "stochast
     Edges, leaves and descent are those of a rollout of all these plans in one process, so that a process that grows a
     part of them can place its part in the whole.
     """
-    return Forest.cat([_compile(plan, keep).frame_for(slot) for plan, slot in zip(plans, slots, strict=True)])
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """One step of a plan (or of several, merged) as index tensors on the CPU.
-
-    "Front" is the list of nodes at that step; the next front lists their children, ordered by parent.
-    """
-
-    front: int  # nodes in the front
-    born: int  # nodes in the next front
-    parents: Tensor  # positions in the front of the nodes that have children, ascending
-    rows: Tensor  # prompt slot of each of these (0 before merging)
-    parent_of: Tensor  # per child: index into `parents`, ascending
-    calm: Tensor  # positions of the children of deterministic edges
-    noisy: Tensor  # … and of stochastic ones; the next three go with it
-    scale: Tensor
-    edge_to: Tensor  # index of the recorded edge
-    ids: tuple[tuple[int, ...], ...]  # (root, *path, step); after merging with the slot in front
-    node_at: Tensor  # positions of the children that are recorded …
-    node_to: Tensor  # … and their index among the recorded nodes
-
-
-@dataclass(frozen=True, eq=False)
-class _Program:
-    """A plan compiled for the engine: its levels, and the forest it gives but for states and log-probabilities."""
-
-    born: _Level  # records the roots
-    levels: tuple[_Level, ...]
-    frame: Forest
-
-    def frame_for(self, slot: int) -> Forest:
-        edges, leaves = self.frame.edges, self.frame.leaves
-        return replace(
-            self.frame,
-            edges=replace(edges, prompt=torch.full_like(edges.prompt, slot)),
-            leaves=replace(leaves, prompt=torch.full_like(leaves.prompt, slot)),
-        )
+    return Forest.cat([compiled(plan, keep).frame_for(slot) for plan, slot in zip(plans, slots, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,9 +167,9 @@ class _Walker:
         distinct = list(dict.fromkeys(wanted))
         place = {identity: n for n, identity in enumerate(distinct)}
         drawn = self.noise.initial(distinct, self.shape).to(self.device, self.dtype)
-        return _Front(drawn[_long([place[identity] for identity in wanted]).to(self.device)])
+        return _Front(drawn[long([place[identity] for identity in wanted]).to(self.device)])
 
-    def advance(self, front: _Front, i: int, level: _Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
+    def advance(self, front: _Front, i: int, level: Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
         """The front at step i -> the next front; fills in the log_prob and mean of the recorded stochastic edges."""
         children = torch.empty(level.born, *self.shape, dtype=self.dtype, device=self.device)
         remembers = self.solver.memory > 0 and i + 1 < self.schedule.steps
@@ -248,7 +211,7 @@ class _Walker:
 
     def _spreads(self, i: int) -> bool:
         """Whether the stochastic edges of step i have a density (CPS and DDIM have none at the last step)."""
-        return bool(self.dynamics.coefficients(self.schedule, _long([i]))[2] > 0)
+        return bool(self.dynamics.coefficients(self.schedule, long([i]))[2] > 0)
 
     def _velocity(self, state: Tensor, i: int, rows: Tensor) -> Tensor:
         sigma = self.schedule.at(torch.full((len(rows),), i)).to(self.device)
@@ -258,111 +221,20 @@ class _Walker:
         return velocity
 
 
-def _put(nodes: Tensor, front: Tensor, level: _Level) -> None:
+def _put(nodes: Tensor, front: Tensor, level: Level) -> None:
     nodes[level.node_to.to(nodes.device)] = front[level.node_at.to(nodes.device)]
 
 
-def _merge(levels: Sequence[_Level], slots: Sequence[int], nodes: Sequence[int], edges: Sequence[int]) -> _Level:
-    """Lay the prompts' levels side by side; `nodes` and `edges` are how many each prompt records."""
-    front = _offsets([level.front for level in levels])
-    live = _offsets([len(level.parents) for level in levels])
-    born = _offsets([level.born for level in levels])
-    node, edge = _offsets(nodes), _offsets(edges)
-    return _Level(
-        front=sum(level.front for level in levels),
-        born=sum(level.born for level in levels),
-        parents=torch.cat([v.parents + o for v, o in zip(levels, front, strict=True)]),
-        rows=torch.cat([v.rows + slot for v, slot in zip(levels, slots, strict=True)]),
-        parent_of=torch.cat([v.parent_of + o for v, o in zip(levels, live, strict=True)]),
-        calm=torch.cat([v.calm + o for v, o in zip(levels, born, strict=True)]),
-        noisy=torch.cat([v.noisy + o for v, o in zip(levels, born, strict=True)]),
-        scale=torch.cat([v.scale for v in levels]),
-        edge_to=torch.cat([v.edge_to + o for v, o in zip(levels, edge, strict=True)]),
-        ids=tuple((slot, *rest) for v, slot in zip(levels, slots, strict=True) for rest in v.ids),
-        node_at=torch.cat([v.node_at + o for v, o in zip(levels, born, strict=True)]),
-        node_to=torch.cat([v.node_to + o for v, o in zip(levels, node, strict=True)]),
-    )
-
-
-@lru_cache(maxsize=512)
-def _compile(plan: Plan, keep: Keep) -> _Program:
-    kept = [e for e, stochastic in enumerate(plan.stochastic) if stochastic or keep == "all"]
-    used = {plan.parent[e] for e in kept} | {plan.roots + e for e in kept} | set(plan.scored)
-    node_to = {node: n for n, node in enumerate(sorted(used))}
-    edge_to = {e: n for n, e in enumerate(kept)}
-    by_step: list[list[int]] = [[] for _ in range(plan.steps)]
-    for e, i in enumerate(plan.step):
-        by_step[i].append(e)
-    front = list(range(plan.roots))
-    born = _level(plan, [], [], front, node_to, edge_to)
-    levels: list[_Level] = []
-    for edges in by_step:
-        position = {node: n for n, node in enumerate(front)}
-        edges.sort(key=lambda e: position[plan.parent[e]])
-        children = [plan.roots + e for e in edges]
-        levels.append(_level(plan, front, edges, children, node_to, edge_to))
-        front = children
-    return _Program(born=born, levels=tuple(levels), frame=_frame(plan, kept, node_to, edge_to))
-
-
-def _level(
-    plan: Plan,
-    front: Sequence[int],
-    edges: Sequence[int],
-    children: Sequence[int],
-    node_to: dict[int, int],
-    edge_to: dict[int, int],
-) -> _Level:
-    fertile = {plan.parent[e] for e in edges}
-    parents = [n for n, node in enumerate(front) if node in fertile]
-    rank = {front[n]: k for k, n in enumerate(parents)}
-    noisy = [n for n, e in enumerate(edges) if plan.stochastic[e]]
-    recorded = [n for n, node in enumerate(children) if node in node_to]
-    return _Level(
-        front=len(front),
-        born=len(children),
-        parents=_long(parents),
-        rows=torch.zeros(len(parents), dtype=torch.long),
-        parent_of=_long([rank[plan.parent[e]] for e in edges]),
-        calm=_long([n for n, e in enumerate(edges) if not plan.stochastic[e]]),
-        noisy=_long(noisy),
-        scale=torch.tensor([plan.scale[edges[n]] for n in noisy], dtype=torch.float32),
-        edge_to=_long([edge_to[edges[n]] for n in noisy]),
-        ids=tuple((plan.node_root[children[n]], *plan.path(children[n]), plan.step[edges[n]]) for n in noisy),
-        node_at=_long(recorded),
-        node_to=_long([node_to[children[n]] for n in recorded]),
-    )
-
-
-def _frame(plan: Plan, kept: Sequence[int], node_to: dict[int, int], edge_to: dict[int, int]) -> Forest:
-    """The forest's indices; states of no elements and log-probabilities of NaN, to be replaced."""
-    pairs = [(edge_to[e], leaf) for e in kept for leaf in plan.leaves_below[e]]
-    edges = Edges(
-        parent=_long([node_to[plan.parent[e]] for e in kept]),
-        child=_long([node_to[plan.roots + e] for e in kept]),
-        step=_long([plan.step[e] for e in kept]),
-        prompt=torch.zeros(len(kept), dtype=torch.long),
-        root=_long([plan.node_root[plan.parent[e]] for e in kept]),
-        depth=_long([plan.action_depth[e] for e in kept]),
-        scale=torch.tensor([plan.scale[e] for e in kept], dtype=torch.float32),
-        log_prob=torch.full((len(kept),), math.nan),
-        stochastic=torch.tensor([plan.stochastic[e] for e in kept], dtype=torch.bool),
-        trained=torch.tensor([plan.trained[e] for e in kept], dtype=torch.bool),
-    )
-    leaves = Leaves(
-        node=_long([node_to[node] for node in plan.scored]),
-        prompt=torch.zeros(len(plan.scored), dtype=torch.long),
-        root=_long([plan.node_root[node] for node in plan.scored]),
-    )
-    descent = (_long([e for e, _ in pairs]), _long([leaf for _, leaf in pairs]))
-    return Forest(torch.empty(len(node_to), 0), edges, leaves, descent, plan.steps)
-
-
-def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: str) -> None:
+def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: str, variants: int) -> None:
     steps = walker.schedule.steps
     if not plans:
         raise ValueError("plans = []: there is nothing to grow; nearest valid: one plan")
+    if variants < 1:
+        raise ValueError(f"variants = {variants}: must be at least 1; nearest valid: 1")
     for p, plan in enumerate(plans):
+        if max(plan.variant) >= variants:
+            last = max(plan.variant)
+            raise ValueError(f"variants = {variants}: plans[{p}] walks with variant {last}; nearest valid: {last + 1}")
         if plan.steps != steps:
             raise ValueError(f"plans[{p}].steps = {plan.steps}: must be the schedule's; nearest valid: {steps}")
     if len(slots) != len(plans):
@@ -385,16 +257,4 @@ def _chunks(rows: int, most: int | None) -> list[int]:
 
 def _first(ascending: Tensor, values: Sequence[int]) -> list[int]:
     """Per value: the first place in `ascending` that holds no less."""
-    return [int(place) for place in torch.searchsorted(ascending, _long(values))]
-
-
-def _offsets(sizes: Sequence[int]) -> list[int]:
-    total, offsets = 0, list[int]()
-    for size in sizes:
-        offsets.append(total)
-        total += size
-    return offsets
-
-
-def _long(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.long)
+    return [int(place) for place in torch.searchsorted(ascending, long(values))]

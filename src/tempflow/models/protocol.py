@@ -23,11 +23,14 @@ class Conditioning:
     """What prompts were encoded to: named tensors [N, …], row n for prompt n, and the prompts for the record.
 
     `empty` holds the same tensors for the empty prompt, [1, …]: what guidance contrasts with (None: no guidance).
+    Token embeddings, where there are any, are called "embeds", [N, L, d]. `content`, bool [N, L, d], says which of them
+    stand for the prompt's own words, not for its beginning, its end or padding (None: all of them).
     """
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     empty: Mapping[str, Tensor] | None = None
+    content: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -25,6 +25,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
+from tempflow.train.conditions import Learned, sampler
 from tempflow.train.dist import SINGLE, World
 from tempflow.train.signals import Signals, measure
 
@@ -80,6 +81,7 @@ class Setting:
     norms      whether to measure how large the policy's velocities are beside the reference's
     drafter    the low-precision network that drafts; None: the sampler does, or there is no draft
     pause      called between batches of work; may raise to leave the iteration
+    learned    what prompts' sampling conditions differ by, where the algorithm asks for some
     """
 
     model: Model
@@ -100,6 +102,7 @@ class Setting:
     norms: bool = False
     drafter: Drafter | None = None
     pause: Callable[[], None] = lambda: None
+    learned: Learned = field(default_factory=Learned)
 
     def __post_init__(self) -> None:
         asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
@@ -274,7 +277,7 @@ class _Tour:
         plans, drafted = [self.plans[s] for s in slots], None
         if algorithm.draft is not None:
             plans, drafted = self._drafted(algorithm.draft, slots, plans)
-        forest, media, scores = self._judged(slots, plans, self.schedule, self.sampler, "rollout")
+        forest, media, scores = self._judged(slots, plans, self.schedule, self._sampler(slots), "rollout")
         latents = forest.nodes[forest.leaves.node]
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
@@ -319,6 +322,13 @@ class _Tour:
         clock.add("reward", started)
         return forest, media, scores
 
+    def _sampler(self, slots: Sequence[int]) -> Predict:
+        """The predictor that rolls out: as in training, or with the chunk's own conditions where there are some."""
+        conditions = self.setting.algorithm.conditions
+        if conditions is None:
+            return self.sampler
+        return sampler(self.setting, conditions, [self.prompts[slot].text for slot in slots], slots[0])
+
     def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict) -> Forest:
         setting, algorithm = self.setting, self.setting.algorithm
 
@@ -335,6 +345,7 @@ class _Tour:
             shape=setting.model.noise_shape(setting.size),
             slots=slots,
             solver=algorithm.solver,
+            variants=algorithm.variants,
             max_rows=setting.rollout_rows,
             keep_mean=algorithm.draws is None and algorithm.edge_objective.keeps_mean,
             device=setting.model.device,
