@@ -15,7 +15,23 @@ from loop_checks import bench_of, check_counts, check_no_spread, constant, judgi
 from torch import Tensor
 
 from tempflow import algorithms
-from tempflow.algorithms import ALGORITHMS
+from tempflow.algorithms import (
+    ALGORITHMS,
+    dance_grpo,
+    dapo,
+    ddpo,
+    flash_grpo,
+    flow_cps,
+    flow_grpo,
+    flow_grpo_fast,
+    gcpo,
+    grpo_guard,
+    mix_grpo,
+    mix_grpo_flash,
+    otca,
+    pref_grpo,
+    vipo,
+)
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.forest import Forest
 from tempflow.train.step import credit
@@ -104,6 +120,37 @@ def test_flat_groups_among_others_bear_none_either(name: str) -> None:
     assert seen["zero_variance"] == pytest.approx(0.5)
     grads = torch.cat([p.grad.flatten() for p in bench.model.network.parameters() if p.grad is not None])
     assert bool(grads.isfinite().all()) and float(grads.abs().max()) > 0
+
+
+POPULATION, UNBIASED = 0, 1
+GROUP_STD: dict[str, tuple[int, Algorithm]] = {
+    "flow_grpo": (POPULATION, flow_grpo(4, 6, std="group", eps=0.0)),
+    "flow_grpo_fast": (POPULATION, flow_grpo_fast(4, 6, 2, std="group", eps=0.0)),
+    "flow_cps": (POPULATION, flow_cps(4, 6, std="group", eps=0.0)),
+    "grpo_guard": (POPULATION, grpo_guard(4, 6, std="group", eps=0.0)),
+    "flash_grpo": (POPULATION, flash_grpo(4, 6, std="group", eps=0.0)),
+    "ddpo": (POPULATION, ddpo(4, 6, eps=0.0)),
+    "dapo": (POPULATION, dapo(4, 6, eps=0.0)),
+    "dance_grpo": (UNBIASED, dance_grpo(4, 6)),
+    "mix_grpo": (UNBIASED, mix_grpo(4, 6, 2)),
+    "mix_grpo_flash": (UNBIASED, mix_grpo_flash(4, 6, 2, rewards="scores")),
+    "gcpo": (UNBIASED, gcpo(4, 6, (3,))),
+    "otca": (UNBIASED, otca(4, 6, tcd=False)),
+    "vipo": (UNBIASED, vipo(4, 6)),
+    "pref_grpo": (UNBIASED, pref_grpo(4, 6, None, win_rate=False)),
+}
+
+
+@pytest.mark.parametrize("name", GROUP_STD)
+def test_whose_standard_deviation_it_is(name: str) -> None:
+    """The group's, of n or of n − 1: a factor of 0.91 at six pictures."""
+    ddof, algorithm = GROUP_STD[name]
+    experience = bench_of(algorithm).collect()
+    reward = experience.scores.value[:, 0].double().view(6, 6)
+    want = (reward - reward.mean(1, keepdim=True)) / reward.std(1, keepdim=True, correction=ddof)
+    edge, leaf = experience.whole.descent
+    got = algorithm.credit(experience.scores, experience.whole).value[edge]
+    torch.testing.assert_close(got.double(), want.flatten()[leaf], rtol=1e-4, atol=1e-5)
 
 
 def test_zero_variance_tells_of_prompts_that_a_credit_leaves_out() -> None:
