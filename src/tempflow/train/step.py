@@ -26,6 +26,7 @@ from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
 from tempflow.train.dist import SINGLE, World
+from tempflow.train.laid import Read, laid_out
 from tempflow.train.signals import Signals, measure
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Setting:
     world      the ranks that share the run; each needs a prompt of every iteration
     shards     the sharded network's switches; None where every rank has all of it
     judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
+    pictures   reads the prompts' own pictures, where the algorithm takes given samples
+    total      weights of the rewards in their sum, by which evaluations judge; None: 1 each
     pause      called between batches of work; may raise to leave the iteration
     """
 
@@ -94,12 +97,14 @@ class Setting:
     world: World = SINGLE
     shards: Shards | None = None
     judge: Callable[[Conditioning], Judge] | None = None
+    pictures: Read | None = None
+    total: Mapping[str, float] | None = None
     pause: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """What one iteration's rollout brought.
+    """What one iteration's rollout brought, or the samples given in its place.
 
     forest     this rank's part; without leaf latents, unless leaves are trained: then they stand as its edges
     whole      all ranks' edges (or leaves in their stead) and leaves, without states
@@ -133,7 +138,8 @@ class Experience:
 
 
 def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter: Counter, clock: Clock) -> Experience:
-    """Grows this rank's part of the iteration's forest, decodes and scores its leaves chunk by chunk.
+    """Grows this rank's part of the iteration's forest, decodes and scores its leaves chunk by chunk; or, where samples
+    are given, lays these out.
 
     The counter counts all ranks' work.
     """
@@ -144,7 +150,8 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
     mine = blocks[world.rank]
     models = _predictors(setting, [prompts[slot].text for slot in mine], mine.start)
     tour = _Tour(setting, plans, prompts, iteration, schedule, models[algorithm.sampler], clock)
-    grown = [tour.grow(slots) for slots in _chunks(plans, mine)]
+    grow = tour.grow if algorithm.given is None else tour.lay_out
+    grown = [grow(slots) for slots in _chunks(plans, mine)]
     leaves = [plan.cost().leaves for plan in plans]
     costs = [algorithm.cost_of(plan) for plan in plans]
     counter.rollout += sum(cost.forwards for cost in costs)
@@ -269,6 +276,16 @@ class _Tour:
         if drafted is not None and len(drafted) == len(total):  # a root has one leaf
             fidelity = _fidelity(drafted, total, forest.leaves.prompt.cpu(), slots)
         return _Grown(kept, scores, signals, fidelity)
+
+    def lay_out(self, slots: Sequence[int]) -> _Grown:
+        """A chunk of whole prompts' given samples, in the place of `grow`."""
+        setting, given, started = self.setting, self.setting.algorithm.given, time.perf_counter()
+        assert given is not None and setting.pictures is not None
+        setting.pause()
+        prompts = [self.prompts[s] for s in slots]
+        forest, scores, signals = laid_out(given, setting.pictures, setting.model, setting.size, prompts, slots)
+        self.clock.add("encode", started)
+        return _Grown(forest, scores, signals, None)
 
     def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor]:
         """The plans from the noises that the draft chose, and the draft's scores of these, root by root."""
