@@ -97,6 +97,10 @@ class Fake:
         gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255).round().to(torch.uint8)
         return gray[..., None].expand(-1, -1, -1, 3).contiguous()
 
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        gray = media.float().mean(-1)
+        return ((gray - 127.5) / 40)[:, None].expand(-1, 2, -1, -1).contiguous()
+
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = (self.network if network is None else network).state_dict()
@@ -162,8 +166,9 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=rate, weight_decay=0.0)
         self.counter, self.clock, self.said = Counter(), Clock(), list[str]()
 
-    def collect(self, iteration: int = 0, prompts: Sequence[str] = PROMPTS) -> Experience:
-        return collect(self.setting, [Prompt(p) for p in prompts], iteration, self.counter, self.clock)
+    def collect(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> Experience:
+        given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        return collect(self.setting, given, iteration, self.counter, self.clock)
 
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
         given = credit(self.setting, experience)
