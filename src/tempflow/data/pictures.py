@@ -48,6 +48,11 @@ class Pictures:
     keys: tuple[str, ...]
     size: tuple[int, int]
 
+    @classmethod
+    def beside(cls, source: str, keys: tuple[str, ...], size: tuple[int, int]) -> Pictures:
+        """Those that a prompts' file names: its folder is the root."""
+        return cls(Path(source).parent, keys, size)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Looks at the header of every picture.
 
@@ -83,10 +88,8 @@ class Pictures:
                     if not fault:
                         yield picture
         except BROKEN as error:
-            listed = ", ".join(FORMATS)
-            raise ValueError(
-                f"{where}: no picture that can be read ({error}); nearest valid: a {listed} file"
-            ) from error
+            why = f"no picture that can be read ({error}); nearest valid: a {', '.join(FORMATS)} file"
+            raise ValueError(f"{where}: {why}") from error
         if fault:
             raise ValueError(f"{where}: {fault}")
 
@@ -130,7 +133,7 @@ def _fault(picture: Image.Image, size: tuple[int, int]) -> str:
         )
     if picture.mode not in MODES:
         return f"has mode {picture.mode}, whose range is not 8 bits; nearest valid: RGB"
-    turned = picture.getexif().get(ORIENTATION, 1)
+    turned = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1  # of a PNG it would read all
     if turned != 1:
         return f"is stored turned (EXIF orientation {turned}); nearest valid: saved upright"
     return ""

@@ -83,7 +83,7 @@ def train(
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         sets = _prompt_sets(config, prompts, test_prompts)
-        pictures = _pictures(config, algorithm, sets["train"], Path() if prompts is not None else None)
+        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
         setting, trainable, followers = _setting(
@@ -233,18 +233,19 @@ def _prompt_sets(
     }
 
 
-def _pictures(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], folder: Path | None) -> Pictures | None:
+def _pictures(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures | None:
     """The pictures of the training prompts, where the algorithm takes such; every one has been looked at.
 
-    `folder`: where they are; None: where the prompts' file is. Raises ValueError for the first that will not do.
+    `own`: the prompts were given as objects. Raises ValueError for the first picture that will not do.
     """
     if algorithm.given is None:
         return None
-    found = Pictures(folder or Path(config.data.train).parent, algorithm.given.keys, config.size)
+    keys, source = algorithm.given.keys, config.data.train
+    found = Pictures(Path(), keys, config.size) if own else Pictures.beside(source, keys, config.size)
     try:
         found.check(prompts)
     except ValueError as error:
-        raise ValueError(f"data.train: {config.data.train}: {error}") from error
+        raise ValueError(f"{'prompts' if own else f'data.train: {source}'}: {error}") from error
     return found
 
 

@@ -385,9 +385,9 @@ def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
 
 
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:
-    """Reward means and spreads, failures, and the share of trained edges whose group has no spread."""
+    """Reward means and spreads (given samples have none), failures, the share of trained edges without spread."""
     scores, metrics = experience.scores, dict[str, float]()
-    for column, name in enumerate(scores.names):
+    for column, name in enumerate(scores.names if experience.whole.steps else ()):
         value = scores.value[scores.ok[:, column], column]
         metrics[f"reward/{name}"] = value.mean().item() if len(value) else float("nan")
         metrics[f"reward_std/{name}"] = value.std(unbiased=False).item() if len(value) else float("nan")
