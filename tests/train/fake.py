@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,22 @@ class Fake:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = (self.network if network is None else network).state_dict()
         save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/model.safetensors")
+
+
+def album(folder: Path, count: int = 6) -> Path:
+    """A folder with pictures, and a pairs.jsonl that names them for both offline algorithms; bright ones are chosen."""
+    folder.mkdir(parents=True)
+    grey = torch.Generator().manual_seed(4)
+    lines: list[dict[str, str]] = []
+    for number in range(count):
+        line = {"prompt": PROMPTS[number % len(PROMPTS)]}
+        for key, low in (("chosen", 150), ("rejected", 60)):
+            pixels = torch.randint(low, low + 50, (*SIZE, 1), generator=grey, dtype=torch.uint8).expand(-1, -1, 3)
+            line[key] = f"{number}_{key}.png"
+            Image.fromarray(pixels.contiguous().numpy()).save(folder / line[key])
+        lines.append({**line, "image": line["chosen"]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
 
 
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
