@@ -27,7 +27,8 @@ from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.models import load
 from tempflow.rewards import build
 from tempflow.train.learn import update
-from tempflow.train.step import Clock, Counter, Setting, collect, credit
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import collect, credit
 from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable
 

@@ -19,7 +19,8 @@ from tempflow.models import load
 from tempflow.models.protocol import Model, Predict
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
-from tempflow.train.step import Clock, Counter, Setting, collect, credit
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import collect, credit
 
 SIZE = (32, 32)
 GROUP = 24

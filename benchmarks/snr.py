@@ -25,7 +25,8 @@ from tempflow.models import load
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
 from tempflow.train.lessons import Lessons, loss_of
-from tempflow.train.step import Clock, Counter, Credit, Experience, Setting, collect, credit
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import Credit, Experience, collect, credit
 
 SIZE = (32, 32)
 

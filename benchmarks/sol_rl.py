@@ -47,7 +47,8 @@ from tempflow.rewards import build, score_all
 from tempflow.train.drafter import Drafter
 from tempflow.train.followers import Followers
 from tempflow.train.learn import update
-from tempflow.train.step import Clock, Counter, Setting, collect, credit
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import collect, credit
 from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable
 

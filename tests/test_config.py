@@ -17,6 +17,7 @@ from tempflow.core.schedule import sd3
 from tempflow.cost import latent_shape, run_cost
 from tempflow.data.prompts import load_prompts
 from tempflow.recipes import RECIPES
+from tempflow.recipes.every import ENTRIES
 from tempflow.strict import ConfigError
 
 LEAST = {"name": "run", "iterations": 20, "algorithm": {"name": "tempflow_grpo"}}
@@ -286,6 +287,12 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
         assert recipe.__name__ == name and made.name == name.replace("_", "-") and made.output == f"runs/{made.name}"
         for source in (made.data.train, made.data.validation, made.data.test):
             assert not source.startswith("shapes:") or load_prompts(source)
+
+
+def test_every_algorithm_has_a_recipe_on_shapes_but_those_that_need_more_than_the_package_has():
+    """A trained latent reward; pictures on disk."""
+    without = {"drm_grpo", "diffusion_dpo", "sft"}
+    assert {entry.algorithm["name"] for entry in ENTRIES} == ALGORITHMS.keys() - without
 
 
 def test_the_sd35_recipe_has_the_papers_settings():

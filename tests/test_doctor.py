@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from PIL import Image
 from safetensors.torch import load_file
 
 from tempflow.cli.doctor import doctor_verb
@@ -223,6 +224,20 @@ def test_prompts_that_are_missing(tmp_path: Path) -> None:
     checks = states(base.replace(data=data))
     assert checks["data.train"].state == "ok" and checks["data.test"].state == "fails"
     assert "none.txt is no file" in checks["data.test"].found
+
+
+def test_pictures_are_looked_at_where_the_algorithm_takes_them(tmp_path: Path) -> None:
+    assert "pictures" not in states(small())
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "image": "a.png"}')
+    base = small(algorithm={"name": "sft"})
+    data = base.data.model_copy(update={"train": str(tmp_path / "pairs.jsonl")})
+    missing = states(base.replace(data=data))["pictures"]
+    assert missing.state == "fails" and "a.png is no file" in missing.found
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    fine = states(base.replace(data=data))["pictures"]
+    assert fine.state == "ok" and fine.found == "1 headers fit"
+    none = base.data.model_copy(update={"train": str(tmp_path / "none.jsonl")})
+    assert "pictures" not in states(base.replace(data=none))  # the prompts' own check says it
 
 
 def test_extras_that_a_configuration_needs() -> None:

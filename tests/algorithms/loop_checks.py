@@ -17,7 +17,7 @@ from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
-from tempflow.train.step import Judge
+from tempflow.train.setting import Judge
 
 Images = list[Image.Image]
 

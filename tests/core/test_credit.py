@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from tempflow.core import plan as P
-from tempflow.core.credit import GroupZScore, Key, group_index, moments
+from tempflow.core.credit import AsScored, GroupZScore, Key, group_index, moments
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
@@ -483,3 +483,21 @@ def test_no_spread_anywhere_is_exactly_nothing(center: str, scale: str) -> None:
 def test_bad_centre_power_and_gain(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GroupZScore(**arguments)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------- no baseline
+def test_scores_as_they_are() -> None:
+    """A = Σ w·R of the leaves below, against nothing; a failed one is neither 0 nor live; a prompt is a group."""
+    values, ok = torch.tensor([1.0, 0.0, 0.0, -2.0]), torch.tensor([True, True, False, True])
+    forest = grow(P.ode(2, 2)).as_leaves()
+    given = AsScored()(scored(values, ok), forest)
+    assert given.value.tolist() == [1.0, 0.0, 0.0, -2.0]
+    assert given.ok.equal(ok) and given.live.equal(ok)
+    assert AsScored().groups(forest.edges).tolist() == [0, 0, 1, 1]
+    two = Scores(torch.tensor([[1.0, 5.0]] * 4), torch.ones(4, 2, dtype=torch.bool), ("a", "b"))
+    assert AsScored().weighted({"a": 2.0, "b": -1.0})(two, forest).value.tolist() == [-3.0] * 4
+    for credit in (AsScored(), GroupZScore(by=("prompt",), scale="none", clip=None)):
+        scores = random_scores(CHAINS)
+        value, _ = CHAINS.backup(*scores.total())
+        order = credit(scores, CHAINS).value[:5].argsort()
+        assert order.equal(value[:5].argsort())

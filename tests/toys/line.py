@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from mixture import painted, seen
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Predict, Size
-from tempflow.train.step import Judge
+from tempflow.train.setting import Judge
 
 PROMPTS = ("up", "down")
 SPREAD = 0.5
@@ -68,6 +68,9 @@ class Line:
     def decode(self, x: Tensor, size: Size) -> Tensor:
         return painted(x.flatten(1))
 
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        return seen(media).float().view(-1, 1, 1, 1)
+
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         raise NotImplementedError("a toy is not kept")
 
@@ -83,6 +86,11 @@ class Height:
         sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
         value = (seen(media)[:, 0] * sign).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+def drawn(count: int, generator: Generator) -> Tensor:
+    """Points that the untrained model draws, [count, 1]."""
+    return SPREAD * torch.randn(count, 1, generator=generator)
 
 
 def judge(condition: Conditioning) -> Judge:

@@ -14,15 +14,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from album import Album
 from fake import Bench
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from tempflow.algorithms import Algorithm
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Predict, Size
-from tempflow.train.step import Judge
+from tempflow.train.setting import Judge
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
@@ -141,6 +142,9 @@ class Mixture:
     def decode(self, x: Tensor, size: Size) -> Tensor:
         return painted(x.flatten(1))
 
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        return seen(media).float().view(-1, *SHAPE)
+
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         save_file((self.network if network is None else network).state_dict(), f"{folder}/model.safetensors")
 
@@ -226,11 +230,29 @@ def judge(condition: Conditioning) -> Judge:
     return scores
 
 
-def bench(algorithm: Algorithm, model: Any = None, reward: Any = None, judge: Any = judge, **setting: Any) -> Bench:
-    """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1."""
+def drawn(count: int, generator: Generator) -> Tensor:
+    """Points of the mixture, [count, 2]: what the untrained model draws."""
+    mode = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
+    return MEANS[mode] + SPREAD * torch.randn(count, 2, generator=generator)
+
+
+def bench(
+    algorithm: Algorithm,
+    model: Any = None,
+    reward: Any = None,
+    judge: Any = judge,
+    drawn: Any = drawn,
+    **setting: Any,
+) -> Bench:
+    """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1. What an algorithm
+    asks for beside rewards, it gets: a judge of latents, or pictures of what the untrained model draws."""
     setting = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **setting}
     asked = None if algorithm.judge is None else judge
-    return Bench(model or Mixture(), algorithm, reward or Closeness(), judge=asked, **setting)
+    reward = reward or Closeness()
+    if algorithm.given is not None:
+        keys = len(algorithm.given.keys)
+        setting["pictures"] = Album(lambda n, generator: painted(drawn(n, generator)), reward, keys)
+    return Bench(model or Mixture(), algorithm, reward, judge=asked, **setting)
 
 
 def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:

@@ -81,6 +81,9 @@ TOYS: dict[str, Toy] = {
     "crd": Toy(),
     "online_dpo": Toy({"beta": 1.0}),
     "rejection_sft": Toy({"best": 3}, rate=1e-2),
+    # pictures of what the untrained model draws
+    "diffusion_dpo": Toy({"beta": 1.0}),
+    "sft": Toy(rate=1e-2),
 }
 
 

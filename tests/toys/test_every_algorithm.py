@@ -28,7 +28,8 @@ def test_closes_half_the_gap_of_the_mixture(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_first_step_goes_the_right_way_on_the_line(name: str) -> None:
     # Adam's first step has the rate's length for any gradient that is not tiny: only its direction is the algorithm's
-    run = bench(build(ALGORITHMS[name], toy(name)), line.Line(), line.Height(), line.judge, updates=1, rate=0.01)
+    world = (line.Line(), line.Height(), line.judge, line.drawn)
+    run = bench(build(ALGORITHMS[name], toy(name)), *world, updates=1, rate=0.01)
     run.update(run.collect(0, line.PROMPTS * 8))
     up, down = run.model.means
     assert up == pytest.approx(0.01, rel=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from tempflow.rewards.protocol import Reward
 from tempflow.train.drafter import Drafter
 from tempflow.train.followers import Followers
 from tempflow.train.learn import update
-from tempflow.train.step import Clock, Counter, Experience, Setting, collect, credit, rollout_metrics
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import Experience, collect, credit, rollout_metrics
 from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable, WeightSet
 
@@ -98,10 +100,30 @@ class Fake:
         gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255).round().to(torch.uint8)
         return gray[..., None].expand(-1, -1, -1, 3).contiguous()
 
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        gray = media.float().mean(-1)
+        return ((gray - 127.5) / 40)[:, None].expand(-1, 2, -1, -1).contiguous()
+
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = (self.network if network is None else network).state_dict()
         save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/model.safetensors")
+
+
+def album(folder: Path, count: int = 6) -> Path:
+    """A folder with pictures, and a pairs.jsonl that names them for both offline algorithms; bright ones are chosen."""
+    folder.mkdir(parents=True)
+    grey = torch.Generator().manual_seed(4)
+    lines: list[dict[str, str]] = []
+    for number in range(count):
+        line = {"prompt": PROMPTS[number % len(PROMPTS)]}
+        for key, low in (("chosen", 150), ("rejected", 60)):
+            pixels = torch.randint(low, low + 50, (*SIZE, 1), generator=grey, dtype=torch.uint8).expand(-1, -1, 3)
+            line[key] = f"{number}_{key}.png"
+            Image.fromarray(pixels.contiguous().numpy()).save(folder / line[key])
+        lines.append({**line, "image": line["chosen"]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
 
 
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
@@ -164,8 +186,9 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=rate, weight_decay=0.0)
         self.counter, self.clock, self.said = Counter(), Clock(), list[str]()
 
-    def collect(self, iteration: int = 0, prompts: Sequence[str] = PROMPTS) -> Experience:
-        return collect(self.setting, [Prompt(p) for p in prompts], iteration, self.counter, self.clock)
+    def collect(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> Experience:
+        given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        return collect(self.setting, given, iteration, self.counter, self.clock)
 
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
         given = credit(self.setting, experience)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fake import PROMPTS, Bench, Fake, brightness, config, flow, tempflow
+from fake import PROMPTS, SIZE, Bench, Fake, album, brightness, config, flow, tempflow
 from PIL import Image
 from safetensors.torch import save_file
 
-from tempflow.algorithms import dapo, dgpo, diffusion_nft, e2po, gcpo, sol_rl, v_grpo, vipo
+from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
+from tempflow.data.pictures import Pictures
+from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.train.dist import join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
@@ -35,6 +38,8 @@ ALGORITHMS = {
     "e2po": lambda: e2po(steps=4, noises=2, conditions=3),
     "sol_rl": lambda: sol_rl(steps=4, group=6, pool=9, draft_steps=2),
     "dapo": lambda: dapo(steps=4, group=6, clip=0.02, clip_high=0.03),
+    "diffusion_dpo": lambda: diffusion_dpo(pairs=3, beta=20.0),
+    "sft": lambda: sft(pairs=3, kl=0.1),
 }
 
 
@@ -78,8 +83,14 @@ def one_update(name: str, out: Path, mode: str) -> None:
             patched.model.network.mean.bias.add_(torch.linspace(-1, 2, 8))
     del bench
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5)
-    experience = patched.collect(prompts=PROMPTS[:5])
-    given = credit(patched.setting, experience)
+    prompts: Sequence[str | Prompt] = PROMPTS[:5]
+    given = patched.setting.algorithm.given
+    if given is not None:
+        file = album(out.parent / f"{out.name}_album_{world.rank}")
+        prompts = load_prompts(str(file))[:5]
+        patched.setting = replace(patched.setting, pictures=Pictures.beside(str(file), given.keys, SIZE))
+    experience = patched.collect(prompts=prompts)
+    judged = credit(patched.setting, experience)
     if idle:
         forest = experience.forest
         untaught = forest.edges.prompt < 2
@@ -96,7 +107,7 @@ def one_update(name: str, out: Path, mode: str) -> None:
     metrics = patched.update(experience)
     tensors = {f"gradient/{n}": t for n, t in seen.items()}
     tensors |= {f"after/{n}": whole(m.detach()) for n, m in zip(trainable.names, trainable.masters, strict=True)}
-    tensors["advantage"] = given.advantage.value
+    tensors["advantage"] = judged.advantage.value
     if world.first:
         out.mkdir(parents=True)
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, out / "tensors.safetensors")

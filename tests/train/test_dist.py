@@ -44,6 +44,7 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
 
 
 KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
+KINDS += ["diffusion_dpo", "sft"]
 
 
 @pytest.mark.parametrize("algorithm", KINDS)

@@ -16,6 +16,7 @@ from tempflow.algorithms.dance_grpo import dance_grpo
 from tempflow.algorithms.dapo import dapo
 from tempflow.algorithms.ddpo import ddpo
 from tempflow.algorithms.dgpo import dgpo
+from tempflow.algorithms.diffusion_dpo import diffusion_dpo
 from tempflow.algorithms.diffusion_nft import diffusion_nft
 from tempflow.algorithms.dr_grpo import dr_grpo
 from tempflow.algorithms.drm_grpo import drm_grpo
@@ -39,6 +40,7 @@ from tempflow.algorithms.reinforce_pp import reinforce_pp
 from tempflow.algorithms.rejection_sft import rejection_sft
 from tempflow.algorithms.rloo import rloo
 from tempflow.algorithms.sapo import sapo
+from tempflow.algorithms.sft import sft
 from tempflow.algorithms.slas import slas
 from tempflow.algorithms.sol_rl import sol_rl
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
@@ -55,6 +57,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "dapo": dapo,
     "ddpo": ddpo,
     "dgpo": dgpo,
+    "diffusion_dpo": diffusion_dpo,
     "diffusion_nft": diffusion_nft,
     "dr_grpo": dr_grpo,
     "drm_grpo": drm_grpo,
@@ -78,6 +81,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "rejection_sft": rejection_sft,
     "rloo": rloo,
     "sapo": sapo,
+    "sft": sft,
     "slas": slas,
     "sol_rl": sol_rl,
     "tempflow_grpo": tempflow_grpo,
@@ -100,6 +104,7 @@ __all__ = [
     "dapo",
     "ddpo",
     "dgpo",
+    "diffusion_dpo",
     "diffusion_nft",
     "dr_grpo",
     "drm_grpo",
@@ -124,6 +129,7 @@ __all__ = [
     "rejection_sft",
     "rloo",
     "sapo",
+    "sft",
     "slas",
     "sol_rl",
     "tempflow_grpo",

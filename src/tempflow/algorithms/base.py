@@ -16,6 +16,7 @@ from tempflow.core.draws import Draws
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.follow import Frozen, Rule
 from tempflow.core.forest import Forest
+from tempflow.core.given import Given
 from tempflow.core.objective.edges import Objective
 from tempflow.core.objective.leaves import LeafObjective
 from tempflow.core.perturb import Perturbation
@@ -52,7 +53,7 @@ class Algorithm:
     """A training method as data; the one training loop runs any.
 
     name         what records call it
-    steps        T, sampler steps of a rollout
+    steps        T, sampler steps of a rollout; where samples are given, of the grid that `draws` may take times from
     plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans
     credit       scores -> advantages, of edges; of leaves where `draws` is given
     objective    the loss of a batch of edges; of leaves where `draws` is given
@@ -70,9 +71,12 @@ class Algorithm:
     grid         (iteration, the model's grid of T steps) -> the grid of that rollout, whose length the plan has
     conditions   the conditions of a prompt that the plan's variants are walked with; None: its own alone. They are for
                  sampling: objectives see every sample as one of the prompt's own condition
+    given        samples that the prompts name stand in the rollout's place, with scores of their own: nothing is
+                 drawn, decoded or rewarded. The plan is `given.plan`
 
     Raises ValueError when the parts do not fit: a plan of other steps or with variants that there are not, no trained
-    edge, trained steps without noise (a ratio of densities needs some), or whatever the objective's `check` finds.
+    edge, trained steps without noise (a ratio of densities needs some), parts of a rollout where samples are given, or
+    whatever the objective's `check` finds.
     """
 
     name: str
@@ -92,11 +96,14 @@ class Algorithm:
     solver: Solver | None = None
     grid: Callable[[int, Schedule], Schedule] | None = None
     conditions: Perturbation | None = None
+    given: Given | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan(0, 0)
         steps = self.schedule(0, linear(self.steps)).steps
-        if plan.steps != steps:
+        if self.given is not None:
+            _check_given(self, self.given)
+        elif plan.steps != steps:
             raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
         if max(plan.variant) >= self.variants:
             last = max(plan.variant)
@@ -158,11 +165,30 @@ class Algorithm:
     def cost_of(self, plan: Plan) -> Cost:
         """What one of its plans costs, its draft included. Where leaves are trained, an edge is a leaf's (t, ε)."""
         cost = plan.cost()
+        if self.given is not None and self.draws is not None:
+            return Cost(0, 0, cost.leaves * self.draws.times.count(self.steps))
         drafted = Cost(0, 0, 0) if self.draft is None else self.draft.cost()
         if self.draws is None:
             return cost + drafted
         pairs = cost.leaves * self.draws.times.count(plan.steps)
         return Cost(cost.forwards, cost.leaves, pairs) + drafted
+
+
+def _check_given(algorithm: Algorithm, given: Given) -> None:
+    if algorithm.plan(0, 0) != given.plan(0, 0):
+        raise ValueError(f"plan: grows a rollout, and the samples {given.keys} are given; nearest valid: given.plan")
+    if algorithm.draws is None:
+        raise ValueError("draws: None, and given samples have no edges to train; nearest valid: Draws(UniformTimes())")
+    parts = {
+        "dynamics": algorithm.dynamics,
+        "observe": algorithm.observe or None,
+        "draft": algorithm.draft,
+        "judge": algorithm.judge,
+        "solver": algorithm.solver,
+    }
+    asked = next((name for name, part in parts.items() if part is not None), None)
+    if asked is not None:
+        raise ValueError(f"{asked}: is a rollout's, and samples are given in its place; nearest valid: none")
 
 
 def _check_edges(algorithm: Algorithm, plan: Plan) -> None:

@@ -101,6 +101,29 @@ def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class AsScored:
+    """A = R: the score itself, against no baseline; for samples whose scores say what they are for (`core.given`).
+
+    `reward_weights`: weights of the named rewards' sum (None: all 1). Every edge with a valid score is live.
+    """
+
+    reward_weights: Mapping[str, float] | None = None
+
+    def weighted(self, reward_weights: Mapping[str, float] | None) -> AsScored:
+        """The same credit with other reward weights."""
+        return replace(self, reward_weights=reward_weights)
+
+    def groups(self, edges: Edges) -> Tensor:
+        """Dense group numbers [E]: a prompt's edges are one group."""
+        return group_index(edges, ("prompt",))
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+        """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
+        value, ok = forest.backup(*scores.total(self.reward_weights))
+        return Advantage(torch.where(ok, value, 0.0), ok, ok)
+
+
+@dataclass(frozen=True)
 class GroupZScore:
     """A = clamp(gain · d / (scale + eps), ±clip), d = sign(c)·|c|^power, c = R − centre.
 

@@ -175,16 +175,16 @@ class Forest:
 
         Credits value edges; with this, they value leaves: a forward-process method (DiffusionNFT, AWM, …) samples by
         ODE and trains on its leaves, so its plans have no stochastic edge to give credit to.  Edge n has leaf n's node
-        as parent and child (−1 where the latent was dropped), its prompt, root and traits, step T − 1, depth 0 and
-        scale 1; it is trained but not stochastic, has no log_prob (NaN) and no mean, and leaf n alone descends from it.
-        Nodes and leaves stay as they are.
+        as parent and child (−1 where the latent was dropped), its prompt, root and traits, step T − 1 (at least 0),
+        depth 0 and scale 1; it is trained but not stochastic, has no log_prob (NaN) and no mean, and leaf n alone
+        descends from it.  Nodes and leaves stay as they are.
         """
         leaves = self.leaves
         alone = torch.arange(len(leaves), device=leaves.node.device)
         edges = Edges(
             parent=leaves.node,
             child=leaves.node,
-            step=torch.full_like(alone, self.steps - 1),
+            step=torch.full_like(alone, max(self.steps - 1, 0)),
             prompt=leaves.prompt,
             root=leaves.root,
             depth=torch.zeros_like(alone),

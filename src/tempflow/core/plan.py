@@ -21,7 +21,8 @@ class Plan:
 
     Node ids: roots are 0 … roots − 1; edge e creates node roots + e.
 
-    steps       T, the number of sampling steps (≥ 1); must equal the schedule's when the plan is run
+    steps       T, the number of sampling steps; must equal the schedule's when the plan is run. 0: the roots are
+                samples already (`given.finished`), and no schedule is that short, so nothing runs such a plan
     roots       number of roots R (≥ 1)
     parent      per edge: the node it leaves
     step        per edge: i, it goes from σ_i to σ_{i+1}; never decreasing over the edges
@@ -47,7 +48,7 @@ class Plan:
     variant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least("steps", self.steps, 1)
+        _at_least("steps", self.steps, 1 if self.parent else 0)
         _at_least("roots", self.roots, 1)
         if not self.variant:  # written out, so that equal plans compare equal
             object.__setattr__(self, "variant", (0,) * self.roots)
@@ -322,7 +323,7 @@ def _grow(steps: int, start: tuple[int, ...], rule: Callable[[int, bool], Sequen
 
 def _check_edges(plan: Plan) -> None:
     count = len(plan.parent)
-    if count == 0:
+    if count == 0 and plan.steps > 0:
         raise _invalid("parent", (), "a plan needs at least one edge", (0,))
     lengths = [("step", plan.step), ("stochastic", plan.stochastic), ("trained", plan.trained), ("scale", plan.scale)]
     for name, entries in lengths:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tempflow.config import Config
+from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
@@ -110,8 +111,19 @@ def draft_checks(config: Config, device: str) -> list[Check]:
 
 # -------------------------------------------------------------------------------------------------------------- prompts
 def prompts_checks(config: Config) -> list[Check]:
-    """A check for each of the three sources."""
-    return [_prompts_check(f"data.{field}", dict(config.data)[field]) for field in ("train", "validation", "test")]
+    """A check for each of the three sources, and one of the training pictures where the algorithm takes such."""
+    checks = [_prompts_check(f"data.{field}", dict(config.data)[field]) for field in ("train", "validation", "test")]
+    given = config.algorithm.build().given
+    return checks if given is None or checks[0].state != "ok" else [*checks, _pictures_check(config, given.keys)]
+
+
+def _pictures_check(config: Config, keys: tuple[str, ...]) -> Check:
+    prompts = load_prompts(config.data.train)
+    try:
+        Pictures.beside(config.data.train, keys, config.size).check(prompts)
+    except (ValueError, OSError) as error:
+        return Check("pictures", "fails", str(error), f"name {' and '.join(keys)} in every line of data.train")
+    return Check("pictures", "ok", f"{len(prompts) * len(keys)} headers fit")
 
 
 def _prompts_check(name: str, source: str) -> Check:

@@ -37,7 +37,7 @@ class Conditioning:
 
 
 class Model(Protocol):
-    """A generator: prompts → conditioning, noise → latents by its velocity, latents → media."""
+    """A generator: prompts → conditioning, noise → latents by its velocity, latents ↔ media."""
 
     @property
     def name(self) -> str:
@@ -84,6 +84,11 @@ class Model(Protocol):
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """Latents [B, *S] → media: uint8 [B, H, W, 3] on the CPU."""
+        ...
+
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        """Media uint8 [B, H, W, 3] of `size` → latents [B, *S] on the model's device, such that `decode` gives nearly
+        the media back. Deterministic, without gradients. Raises ValueError for media of another kind or size."""
         ...
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:

@@ -30,9 +30,9 @@ LORA_TARGETS = (
 )
 """Attention projections of both streams: what Flow-GRPO and TempFlow-GRPO train (rank 32, alpha 64)."""
 
-DECODE_ROWS = 64
-DECODE_PIXELS = 1 << 22
-"""Media decoded at once: at most so many, and together at most so many pixels (four at 1024²)."""
+VAE_ROWS = 64
+VAE_PIXELS = 1 << 22
+"""Media decoded or encoded at once: at most so many, and together at most so many pixels (four at 1024²)."""
 
 CACHED_PROMPTS = 4096
 """Encoded prompts kept on the CPU; one is 2.7 MB for SD 3.5 in bfloat16, 20 kB for `shapes` in float32."""
@@ -222,11 +222,27 @@ class SD3:
         """See `Model.decode`; equal to the pipeline's `output_type="pil"`, in parts that bound memory."""
         vae = self.pipe.vae
         parts = []
-        for part in x.split(max(1, min(DECODE_ROWS, DECODE_PIXELS // (size[0] * size[1])))):
+        for part in x.split(_rows_at_once(size)):
             z = (part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
             image = (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
             parts.append((image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(parts).contiguous()
+
+    @torch.no_grad()
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior, shifted and scaled as the
+        pipeline's decoding takes it back; in parts that bound memory."""
+        shape, vae = self.noise_shape(size), self.pipe.vae
+        if media.dtype != torch.uint8 or media.shape[1:] != (*size, 3):
+            raise ValueError(
+                f"media: {media.dtype} {list(media.shape)} must be torch.uint8 [B, {size[0]}, {size[1]}, 3]"
+            )
+        latents = torch.empty(len(media), *shape, device=self.device)
+        for rows in torch.arange(len(media)).split(_rows_at_once(size)):
+            image = media[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            z = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
+            latents[rows.to(self.device)] = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents
 
     # --------------------------------------------------------------------------------------------------- training
     def train_fully(self) -> None:
@@ -278,6 +294,10 @@ def _words(tokenizer: Any, prompt: str, length: int) -> Tensor:
     )
     real, special = torch.tensor(tokens["attention_mask"]), torch.tensor(tokens["special_tokens_mask"])
     return real.bool() & ~special.bool()
+
+
+def _rows_at_once(size: Size) -> int:
+    return max(1, min(VAE_ROWS, VAE_PIXELS // (size[0] * size[1])))
 
 
 def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from tempflow.core.rng import Stream
 from tempflow.models.protocol import Conditioning, Model, Predict
 
 if TYPE_CHECKING:
-    from tempflow.train.step import Setting
+    from tempflow.train.setting import Setting
 
 KEPT_BYTES = 1 << 30
 """Of offsets that are kept for the next time; a prompt of 45 tokens takes 8 MiB at SD 3.5's width and 12 conditions."""

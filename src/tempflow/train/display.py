@@ -51,7 +51,8 @@ class Display:
             f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/")
         )
         scores = " ".join(f"{k} {v:.3f}" for k, v in evaluation["mean"].items())
-        note = f"reward {rewards} | validation {scores} | grad {metrics['grad_norm']:.3f}"
+        learnt = f"reward {rewards}" if rewards else f"loss {metrics['loss']:.4g}"  # given samples have no reward
+        note = f"{learnt} | validation {scores} | grad {metrics['grad_norm']:.3f}"
         self._bar.update(self._task, completed=iteration, note=note)
         if not self.console.is_terminal and (iteration % 10 == 0 or evaluation["iteration"] == iteration):
             self.say(f"{self.name} {iteration}/{self.iterations}  {note}")

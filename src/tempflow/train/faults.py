@@ -9,7 +9,8 @@ from tempflow.core.scores import Scores
 from tempflow.rewards.patience import faults
 from tempflow.rewards.protocol import Reward
 from tempflow.train.guards import GuardError
-from tempflow.train.step import Experience, Setting
+from tempflow.train.setting import Setting
+from tempflow.train.step import Experience
 
 
 def check_scored(setting: Setting, experience: Experience, iteration: int) -> None:

@@ -14,7 +14,7 @@ from tempflow.evaluate.suite import Report, draw, evaluate
 from tempflow.rewards.protocol import Reward
 from tempflow.train.faults import check_look
 from tempflow.train.kept import Yardstick
-from tempflow.train.step import Setting
+from tempflow.train.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ class Gallery:
         `training`: whether training has begun, when rewards that all fail are no longer a reason to stop.
         """
         e, setting, world = self.config.evaluation, self.setting, self.setting.world
-        weights = setting.algorithm.credit.reward_weights
         self._gathered()
         block = world.block(len(prompts))
         part = evaluate(
             setting.model,
             prompts[block.start : block.stop],
             self.judges,
-            total=dict.fromkeys((r.name for r in setting.rewards), 1.0) if weights is None else weights,
+            total=dict.fromkeys((r.name for r in setting.rewards), 1.0) if setting.total is None else setting.total,
             steps=e.steps,
             guidance=e.guidance if guidance is None else guidance,
             seed=e.seed,

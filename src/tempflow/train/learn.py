@@ -11,7 +11,8 @@ import torch
 from tempflow.train import guards
 from tempflow.train.dist import World
 from tempflow.train.lessons import Lessons, lessons, loss_of, one_of
-from tempflow.train.step import Clock, Counter, Credit, Experience, Setting
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import Credit, Experience
 from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable, WeightSet
 

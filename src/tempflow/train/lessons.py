@@ -19,7 +19,8 @@ from tempflow.core.rng import Stream
 from tempflow.core.times import Id
 
 if TYPE_CHECKING:
-    from tempflow.train.step import Credit, Experience, Setting
+    from tempflow.train.setting import Setting
+    from tempflow.train.step import Credit, Experience
 
 ALL = -1
 """In `Lessons.draw`: all the pairs of that sample."""

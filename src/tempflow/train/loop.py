@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import OWN_REWARD, Config, to_yaml
 from tempflow.core.follow import Frozen
+from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load, resolved_dtype
@@ -29,7 +30,7 @@ from tempflow.train.records import Records
 from tempflow.train.resume import resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
-from tempflow.train.step import Judge, Setting
+from tempflow.train.setting import Judge, Setting
 from tempflow.train.track import open_trackers
 from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
@@ -57,7 +58,8 @@ def train(
 
     `reward`: a `Reward`, a function of (images, prompts) → scores, or several; their sum is then what the best weights
     are chosen and reported by, unless `evaluation.metric` names one of them. `prompts` are also used for validation,
-    and for the held-out test unless `test_prompts` is given.
+    and for the held-out test unless `test_prompts` is given. Where the algorithm takes given samples, the pictures that
+    the training prompts name are looked for beside `config.data.train`; those of `prompts`, in the working directory.
 
     `resume`: go on with the run in `config.output` from its newest whole checkpoint (from the start, if it died before
     the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
@@ -84,11 +86,12 @@ def train(
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         sets = _prompt_sets(config, prompts, test_prompts)
+        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
         check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
-            config, model or prepare_model(config, world), algorithm, rewards, world, display.say
+            config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
         )
         with closing(Records(folder, to_yaml(config), resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
@@ -144,6 +147,7 @@ def _setting(
     model: Model,
     algorithm: Algorithm,
     rewards: Sequence[Reward],
+    pictures: Pictures | None,
     world: World,
     say: Callable[[str], None],
 ) -> tuple[Setting, Trainable, Followers]:
@@ -175,7 +179,7 @@ def _setting(
         trainable = Trainable(model.network)
     setting = Setting(
         model=model,
-        algorithm=algorithm,
+        algorithm=algorithm if algorithm.given is None else _unweighted(algorithm),
         schedule=model.schedule(algorithm.steps, size),
         size=size,
         guidance=config.model.guidance,
@@ -191,6 +195,8 @@ def _setting(
         judge=None if algorithm.judge is None else _judge(algorithm.judge, model, config.rollout_rows),
         norms=config.guards.velocity_norm.action != "off",
         drafter=Drafter.of(algorithm, model, trainable, sets),
+        pictures=pictures,
+        total=algorithm.credit.reward_weights,
     )
     return setting, trainable, followers
 
@@ -242,6 +248,27 @@ def _prompt_sets(
         "validation": fixed_prompts(_prompts(prompts, config.data.validation), config.evaluation.validation_prompts),
         "test": fixed_prompts(_prompts(test, config.data.test), config.evaluation.test_prompts),
     }
+
+
+def _pictures(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures | None:
+    """The pictures of the training prompts, where the algorithm takes such; every one has been looked at.
+
+    `own`: the prompts were given as objects. Raises ValueError for the first picture that will not do.
+    """
+    if algorithm.given is None:
+        return None
+    keys, source = algorithm.given.keys, config.data.train
+    found = Pictures(Path(), keys, config.size) if own else Pictures.beside(source, keys, config.size)
+    try:
+        found.check(prompts)
+    except ValueError as error:
+        raise ValueError(f"{'prompts' if own else f'data.train: {source}'}: {error}") from error
+    return found
+
+
+def _unweighted(algorithm: Algorithm) -> Algorithm:
+    """Given samples bear scores of their own: the rewards' weights are of no use to their credit."""
+    return replace(algorithm, credit=algorithm.credit.weighted(None))
 
 
 def _prompts(given: Sequence[str | Prompt] | None, source: str) -> Sequence[Prompt]:

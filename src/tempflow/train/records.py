@@ -17,7 +17,7 @@ from tempflow.evaluate.suite import Report
 from tempflow.train.environment import environment
 from tempflow.train.guards import Alarm
 from tempflow.train.run import Run
-from tempflow.train.step import Clock, Counter
+from tempflow.train.setting import Clock, Counter
 
 LINES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "alarms.jsonl")
 """Written line by line; equal between two runs of one seed, however often they were resumed."""

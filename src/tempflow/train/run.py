@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tempflow.evaluate.suite import Report
 from tempflow.models.protocol import Model
-from tempflow.train.step import Counter
+from tempflow.train.setting import Counter
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,8 @@ from tempflow.train.interrupt import Interrupt, Interrupted
 from tempflow.train.kept import Looks, described, kept_tensors, optimizer_of, restored
 from tempflow.train.learn import update
 from tempflow.train.records import Records, Run
-from tempflow.train.step import Clock, Counter, Setting, collect, credit, rollout_metrics
+from tempflow.train.setting import Clock, Counter, Setting
+from tempflow.train.step import collect, credit, rollout_metrics
 from tempflow.train.steps import steps_of
 from tempflow.train.track import Tracker
 from tempflow.train.watcher import Watcher

@@ -100,6 +100,18 @@ def measure(x0: Tensor, media: Tensor, prompt: Tensor, ok: Tensor | None = None)
     )
 
 
+@torch.no_grad()
+def measure_given(x0: Tensor, prompt: Tensor, ok: Tensor) -> Signals:
+    """Of given samples, as `measure` takes them: the latents' norm and the failures. Their pictures are no work of the
+    model's, so NaN is what is said of these."""
+    slots, leaves = torch.unique(prompt, return_counts=True)
+    groups = [(prompt == slot).nonzero()[:, 0] for slot in slots]
+    unknown = torch.full((len(slots),), math.nan, dtype=torch.float64)
+    rms = torch.stack([_rms(x0[rows.to(x0.device)]) for rows in groups])
+    failed = torch.stack([(~ok[rows]).double().mean() for rows in groups])
+    return Signals(slots, leaves, rms, unknown, unknown, unknown, failed)
+
+
 def grid_period(latent: Sequence[int], media: Sequence[int]) -> int | None:
     """Pixels along a side of a latent patch, for latents [N, …, h, w] and media [N, H, W, 3].
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +21,13 @@ from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.models.protocol import Conditioning, Model, Predict, Size
+from tempflow.models.protocol import Predict
 from tempflow.rewards import score_all
-from tempflow.rewards.protocol import Reward
-from tempflow.train.conditions import Learned, sampler
-from tempflow.train.dist import SINGLE, World
+from tempflow.train.conditions import sampler
+from tempflow.train.dist import World
+from tempflow.train.laid import laid_out
+from tempflow.train.setting import Clock, Counter, Setting
 from tempflow.train.signals import Signals, measure
-
-if TYPE_CHECKING:
-    from tempflow.train.drafter import Drafter
-    from tempflow.train.shard import Shards
-
-Judge = Callable[[Tensor, Tensor, Tensor], Scores]
-"""judge(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
 
 NO_EDGES = torch.zeros(0, dtype=torch.long)
 """What is kept of a rollout's edges where leaves are trained: their states are freed."""
@@ -43,76 +36,9 @@ LEAVES_AT_ONCE = 1024
 """A rollout advances in chunks of whole prompts with about this many leaves; each is decoded, scored and dropped."""
 
 
-@dataclass
-class Counter:
-    """Rows given to the network so far (guidance not doubled), media decoded, and reward calls."""
-
-    rollout: int = 0
-    train: int = 0
-    reference: int = 0
-    decodes: int = 0
-    reward_calls: int = 0
-
-    @property
-    def forwards(self) -> int:
-        return self.rollout + self.train + self.reference
-
-
-@dataclass
-class Clock:
-    """Wall time by phase, in seconds; kept apart from metrics, which must be equal from run to run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, phase: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
-        return now
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What stays the same over a run.
-
-    sets       the networks of the weight sets beside the policy that the algorithm asks for, by name
-    world      the ranks that share the run; each needs a prompt of every iteration
-    shards     the sharded network's switches; None where every rank has all of it
-    judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
-    norms      whether to measure how large the policy's velocities are beside the reference's
-    drafter    the low-precision network that drafts; None: the sampler does, or there is no draft
-    pause      called between batches of work; may raise to leave the iteration
-    learned    what prompts' sampling conditions differ by, where the algorithm asks for some
-    """
-
-    model: Model
-    algorithm: Algorithm
-    schedule: Schedule
-    size: Size
-    guidance: float
-    rewards: Sequence[Reward]
-    seed: int
-    rollout_rows: int
-    train_rows: int
-    updates: int
-    max_grad_norm: float
-    sets: Mapping[str, nn.Module]
-    world: World = SINGLE
-    shards: Shards | None = None
-    judge: Callable[[Conditioning], Judge] | None = None
-    norms: bool = False
-    drafter: Drafter | None = None
-    pause: Callable[[], None] = lambda: None
-    learned: Learned = field(default_factory=Learned)
-
-    def __post_init__(self) -> None:
-        asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
-        if asked != (self.drafter is not None):
-            raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
-
-
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """What one iteration's rollout brought.
+    """What one iteration's rollout brought, or the samples given in its place.
 
     forest     this rank's part; without leaf latents, unless leaves are trained: then they stand as its edges
     whole      all ranks' edges (or leaves in their stead) and leaves, without states
@@ -146,7 +72,8 @@ class Experience:
 
 
 def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter: Counter, clock: Clock) -> Experience:
-    """Grows this rank's part of the iteration's forest, decodes and scores its leaves chunk by chunk.
+    """Grows this rank's part of the iteration's forest, decodes and scores its leaves chunk by chunk; or, where samples
+    are given, lays these out.
 
     The counter counts all ranks' work.
     """
@@ -157,13 +84,14 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
     mine = blocks[world.rank]
     bound = _binder(setting, [prompts[slot].text for slot in mine], mine.start)
     models = {"policy": bound(None)} | {name: bound(network) for name, network in setting.sets.items()}
-    sampler = drafter = models[algorithm.sampler]
+    own = drafter = models[algorithm.sampler]
     if setting.drafter is not None:
         started = time.perf_counter()
         drafter = bound(setting.drafter.fresh())
         clock.add("draft", started)
-    tour = _Tour(setting, plans, prompts, iteration, schedule, sampler, drafter, clock)
-    grown = [tour.grow(slots) for slots in _chunks(plans, mine)]
+    tour = _Tour(setting, plans, prompts, iteration, schedule, own, drafter, clock)
+    grow = tour.grow if algorithm.given is None else tour.lay_out
+    grown = [grow(slots) for slots in _chunks(plans, mine)]
     leaves = [plan.cost().leaves for plan in plans]
     costs = [algorithm.cost_of(plan) for plan in plans]
     counter.rollout += sum(cost.forwards for cost in costs)
@@ -290,6 +218,16 @@ class _Tour:
             fidelity = agreement(drafted, total, forest.leaves.prompt.cpu(), slots)
         return _Grown(kept, scores, signals, fidelity)
 
+    def lay_out(self, slots: Sequence[int]) -> _Grown:
+        """A chunk of whole prompts' given samples, in the place of `grow`."""
+        setting, given, started = self.setting, self.setting.algorithm.given, time.perf_counter()
+        assert given is not None and setting.pictures is not None
+        setting.pause()
+        prompts = [self.prompts[s] for s in slots]
+        forest, scores, signals = laid_out(given, setting.pictures, setting.model, setting.size, prompts, slots)
+        self.clock.add("encode", started)
+        return _Grown(forest, scores, signals, None)
+
     def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor]:
         """The plans from the noises that the draft chose, and the draft's scores of these, root by root."""
         setting = self.setting
@@ -387,12 +325,12 @@ def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
 
 
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:
-    """Reward means and spreads, failures, and the share of trained edges whose group has no spread.
+    """Reward means and spreads (given samples have none), failures, the share of trained edges without spread.
 
     Edges of prompts that a credit leaves out for that reason count in the share.
     """
     scores, metrics, seen = experience.scores, dict[str, float](), advantage.pool or advantage
-    for column, name in enumerate(scores.names):
+    for column, name in enumerate(scores.names if experience.whole.steps else ()):
         value = scores.value[scores.ok[:, column], column]
         metrics[f"reward/{name}"] = value.mean().item() if len(value) else float("nan")
         metrics[f"reward_std/{name}"] = value.std(unbiased=False).item() if len(value) else float("nan")

@@ -1,0 +1,97 @@
+"""What the parts of an iteration share: the run's setting, its counters and its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from tempflow.algorithms.base import Algorithm
+from tempflow.core.schedule import Schedule
+from tempflow.core.scores import Scores
+from tempflow.models.protocol import Conditioning, Model, Size
+from tempflow.rewards.protocol import Reward
+from tempflow.train.conditions import Learned
+from tempflow.train.dist import SINGLE, World
+from tempflow.train.laid import Read
+
+if TYPE_CHECKING:
+    from tempflow.train.drafter import Drafter
+    from tempflow.train.shard import Shards
+
+Judge = Callable[[Tensor, Tensor, Tensor], Scores]
+"""judge(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
+
+
+@dataclass
+class Counter:
+    """Rows given to the network so far (guidance not doubled), media decoded, and reward calls."""
+
+    rollout: int = 0
+    train: int = 0
+    reference: int = 0
+    decodes: int = 0
+    reward_calls: int = 0
+
+    @property
+    def forwards(self) -> int:
+        return self.rollout + self.train + self.reference
+
+
+@dataclass
+class Clock:
+    """Wall time by phase, in seconds; kept apart from metrics, which must be equal from run to run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        return now
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What stays the same over a run.
+
+    sets       the networks of the weight sets beside the policy that the algorithm asks for, by name
+    world      the ranks that share the run; each needs a prompt of every iteration
+    shards     the sharded network's switches; None where every rank has all of it
+    judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
+    norms      whether to measure how large the policy's velocities are beside the reference's
+    drafter    the low-precision network that drafts; None: the sampler does, or there is no draft
+    pictures   reads the prompts' own pictures, where the algorithm takes given samples
+    total      weights of the rewards in their sum, by which evaluations judge; None: 1 each
+    pause      called between batches of work; may raise to leave the iteration
+    learned    what prompts' sampling conditions differ by, where the algorithm asks for some
+    """
+
+    model: Model
+    algorithm: Algorithm
+    schedule: Schedule
+    size: Size
+    guidance: float
+    rewards: Sequence[Reward]
+    seed: int
+    rollout_rows: int
+    train_rows: int
+    updates: int
+    max_grad_norm: float
+    sets: Mapping[str, nn.Module]
+    world: World = SINGLE
+    shards: Shards | None = None
+    judge: Callable[[Conditioning], Judge] | None = None
+    norms: bool = False
+    drafter: Drafter | None = None
+    pictures: Read | None = None
+    total: Mapping[str, float] | None = None
+    pause: Callable[[], None] = lambda: None
+    learned: Learned = field(default_factory=Learned)
+
+    def __post_init__(self) -> None:
+        asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
+        if asked != (self.drafter is not None):
+            raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
