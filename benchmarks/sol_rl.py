@@ -1,6 +1,6 @@
 """What Sol-RL's drafts are worth on `shapes`: how well they rank, what they cost, and (`--final`) what a run gains.
 
-    python -m benchmarks.sol_rl [--prompts 6] [--time-prompts 2] [--repeats 3]     # about seven minutes on a slow core
+    python -m benchmarks.sol_rl [--prompts 6] [--time-prompts 1] [--repeats 5]     # about six minutes on a slow core
     python -m benchmarks.sol_rl --final --out runs/sol_rl [--forwards 105000] [--seeds 0 1 2]
 
 Fidelity: a pool of noises for each prompt, drawn in full (10 steps, float32) and by every kind of draft. Agreement is a
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -332,7 +333,7 @@ def compare(a: argparse.Namespace) -> None:
     """Runs what is not there yet, and prints test scores and each method's paired difference from the first."""
     runs = finals(a)
     run_all([config for by_seed in runs.values() for config in by_seed.values()], a.side_by_side, resume=True)
-    scores = {name: torch.tensor([samples(c.output) for c in seeds.values()]).numpy() for name, seeds in runs.items()}
+    scores = {name: np.array([samples(c.output) for c in seeds.values()]) for name, seeds in runs.items()}
     first, rows = next(iter(scores)), list[list[str]]()
     for name, seen in scores.items():
         config = next(iter(runs[name].values()))
@@ -358,8 +359,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draft-steps", type=int, nargs="+", default=list(DRAFT_STEPS))
     parser.add_argument("--precisions", nargs="+", choices=get_args(Precision)[1:])
     parser.add_argument("--image", type=Path, default=IMAGE)
-    parser.add_argument("--time-prompts", type=int, default=2, help="0 leaves the timing out")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--time-prompts", type=int, default=1, help="0 leaves the timing out")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--final", action="store_true", help="whole runs instead: hours")
     parser.add_argument("--out", type=Path, default=Path("runs/sol_rl"))
