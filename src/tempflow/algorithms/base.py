@@ -171,6 +171,7 @@ def _check_given(algorithm: Algorithm, given: Given) -> None:
         "draft": algorithm.draft,
         "judge": algorithm.judge,
         "solver": algorithm.solver,
+        "grid": algorithm.grid,
     }
     asked = next((name for name, part in parts.items() if part is not None), None)
     if asked is not None:
