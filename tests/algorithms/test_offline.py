@@ -201,6 +201,7 @@ PAIR = Given(("chosen", "rejected"), (1.0, 0.0))
         ({"dynamics": FlowSDE(0.7)}, r"dynamics: is a rollout's, and samples are given in its place"),
         ({"draft": Draft(4, 2)}, r"draft: is a rollout's"),
         ({"judge": "folder"}, r"judge: is a rollout's"),
+        ({"grid": lambda i, schedule: schedule}, r"grid: is a rollout's"),
     ],
 )
 def test_parts_of_a_rollout_do_not_fit(changes: dict[str, Any], message: str) -> None:

@@ -185,6 +185,8 @@ def _check_given(algorithm: Algorithm, given: Given) -> None:
         "draft": algorithm.draft,
         "judge": algorithm.judge,
         "solver": algorithm.solver,
+        "grid": algorithm.grid,
+        "conditions": algorithm.conditions,
     }
     asked = next((name for name, part in parts.items() if part is not None), None)
     if asked is not None:
