@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from arithmetic import EXACT, agree
 from diffusers import FlowMatchEulerDiscreteScheduler
 from worlds import NOISE, World, ours, theirs
 
@@ -39,7 +40,7 @@ def test_one_prompt_is_bit_equal(world: World, steps: int, guidance: float) -> N
     prompts = [world.prompts[0]]
     a = ours(world.adapter, prompts, steps, guidance, world.size, roots=2)
     b = theirs(world.plain, prompts, steps, guidance, world.size, world.tokens, roots=2)
-    assert torch.equal(a, b)
+    assert agree(a, b)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 7.0])
@@ -63,7 +64,7 @@ def test_many_prompts_differ_by_the_text_encoders_rounding_alone(world: World, g
         latents=NOISE.initial([(p, r) for p in range(3) for r in range(2)], world.adapter.noise_shape(world.size)),
         output_type="latent",
     ).images
-    assert torch.equal(a, c)
+    assert agree(a, c)
     assert len(a.unique(dim=0)) == 6
 
 
@@ -71,7 +72,7 @@ def test_other_sizes_and_schedulers_are_bit_equal(scheduled: World) -> None:
     prompts = [scheduled.prompts[1]]
     for size in (scheduled.size, *scheduled.others):
         a = ours(scheduled.adapter, prompts, 2, 3.0, size)
-        assert torch.equal(a, theirs(scheduled.plain, prompts, 2, 3.0, size, scheduled.tokens))
+        assert agree(a, theirs(scheduled.plain, prompts, 2, 3.0, size, scheduled.tokens))
 
 
 def test_guidance_and_prompts_matter(world: World) -> None:
@@ -119,9 +120,9 @@ def test_media_are_the_pipelines(world: World, which: int) -> None:
     media = world.adapter.decode(ours(world.adapter, prompts, 3, 3.0, size, roots=3), size)
     assert media.dtype == torch.uint8 and media.shape == (3, *size, 3) and media.is_contiguous()
     pil = theirs(world.plain, prompts, 3, 3.0, size, world.tokens, roots=3, output="pil")
-    assert np.array_equal(media.numpy(), np.stack([np.asarray(p) for p in pil]))
+    assert agree(media, torch.from_numpy(np.stack([np.asarray(p) for p in pil])))
     floats = theirs(world.plain, prompts, 3, 3.0, size, world.tokens, roots=3, output="np")
-    assert np.abs(media.numpy() / 255 - floats).max() <= 0.5001 / 255
+    assert np.abs(media.numpy() / 255 - floats).max() <= (0.5001 if EXACT else 0.51) / 255
     assert media.float().std() > 1
 
 
@@ -155,4 +156,4 @@ def test_flow_sde_without_noise_is_the_pipeline(tiny_world: World, size: Size) -
     ]
     a, b = (f.nodes[f.leaves.node] for f in forests)
     assert torch.equal(a, b)
-    assert torch.equal(b, theirs(tiny_world.plain, prompts, 4, 3.0, size, tiny_world.tokens))
+    assert agree(b, theirs(tiny_world.plain, prompts, 4, 3.0, size, tiny_world.tokens))
