@@ -383,6 +383,16 @@ def test_the_card_says_what_was_measured_and_the_licence(made, tmp_path: Path) -
     assert "Measured before conversion" not in body and str(tmp_path) not in body
 
 
+def test_the_card_of_an_offline_run_does_not_call_its_judges_rewards(made, tmp_path: Path) -> None:
+    shutil.copytree(made("lora", "float32").folder, tmp_path / "run")
+    config = made("lora", "float32").config.replace(algorithm={"name": "diffusion_dpo"})
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    export_run(tmp_path / "run", tmp_path / "out")
+    body = read_card(tmp_path / "out")[1]
+    assert "taught by pictures on disk (chosen, rejected); judged by: `shapes`, `shapes_strict`" in body
+    assert "- reward:" not in body
+
+
 @pytest.mark.parametrize("options", [{"form": "merged"}, {"dtype": "bfloat16"}])
 def test_the_card_says_when_figures_are_of_another_form(made, tmp_path: Path, options: dict) -> None:
     export_run(made("lora", "float32").folder, tmp_path / "out", **options)

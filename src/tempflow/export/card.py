@@ -109,6 +109,12 @@ def _summary(run: Path) -> Mapping[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def _taught_by(config: Config) -> str:
+    """What the rewards are to this run."""
+    given = config.algorithm.build().given
+    return "reward" if given is None else f"taught by pictures on disk ({', '.join(given.keys)}); judged by"
+
+
 def _rewards(config: Config, summary: Mapping[str, Any] | None) -> str:
     """The rewards by weight; those that were given in Python are named by what the run measured."""
     named = [f"`{r.name}`" + (f" × {r.weight:g}" if r.weight != 1 else "") for r in config.rewards]
@@ -127,7 +133,7 @@ def _origin(run: Path, config: Config, export: Export) -> str:
     lines = [
         f"- base: {_base_name(config)}{revision}",
         f"- trained: {trained}, by `{config.algorithm.name}` with tempflow, in {m.dtype}",
-        f"- reward: {_rewards(config, summary)}",
+        f"- {_taught_by(config)}: {_rewards(config, summary)}",
         f"- length: {_length(config, summary, export)}",
         f"- these files: {export.dtype}",
     ]
