@@ -26,6 +26,7 @@ from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.draws import Draws
 from tempflow.core.plan import Cost
+from tempflow.core.solver import SOLVERS
 from tempflow.core.surrogate import Adaptive
 from tempflow.core.times import GridTimes
 
@@ -297,3 +298,12 @@ def test_bad_arguments(make: Callable[..., Algorithm], arguments: dict[str, Any]
     with pytest.raises(ValueError) as caught:
         make(**arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [diffusion_nft, awm, v_grpo, elbo_pg])
+def test_a_solver_walks_the_rollout(make: Callable[..., Algorithm]) -> None:
+    ends = {name: Bench(algorithm=make(10, 3, solver=name)).collect().forest.nodes for name in SOLVERS}
+    assert all(len(nodes) == len(ends["euler"]) for nodes in ends.values())
+    assert len({nodes.sum().item() for nodes in ends.values()}) == len(SOLVERS)
+    with pytest.raises(ValueError, match="solver: 'heun' is not one of euler, dpm2, unipc2; nearest valid: 'euler'"):
+        make(10, 3, solver="heun")
