@@ -23,13 +23,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.claims import CLAIMS
 from benchmarks.runs import (
     affordable,
     base_hash,
     boiled,
     draw_curves,
+    mean_curve,
     mismatch,
     paired_interval,
+    reached,
     resumable,
     run_all,
     table,
@@ -232,6 +235,37 @@ def compared(a: Standing, b: Standing, draws: int = 10_000) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}, {len(seeds)} seed{'s'[: len(seeds) > 1]}"
 
 
+HERE = {"better": "holds", "worse": "the reverse", "not separable": "not separable"}
+"""What a comparison of the claimed better entry with the other says of the claim."""
+
+
+def claimed(by_name: Mapping[str, Standing], draws: int = 10_000) -> list[list[str]]:
+    """Rows of the table of papers' claims; those whose entries both have a test score."""
+    rows = list[list[str]]()
+    for claim in CLAIMS:
+        pair = [by_name.get(name) for name in (claim.better, claim.worse)]
+        if pair[0] is None or pair[1] is None or (found := compared(pair[0], pair[1], draws)) == "–":
+            continue
+        interval, _, rest = found.partition("] ")
+        verdict, _, count = rest.partition(", ")
+        rows.append([f"{claim.better} > {claim.worse}", claim.told, f"{interval}], {count}", HERE[verdict]])
+    return rows
+
+
+def speed(a: Standing, b: Standing) -> str:
+    """How many times fewer forwards `a` takes than `b` to b's best validation score; curves are means over the final
+    seeds that both have."""
+    seeds = [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
+    if not seeds:
+        return "–"
+    mine, theirs = (mean_curve([np.array(x.finals[s]["curve"], float) for s in seeds]) for x in (a, b))
+    target = float(np.nanmax(theirs[:, 1]))
+    need, needs = reached(mine.tolist(), target), reached(theirs.tolist(), target)
+    if needs == 0:
+        return "it learned nothing"
+    return f"{needs / need:.1f} ×" if np.isfinite(need) else "not reached"
+
+
 def outcomes(result: Mapping[str, Any]) -> np.ndarray:
     return unpacked(result["after_bits"], result["pictures"])
 
@@ -283,6 +317,8 @@ def page(board: Board, standings: Sequence[Standing], draws: int = 10_000) -> st
         "decodes",
         "s",
     ]
+    claims = claimed(by_name, draws)
+    fastest = [[s.entry.name, speed(s, by_name[references[0]])] for s in shown if references]
     differences = [
         [s.entry.name, *("" if s.entry.name == n else compared(s, by_name[n], draws) for n in references)]
         for s in shown
@@ -313,6 +349,20 @@ paired bootstrap interval over seeds and pictures. "Better" and "worse" only whe
 widened for their number. With one seed it covers the choice of pictures, not the chance in training.
 
 {table(["", *references], differences)}
+
+## What papers claim
+Each on its own models, rewards and budgets; here at equal forwards on `shapes`, by the same intervals.
+{sum(row[-1] == "holds" for row in claims)} of {len(claims)} hold, {sum(row[-1] == "the reverse" for row in claims)}
+come out reversed, the others cannot be told here.
+
+{table(["claim", "as the paper has it", "here, difference of test scores", ""], claims)}
+
+## Speed
+How many times fewer forwards an entry takes to the best validation score of {references[0] if references else "–"},
+both as means over common seeds, a straight line between validations. A coarse figure: validations are few, noisy, and
+the best of several is the luckiest.
+
+{table(["", "fewer forwards"], fastest)}
 
 ![Validation score over forwards](img/leaderboard.png)
 

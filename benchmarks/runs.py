@@ -152,15 +152,24 @@ def paired_interval(a: np.ndarray, b: np.ndarray, draws: int = 10000) -> tuple[f
 
 def reach(folder: str | Path, target: float, unit: str = "forwards", metric: str = "shapes_strict") -> float:
     """Cost (`forwards` or `reward_calls`) at which the validation curve first reaches `target`, interpolated."""
+    return reached([(line[unit], line["mean"][metric]) for line in lines(folder, "evaluation.jsonl")], target)
+
+
+def reached(curve: Sequence[Sequence[float | None]], target: float) -> float:
+    """Cost at which a curve of (cost, score) first reaches `target`, interpolated; infinite where it never does.
+
+    Points without a score (None, NaN) are passed over.
+    """
     previous = None
-    for line in lines(folder, "evaluation.jsonl"):
-        point = (line[unit], line["mean"][metric])
-        if point[1] >= target:
-            if previous is None or point[1] == previous[1]:
-                return point[0]
-            share = (target - previous[1]) / (point[1] - previous[1])
-            return previous[0] + share * (point[0] - previous[0])
-        previous = point
+    for cost, score in curve:
+        if score is None or cost is None or np.isnan(score):
+            continue
+        if score >= target:
+            if previous is None or score == previous[1]:
+                return cost
+            share = (target - previous[1]) / (score - previous[1])
+            return previous[0] + share * (cost - previous[0])
+        previous = (cost, score)
     return float("inf")
 
 
@@ -282,6 +291,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in bars)
 
 
+def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of curves [points, 2] over the points that all of them reached."""
+    return np.mean([run[: min(map(len, runs))] for run in runs], 0)
+
+
 def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Sequence[str] = ()) -> None:
     """Mean curves as a PNG; more than eight are drawn apart, each before those named in `grey`.
 
@@ -293,7 +307,7 @@ def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Se
     size = (3.4 * columns, 2.6 * rows) if apart else (8, 5)
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    means = {name: np.mean([run[: min(map(len, runs))] for run in runs], 0) for name, runs in curves.items()}
+    means = {name: mean_curve(runs) for name, runs in curves.items()}
     for place, (name, mean) in enumerate(means.items()):
         here, color = (axes[place], "C0") if apart else (axes[0], f"C{place}")
         for other in (n for n in grey if apart and n in means and n != name):

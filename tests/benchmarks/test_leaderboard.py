@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import leaderboard, runs
+from benchmarks.claims import CLAIMS
 from benchmarks.leaderboard import ENTRIES, METRIC, RATES, Board, Entry, Standing, Worker
 from tempflow.config import Config, parse_config, to_yaml
 
@@ -302,6 +303,36 @@ def test_the_page_sorts_and_says_how_many_seeds(board: Board):
     assert "1 of 3; 1 stopped: kl at iteration 9" in rows[2]
     assert "0.250 → **0.750** | +0.500 | 0.100 (0.50 ×) | 1,234 | 56 | 7 |" in rows[1]
     assert "Not here yet: fourth (0 of 3 rates tried)." in text
+
+
+def test_claims_are_of_entries_and_say_what_the_interval_says(board: Board):
+    names = {e.name for e in ENTRIES}
+    assert all(c.better in names and c.worse in names and c.better != c.worse for c in CLAIMS)
+    assert len({(c.better, c.worse) for c in CLAIMS}) == len(CLAIMS)
+    ones, half = np.ones(8), np.array([1.0, 0] * 4)
+    mix, dance = stands("mix_grpo", ones, ones), stands("dance_grpo", half)
+    holds = leaderboard.claimed({"mix_grpo": mix, "dance_grpo": dance}, 50)
+    assert [(row[0], row[-1]) for row in holds] == [("mix_grpo > dance_grpo", "holds")]
+    assert holds[0][2].startswith("+0.500 [+0.") and holds[0][2].endswith("], 1 seed")
+    turned = {"mix_grpo": replace(mix, finals={0: result(np.zeros(8))}), "dance_grpo": dance}
+    assert leaderboard.claimed(turned, 50)[0][-1] == "the reverse"
+    same = leaderboard.claimed({"mix_grpo": dance, "dance_grpo": dance}, 50)
+    assert same[0][-1] == "not separable"
+    assert leaderboard.claimed({"mix_grpo": mix}, 50) == []
+
+
+def test_speed_is_a_ratio_of_forwards_to_the_others_best(board: Board):
+    def curved(*curves: list[list[float | None]]) -> Standing:
+        finals = {n: result(np.ones(4)) | {"curve": curve} for n, curve in enumerate(curves)}
+        return Standing(FLOW, finals, 1e-4, finals)  # type: ignore[arg-type]
+
+    slow = curved([[0, 0.4], [100, 0.5], [200, 0.5], [300, 0.5]], [[0, 0.4], [100, 0.5], [200, 0.7]])
+    fast = curved([[0, 0.4], [100, 0.8]], [[0, 0.4], [100, 0.8]])
+    assert leaderboard.speed(fast, slow) == "4.0 ×"  # .6 after 200 on the mean, against .6 after 50
+    assert leaderboard.speed(slow, fast) == "not reached"
+    assert leaderboard.speed(slow, curved([[0, 0.4], [100, 0.3]])) == "it learned nothing"
+    assert leaderboard.speed(fast, replace(slow, finals={})) == "–"
+    assert runs.reached([[0, 0.4], [50, None], [100, float("nan")], [200, 0.6]], 0.5) == 100
 
 
 @pytest.mark.parametrize("number", [0, 3, 9])
