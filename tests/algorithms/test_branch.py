@@ -164,6 +164,16 @@ def test_width_pruning_keeps_paths_of_the_chosen_leaves_and_all_of_the_shared_on
     check_counts(branch(width="branch"), share=(2 + 4 + 4 + 4 + 4) / (2 + 4 + 4 + 8 + 8))
 
 
+def test_extremes_are_the_prompts_among_several_trees_too() -> None:
+    bench = Bench(algorithm=branch(trees=2, width="extremes", width_keep=0.25))
+    experience = bench.collect()
+    got, edges = credit(bench.setting, experience).advantage, experience.whole.edges
+    for slot in range(len(PROMPTS)):
+        order = experience.scores.value[:, 0][experience.whole.leaves.prompt == slot].argsort(descending=True)
+        chosen = got.ok[(edges.step == 4) & (edges.prompt == slot)]
+        assert set(chosen.nonzero()[:, 0].tolist()) == {*order[:2].tolist(), *order[-2:].tolist()}
+
+
 def test_mixed_mode_is_noisy_in_the_window_and_at_splits() -> None:
     plan = branch_grpo(noisy_window=4).plan(0, 0)
     assert steps(plan, "stochastic") == steps(plan, "trained") == [0, 1, 2, 3, 6, 9]

@@ -105,6 +105,22 @@ def test_ties_are_broken_by_order_and_all_leaves_are_kept_where_there_are_few() 
     assert torch.equal(everything.value, Z(scores, CHAINS).value) and bool(everything.ok.all())
 
 
+def test_by_reward_the_prompts_extremes_stay_where_credit_compares_within_trees() -> None:
+    forest = skeleton([P.tree(2, 2, {0: 2})], range(1))
+    scores, within = scored(torch.tensor([5.0, 0.0, 10.0, 9.0])), GroupZScore(by=("prompt", "root", "step"))
+    leaf = [below(forest, e) for e in range(len(forest.edges))]
+
+    def kept(credit: Extremes) -> set[int]:
+        return {n for e, leaves in enumerate(leaf) for n in leaves if credit(scores, forest).ok[e]}
+
+    assert kept(Extremes(within, 1, 1, by="reward")) == {1, 2}
+    assert kept(Extremes(within, 1, 1)) == {0, 1}  # eps makes z-scores of the wider tree larger
+    weighted = Extremes(within, 1, 1, by="reward").weighted({"r0": -1.0, "r1": 0.0})
+    two = Scores(torch.tensor([[5.0, 9], [0, 9], [10, 9], [9, 0]]), torch.ones(4, 2, dtype=torch.bool), ("r0", "r1"))
+    ok = weighted(two, forest).ok
+    assert {n for e, leaves in enumerate(leaf) for n in leaves if ok[e]} == {1, 2}
+
+
 def test_among_branches_the_best_leaf_of_every_last_split_stays() -> None:
     scores = random_scores(TREE, 1)
     got = Extremes(Z, 1, 0, among="branch")(scores, TREE)
@@ -341,6 +357,7 @@ def test_bad_arguments() -> None:
         (lambda: Extremes(Z, -1, 1), "best: -1 must be at least 0"),
         (lambda: Extremes(Z, 0, 0), "best: 0 with worst 0 keeps no leaf; nearest valid: 1"),
         (lambda: Extremes(Z, 1, 1, "root"), "among: 'root' is not one of prompt, branch"),  # pyright: ignore
+        (lambda: Extremes(Z, 1, 1, by="rank"), "by: 'rank' is not one of advantage, reward"),  # pyright: ignore
         (lambda: PerReward(Z, clip=0.0), "clip: 0.0 must be > 0"),
         (lambda: PerReward(Z, eps=-1.0), "eps: -1.0 must be a finite number"),
     ):

@@ -115,7 +115,7 @@ def branch_grpo(
         credit = Extremes(credit, 1, 0, among="branch")
     if width == "extremes":
         kept = max(2, int(trees * branches ** len(at) * width_keep))
-        credit = Extremes(credit, kept // 2, kept - kept // 2)
+        credit = Extremes(credit, kept // 2, kept - kept // 2, by="reward")  # z-scores may be a tree's
     return Algorithm(
         name="branch_grpo",
         steps=steps,

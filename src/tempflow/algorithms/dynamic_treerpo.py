@@ -112,7 +112,10 @@ def dynamic_treerpo(
 
 
 def per_path(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
-    """The number of leaves below each edge, [E], with mean 1 over trained edges: paths count alike, not edges."""
+    """The number of leaves below each edge, [E], with mean 1 over trained edges: paths count alike, not edges.
+
+    As planned: leaves whose reward failed are counted.
+    """
     count = torch.bincount(forest.descent[0], minlength=len(forest.edges)).to(forest.edges.scale)
     return count / count[forest.edges.trained].mean()
 

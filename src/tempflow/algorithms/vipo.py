@@ -120,7 +120,7 @@ def vipo(
         raise ValueError(f"train_fraction: {train_fraction} must be in (0, 1]; 0.6 is usual")
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    trained = min(max(int(train_fraction * steps), 1), steps - 1)
+    trained = min(max(int(train_fraction * steps + 1e-9), 1), steps - 1)
     inner = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
     return Algorithm(
         name="vipo",

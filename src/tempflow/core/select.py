@@ -19,20 +19,23 @@ from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
 
 Among = Literal["prompt", "branch"]
+By = Literal["advantage", "reward"]
 
 
 @dataclass(frozen=True)
 class Extremes(Around):
     """Keeps the `best` and `worst` leaves; an edge stays if a kept leaf descends from it (DanceGRPO, BranchGRPO).
 
-    Leaves are ranked by the inner credit's advantage, ties by their order, `among` those of a "prompt", or of a
-    "branch": those whose last split is the same. Statistics are the full group's: what goes is not `ok` any more, what
+    Leaves are ranked by the inner credit's advantage, or `by` the weighted sum of rewards, where that credit compares
+    less than a prompt; ties by their order. They are ranked `among` those of a "prompt", or of a "branch": those whose
+    last split is the same. Statistics are the full group's: what goes is not `ok` any more, what
     stays keeps its advantage. A failed leaf is never kept. Raises ValueError unless best ≥ 0, worst ≥ 0 and one is > 0.
     """
 
     best: int
     worst: int
     among: Among = "prompt"
+    by: By = "advantage"
 
     def __post_init__(self) -> None:
         for name, value in (("best", self.best), ("worst", self.worst)):
@@ -42,13 +45,16 @@ class Extremes(Around):
             raise ValueError("best: 0 with worst 0 keeps no leaf; nearest valid: 1")
         if self.among not in get_args(Among):
             raise ValueError(f"among: {self.among!r} is not one of {', '.join(get_args(Among))}")
+        if self.by not in get_args(By):
+            raise ValueError(f"by: {self.by!r} is not one of {', '.join(get_args(By))}")
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
         given = self.inner(scores, forest)
         leaves = self.inner(scores, forest.as_leaves())
         group = dense(forest.leaves.prompt) if self.among == "prompt" else _last_split(forest)
-        rank, count = _ranks(leaves.value, leaves.ok, group)
+        value = leaves.value if self.by == "advantage" else scores.total(self.reward_weights)[0]
+        rank, count = _ranks(value, leaves.ok, group)
         kept = leaves.ok & ((rank < self.best) | (rank >= count - self.worst))
         stays = _any_below(forest, kept)
         live = given.live & stays
