@@ -2,6 +2,11 @@
 
     python scripts/train_latent_reward.py --out runs/latent-reward
 
+The package's own (`reward: shapes`; forty minutes of a core) was made by
+
+    python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --half \\
+        --prompts 4000 --held-prompts 4000 --pictures 36 --drop 0 --steps 1500 --held-pairs 1500
+
 Pictures of train prompts are drawn with the pipeline and judged by the graded verifier; pictures of one prompt whose
 scores differ make pairs. Accuracy is measured on validation prompts, which training does not see. `--candidates K` then
 samples these prompts with the reward choosing among K successors a step, beside plain sampling with the same noise.
@@ -108,9 +113,10 @@ def main() -> None:
         if (step + 1) % 50 == 0:
             log("train", began, step=step + 1, loss=round(means[0], 4), accuracy=round(means[1], 3))
 
-    fresh = LatentReward.from_transformer(model.network, width=a.width, seed=a.seed, licence=model.licence)
+    fresh = LatentReward.from_transformer(model.network, drop=a.drop, width=a.width, seed=a.seed, licence=model.licence)
     reward = train_latent_reward(model, rated, config, reward=fresh, report=report)
-    reward.save(a.out)
+    (reward.half() if a.half else reward).save(a.out)
+    reward = LatentReward.load(a.out)  # what is kept is measured
     score = bind(model, reward, model.encode(held.prompts))
     for bucket in accuracy(score, held, held_pairs, buckets=a.buckets):
         span = f"({bucket.low:.2f}, {bucket.high:.2f}]"
@@ -141,6 +147,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=24, help="in each step")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--width", type=int, default=64, help="channels of the head")
+    parser.add_argument("--drop", type=int, help="last blocks that are left off; as the paper does where not given")
+    parser.add_argument("--half", action="store_true", help="keep the weights in float16")
     parser.add_argument("--share-noise", action="store_true", help="one ε for both of a pair")
     parser.add_argument("--held-pairs", type=int, default=600)
     parser.add_argument("--buckets", type=int, default=5, help="equal parts of (0, 1] in which accuracy is measured")

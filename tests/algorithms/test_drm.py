@@ -158,6 +158,12 @@ def test_a_missing_reward_is_said_before_any_work(tmp_path: Path) -> None:
         train(config(tmp_path / "run", algorithm=given), model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
 
 
+def test_another_models_reward_is_said_before_any_work(tmp_path: Path) -> None:
+    given = {"name": "drm_grpo", "reward": "shapes", "steps": 4, "chains": 2, "candidates": 2}
+    with pytest.raises(ValueError, match=r"algorithm.reward: 'shapes': a latent reward of SD3Tr.* cannot judge"):
+        train(config(tmp_path / "run", algorithm=given), model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -229,3 +229,12 @@ def test_another_models_tensors_are_refused(name: str, shape: tuple[int, ...], m
 def test_a_spec_without_a_field_is_refused() -> None:
     with pytest.raises(ValueError, match=r"transformer\.in_channels: None"):
         RewardSpec({"num_layers": 2}, 1)
+
+
+def test_a_reward_of_another_transformer_does_not_fit() -> None:
+    reward = LatentReward.from_transformer(world.adapter().network)
+    reward.check_fits(world.adapter(layers=3).network)
+    with pytest.raises(ValueError, match="the latent reward's in_channels is 8, the model's 4; scripts/train_latent"):
+        reward.check_fits(world.dual_transformer())
+    with pytest.raises(ValueError, match="cannot judge Linear"):
+        reward.check_fits(nn.Linear(1, 1))

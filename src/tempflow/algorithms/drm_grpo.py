@@ -42,7 +42,7 @@ def drm_grpo(
     """DRM's Step-GRPO (arXiv 2605.25661): at every step, candidates compared by a reward on noisy latents.
 
     Args:
-        reward: folder of the latent reward (scripts/train_latent_reward.py makes one).
+        reward: folder of the latent reward (scripts/train_latent_reward.py makes one); "shapes" comes with the package.
         steps: T, sampler steps of a rollout.
         chains: independent chains per prompt.
         candidates: k, successors drawn at every step but the last, compared with each other.

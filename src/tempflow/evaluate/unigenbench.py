@@ -56,7 +56,7 @@ class Tally:
 
 
 def tally(verdicts: Iterable[tuple[Sequence[str], Sequence[int]]]) -> Tally:
-    """Counts (checkpoints, verdicts) of pictures; a picture whose verdicts do not answer its checkpoints is left out."""
+    """Counts (checkpoints, verdicts) of pictures; one whose verdicts do not answer its checkpoints is left out."""
     right, every, skipped = Counter[str](), Counter[str](), dict[int, str]()
     for number, (points, scores) in enumerate(verdicts, 1):
         if wrong := _wrong(points, scores):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempflow.latent_reward.model import LatentReward, RewardSpec, bind
+from tempflow.latent_reward.model import EMBEDDED, LatentReward, RewardSpec, bind
 from tempflow.latent_reward.score import Guided, LatentJudge, guided_sample
 from tempflow.latent_reward.train import (
     Bucket,
@@ -16,6 +16,7 @@ from tempflow.latent_reward.train import (
 )
 
 __all__ = [
+    "EMBEDDED",
     "Bucket",
     "Guided",
     "LatentJudge",

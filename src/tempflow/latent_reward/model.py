@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tempflow.models.protocol import Conditioning, Model, Predict
 WEIGHTS, RECORD = "latent_reward.safetensors", "latent_reward.json"
 FAMILY = "SD3Transformer2DModel"
 FORMAT = 1
+EMBEDDED = "shapes"
+"""Name of the reward that comes with the package, made of the `shapes` model."""
 DROP = 3
 """Blocks that the paper leaves off; fewer where less than `LEAST` would be left."""
 LEAST = 2
@@ -150,6 +153,18 @@ class LatentReward(nn.Module):
         if x.dim() != 4 or x.shape[2] % patch or x.shape[3] % patch:
             raise ValueError(f"x: shape {list(x.shape)} must be [B, C, h, w]; nearest valid: h, w multiples of {patch}")
 
+    def check_fits(self, network: nn.Module) -> None:
+        """Raises ValueError unless `network` is a transformer whose latents and prompts this one can read."""
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+        how = "scripts/train_latent_reward.py makes one of the model's own"
+        if not isinstance(network, SD3Transformer2DModel):
+            raise ValueError(f"a latent reward of {FAMILY} cannot judge {type(network).__name__}; {how}")
+        for field in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
+            mine, theirs = self.spec.transformer[field], network.config[field]
+            if mine != theirs:
+                raise ValueError(f"the latent reward's {field} is {mine}, the model's {theirs}; {how}")
+
     def save(self, folder: str | Path) -> None:
         """Writes weights as safetensors, and beside them a JSON record of what they are; no pickle."""
         place = Path(folder)
@@ -160,11 +175,11 @@ class LatentReward(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> LatentReward:
-        """What `save` wrote, in eval mode.
+        """What `save` wrote, in eval mode; "shapes" is the one that comes with the package.
 
         Raises ValueError, naming the file, where one is missing, broken, of another format, or does not fit the other.
         """
-        place = Path(folder)
+        place = embedded_folder() if folder == EMBEDDED else Path(folder)
         for name in (RECORD, WEIGHTS):
             if not (place / name).is_file():
                 near = [str(p.parent) for p in sorted(place.parent.glob(f"*/{RECORD}"))]
@@ -179,6 +194,11 @@ class LatentReward(nn.Module):
             what = " ".join(str(error).split())
             raise ValueError(f"latent reward: {WEIGHTS} does not fit {RECORD} in {str(place)!r} ({what})") from error
         return reward.to(device)
+
+
+def embedded_folder() -> Path:
+    """Where the package's own reward lies."""
+    return Path(str(resources.files("tempflow"))) / "shapes" / "latent_reward"
 
 
 def bind(model: Model, reward: nn.Module, condition: Conditioning) -> Predict:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tempflow.config import Config
 from tempflow.recipes.every import ENTRIES, Entry, recipe
+from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
 
@@ -26,6 +27,17 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "shapes_lora": shapes_lora,
     "sd35_medium_tempflow": sd35_medium_tempflow,
     **{f"shapes_{entry.name}": _named(entry) for entry in ENTRIES},
+    "shapes_diffusion_dpo": shapes_diffusion_dpo,
+    "shapes_sft": shapes_sft,
 }
 
-__all__ = ["RECIPES", "demo", "sd35_medium_tempflow", "shapes_flow", "shapes_lora", "shapes_tempflow"]
+__all__ = [
+    "RECIPES",
+    "demo",
+    "sd35_medium_tempflow",
+    "shapes_diffusion_dpo",
+    "shapes_flow",
+    "shapes_lora",
+    "shapes_sft",
+    "shapes_tempflow",
+]

@@ -108,6 +108,8 @@ ENTRIES: tuple[Entry, ...] = (
         "perceptual_entropy",
         {"name": "perceptual_entropy", "group": 12, "std": "group", "scale": 0.1, **_less("kl")},
     ),
+    # beside a prompt's 24 + 120 forwards the latent reward scores 120 candidates, which are not counted
+    Entry("drm_grpo", {"name": "drm_grpo", "reward": "shapes", "chains": 4, "candidates": 6, **COMMON}, 10),
     Entry("ddpo", {"name": "ddpo", "group": 12, **_less("kl", "noise_level")}),
     Entry("rloo", {"name": "rloo", "group": 12, **_less("eps")}, kind="knob"),
     Entry("dr_grpo", {"name": "dr_grpo", "group": 12, **_less("eps")}, kind="knob"),

@@ -211,15 +211,19 @@ def _shards(model: Model, reference: nn.Module | None, config: Config, world: Wo
 
 
 def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Judge]:
-    """A latent reward from disk, to be given the prompts' conditions. Raises ValueError where there is none."""
-    from tempflow.latent_reward import LatentJudge, LatentReward, bind
+    """A latent reward from disk, to be given the prompts' conditions. Raises ValueError where none fits."""
+    from tempflow.latent_reward import EMBEDDED, LatentJudge, LatentReward, bind
 
-    if not Path(folder).is_dir():
+    if folder != EMBEDDED and not Path(folder).is_dir():
         raise ValueError(
             f"algorithm.reward: {folder!r} is no folder with a latent reward; "
-            "python scripts/train_latent_reward.py --out FOLDER makes one"
+            f"python scripts/train_latent_reward.py --out FOLDER makes one, and {EMBEDDED!r} comes with the package"
         )
     reward = LatentReward.load(folder, device=str(model.device)).requires_grad_(False).eval()
+    try:
+        reward.check_fits(model.network)
+    except ValueError as error:
+        raise ValueError(f"algorithm.reward: {folder!r}: {error}") from error
     return lambda condition: LatentJudge(bind(model, reward, condition), rows=rows)
 
 
