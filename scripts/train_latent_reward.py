@@ -2,7 +2,7 @@
 
     python scripts/train_latent_reward.py --out runs/latent-reward
 
-The package's own (`reward: shapes`; forty minutes of a core) was made by
+The package's own (`reward: shapes`; some twenty minutes of a core) was made by
 
     python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --half \\
         --prompts 4000 --held-prompts 4000 --pictures 36 --drop 0 --steps 1500 --held-pairs 1500
