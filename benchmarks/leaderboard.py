@@ -36,6 +36,7 @@ from benchmarks.runs import (
     resumable,
     run_all,
     table,
+    told,
     unpacked,
 )
 from tempflow.config import Config, ConfigError, parse_config
@@ -84,16 +85,41 @@ class Board:
             "rewards": REWARDS,
             "optimizer": {**OPTIMIZER, "warmup_iterations": 5, **entry.optimizer, "learning_rate": rate},
             "evaluation": {
-                "validation_prompts": self.validation,
-                "test_prompts": self.test,
-                "metric": METRIC,
-                "seed": 4321,
+                **self._evaluation,
+                "before": self.untrained().output,
             },
         }
         algorithm = parse_config(fields).algorithm.build()
         iterations = affordable(algorithm, entry.prompts, self.forwards, entry.counted)
         fields["evaluation"] |= {"every": max(1, round(iterations / 5))}
         return parse_config(fields | {"iterations": iterations})
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        return {
+            "validation_prompts": self.validation,
+            "test_prompts": self.test,
+            "metric": METRIC,
+            "seed": 4321,
+        }
+
+    def untrained(self) -> Config:
+        """A run whose test of the untrained model all others take over."""
+        name = f"untrained-{self.validation}-{self.test}"
+        return parse_config(
+            {
+                "name": name,
+                "iterations": 1,
+                "output": str(self.out / self.base[:8] / name),
+                "threads": 1,
+                "algorithm": {"name": "flow_grpo", "steps": 2, "group": 2},
+                "model": {"dtype": self.dtype},
+                "data": {"prompts_per_iteration": 1},
+                "rollout_rows": 192,
+                "rewards": REWARDS,
+                "evaluation": {**self._evaluation, "every": 0},
+            }
+        )
 
     def file(self, config: Config) -> Path:
         return self.results / f"{config.name}.json"
@@ -179,6 +205,8 @@ class Worker:
                     self._forget(config)
         todo = [c for c in todo if stored(self.board, c, _silent) is None]
         print(f"{len(todo)} of {len(configs)} runs to do", flush=True)
+        if todo:
+            run_all([self.board.untrained()], 1, resume=True, ended=told)
         run_all(todo, self.jobs, resume=True, ended=self.ended)
 
     def ended(self, config: Config, code: int, last: str) -> None:
@@ -339,7 +367,8 @@ Not here yet: {", ".join(waiting) or "none"}.
 
 Diversity: mean distance between training pictures of one prompt in the last five iterations, and its share of that in
 the first five. Plans differ (branches share most of their way), so only the share can be compared between entries.
-Seconds are processor time of the whole run, tests included, on whatever machine it ran: with one thread about what the
+Seconds are processor time of the whole run, tests included (some runs made the test of the untrained model themselves,
+40 s, others took it over), on whatever machine it ran: with one thread about what the
 clock shows on a free core.
 tempflow {", ".join(versions) or "–"}.
 

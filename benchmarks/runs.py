@@ -23,7 +23,10 @@ from matplotlib.figure import Figure
 from tempflow.algorithms import Algorithm
 from tempflow.config import Config, to_yaml
 
-ASIDE = {"name", "output", "checkpoint", "track", "parallel"}
+ASIDE: dict[str, Any] = {
+    **dict.fromkeys(("name", "output", "checkpoint", "track", "parallel"), True),
+    "evaluation": {"before"},
+}
 """Settings that do not change what a run finds."""
 
 

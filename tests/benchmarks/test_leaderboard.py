@@ -165,7 +165,7 @@ def test_a_failed_run_is_counted_then_skipped(
     monkeypatch.setattr(leaderboard, "run_all", crash)
     for _ in range(4):
         worker.run([config])
-    assert len(started) == leaderboard.ATTEMPTS
+    assert started == [board.untrained().name, config.name] * leaderboard.ATTEMPTS
     assert "is skipped, it failed 2 times: exit 1: out of memory" in capsys.readouterr().out
     assert not board.file(config).exists()
 
@@ -178,7 +178,7 @@ def test_a_run_that_finished_before_the_cut_is_not_run_again(board: Board, monke
     seen = list[str]()
     monkeypatch.setattr(leaderboard, "run_all", lambda configs, *_, **__: seen.extend(c.name for c in configs))
     Worker(board, 1).run([done, other])
-    assert seen == [other.name] and not Path(other.output).exists()
+    assert seen == [board.untrained().name, other.name] and not Path(other.output).exists()
     assert board.file(done).exists()
 
 
@@ -199,6 +199,24 @@ def test_a_result_stands_for_its_own_configuration_only(board: Board):
     assert runs.mismatch(kept, config, "c" * 64) == ["base weights bbbbbbbb, now cccccccc"]
     kept["config"]["seed"] = 1
     assert "its configuration was changed by hand" in runs.mismatch(kept, config.replace(seed=1), BASE)
+
+
+def test_the_untrained_models_test_is_taken_over_and_changes_no_result(board: Board, tmp_path: Path):
+    config, lender = board.config(FLOW, 1e-4, 0), board.untrained()
+    assert config.evaluation.before == lender.output
+    alike = {name: value for name, value in flat_evaluation(config).items() if name not in ("every", "before")}
+    assert alike.items() <= flat_evaluation(lender).items() and config.model == lender.model
+    assert [r.name for r in config.rewards] == [r.name for r in lender.rewards] and config.device == lender.device
+    finished(config, [1.0, 0.0])
+    made = runs.boiled(config, BASE, METRIC)
+    assert "before" not in made["config"]["evaluation"]
+    alone = config.replace(evaluation=config.evaluation.model_copy(update={"before": ""}))
+    assert runs.mismatch(made, alone, BASE) == runs.mismatch(made, config, BASE) == []
+    assert Board(BASE, test=7).untrained().output != lender.output
+
+
+def flat_evaluation(config: Config) -> dict[str, Any]:
+    return config.evaluation.model_dump()
 
 
 def test_a_setting_added_later_counts_where_it_is_used(board: Board):

@@ -116,6 +116,10 @@ class EvaluationConfig(Strict):
     metric: str = Field(
         default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's weighted sum"
     )
+    before: str = Field(
+        default="",
+        description="folder of a run set alike, whose test of the untrained model is taken over; empty = tested anew",
+    )
 
     @field_validator("yardstick")
     @classmethod

@@ -22,10 +22,12 @@ from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import Patient, build, from_function, patient
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
+from tempflow.train.borrow import borrowed
 from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
 from tempflow.train.drafter import Drafter, check_draft
 from tempflow.train.followers import Followers
+from tempflow.train.kept import Looks
 from tempflow.train.records import Records
 from tempflow.train.resume import resumable
 from tempflow.train.run import Run
@@ -83,6 +85,8 @@ def train(
         if reward is None:
             algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
         saved = resumable(folder, config, allow_changes, display.say) if resume else None
+        given = [item is not None for item in (model, reward, prompts, test_prompts)]
+        looks = _borrowed(config, any(given), display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         sets = _prompt_sets(config, prompts, test_prompts)
@@ -96,7 +100,7 @@ def train(
         with closing(Records(folder, to_yaml(config), resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
-            session = Session(config, setting, trainable, followers, judges, sets, records, display, trackers)
+            session = Session(config, setting, trainable, followers, judges, sets, records, display, trackers, looks)
             if saved is not None:
                 session.restore(saved)
             elif resume:
@@ -110,6 +114,19 @@ def _settled(config: Config) -> Config:
     """With the dtype that "auto" means here, so that the run's records name it and it is resumed in it."""
     dtype = resolved_dtype(config.model.dtype, resolved_device(config.device))
     return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
+
+
+def _borrowed(config: Config, given: bool, say: Callable[[str], None]) -> Looks | None:
+    """The untrained model's test from another run, if one is named. `given`: objects stand for what config names."""
+    if not config.evaluation.before:
+        return None
+    if given:
+        raise ValueError(
+            f"evaluation.before: {config.evaluation.before!r}, but a model, reward or prompts given as objects cannot "
+            "be compared with a run's; nearest valid: ''"
+        )
+    say(f"before: taken over from {config.evaluation.before}")
+    return borrowed(config)
 
 
 def prepare_model(config: Config, world: World = SINGLE) -> Model:

@@ -58,6 +58,7 @@ class Session:
         records: Records,
         display: Display,
         trackers: Sequence[Tracker],
+        looks: Looks | None = None,
     ) -> None:
         self.config, self.prompts = config, prompts
         self.records, self.display, self.trackers = records, display, trackers
@@ -71,7 +72,7 @@ class Session:
         self.counter, self.watcher = Counter(), Watcher(config.guards, records.alarms, self._say)
         self.done, self.seconds = 0, 0.0
         self.best: tuple[float, int] | None = None
-        self.looks: Looks | None = None
+        self.looks = looks
         self.whole = False  # whether the state is one between two iterations, from which a run can go on
 
     # ------------------------------------------------------------------------------------------------------- going
