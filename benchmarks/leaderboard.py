@@ -252,38 +252,47 @@ def _silent(line: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
-def compared(a: Standing, b: Standing, draws: int = 10_000) -> str:
-    """Test scores of a − b on the final seeds that both have: mean, 95 % interval, what it says."""
-    seeds = [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
+def difference(a: Standing, b: Standing, draws: int = 10_000) -> tuple[str, str] | None:
+    """Test scores of a − b on the final seeds that both have: mean with 95 % interval and number of seeds, verdict."""
+    seeds = common(a, b)
     if not seeds:
-        return "–"
+        return None
     mine, theirs = (np.stack([outcomes(x.finals[s]) for s in seeds]) for x in (a, b))
     mean, low, high = paired_interval(mine, theirs, draws)
     verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}, {len(seeds)} seed{'s'[: len(seeds) > 1]}"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(seeds)} seed{'s'[: len(seeds) > 1]}", verdict
+
+
+def common(a: Standing, b: Standing) -> list[int]:
+    """Seeds with a test score in both."""
+    return [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
+
+
+def compared(a: Standing, b: Standing, draws: int = 10_000) -> str:
+    """A cell of the table of differences."""
+    found = difference(a, b, draws)
+    return "–" if found is None else f"{found[0]}: {found[1]}"
 
 
 HERE = {"better": "holds", "worse": "the reverse", "not separable": "not separable"}
-"""What a comparison of the claimed better entry with the other says of the claim."""
+"""What the difference of the claimed better entry and the other says of the claim."""
 
 
 def claimed(by_name: Mapping[str, Standing], draws: int = 10_000) -> list[list[str]]:
     """Rows of the table of papers' claims; those whose entries both have a test score."""
     rows = list[list[str]]()
     for claim in CLAIMS:
-        pair = [by_name.get(name) for name in (claim.better, claim.worse)]
-        if pair[0] is None or pair[1] is None or (found := compared(pair[0], pair[1], draws)) == "–":
-            continue
-        interval, _, rest = found.partition("] ")
-        verdict, _, count = rest.partition(", ")
-        rows.append([f"{claim.better} > {claim.worse}", claim.told, f"{interval}], {count}", HERE[verdict]])
+        if claim.better in by_name and claim.worse in by_name:
+            found = difference(by_name[claim.better], by_name[claim.worse], draws)
+            if found is not None:
+                rows.append([f"{claim.better} > {claim.worse}", claim.told, found[0], HERE[found[1]]])
     return rows
 
 
 def speed(a: Standing, b: Standing) -> str:
     """How many times fewer forwards `a` takes than `b` to b's best validation score; curves are means over the final
     seeds that both have."""
-    seeds = [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
+    seeds = common(a, b)
     if not seeds:
         return "–"
     mine, theirs = (mean_curve([np.array(x.finals[s]["curve"], float) for s in seeds]) for x in (a, b))

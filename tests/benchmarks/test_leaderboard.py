@@ -296,15 +296,15 @@ def test_an_ordering_is_claimed_only_where_the_interval_excludes_zero():
     close = low.copy()
     close[0] = 1  # one picture of 200: a resample leaves it out with probability 0.37
     a, b, c = (stands(n, x, x, x) for n, x in (("a", low), ("b", high), ("c", close)))
-    assert leaderboard.compared(b, a, 200) == "+1.000 [+1.000, +1.000] better, 3 seeds"
-    assert leaderboard.compared(a, b, 200).endswith("worse, 3 seeds")
+    assert leaderboard.compared(b, a, 200) == "+1.000 [+1.000, +1.000], 3 seeds: better"
+    assert leaderboard.compared(a, b, 200).endswith("3 seeds: worse")
     assert "+0.005" in leaderboard.compared(c, a, 200) and "not separable" in leaderboard.compared(c, a, 200)
 
 
 def test_only_seeds_that_both_have_are_compared():
     ones, zeros = np.ones(8), np.zeros(8)
     many, one = stands("many", ones, zeros, zeros), stands("one", zeros, kind="knob")
-    assert leaderboard.compared(many, one, 50).endswith("better, 1 seed")
+    assert leaderboard.compared(many, one, 50).endswith("1 seed: better")
     assert leaderboard.compared(many, replace(one, finals={}), 50) == "–"
 
 
