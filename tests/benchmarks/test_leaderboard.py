@@ -330,12 +330,18 @@ def test_claims_are_of_entries_and_say_what_the_interval_says(board: Board):
     ones, half = np.ones(8), np.array([1.0, 0] * 4)
     mix, dance = stands("mix_grpo", ones, ones), stands("dance_grpo", half)
     holds = leaderboard.claimed({"mix_grpo": mix, "dance_grpo": dance}, 50)
-    assert [(row[0], row[-1]) for row in holds] == [("mix_grpo > dance_grpo", "holds")]
+    assert [(row[0], row[-1]) for row in holds] == [("mix_grpo > dance_grpo", "holds, so far")]
     assert holds[0][2].startswith("+0.500 [+0.") and holds[0][2].endswith("], 1 seed")
     turned = {"mix_grpo": replace(mix, finals={0: result(np.zeros(8))}), "dance_grpo": dance}
-    assert leaderboard.claimed(turned, 50)[0][-1] == "the reverse"
+    assert leaderboard.claimed(turned, 50)[0][-1] == "the reverse, so far"
+    rates = dict.fromkeys(RATES, result(ones))
+    whole = {
+        name: replace(stands(name, value, value, value), search=rates)
+        for name, value in (("mix_grpo", ones), ("dance_grpo", half))
+    }
+    assert leaderboard.claimed(whole, 50)[0][-1] == "holds"
     same = leaderboard.claimed({"mix_grpo": dance, "dance_grpo": dance}, 50)
-    assert same[0][-1] == "not separable"
+    assert same[0][-1] == "not separable, so far"
     assert leaderboard.claimed({"mix_grpo": mix}, 50) == []
 
 
