@@ -362,6 +362,7 @@ def page(board: Board, standings: Sequence[Standing], draws: int = 10_000) -> st
         "s",
     ]
     claims = claimed(by_name, draws)
+    verdicts = [row[-1].partition(",")[0] for row in claims]
     fastest = [[s.entry.name, speed(s, by_name[references[0]])] for s in shown if references]
     differences = [
         [s.entry.name, *("" if s.entry.name == n else compared(s, by_name[n], draws) for n in references)]
@@ -397,9 +398,8 @@ widened for their number. With one seed it covers the choice of pictures, not th
 
 ## What papers claim
 Each on its own models, rewards and budgets; here at equal forwards on `shapes`, by the same intervals.
-{sum(row[-1].startswith("holds") for row in claims)} of {len(claims)} hold, {sum("reverse" in row[-1] for row in claims)}
-come out reversed, the others cannot be told here. "So far": rates or seeds of one of the two are still missing; nothing
-is settled then.
+{verdicts.count("holds")} of {len(claims)} hold, {verdicts.count("the reverse")} reversed, the others cannot be told here. "So far": rates or seeds of one of the two are still missing, so nothing is
+settled.
 
 {table(["claim", "as the paper has it", "here, difference of test scores", ""], claims)}
 
