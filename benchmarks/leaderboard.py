@@ -398,8 +398,8 @@ widened for their number. With one seed it covers the choice of pictures, not th
 
 ## What papers claim
 Each on its own models, rewards and budgets; here at equal forwards on `shapes`, by the same intervals.
-{verdicts.count("holds")} of {len(claims)} hold, {verdicts.count("the reverse")} reversed, the others cannot be told here. "So far": rates or seeds of one of the two are still missing, so nothing is
-settled.
+{verdicts.count("holds")} of {len(claims)} hold, {verdicts.count("the reverse")} come out reversed, the others cannot
+be told here. "So far": rates or seeds of one of the two are still missing, so nothing is settled.
 
 {table(["claim", "as the paper has it", "here, difference of test scores", ""], claims)}
 
