@@ -345,17 +345,15 @@ def test_claims_are_of_entries_and_say_what_the_interval_says(board: Board):
     assert leaderboard.claimed({"mix_grpo": mix}, 50) == []
 
 
-def test_speed_is_a_ratio_of_forwards_to_the_others_best(board: Board):
+def test_speeds_are_of_the_mean_curve():
     def curved(*curves: list[list[float | None]]) -> Standing:
         finals = {n: result(np.ones(4)) | {"curve": curve} for n, curve in enumerate(curves)}
         return Standing(FLOW, finals, 1e-4, finals)  # type: ignore[arg-type]
 
-    slow = curved([[0, 0.4], [100, 0.5], [200, 0.5], [300, 0.5]], [[0, 0.4], [100, 0.5], [200, 0.7]])
-    fast = curved([[0, 0.4], [100, 0.8]], [[0, 0.4], [100, 0.8]])
-    assert leaderboard.speed(fast, slow) == "4.0 ×"  # .6 after 200 on the mean, against .6 after 50
-    assert leaderboard.speed(slow, fast) == "not reached"
-    assert leaderboard.speed(slow, curved([[0, 0.4], [100, 0.3]])) == "it learned nothing"
-    assert leaderboard.speed(fast, replace(slow, finals={})) == "–"
+    one = [[0, 0.4], [1000, 0.4], [2000, 0.5], [3000, 0.4]]
+    assert leaderboard.speeds(curved(one)) == ["1,500", "2,000", "–", "–"]
+    other = [[0, 0.4], [1000, 0.6], [2000, 0.7]]
+    assert leaderboard.speeds(curved(one, other)) == ["500", "1,000", "1,500", "2,000"]
     assert runs.reached([[0, 0.4], [50, None], [100, float("nan")], [200, 0.6]], 0.5) == 100
 
 
