@@ -401,9 +401,8 @@ be told here. "So far": rates or seeds of one of the two are still missing, so n
 {table(["claim", "as the paper has it", "here, difference of test scores", ""], claims)}
 
 ## Speed
-Forwards until the mean validation curve of an entry's runs reaches a score, a straight line between validations; –
-where it does not. Validations are few, of {board.validation} pictures each, and one lucky one is enough: coarse, above all at low
-marks.
+Forwards until the mean validation curve of an entry's runs reaches a score, on straight lines between validations;
+– where it does not. Validations are few, of {board.validation} pictures each, and one lucky one is enough.
 
 {table(["", *(f"{mark:.2f}" for mark in MARKS)], fastest)}
 
