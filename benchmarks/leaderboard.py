@@ -211,7 +211,10 @@ class Worker:
         todo = [c for c in todo if stored(self.board, c, _silent) is None]
         print(f"{len(todo)} of {len(configs)} runs to do", flush=True)
         if todo:
-            run_all([self.board.untrained()], 1, resume=True, ended=told)
+            untrained = self.board.untrained()
+            run_all([untrained], 1, resume=True, ended=told)
+            if not (Path(untrained.output) / "summary.json").exists():  # every run would fail for the want of it
+                sys.exit(f"{untrained.name} failed: see {untrained.output}.log")
         run_all(todo, self.jobs, resume=True, ended=self.ended)
 
     def ended(self, config: Config, code: int, last: str) -> None:

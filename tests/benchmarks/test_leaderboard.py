@@ -156,6 +156,7 @@ def test_a_failed_run_is_counted_then_skipped(
     board: Board, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     config, worker, started = board.config(FLOW, 1e-4, 0), Worker(board, 1), list[str]()
+    finished(board.untrained(), [1.0])
 
     def crash(configs: list[Config], jobs: int, *, resume: bool, ended: Callable[[Config, int, str], None]) -> None:
         for c in configs:
@@ -172,7 +173,7 @@ def test_a_failed_run_is_counted_then_skipped(
 
 def test_a_run_that_finished_before_the_cut_is_not_run_again(board: Board, monkeypatch: pytest.MonkeyPatch):
     done, other = board.config(FLOW, 1e-4, 0), board.config(FLOW, 2e-4, 0)
-    for config in (done, other):
+    for config in (done, other, board.untrained()):
         finished(config, [1.0, 1.0])
     (Path(other.output) / "config.yaml").write_text("name: something else\n")
     seen = list[str]()
@@ -180,6 +181,14 @@ def test_a_run_that_finished_before_the_cut_is_not_run_again(board: Board, monke
     Worker(board, 1).run([done, other])
     assert seen == [board.untrained().name, other.name] and not Path(other.output).exists()
     assert board.file(done).exists()
+
+
+def test_without_the_untrained_models_test_no_run_is_started(board: Board, monkeypatch: pytest.MonkeyPatch):
+    seen = list[str]()
+    monkeypatch.setattr(leaderboard, "run_all", lambda configs, *_, **__: seen.extend(c.name for c in configs))
+    with pytest.raises(SystemExit, match=r"untrained-240-1008 failed: see .*\.log"):
+        Worker(board, 1).run([board.config(FLOW, 1e-4, 0)])
+    assert seen == [board.untrained().name]
 
 
 # ---------------------------------------------------------------------------------------------- what stands for what

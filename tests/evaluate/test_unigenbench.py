@@ -68,6 +68,8 @@ def test_rows_that_do_not_answer_are_told_and_are_no_zeros(tmp_path: Path) -> No
 def test_a_file_without_verdicts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no verdict: all 1 rows were left out"):
         _ = read_verdicts(written(tmp_path / "r.csv", [judged([COLOR], [])])).overall
+    with pytest.raises(ValueError, match=r"r.csv, line \d+: field larger than field limit"):
+        read_verdicts(written(tmp_path / "r.csv", [("x" * 200_000, "")]))
     (tmp_path / "other.csv").write_text("index,prompt\n")
     with pytest.raises(ValueError, match="no column 'testpoint'; it has index, prompt"):
         read_verdicts(tmp_path / "other.csv")

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POINTS, VERDICTS = "testpoint", "result_json"
-LARGEST = 1 << 20
-"""Bytes of the largest cell that is read."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,17 @@ def tally(verdicts: Iterable[tuple[Sequence[str], Sequence[int]]]) -> Tally:
 def read_verdicts(file: str | Path) -> Tally:
     """The tally of a result file as the official scripts write it: CSV with `testpoint` and `result_json` columns.
 
-    Raises ValueError where a column is missing, and OSError where the file cannot be read.
+    Raises ValueError where a column is missing or the file is no CSV, and OSError where it cannot be read.
     """
-    csv.field_size_limit(LARGEST)
     with Path(file).open(newline="", encoding="utf-8-sig") as stream:
         rows = csv.DictReader(stream)
         missing = [name for name in (POINTS, VERDICTS) if name not in (rows.fieldnames or ())]
         if missing:
             raise ValueError(f"{file}: no column {missing[0]!r}; it has {', '.join(rows.fieldnames or ()) or 'none'}")
-        return tally(_parsed(row) for row in rows)
+        try:
+            return tally(_parsed(row) for row in rows)
+        except csv.Error as error:  # such as a cell above the module's limit of 128 KiB
+            raise ValueError(f"{file}, line {rows.line_num}: {error}") from error
 
 
 def _parsed(row: Mapping[str, str | None]) -> tuple[list[str], list[int]]:
