@@ -48,7 +48,7 @@ _TWO = {"updates_per_iteration": 2}
 """With one update the ratio is 1 throughout, and gates that differ beside it are one and the same."""
 
 _TIGHT = 3e-4
-"""Clips a sixth of the second update's edges (rate 2e-4; |log r| is about as large in the mean). 1e-2 clips none."""
+"""Clips a sixth of the second update's edges (rate 2e-4; |log r| is about as large in the mean). 1e-2, next to none."""
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("tempflow_grpo", {"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
