@@ -125,7 +125,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "dapo",
-        {"name": "dapo", "group": 12, **_less("kl"), "clip": _TIGHT, "clip_high": 1.4 * _TIGHT},
+        {"name": "dapo", "group": 12, **_less("kl"), "clip": _TIGHT, "clip_high": 4.2e-4},
         kind="knob",
         optimizer=_TWO,
     ),
