@@ -16,7 +16,7 @@ Cost for a prompt: group·T forwards, group leaves, group·(window's steps) trai
 
 Defaults: Tencent-Hunyuan/MixGRPO (grpo_states.py and scripts read in source; sure): T 25, window 4, τ 25, stride 1,
 roll back, group 12, noise 0.7, clip 1e-4, eps 1e-8, one noise per group, k 0.1, λ 13. Windows at the end of the range
-shrink, as in the code; it ends the range at T − 2 (read second-hand) and may stay there τ iterations with no step at
+shrink, as in the code; it ends the range at T − 2 and may stay there τ iterations with no step at
 all: here it ends at T − 1 and no window is empty. stride = window is the code's "no overlap", 0 freezes the window.
 The paper evaluates with the tuned model for the first 60 % of the steps and the base model after; here the tuned one
 walks all of them.
