@@ -19,7 +19,7 @@ trees·(b + … + b^d) trained edges; at the defaults, l = 0: 351, 16, 30.
 Sources: the abstract and four reviews; no code was found, so much is our reading. Sure: binary, depth 4, no KL, Eq. 6's
 noise that grows linearly with depth, Eq. 9's clipped sum over tree edges, reward-dependent clips (Eq. 11), supervised
 pull to the group's best path (Eq. 13). Ours: g's exact form, the clip's form and u, the pull's even weights over steps,
-the numbers 0.5, 0.5 and 0.1 of growth, sensitivity and imitation, and from MixGRPO T 25, noise 0.7, clip 1e-4 and the
+the numbers 0.5, 0.5 and 5e-4 of growth, sensitivity and imitation, and from MixGRPO T 25, noise 0.7, clip 1e-4 and the
 window's way (here it never shrinks). The mean of a shared edge's leaf advantages meets one clip, where the paper's sum
 clips each path by itself; before a first update that is the same gradient (where no leaf failed: weights count all).
 """
@@ -58,7 +58,7 @@ def dynamic_treerpo(
     growth: float = 0.5,
     clip: float = 1e-4,
     sensitivity: float = 0.5,
-    imitation: float = 0.1,
+    imitation: float = 5e-4,
     kl: float = 0.0,
     eps: float = 1e-8,
     advantage_clip: float | None = 5.0,
@@ -79,7 +79,7 @@ def dynamic_treerpo(
         growth: how much stronger noise gets over the tree's depth; 0: it does not.
         clip: ratio clip below and above 1.
         sensitivity: η in [0, 1), how much an edge's standing bends its clip; 0: not at all.
-        imitation: weight of the pull to the velocity of the prompt's best path; 0: none.
+        imitation: weight of the pull to the velocity of the prompt's best path; 0: none. 0.1 ruins `shapes`.
         kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         eps: added to the standard deviation.
         advantage_clip: bound of |A|; None for no bound.
