@@ -240,8 +240,9 @@ class Worker:
         print(f"{config.name}: {result['stopped'] or last}", flush=True)
 
     def _forget(self, config: Config) -> None:
-        """A run's folder is a hundred times its result."""
+        """A run's folder is a hundred times its result; its processor time would be added to by a run in its place."""
         shutil.rmtree(config.output, ignore_errors=True)
+        Path(f"{config.output}.cpu").unlink(missing_ok=True)
 
     def _failures(self, config: Config) -> Path:
         return Path(f"{config.output}.failed")

@@ -133,7 +133,7 @@ def test_a_finished_run_becomes_a_small_file(board: Board):
     assert kept["diversity"] == [pytest.approx(7 / 5), pytest.approx(9 / 5)]
     assert kept["curve"] == [[0, 0.5], [1584, 0.75]] and kept["cost"]["forwards"] == 1500 and not kept["collapsed"]
     assert kept["seconds"] == 11.5
-    assert not Path(config.output).exists()
+    assert not Path(config.output).exists() and not Path(f"{config.output}.cpu").exists()
     assert leaderboard.stored(board, config) == kept
 
 
