@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def wandb_records(file: Path) -> list[Any]:
     return records
 
 
+def closed_wandb_records(file: Path, seconds: float = 60.0) -> list[Any]:
+    """Records of a finished run: the end of its file, `exit`, is written by another process, after `finish` returned."""
+    end = time.monotonic() + seconds
+    while not (records := wandb_records(file)) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end, f"{file.name} was not written to its end"
+        time.sleep(0.05)
+    return records
+
+
 @needs("wandb")
 def test_wandb_offline_holds_what_was_sent_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     tell(tmp_path, "wandb", range(1, 5), project="shapes")
@@ -125,7 +135,7 @@ def test_wandb_offline_holds_what_was_sent_and_a_resumed_run_keeps_its_id(tmp_pa
     tell(tmp_path, "wandb", range(3, 7), project="shapes")
     files = sorted(first) + sorted(set((tmp_path / "wandb").glob("offline-run-*/*.wandb")) - first)
     assert len(first) == 1 and len({f.name for f in files}) == 1  # two sessions of one run: the file's name is its id
-    records = [record for file in files for record in wandb_records(file)]
+    records = [record for file in files for record in closed_wandb_records(file)]
     runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     known = json.loads((tmp_path / LEDGER).read_text())["id"]
     assert {(r.run_id, r.display_name, r.project) for r in runs} == {(known, "toy", "shapes")}
