@@ -120,7 +120,7 @@ def wandb_records(file: Path) -> list[Any]:
 
 
 def closed_wandb_records(file: Path, seconds: float = 60.0) -> list[Any]:
-    """Records of a finished run: the end of its file, `exit`, is written by another process, after `finish` returned."""
+    """Records of a finished run: its last, `exit`, is written by another process, after `finish` has returned."""
     end = time.monotonic() + seconds
     while not (records := wandb_records(file)) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < end, f"{file.name} was not written to its end"
