@@ -12,6 +12,10 @@ decoded, and the forwards of a step are shared by all its candidates.
 Cost for a prompt: chains·T forwards, chains·candidates·(T − 1) trained edges and latent scores; the chains' ends are
 decoded and scored by the run's rewards, to be looked at, and do not train.
 
+The SDE step leaves more noise in x' than σ' says, the more the coarser the grid, and most in a last step down to nearly
+0; a reward that learned from (1 − σ)x0 + σε then judges what it never saw, and that step has the largest gradient.
+`dynamics="cps"` keeps the noise at σ', and takes that step's ratio unscaled (`flow_cps`), which fades out at the end.
+
 Defaults (second-hand, from notes on the paper; its repository holds no code): 6 candidates, 24 samples in all, LoRA
 rank 32. Which candidate goes on is not stated: any, here. Noise 0.7 and clip 1e-4 are Flow-GRPO's. A step's reward is
 a value, not a gain, and weak at high noise: the paper has 74 % right at t = 0 and 65 % at 750.
@@ -20,11 +24,14 @@ a value, not a gain, and weak at high noise: the paper has 74 % right at t = 0 a
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
-from tempflow.core.dynamics import FlowSDE
+from tempflow.core.dynamics import CPS, FlowSDE
+from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import clipped
 
 
@@ -33,9 +40,11 @@ def drm_grpo(
     steps: int = 10,
     chains: int = 4,
     candidates: int = 6,
-    noise_level: float = 0.7,
-    clip: float = 1e-4,
+    dynamics: Literal["flow", "cps"] = "flow",
+    noise_level: float | None = None,
+    clip: float | None = None,
     kl: float = 0.0,
+    kl_form: KLForm = "exact",
     eps: float = 1e-4,
     advantage_clip: float | None = 5.0,
 ) -> Algorithm:
@@ -46,9 +55,11 @@ def drm_grpo(
         steps: T, sampler steps of a rollout.
         chains: independent chains per prompt.
         candidates: k, successors drawn at every step but the last, compared with each other.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
+        dynamics: "flow" for Flow-GRPO's SDE step, "cps" for the step that keeps the noise level the reward is told.
+        noise_level: of the step; None: 0.7 for "flow", 0.8 for "cps".
+        clip: ratio clip below and above 1; None: 1e-4 for "flow", 1e-5 for "cps".
+        kl: β, weight of the KL to the starting model; 0 saves its forwards.
+        kl_form: "exact", "velocity", "k1", "k2" or "k3".
         eps: added to the standard deviation.
         advantage_clip: bound of |A|; None for no bound.
 
@@ -57,8 +68,12 @@ def drm_grpo(
     at_least("steps", steps, 2, "as the last one is not trained")
     at_least("chains", chains, 1)
     at_least("candidates", candidates, 2, "or there is nothing to compare with")
-    positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    one_of("dynamics", dynamics, ("flow", "cps"))
+    usual_noise, usual_clip = (0.7, 1e-4) if dynamics == "flow" else (0.8, 1e-5)
+    level = usual_noise if noise_level is None else noise_level
+    bound = usual_clip if clip is None else clip
+    positive("noise_level", level, usual_noise)
+    positive("clip", bound, usual_clip)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     if not reward:
@@ -68,10 +83,10 @@ def drm_grpo(
         name="drm_grpo",
         steps=steps,
         plan=lambda iteration, slot: grown,
-        dynamics=FlowSDE(noise_level),
+        dynamics=FlowSDE(level) if dynamics == "flow" else CPS(level),
         credit=GroupZScore(by=("prompt", "parent"), eps=eps, clip=advantage_clip),
         weight=weight.uniform,
-        objective=clipped(clip, clip, kl),
+        objective=clipped(bound, bound, kl, kl_form, None if dynamics == "flow" else UnscaledRatio()),
         judge=reward,
     )
 

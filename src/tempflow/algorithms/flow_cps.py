@@ -11,7 +11,8 @@ that keeps the coefficients of picture and noise at 1 − σ' and σ' does not.
 
 Why 2S² matters: S falls with σ', and so to nearly 0 at the last trained step of a grid that ends just above 0 (SD 3's:
 σ' = .0089). The density's gradient, |b|/S a unit of noise, is there 29 times that of the step before (T 10; 62 times at
-T 6); times 2S² it is 2S|b| and fades out instead. With "density", prefer a window of early steps.
+T 6); times 2S² it is 2S|b| and fades out instead. With "density", prefer a window of early steps; with a KL, its
+"velocity" form, as the exact one has 1/(2S²) whatever the ratio has.
 
 Trajectories: `group` chains, noisy and trained at every step but the last.
 Cost for a prompt at the defaults: 240 forwards, 24 leaves, 216 trained edges.
@@ -35,6 +36,7 @@ from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.edges import Replayed
+from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import StepRatio, clipped
 
 
@@ -53,6 +55,7 @@ def flow_cps(
     log_prob: Literal["unscaled", "density"] = "unscaled",
     clip: float | None = None,
     kl: float = 0.0,
+    kl_form: KLForm = "exact",
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
     advantage_clip: float | None = 5.0,
@@ -65,7 +68,8 @@ def flow_cps(
         noise_level: of the CPS step, in (0, 1].
         log_prob: "unscaled" for the official code's log ratio, or "density" for the true one, 1/(2S²) times it.
         clip: ratio clip below and above 1; None: 1e-5 for "unscaled", 1e-4 for "density".
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
+        kl: β, weight of the KL to the starting model; 0 saves its forwards.
+        kl_form: "exact", "velocity", "k1", "k2" or "k3"; the exact one is all last step on such a grid (above).
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
         advantage_clip: bound of |A|; None for no bound.
@@ -89,5 +93,5 @@ def flow_cps(
         dynamics=CPS(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
-        objective=clipped(bound, bound, kl, "exact", UnscaledRatio() if unscaled else None),
+        objective=clipped(bound, bound, kl, kl_form, UnscaledRatio() if unscaled else None),
     )

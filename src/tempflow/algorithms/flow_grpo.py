@@ -83,35 +83,45 @@ def flow_grpo(
 
 
 def chains_plan(
-    steps: int, group: int, train_steps: int | None = None, *, shared_noise: bool = False, noisy_last: bool = True
+    steps: int,
+    group: int,
+    train_steps: int | None = None,
+    *,
+    shared_noise: bool = False,
+    noisy_last: bool = True,
+    skip_last: int = 1,
 ) -> Callable[[int, int], plan.Plan]:
     """(iteration, prompt slot) -> `group` chains, noisy at every step; what Flow-GRPO and its relatives share.
 
-    train_steps   None trains every step but the last; n trains n of these, drawn anew each iteration: the same ones for
-                  all prompts and all algorithms of this plan
+    train_steps   None trains every step but the last ones; n trains n of these, drawn anew each iteration: the same
+                  ones for all prompts and all algorithms of this plan
     shared_noise  all chains of a prompt start from one initial noise
     noisy_last    whether the last step draws noise too, as Flow-GRPO's does; DanceGRPO's is an ODE step
+    skip_last     steps at the end that are never trained, at least the last one
 
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 2, "as the last one is not trained")
     at_least("group", group, 2, "or there is nothing to compare with")
-    if train_steps is not None and not 1 <= train_steps < steps:
-        nearest = min(max(train_steps, 1), steps - 1)
-        raise ValueError(f"train_steps: {train_steps} must be in 1 … {steps - 1}; nearest valid: {nearest}")
-    every = train_steps is None or train_steps == steps - 1
-    return partial(_plan, steps, group, None if every else train_steps, shared_noise, noisy_last)
+    if not 1 <= skip_last < steps:
+        nearest = min(max(skip_last, 1), steps - 1)
+        raise ValueError(f"skip_last: {skip_last} must be in 1 … {steps - 1}; nearest valid: {nearest}")
+    most = steps - skip_last
+    if train_steps is not None and not 1 <= train_steps <= most:
+        nearest = min(max(train_steps, 1), most)
+        raise ValueError(f"train_steps: {train_steps} must be in 1 … {most}; nearest valid: {nearest}")
+    every = train_steps is None or train_steps == most
+    return partial(_plan, steps, group, None if every else train_steps, most, shared_noise, noisy_last)
 
 
 def _plan(
-    steps: int, group: int, train_steps: int | None, shared: bool, noisy_last: bool, iteration: int, slot: int
+    steps: int, group: int, count: int | None, most: int, shared: bool, noisy_last: bool, iteration: int, slot: int
 ) -> plan.Plan:
-    if train_steps is None:
-        return _chains(steps, group, None, shared, noisy_last)
-    return _chains(steps, group, some_steps("flow_grpo", iteration, train_steps, steps - 1), shared, noisy_last)
+    train = tuple(range(most)) if count is None else some_steps("flow_grpo", iteration, count, most)
+    return _chains(steps, group, train, shared, noisy_last)
 
 
 @lru_cache(maxsize=256)
-def _chains(steps: int, group: int, train: tuple[int, ...] | None, shared: bool, noisy_last: bool) -> plan.Plan:
+def _chains(steps: int, group: int, train: tuple[int, ...], shared: bool, noisy_last: bool) -> plan.Plan:
     noisy = range(steps if noisy_last else steps - 1)
     return plan.chain(steps, group, train=train, stochastic=noisy, shared_noise=shared)

@@ -112,8 +112,22 @@ ENTRIES: tuple[Entry, ...] = (
         {"name": "perceptual_entropy", "group": 12, "std": "group", "scale": 0.1, **_less("kl")},
     ),
     # beside a prompt's 24 + 120 forwards the latent reward scores 120 candidates, which are not counted
-    Entry("drm_grpo", {"name": "drm_grpo", "reward": "shapes", "chains": 4, "candidates": 6, **COMMON}, 10),
-    Entry("ddpo", {"name": "ddpo", "group": 12, **_less("kl", "noise_level")}),
+    # the SDE's candidates are noisier than their σ says, and its last noisy step has three quarters of the gradient
+    Entry(
+        "drm_grpo",
+        {
+            "name": "drm_grpo",
+            "reward": "shapes",
+            "chains": 4,
+            "candidates": 6,
+            "dynamics": "cps",
+            **COMMON,
+            "noise_level": 0.8,
+        },
+        10,
+    ),
+    # the last noisy step draws a noise of .009 and has 60 times the gradient of the one before
+    Entry("ddpo", {"name": "ddpo", "group": 12, "skip_last": 2, **_less("kl", "noise_level")}),
     Entry("rloo", {"name": "rloo", "group": 12, **_less("eps")}, kind="knob"),
     Entry("dr_grpo", {"name": "dr_grpo", "group": 12, **_less("eps")}, kind="knob"),
     Entry("reinforce_pp", {"name": "reinforce_pp", "group": 12, **_less("eps")}, kind="knob"),
