@@ -12,7 +12,24 @@ from hypothesis import strategies as st
 from loop_checks import second
 
 from tempflow import algorithms
-from tempflow.algorithms import ALGORITHMS, find, flow_grpo, flow_grpo_fast, tempflow_grpo
+from tempflow.algorithms import (
+    ALGORITHMS,
+    branch_grpo,
+    dance_grpo,
+    drm_grpo,
+    dynamic_treerpo,
+    find,
+    flash_grpo,
+    flow_cps,
+    flow_grpo,
+    flow_grpo_fast,
+    gcpo,
+    grpo_guard,
+    mix_grpo,
+    mix_grpo_flash,
+    otca,
+    tempflow_grpo,
+)
 from tempflow.algorithms.base import Algorithm, some_steps
 from tempflow.core import plan, weight
 from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, FlowSDE, LinearSDE
@@ -89,6 +106,37 @@ def test_defaults_are_the_papers():
     assert defaults(tempflow_grpo) == common | tempflow | {"weight": "noise_aware"}
     flow = {"group": 24, "train_steps": None, "kl": 0.04, "kl_form": "drift", "std": "global"}
     assert defaults(flow_grpo) == common | flow
+
+
+@pytest.mark.parametrize(
+    ("function", "published"),
+    [
+        (
+            flow_grpo_fast,
+            {"steps": 10, "group": 24, "window": 3, "kind": "cps", "clip": 1e-5, "std": "global"},
+        ),
+        (flow_cps, {"steps": 10, "group": 24, "noise_level": 0.8, "log_prob": "unscaled", "kl": 0.0, "std": "global"}),
+        (grpo_guard, {"steps": 10, "group": 24, "kind": "flow", "clip": 2e-6, "kl": 0.0, "std": "global"}),
+        (dance_grpo, {"steps": 16, "group": 12, "fraction": 0.6, "keep": None, "noise_level": 0.3, "clip": 1e-4}),
+        (mix_grpo, {"steps": 25, "window": 4, "every": 25, "stride": 1, "noise_level": 0.7, "clip": 1e-4, "kl": 0.0}),
+        (mix_grpo_flash, {"steps": 25, "every": 20, "compress": 0.4, "second_order": True, "clip": 1e-4, "kl": 0.0}),
+        (branch_grpo, {"steps": 20, "splits": (0, 3, 6, 9), "split_scale": 4.0, "noise_level": 0.3, "clip": 1e-3}),
+        (dynamic_treerpo, {"depth": 4, "branches": 2, "growth": 0.5, "sensitivity": 0.5, "imitation": 5e-4, "kl": 0.0}),
+        (gcpo, {"steps": 17, "sizes": (2, 3, 4, 7), "largest": 4, "share": 0.5, "noise_level": 0.7, "clip": 5e-5}),
+        (flash_grpo, {"steps": 20, "group": 8, "clip": 1e-3}),
+    ],
+    ids=lambda given: getattr(given, "__name__", ""),
+)
+def test_defaults_are_the_sources(function, published):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in published} == published
+
+
+def test_noise_follows_the_kind_where_it_is_not_given():
+    assert (grpo_guard().dynamics, grpo_guard(kind="dance").dynamics) == (FlowSDE(0.7), DanceSDE(0.3))
+    assert (flow_grpo_fast().dynamics, flow_grpo_fast(kind="sde").dynamics) == (CPS(0.8), FlowSDE(0.7))
+    assert (otca().dynamics, otca(kind="flow").dynamics) == (DanceSDE(0.3), FlowSDE(0.7))
+    assert (drm_grpo().dynamics, drm_grpo(dynamics="cps").dynamics) == (FlowSDE(0.7), CPS(0.8))
 
 
 def test_what_the_defaults_compose():

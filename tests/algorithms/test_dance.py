@@ -26,6 +26,7 @@ from tempflow.core.dynamics import ODE, DanceSDE
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear, sd3
+from tempflow.core.units import leaf_of
 from tempflow.train.step import credit
 
 
@@ -130,6 +131,18 @@ def test_a_failed_reward_takes_no_part() -> None:
 
     bench = Bench(algorithm=dance(fraction=1.0), reward=broken)
     assert bench.iterate()["trained_edges"] == len(PROMPTS) * 5 * 5
+
+
+def test_the_best_and_worst_are_those_by_reward_where_advantages_are_bounded() -> None:
+    """Bounded at ½ most advantages tie; without an order among them the first would be kept."""
+    bench = Bench(algorithm=dance(fraction=1.0, keep=2, advantage_clip=0.5))
+    experience = bench.collect()
+    ok = credit(bench.setting, experience).advantage.ok
+    leaf, score = leaf_of(experience.whole), experience.scores.value[:, 0]
+    for prompt in experience.whole.leaves.prompt.unique():
+        mine = (experience.whole.leaves.prompt == prompt).nonzero()[:, 0]
+        want = {int(mine[score[mine].argmax()]), int(mine[score[mine].argmin()])}
+        assert set(leaf[ok & (experience.whole.edges.prompt == prompt)].tolist()) == want
 
 
 def test_bad_arguments() -> None:

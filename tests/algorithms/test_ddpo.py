@@ -27,6 +27,7 @@ from tempflow.algorithms.ddpo import ddpo
 from tempflow.core.dynamics import DDIM, FlowSDE
 from tempflow.core.objective.gate import Clip, Score
 from tempflow.core.plan import Cost
+from tempflow.core.schedule import sd3
 from tempflow.train.step import credit
 
 
@@ -55,6 +56,22 @@ def test_what_the_defaults_compose() -> None:
     assert isinstance(ddpo(kind="sf").objective.gate, Score) and not a.sets  # type: ignore[union-attr]
     noisy = {i for i, on in zip(a.plan(0, 0).step, a.plan(0, 0).stochastic, strict=True) if on}
     assert noisy == set(range(49))
+
+
+def test_the_last_noisy_step_may_be_left_out() -> None:
+    """It draws its noise as ever, and bears no gradient; of SD 3's grid it has nearly all of it."""
+    plan = ddpo(6, 12, skip_last=2).plan(0, 0)
+    noisy, trained = (
+        {i for i, on in zip(plan.step, flags, strict=True) if on} for flags in (plan.stochastic, plan.trained)
+    )
+    assert noisy == {0, 1, 2, 3, 4} and trained == {0, 1, 2, 3} and plan.cost() == Cost(72, 12, 48)
+    drawn = [ddpo(6, 12, train_steps=2, skip_last=2).plan(m, 0) for m in range(40)]
+    seen = [frozenset(i for i, on in zip(p.step, p.trained, strict=True) if on) for p in drawn]
+    assert {len(s) for s in seen} == {2} and frozenset.union(*seen) == {0, 1, 2, 3}
+    check_sound(toy(skip_last=2))
+    for steps, last, before in ((6, 48.0, 0.81), (50, 7.4, 1.43)):
+        _, b, std = DDIM(1.0).coefficients(sd3(steps), torch.arange(steps - 1))
+        assert (b.abs() / std)[-2:].tolist() == pytest.approx([before, last], rel=0.01)
 
 
 def test_both_kinds_have_one_first_gradient_and_then_part() -> None:
@@ -108,6 +125,9 @@ def test_statistics_by_prompt_and_by_batch() -> None:
     [
         ({"steps": 1}, "steps: 1 must be at least 2"),
         ({"group": 1}, "group: 1 must be at least 2, or there is nothing to compare with; nearest valid: 2"),
+        ({"skip_last": 0}, "skip_last: 0 must be in 1 … 49; nearest valid: 1"),
+        ({"skip_last": 50}, "skip_last: 50 must be in 1 … 49; nearest valid: 49"),
+        ({"train_steps": 49, "skip_last": 2}, "train_steps: 49 must be in 1 … 48; nearest valid: 48"),
         ({"train_steps": 50}, "train_steps: 50 must be in 1 … 49; nearest valid: 49"),
         ({"kind": "reinforce"}, "kind: 'reinforce' is not one of 'is', 'sf'; nearest valid: 'is'"),
         ({"statistics": "group"}, "statistics: 'group' is not one of 'prompt', 'batch'; nearest valid: 'prompt'"),

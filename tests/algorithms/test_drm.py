@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,21 @@ from loop_checks import gradient, judging
 from torch import Tensor
 
 from tempflow.algorithms import tempflow_grpo
+from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.drm_grpo import drm_grpo
+from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan
+from tempflow.core.dynamics import CPS
+from tempflow.core.objective.ratio import clipped
+from tempflow.core.rollout import Noise, rollout
+from tempflow.core.schedule import sd3
 from tempflow.train.loop import train
 from tempflow.train.step import credit
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: float) -> Bench:
+def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: Any) -> Bench:
     algorithm = drm_grpo(**{"steps": 4, "chains": 2, "candidates": 3, "clip": 0.02, **options})  # type: ignore[arg-type]
     return Bench(algorithm=algorithm, judge=judging(score))
 
@@ -98,6 +105,41 @@ def test_counts_and_first_ratio() -> None:
     assert metrics["log_ratio_max"] <= 1e-6
 
 
+def test_with_cps_candidates_have_the_noise_their_sigma_says() -> None:
+    """Of one known picture: x' − (1 − σ')x0 has the standard deviation σ', which the SDE's has not on a coarse grid."""
+    picture = torch.linspace(-1, 1, 4096)
+
+    def noise_over_sigma(algorithm: Algorithm) -> list[float]:
+        plan, grid = algorithm.plan(0, 0), sd3(6)
+        forest = rollout(
+            [plan], algorithm.dynamics, grid, lambda x, s, r: (x - picture) / s.view(-1, 1), Noise(3), shape=(4096,)
+        )
+        edges, found = forest.edges, list[float]()
+        for i in range(5):
+            left = forest.nodes[edges.child[edges.step == i]] - (1 - grid.sigmas[i + 1]) * picture
+            found.append(float(left.std() / grid.sigmas[i + 1]))
+        return found
+
+    assert noise_over_sigma(drm_grpo(steps=6, dynamics="cps")) == pytest.approx([1] * 5, abs=0.02)
+    by_sde = noise_over_sigma(drm_grpo(steps=6, noise_level=0.9))
+    assert min(by_sde) > 1.05 and by_sde[-1] > 50
+
+
+def test_with_cps_the_ratio_is_the_unscaled_one() -> None:
+    algorithm = drm_grpo(steps=4, dynamics="cps", kl=0.1, kl_form="velocity")
+    assert algorithm.dynamics == CPS(0.8)
+    assert algorithm.objective == clipped(1e-5, 1e-5, 0.1, "velocity", UnscaledRatio())
+    assert drm_grpo(steps=4).objective == clipped(1e-4, 1e-4)
+    b = bench(dynamics="cps", noise_level=0.8)
+    metrics = b.iterate()
+    assert metrics["log_ratio_max"] <= 1e-6 and metrics["grad_norm"] > 0
+
+
+def test_the_latent_rewards_mean_is_logged() -> None:
+    b = bench(lambda x, sigma, rows: torch.where(torch.arange(len(x)) % 3 == 0, math.nan, 2.5))
+    assert b.iterate()["latent_reward"] == 2.5
+
+
 def test_candidates_are_compared_at_one_state_and_one_sigma() -> None:
     """A score that depends on σ and prompt alone makes no difference between siblings."""
     b = bench(lambda x, sigma, rows: sigma + rows)
@@ -170,11 +212,12 @@ def test_another_models_reward_is_said_before_any_work(tmp_path: Path) -> None:
         ({"steps": 1}, "steps: 1 must be at least 2"),
         ({"chains": 0}, "chains: 0 must be at least 1"),
         ({"candidates": 1}, "candidates: 1 must be at least 2"),
+        ({"dynamics": "ddim"}, "dynamics: 'ddim' is not one of 'flow', 'cps'; nearest valid"),
         ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0"),
         ({"clip": -1.0}, "clip: -1.0 must be"),
         ({"reward": ""}, "reward: is empty"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         drm_grpo(**arguments)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from loop_checks import Images, bench_of, check_counts, check_first_ratio, judgi
 from torch import Tensor, nn
 
 from tempflow.core.rollout import Noise
+from tempflow.train.faults import check_scored
 from tempflow.train.guards import GuardError
 from tempflow.train.learn import accumulate
 from tempflow.train.lessons import lessons
@@ -89,9 +90,13 @@ def test_when_all_fail_nothing_moves_and_it_is_said(name: str) -> None:
 
 def test_a_judge_needs_none_of_the_rewards_that_only_look() -> None:
     bench = bench_of(FAMILY["drm_grpo"](4), reward=lambda images, prompts: [None] * len(images))
+    check_scored(bench.setting, bench.collect(), 1)
     seen = bench.iterate()
     sound(bench, seen)
     assert seen["trained_edges"] == bench.setting.algorithm.cost(0, len(PROMPTS)).trained_edges
+    blind = bench_of(FAMILY["drm_grpo"](4), judge=judging(lambda x, sigma, rows: sigma * math.nan))
+    with pytest.raises(GuardError, match=r"iteration 1: all \d+ rewards failed.*: the latent reward gave NaN"):
+        check_scored(blind.setting, blind.collect(), 1)
 
 
 @by_name

@@ -38,7 +38,7 @@ def test_defaults_and_cost() -> None:
 @pytest.mark.parametrize("log_prob", ["unscaled", "density"])
 def test_in_the_loop(log_prob: str) -> None:
     check_counts(small(log_prob=log_prob))
-    check_counts(small(log_prob=log_prob, kl=0.1))
+    check_counts(small(log_prob=log_prob, kl=0.1, kl_form="velocity"))
     check_first_ratio(small(log_prob=log_prob))
     check_no_spread(small(log_prob=log_prob))
     check_learns(small(log_prob=log_prob, group=8))

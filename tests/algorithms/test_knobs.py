@@ -253,7 +253,7 @@ def test_gspo_first_update_is_flow_grpos() -> None:
 
 
 def test_gspo_has_one_ratio_a_path() -> None:
-    """In the second update every edge of a path has the mean of its steps' log ratios."""
+    """A path's three trained edges are one unit; that a unit's log ratio is their mean: core/objective/test_forms."""
     algorithm = toy(gspo)
     assert algorithm.objective == clipped(0.02, 0.02, ratio=ChunkRatio())
     assert gspo().objective == clipped(5e-5, 5e-5, ratio=ChunkRatio())

@@ -166,9 +166,10 @@ def test_one_iteration_of_the_loop(make: type) -> None:
 
 def test_flash_without_compression_walks_the_models_grid() -> None:
     for shift in (1.0, 2.0, 3.0):
-        algorithm, grid = mix_grpo_flash(compress=1.0, shift=shift, every=1), linear(25, shift)
+        algorithm = mix_grpo_flash(compress=1.0, shift=shift, every=1)
         for m in range(24):
-            torch.testing.assert_close(algorithm.schedule(m, grid).sigmas, grid.sigmas, rtol=1e-6, atol=1e-6)
+            for grid in (linear(25, shift), sd3(25, shift)):  # SD 3's jumps at its end
+                assert torch.equal(algorithm.schedule(m, grid).sigmas, grid.sigmas)
             assert algorithm.plan(m, 0) == mix_grpo(every=1).plan(m, 0)
 
 
@@ -178,7 +179,7 @@ def test_flash_by_euler_without_compression_is_mix_grpo() -> None:
     assert not torch.allclose(gradient(flash(compress=1.0)), other, rtol=1e-3)
 
 
-@given(st.integers(0, 200), st.floats(0.05, 1.0), st.sampled_from([1.0, 3.0]))
+@given(st.integers(0, 200), st.floats(0.05, 0.99), st.sampled_from([1.0, 3.0]))
 def test_the_compressed_grid(iteration: int, compress: float, shift: float) -> None:
     algorithm = mix_grpo_flash(compress=compress, shift=shift, every=3)
     for grid in (linear(25, shift), sd3(25, shift)):

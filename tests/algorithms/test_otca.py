@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fake import Bench
+from fake import PROMPTS, Bench
 from loop_checks import (
     check_counts,
     check_errors,
@@ -71,7 +73,7 @@ def test_one_reward_and_a_large_floor_are_flow_grpo_too() -> None:
 
 
 def test_step_weights_come_from_the_rollouts_own_latents() -> None:
-    """Mean 1 on every path, and equal to what the states say, which credit no longer has."""
+    """Mean 1 on every path, and what the states say, which credit no longer has."""
     bench = Bench(algorithm=small(moca=False))
     experience = bench.collect()
     assert len(experience.whole.nodes) == 0 or experience.whole.nodes.numel() == 0
@@ -85,6 +87,27 @@ def test_step_weights_come_from_the_rollouts_own_latents() -> None:
         if bool(strong[mine].all()):
             assert float(w[mine].mean()) == pytest.approx(1, abs=1e-5) and float(w[mine].std()) > 1e-2
     assert float(w[trained & strong].min()) > 0
+    # each edge's own states, found by who it is and not by its place
+    forest, floor = experience.forest, bench.setting.algorithm.credit.floor  # type: ignore[attr-defined]
+    ends = {tuple(k): n for k, n in zip(_who(forest.leaves), forest.leaves.node.tolist(), strict=True)}
+    d = {}
+    for who, step, a, b in zip(
+        _who(forest.edges), forest.edges.step.tolist(), forest.edges.parent, forest.edges.child, strict=True
+    ):
+        x, y, end = (forest.nodes[n].double().flatten() for n in (a, b, ends[tuple(who)]))
+        cos = torch.nn.functional.cosine_similarity
+        d[*who, step] = max(float(cos(y, end, 0) - cos(x, end, 0)), 0.0) + floor
+    edges = experience.whole.edges
+    for who, step, share, seen, counts in zip(
+        _who(edges), edges.step.tolist(), w.tolist(), strong.tolist(), trained.tolist(), strict=True
+    ):
+        path = [d[*who, i] for i in range(4)]  # the last step is not trained
+        if seen and counts:
+            assert share == pytest.approx(d[*who, step] / (sum(path) / 4), rel=1e-4)
+
+
+def _who(rows: Any) -> list[list[int]]:
+    return torch.stack([rows.prompt, rows.root], 1).tolist()
 
 
 def test_edges_where_two_rewards_disagree_teach_only_by_exploration() -> None:
@@ -106,14 +129,19 @@ def test_edges_where_two_rewards_disagree_teach_only_by_exploration() -> None:
 
 
 def test_without_moca_rewards_are_summed_by_their_weights() -> None:
-    bench = Bench(algorithm=small(moca=False, tcd=False), rewards=two_rewards())
+    """The z-score of 2a − b, which is not 2·z(a) − z(b)."""
+    bench = Bench(algorithm=small(moca=False, tcd=False, eps=1e-8), rewards=two_rewards())
     experience = bench.collect()
-    a = experience.scores.names[0]
-    weighted = bench.setting.algorithm.credit.weighted({a: 1.0})
-    assert torch.equal(
-        weighted(experience.scores, experience.whole).value,
-        GroupZScore(unbiased=True, reward_weights={a: 1.0})(experience.scores, experience.whole).value,
-    )
+    scores, whole = experience.scores, experience.whole
+    a, b = scores.value.double().numpy().reshape(len(PROMPTS), -1, 2).transpose(2, 0, 1)
+
+    def z(r: np.ndarray) -> np.ndarray:
+        return ((r - r.mean(1, keepdims=True)) / r.std(1, ddof=1, keepdims=True)).reshape(-1)
+
+    weighted = bench.setting.algorithm.credit.weighted(dict(zip(scores.names, (2.0, -1.0), strict=True)))
+    got, leaf = weighted(scores, whole).value.numpy(), leaf_of(whole).numpy()
+    np.testing.assert_allclose(got, z(2 * a - b)[leaf], rtol=1e-4, atol=1e-4)
+    assert np.abs(got - (2 * z(a) - z(b))[leaf]).max() > 0.1
 
 
 def test_bad_arguments() -> None:

@@ -154,6 +154,20 @@ def test_the_clip_has_more_room_upward_for_good_edges_and_less_downward() -> Non
         assert torch.equal(loss.metrics["outside_clip"] > 0, abs(shift) > room)
 
 
+def test_the_best_path_is_the_one_of_the_highest_reward_where_advantages_are_bounded() -> None:
+    bench = Bench(algorithm=tree(imitation=1.0, advantage_clip=0.3))
+    experience = bench.collect()
+    whole, score = experience.whole, experience.scores.value[:, 0]
+    peer, (edge, leaf) = credit(bench.setting, experience).advantage.peer, whole.descent
+    assert peer is not None
+    for prompt in whole.leaves.prompt.unique():
+        mine = (whole.leaves.prompt == prompt).nonzero()[:, 0]
+        best = set(edge[leaf == mine[score[mine].argmax()]].tolist())
+        here = (whole.edges.prompt == prompt).nonzero()[:, 0]
+        assert {int(e) for e in here if int(peer[e]) == int(e) and bool(whole.edges.trained[e])} <= best
+        assert set(peer[here][whole.edges.trained[here]].tolist()) <= best
+
+
 def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
     bench = Bench(algorithm=tree(imitation=1.0))
     experience = bench.collect()

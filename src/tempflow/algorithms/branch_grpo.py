@@ -97,14 +97,15 @@ def branch_grpo(
     for name, given in (("splits", splits), ("prune_steps", prune_steps)):
         for i in given:
             if not 0 <= i < steps - 1:
-                nearest = min(max(i, 0), steps - 2)
-                raise ValueError(f"{name}: {i} must be in 0 … {steps - 2}; nearest valid: {nearest}")
+                raise ValueError(f"{name}: {i} must be in 0 … {steps - 2}; nearest valid: {min(max(i, 0), steps - 2)}")
     if not splits and (trees == 1 or value != "leaves"):
         raise ValueError("splits: () leaves nothing to compare with; nearest valid: (0,), or more trees by 'leaves'")
     if not 0 < width_keep <= 1:
         raise ValueError(f"width_keep: {width_keep} must be in (0, 1]; 0.5 is usual")
     at_least("noisy_window", steps if noisy_window is None else noisy_window, 0)
     at_least("prune_every", 1 if prune_every is None else prune_every, 1)
+    if prune_stop is not None and not (prune_every and prune_steps and 0 <= prune_stop <= min(prune_steps)):
+        raise ValueError(f"prune_stop: {prune_stop} must be in 0 … min(prune_steps), moving; nearest valid: None")
     at = tuple(sorted(set(splits)))
     tree = _Tree(steps, trees, at, branches, split_scale, steps if noisy_window is None else noisy_window)
     by = ("prompt", "step") if value == "leaves" else ("prompt", "root", "step")
@@ -112,10 +113,10 @@ def branch_grpo(
     if value != "mean":
         credit = LogProbBackup(credit) if value == "softmax" else FromLeaves(credit)
     if width == "branch":
-        credit = Extremes(credit, 1, 0, among="branch")
+        credit = Extremes(credit, 1, 0, among="branch", by="reward")
     if width == "extremes":
         kept = max(2, int(trees * branches ** len(at) * width_keep))
-        credit = Extremes(credit, kept // 2, kept - kept // 2, by="reward")  # z-scores may be a tree's
+        credit = Extremes(credit, kept // 2, kept - kept // 2, by="reward")  # z-scores may be a tree's, or bounded
     return Algorithm(
         name="branch_grpo",
         steps=steps,

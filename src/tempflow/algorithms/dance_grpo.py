@@ -73,7 +73,7 @@ def dance_grpo(
         if keep % 2 or not 2 <= keep <= group:
             nearest = min(max(keep - keep % 2, 2), group - group % 2)
             raise ValueError(f"keep: {keep} must be even and in 2 … {group}; nearest valid: {nearest}")
-        credit = Extremes(credit, keep // 2, keep // 2)
+        credit = Extremes(credit, keep // 2, keep // 2, by="reward")  # advantages are bounded, and may tie
     return Algorithm(
         name="dance_grpo",
         steps=steps,

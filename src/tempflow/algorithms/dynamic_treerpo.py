@@ -9,7 +9,9 @@ stronger noise deeper down keeps its leaves apart; the velocity of the best path
     advantage   A_leaf = z-score in the prompt, an edge's is its leaves' mean                           (FromLeaves)
     weight      the number of leaves below an edge, mean 1 over trained edges: the paper's sum over paths meets a shared
                 edge once per path
-    clip        low·(1 − η·u) and high·(1 + η·u), u = clamp(A, ±1), η = `sensitivity`               (Standing, Clip)
+    clip        low·(1 − η·u) and high·(1 + η·u), u = clamp(A, ±1), η = `sensitivity`               (Standing, Clip):
+                u has A's sign, so the side that binds, above for good edges and below for bad, gets (1 + η|u|) times
+                its room: it only widens, the more the further an edge is from the mean
     loss        RL + imitation · mean (v(x) − sg V*)², V* the rollout's velocity at the same step of the prompt's best
                 path, which is 0 on that path itself                                     (BestPath, Imitation)
 
@@ -18,10 +20,11 @@ trees·(b + … + b^d) trained edges; at the defaults, l = 0: 351, 16, 30.
 
 Sources: the abstract and four reviews; no code was found, so much is our reading. Sure: binary, depth 4, no KL, Eq. 6's
 noise that grows linearly with depth, Eq. 9's clipped sum over tree edges, reward-dependent clips (Eq. 11), supervised
-pull to the group's best path (Eq. 13). Ours: g's exact form, the clip's form and u, the pull's even weights over steps,
-the numbers 0.5, 0.5 and 5e-4 of growth, sensitivity and imitation, and from MixGRPO T 25, noise 0.7, clip 1e-4 and the
-window's way (here it never shrinks). The mean of a shared edge's leaf advantages meets one clip, where the paper's sum
-clips each path by itself; before a first update that is the same gradient (where no leaf failed: weights count all).
+pull to the group's best path (Eq. 13). Ours: g's exact form, the clip's form and u, the pull's even weights over
+edges (a level counts for as many edges as it has, where `weight` makes the policy's levels even), the numbers 0.5, 0.5
+and 5e-4 of growth, sensitivity and imitation, and from MixGRPO T 25, noise 0.7, clip 1e-4 and the window's way (here it
+never shrinks). The mean of a shared edge's leaf advantages meets one clip, where the paper's sum clips each path by
+itself; before a first update that is the same gradient (where no leaf failed: weights count all).
 """
 
 from __future__ import annotations

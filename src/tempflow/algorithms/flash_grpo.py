@@ -1,7 +1,7 @@
 """Flash-GRPO: one trained step a prompt (arXiv 2605.15980, ICML 2026).
 
 Claim. A single noisy step is enough, if its group shares it (members at different steps would be compared for their
-steps, not for their actions) and if its gradient is rectified: it is |b|/S times larger late than early.
+steps, not for their actions) and if its gradient is rectified: its size goes with |b|/S, which grows with the steps.
 
     step        x' = a·x + b·v + S·z at one step, s = σ_1·σ; ODE elsewhere                     (LinearSDE)
     which step  uniform over the noisier half, drawn for every iteration and prompt, shared by the prompt's group

@@ -5,7 +5,8 @@ training forwards (README of yifan123/flow_grpo). CPS keeps the noise level of a
 
     step       CPS: S = σ'·sin(noise_level·π/2); "sde": Flow-GRPO's
     window     `window` consecutive steps of 0 … `window_end` − 1, its start drawn per iteration and prompt, so that
-               the members of a group differ by their noise and never by their steps
+               the members of a group differ by their noise and never by their steps; runs of other seeds have the
+               same starts
     advantage, loss   as Flow-GRPO
 
 Cost for a prompt: group·T forwards, group leaves, group·window trained edges. With `shared_prefix` (the README's
@@ -36,7 +37,7 @@ def flow_grpo_fast(
     window_end: int | None = None,
     shared_prefix: bool = False,
     kind: Literal["cps", "sde"] = "cps",
-    noise_level: float = 0.8,
+    noise_level: float | None = None,
     clip: float = 1e-5,
     kl: float = 0.0,
     std: Literal["global", "group"] = "global",
@@ -52,8 +53,8 @@ def flow_grpo_fast(
         window_end: (keep it below T − 1 with "cps": into an SD3 grid's tiny last σ its density's gradient is tens of
             times the other steps') the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window.
         shared_prefix: one initial noise and ODE prefix for the group, which fans out where the window starts.
-        kind: "cps", or "sde" for Flow-GRPO's step (noise 0.7).
-        noise_level: of the kind; for "cps" in (0, 1].
+        kind: "cps", or "sde" for Flow-GRPO's step.
+        noise_level: of the kind, for "cps" in (0, 1]; None: 0.8 for "cps", 0.7 for "sde".
         clip: ratio clip below and above 1.
         kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
@@ -65,9 +66,11 @@ def flow_grpo_fast(
     at_least("steps", steps, 2, "as the last one is not trained")
     at_least("group", group, 2, "or there is nothing to compare with")
     at_least("window", window, 1)
-    positive("noise_level", noise_level, 0.8)
     positive("clip", clip, 1e-5)
     one_of("kind", kind, ("cps", "sde"))
+    usual = 0.8 if kind == "cps" else 0.7
+    level = usual if noise_level is None else noise_level
+    positive("noise_level", level, usual)
     one_of("std", std, ("global", "group"))
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
@@ -83,7 +86,7 @@ def flow_grpo_fast(
         name="flow_grpo_fast",
         steps=steps,
         plan=partial(_plan, steps, group, window, end, shared_prefix),
-        dynamics=CPS(noise_level) if kind == "cps" else FlowSDE(noise_level),
+        dynamics=CPS(level) if kind == "cps" else FlowSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
         objective=clipped(clip, clip, kl, "exact"),

@@ -9,7 +9,7 @@ at a few steps and on one side only: the policy is over-optimised. Normalise the
                 all steps, which the published one does for "flow" at σ < 1 only
     advantage, loss   as Flow-GRPO
 
-The rollout keeps μ_old: one more latent per trained edge. Weights have mean 1 over the trained steps, where the codes'
+The rollout keeps μ_old: one more latent per noisy edge. Weights have mean 1 over the trained steps, where the codes'
 have mean 1/Δ: it is the learning rate that differs (and the balance with `kl`), no clip.
 
 Scale. r̂ is S times as far from 1 as Flow-GRPO's r, so a clip c of that is about c·S here (S differs by step, which is
@@ -42,7 +42,7 @@ def grpo_guard(
     steps: int = 10,
     group: int = 24,
     kind: Literal["flow", "dance"] = "flow",
-    noise_level: float = 0.7,
+    noise_level: float | None = None,
     weight: Literal["published", "equalised"] = "published",
     clip: float = 2e-6,
     clip_high: float | None = None,
@@ -56,8 +56,8 @@ def grpo_guard(
     Args:
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other.
-        kind: the step, "flow" (Flow-GRPO's) or "dance" (DanceGRPO's, noise 0.3 usual).
-        noise_level: a of the flow step, η of the dance step.
+        kind: the step, "flow" (Flow-GRPO's) or "dance" (DanceGRPO's).
+        noise_level: a of the flow step, η of the dance step; None: 0.7 for "flow", 0.3 for "dance".
         weight: loss weight of a step: "published", or "equalised" for exactly equal gradients.
         clip: clip of the normalised ratio below and above 1; about S times that of a step's ratio.
         clip_high: clip above 1, where it differs.
@@ -72,7 +72,9 @@ def grpo_guard(
     one_of("kind", kind, ("flow", "dance"))
     one_of("weight", weight, ("published", "equalised"))
     one_of("std", std, ("global", "group"))
-    positive("noise_level", noise_level, 0.7 if kind == "flow" else 0.3)
+    usual = 0.7 if kind == "flow" else 0.3
+    level = usual if noise_level is None else noise_level
+    positive("noise_level", level, usual)
     positive("clip", clip, 2e-6)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
@@ -81,7 +83,7 @@ def grpo_guard(
         name="grpo_guard",
         steps=steps,
         plan=plan,
-        dynamics=FlowSDE(noise_level) if kind == "flow" else DanceSDE(noise_level),
+        dynamics=FlowSDE(level) if kind == "flow" else DanceSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=published if weight == "published" else equalised,
         objective=clipped(clip, clip if clip_high is None else clip_high, kl, "exact", NormRatio()),

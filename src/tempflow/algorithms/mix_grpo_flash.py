@@ -111,6 +111,8 @@ def _plan(steps: int, group: int, slide: Slide, compress: float, shared_noise: b
 
 
 def _grid(slide: Slide, compress: float, shift: float, iteration: int, grid: Schedule) -> Schedule:
+    if compress == 1:
+        return grid
     last = slide.at(iteration)[-1]
     sigma = grid.sigmas.double()
     start = sigma[last + 1] / (shift - (shift - 1) * sigma[last + 1])

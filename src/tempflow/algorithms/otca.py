@@ -37,7 +37,7 @@ def otca(
     steps: int = 20,
     group: int = 12,
     kind: Literal["dance", "flow"] = "dance",
-    noise_level: float = 0.3,
+    noise_level: float | None = None,
     tcd: bool = True,
     moca: bool = True,
     floor: float = 0.01,
@@ -52,8 +52,8 @@ def otca(
     Args:
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other.
-        kind: the step and the start: "dance" (DanceGRPO's, shared noise) or "flow" (Flow-GRPO's, noise 0.7 usual).
-        noise_level: η of the dance step, a of the flow step.
+        kind: the step and the start: "dance" (DanceGRPO's, shared noise) or "flow" (Flow-GRPO's).
+        noise_level: η of the dance step, a of the flow step; None: 0.3 for "dance", 0.7 for "flow".
         tcd: weigh steps by their progress toward the final latent.
         moca: mix rewards by the min-norm point; otherwise by their weights, before the z-score.
         floor: added to each step's progress; a large one makes all steps alike.
@@ -67,7 +67,9 @@ def otca(
     """
     plan = chains_plan(steps, group, None, shared_noise=kind == "dance", noisy_last=kind == "flow")
     one_of("kind", kind, ("dance", "flow"))
-    positive("noise_level", noise_level, 0.3 if kind == "dance" else 0.7)
+    usual = 0.3 if kind == "dance" else 0.7
+    level = usual if noise_level is None else noise_level
+    positive("noise_level", level, usual)
     positive("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
@@ -80,7 +82,7 @@ def otca(
         name="otca",
         steps=steps,
         plan=plan,
-        dynamics=DanceSDE(noise_level) if kind == "dance" else FlowSDE(noise_level),
+        dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
         credit=credit,
         objective=clipped(clip, clip, kl, "exact"),
         observe=(Progress(),) if tcd else (),

@@ -5,7 +5,7 @@ advantages that are illusions, and the policy learns to please the scorer. Let a
 the reward is the win rate, which says who is better and not by how much.
 
     reward      R = wins / (G − 1), a tie ½ each; its mean over a group is exactly ½
-    advantage   (R − ½) / (std of the group + eps): for a strict order at most √3 · sqrt((G−1)/(G+1)) in size
+    advantage   (R − ½) / (std of the group + eps): for a strict order at most √3·(G−1)/sqrt(G(G+1)) in size
     ratio       "norm": GRPO-Guard's log r̂ = −mean(Δμ·z), and loss weights ∝ 1/Δ; "step": Flow-GRPO's
 
 Any reward is a judge here: of two scores the larger wins (`core.groupwise.WinRate`), so only their order matters. A
@@ -17,7 +17,8 @@ Cost for a prompt at the defaults: 200 forwards, 8 leaves, 112 trained edges; a 
 Defaults: scripts/_common_finetune.sh, ur_think_prefgrpo_flux.sh (read in source, sure): T 25, G 8, noise 0.7, shared
 initial noise, a random 60 % of the steps (the code draws them per picture, here per iteration), clip 1e-4, no KL,
 unbiased std with eps 1e-8, advantages clipped at 5, win rates rounded to 3 decimals. That the last step draws no noise
-is inferred from DanceGRPO's code, which it extends. Not here: its re-standardising over the batch, and judge prompts.
+is inferred from DanceGRPO's code, which it extends. Not here: its re-standardising over the batch, judge prompts, and
+the ½ it gives for a comparison it cannot read (a picture whose reward failed leaves the group).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ and no prompt is easier to overfit than another.
 With "batch" a prompt whose pictures are all equally good still moves the policy, towards or away from all of them;
 "group" is the paper's variant for many samples a prompt ("REINFORCE++-baseline"). With "group" it is SLAS at γ = 0.
 
-Cost and plan: Flow-GRPO's. Defaults: Flow-GRPO's; β 0.004 as k2's mean is that of the exact KL (general knowledge of
-the method; no code for flows is known). The published form puts a k1 KL into the reward, the variant k2 into the loss.
+Cost and plan: Flow-GRPO's. Defaults: Flow-GRPO's; β 0.004 as k2's gradient is the exact KL's (general knowledge of the
+method; no code for flows is known). The published form puts a k1 KL into the reward, the variant k2 into the loss.
 """
 
 from __future__ import annotations

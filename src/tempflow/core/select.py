@@ -180,15 +180,16 @@ class Standing(Around):
 class BestPath(Around):
     """Points every edge to the edge at its step on the path to its prompt's best leaf (Dynamic-TreeRPO's imitation).
 
-    Best by the inner credit's advantage, the first of equals. Edges of that path point to themselves, as do edges at a
-    step where the path has none, and those of a prompt without a valid leaf.
+    Best by total reward, the first of equals: advantages are bounded, and may tie. Edges of that path point to
+    themselves, as do edges at a step where the path has none, and those of a prompt without a valid leaf.
     """
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
         given = self.inner(scores, forest)
         leaves = self.inner(scores, forest.as_leaves())
-        rank, _ = _ranks(leaves.value, leaves.ok, dense(forest.leaves.prompt))
+        total = scores.total(self.reward_weights)[0]
+        rank, _ = _ranks(total, leaves.ok, dense(forest.leaves.prompt))
         best = leaves.ok & (rank == 0)
         edge, leaf = forest.descent
         on_path = edge[best[leaf]]

@@ -51,7 +51,7 @@ def inverse_step(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tens
 
 
 def rectified(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
-    """w_i ∝ 1 / c_i, equal gradients at all steps (Flash-GRPO's rectification λ, computed instead of tabulated)."""
+    """w_i ∝ 1 / c_i, equal gradients at all steps (Flash-GRPO's A/λ, λ = c computed instead of tabulated)."""
     _, b, std = dynamics.coefficients(schedule, forest.edges.step, forest.edges.scale)
     return mean_one(forest, std / b.abs())  # so written, an untrained edge without noise (CPS into σ = 0) gives 0
 

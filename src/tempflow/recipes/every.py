@@ -76,7 +76,7 @@ ENTRIES: tuple[Entry, ...] = (
         {"name": "branch_grpo", "splits": (0, 1, 2), "split_scale": 2.0, **COMMON, "noise_level": 0.6},
         24,
     ),
-    # sensitivity 0.5 halves the tightest side of the clip
+    # sensitivity 0.5 halves the narrowest side, by which the guard of the first ratio goes
     Entry(
         "dynamic_treerpo",
         {"name": "dynamic_treerpo", "depth": 4, "every": 10, **COMMON, "clip": 2e-2, "noise_level": 0.7},

@@ -327,6 +327,7 @@ def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:
     """Reward means and spreads (given samples have none), failures, the share of trained edges without spread.
 
+    A latent reward's mean is over all of an iteration's candidates; their σ are the same in each.
     Edges of prompts that a credit leaves out for that reason count in the share.
     """
     scores, metrics, seen = experience.scores, dict[str, float](), advantage.pool or advantage
@@ -334,6 +335,8 @@ def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, f
         value = scores.value[scores.ok[:, column], column]
         metrics[f"reward/{name}"] = value.mean().item() if len(value) else float("nan")
         metrics[f"reward_std/{name}"] = value.std(unbiased=False).item() if len(value) else float("nan")
+    if experience.judged is not None and bool(experience.judged.ok.any()):
+        metrics["latent_reward"] = experience.judged.value[experience.judged.ok].mean().item()
     trained = experience.whole.edges.trained & seen.ok
     metrics["failed_rewards"] = int((~scores.ok).any(1).sum())
     metrics["zero_variance"] = 1 - (trained & seen.live).sum().item() / max(1, int(trained.sum()))

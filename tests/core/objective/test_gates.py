@@ -166,6 +166,15 @@ def test_a_good_path_has_more_room_above_and_less_below() -> None:
     assert below.blocked.tolist() == [1, 0, 0]
 
 
+def test_where_standing_is_the_clamped_advantage_the_side_that_binds_is_wider() -> None:
+    advantage = torch.tensor([2.0, 0.4, -0.4, -2.0])
+    room = 0.2 * (1 + 0.5 * advantage.abs().clamp(max=1))
+    for factor, blocked in ((0.99, 0), (1.01, 1)):
+        ratio = 1 + factor * room * advantage.sign()
+        gated = Clip(0.2, 0.2, 0.5)(ratio.log(), advantage, {"standing": advantage.clamp(-1, 1)})
+        assert gated.blocked.tolist() == [blocked] * 4
+
+
 def test_no_standing_no_bend_and_a_missing_column_is_named() -> None:
     log_ratio, a = torch.linspace(-0.5, 0.5, 9), torch.tensor([1.0, -1.0, 2.0] * 3)
     bent = Clip(0.2, 0.3, 0.5)(log_ratio, a, {"standing": torch.zeros(9)})

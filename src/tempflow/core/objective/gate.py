@@ -37,8 +37,8 @@ class Clip:
 
     `sensitivity` η bends the range by an edge's standing u in [−1, 1], the column "standing": low·(1 − η·u) and
     high·(1 + η·u), so that good paths have more room upward and less downward (Dynamic-TreeRPO's idea; this form is
-    our reading). log r is never clamped before it. Raises ValueError for a bound that is not finite and positive, low
-    not below 1, or η outside [0, 1).
+    our reading; where u has the advantage's sign, the side that binds is always the wider one). log r is never clamped
+    before it. Raises ValueError for a bound that is not finite and positive, low not below 1, or η outside [0, 1).
     """
 
     low: float = 1e-4
