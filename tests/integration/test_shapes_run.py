@@ -15,7 +15,7 @@ from tempflow.models import load
 from tempflow.recipes.shapes import shapes_flow, shapes_lora, shapes_tempflow
 from tempflow.train.loop import Run, train
 
-SMALL = {"every": 1, "validation_prompts": 6, "test_prompts": 12, "metric": "shapes_strict"}
+SMALL = {"every": 1, "validation_prompts": 6, "test_prompts": 12, "steps": 2, "metric": "shapes_strict"}
 
 
 def small(config: Config, folder: Path, **fields: object) -> Config:
@@ -70,7 +70,7 @@ def test_forwards_by_hook_equal_cost_and_the_counter(tmp_path: Path) -> None:
     expected = config.algorithm.build().cost(0, 2)
     assert run.counter.rollout == expected.forwards
     assert run.counter.train == sum(n for grad, n in rows if grad)
-    evaluation = 10 * (12 + 12 + 6 + 6 + 12 + 12)  # test, grid, validation twice, test, grid; ten steps each
+    evaluation = 2 * (12 + 12 + 6 + 6 + 12 + 12)  # test, grid, validation twice, test, grid; two steps each
     assert run.counter.rollout == sum(n for grad, n in rows if not grad) - evaluation
 
 

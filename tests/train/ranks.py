@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.train.dist import join, leave
+from tempflow.train.dist import World, join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
 from tempflow.train.step import credit
@@ -58,12 +58,11 @@ def half_broken(images: list[Image.Image], prompts: list[str]) -> list[float | N
     return [None if p == PROMPTS[0] else 0.5 if p == PROMPTS[1] else v for p, v in zip(prompts, values, strict=True)]
 
 
-def one_update(name: str, out: Path, mode: str) -> None:
+def one_update(name: str, out: Path, mode: str, world: World) -> None:
     """Loss, advantages, gradients and one SGD step of an iteration.
 
     "idle NAME": the first two prompts teach nothing and have broken latents.
     """
-    world = join("cpu")
     idle, name = name.startswith("idle "), name.removeprefix("idle ")
     bench = Bench(algorithm=ALGORITHMS[name](), reward=brightness, train_rows=7, rollout_rows=11)
     reward = half_broken if idle else patchy
@@ -112,18 +111,17 @@ def one_update(name: str, out: Path, mode: str) -> None:
         out.mkdir(parents=True)
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, out / "tensors.safetensors")
         (out / "metrics.json").write_text(json.dumps(metrics))
-    leave(world)
 
 
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def a_run(out: Path, mode: str, resume: bool) -> None:
+def a_run(out: Path, mode: str, resume: bool, prompts: int = 5) -> None:
     """A short run; every rank calls `train` alike."""
     options: dict[str, Any] = {
         "iterations": 3,
-        "data": {"prompts_per_iteration": 5},
+        "data": {"prompts_per_iteration": prompts},
         "parallel": {"mode": mode},
         "optimizer": {"learning_rate": 0.02, "ema_decay": 0.5, "eps": 1e-3},
         "algorithm": {"name": "tempflow_grpo", "steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.05},
@@ -132,10 +130,18 @@ def a_run(out: Path, mode: str, resume: bool) -> None:
     train(settings, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True, resume=resume)
 
 
+def main(how: str, target: str, *cases: str) -> None:
+    """A run ("run", "resume", "few": of one prompt an iteration), or an update of each case, which stays in its folder
+    of `target`."""
+    if cases[0] in ("run", "resume", "few"):
+        a_run(Path(target), how, cases[0] == "resume", 1 if cases[0] == "few" else 5)
+        return
+    world = join("cpu")
+    for case in cases:
+        one_update(case, Path(target) / case.replace(" ", "_"), how, world)
+    leave(world)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    case, target, how, *rest = sys.argv[1:]
-    if case == "run":
-        a_run(Path(target), how, bool(rest))
-    else:
-        one_update(case, Path(target), how)
+    main(*sys.argv[1:])

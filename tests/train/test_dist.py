@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import main
 from safetensors.torch import load_file
 
 from tempflow.train import checkpoint
@@ -19,15 +21,18 @@ from tempflow.train.dist import World
 HERE = Path(__file__).parent
 
 
-def launch(ranks: int, *words: str) -> None:
-    """What torchrun does for one node: a process a rank, the same command, its environment."""
+def launch(ranks: int, how: str, target: Path, *cases: str) -> None:
+    """What torchrun does for one node: a process a rank, the same command, its environment. One rank needs none."""
+    if ranks == 1:
+        main(how, str(target), *cases)
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), *words],
+            [sys.executable, str(HERE / "ranks.py"), how, str(target), *cases],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -45,59 +50,75 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
 
 KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
 KINDS += ["diffusion_dpo", "sft"]
+IDLE = ["flow", "dapo", "gcpo", "vipo"]
+SHARDED = ["flow", "tempflow", "idle flow"]
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case on two ranks, one after the other in the same processes, as starting these is what takes time."""
+    folder = tmp_path_factory.mktemp("ddp")
+    launch(2, "ddp", folder, *KINDS, *(f"idle {name}" for name in IDLE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp")
+    launch(2, "fsdp", folder, *SHARDED)
+    return folder
+
+
+def compare(case: str, two: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Two ranks' metrics and tensors beside those of this process alone; the latter's tensors."""
+    launch(1, "ddp", folder, case)
+    places = [root / case.replace(" ", "_") for root in (folder, two)]
+    one, other = (load_file(place / "tensors.safetensors") for place in places)
+    assert one.keys() == other.keys() and float(one["gradient/mean.bias"].abs().max()) > 1e-4
+    assert torch.equal(one["advantage"], other["advantage"]) and bool((one["advantage"] != 0).any())
+    for name in one:
+        assert bool(other[name].isfinite().all()) and close(other[name], one[name], 1e-5), name
+    metrics = [json.loads((place / "metrics.json").read_text()) for place in places]
+    assert metrics[0].keys() == metrics[1].keys() and metrics[0]["updates"] >= 1
+    for key, value in metrics[0].items():
+        assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    return one
 
 
 @pytest.mark.parametrize("algorithm", KINDS)
-def test_two_ranks_equal_one_process(algorithm: str, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(algorithm: str, replicated: Path, tmp_path: Path) -> None:
     """Five prompts on two ranks, failed scores and a group without spread: loss, advantages, gradients, a step."""
-    launch(1, algorithm, str(tmp_path / "one"), "ddp")
-    launch(2, algorithm, str(tmp_path / "two"), "ddp")
-    one, two = (load_file(tmp_path / name / "tensors.safetensors") for name in ("one", "two"))
-    assert torch.equal(one["advantage"], two["advantage"]) and bool((one["advantage"] != 0).any())
-    for name in one:
-        assert close(two[name], one[name], 1e-5), name
-    assert float(one["gradient/mean.bias"].abs().max()) > 1e-4
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    assert metrics[0].keys() == metrics[1].keys()
-    for key, value in metrics[0].items():
-        assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    compare(algorithm, replicated, tmp_path)
 
 
-@pytest.mark.parametrize("algorithm", ["flow", "dapo", "gcpo", "vipo"])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("algorithm", IDLE)
 def test_a_rank_whose_groups_teach_nothing_leaves_the_others_gradient_as_it_is(
-    algorithm: str, mode: str, tmp_path: Path
+    algorithm: str, replicated: Path, tmp_path: Path
 ) -> None:
     """Its groups are flat or failed, and its latents broken: 0 times these would not be 0."""
-    if mode == "fsdp" and algorithm != "flow":
-        pytest.skip("one sharded case tells")
-    launch(1, f"idle {algorithm}", str(tmp_path / "one"), "ddp")
-    launch(2, f"idle {algorithm}", str(tmp_path / "two"), mode)
-    one, two = (load_file(tmp_path / name / "tensors.safetensors") for name in ("one", "two"))
-    assert float(one["gradient/mean.bias"].abs().max()) > 1e-4
-    for name in one:
-        assert bool(two[name].isfinite().all()) and close(two[name], one[name], 1e-5), name
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    assert metrics[0]["updates"] == metrics[1]["updates"] == 1
-    for key, value in metrics[0].items():
-        assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    compare(f"idle {algorithm}", replicated, tmp_path)
 
 
-@pytest.mark.parametrize("algorithm", ["flow", "tempflow"])
-def test_sharded_equals_replicated(algorithm: str, tmp_path: Path) -> None:
-    launch(2, algorithm, str(tmp_path / "ddp"), "ddp")
-    launch(2, algorithm, str(tmp_path / "fsdp"), "fsdp")
-    ddp, fsdp = (load_file(tmp_path / name / "tensors.safetensors") for name in ("ddp", "fsdp"))
-    assert ddp.keys() == fsdp.keys()
-    for name in ddp:
-        assert close(fsdp[name], ddp[name], 1e-5), name
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_equals_one_process(case: str, sharded: Path, tmp_path: Path) -> None:
+    compare(case, sharded, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "two"
+    launch(2, "fsdp", folder, "run")
+    return folder
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_run_on_two_ranks_is_a_run_on_one(mode: str, tmp_path: Path) -> None:
-    """Files and weights; the checkpoint of a sharded run is read by a single process, which goes on with it."""
-    launch(1, "run", str(tmp_path / "one"), mode)
-    launch(2, "run", str(tmp_path / "two"), mode)
+def test_a_run_on_two_ranks_is_a_run_on_one(mode: str, sharded_run: Path, tmp_path: Path) -> None:
+    """Files and weights."""
+    launch(1, mode, tmp_path / "one", "run")
+    if mode == "ddp":
+        launch(2, mode, tmp_path / "two", "run")
+    else:
+        shutil.copytree(sharded_run, tmp_path / "two")
     for name in ("metrics.jsonl", "evaluation.jsonl"):
         lines = [
             [json.loads(line) for line in (tmp_path / run / name).read_text().splitlines()] for run in ("one", "two")
@@ -117,17 +138,17 @@ def test_a_run_on_two_ranks_is_a_run_on_one(mode: str, tmp_path: Path) -> None:
     assert saved[0].keys() == saved[1].keys() and all(close(saved[1][n], saved[0][n], 1e-3) for n in saved[0])
 
 
-def test_a_sharded_run_goes_on_on_one_process(tmp_path: Path) -> None:
-    launch(2, "run", str(tmp_path / "run"), "fsdp")
-    weights = checkpoint.read_weights(checkpoint.newest(tmp_path / "run"), "policy")
-    launch(1, "run", str(tmp_path / "run"), "fsdp", "resume")
-    again = checkpoint.read_weights(checkpoint.newest(tmp_path / "run"), "policy")
+def test_a_sharded_run_goes_on_on_one_process(sharded_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(sharded_run, tmp_path / "run")
+    weights = checkpoint.read_weights(checkpoint.newest(run), "policy")
+    launch(1, "fsdp", run, "resume")
+    again = checkpoint.read_weights(checkpoint.newest(run), "policy")
     assert all(torch.equal(weights[n], again[n]) for n in weights)
 
 
 def test_too_few_prompts_for_the_ranks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"data.prompts_per_iteration: 5 for 6 ranks; nearest valid: 6"):
-        launch(6, "run", str(tmp_path / "run"), "ddp")
+    with pytest.raises(AssertionError, match=r"data.prompts_per_iteration: 1 for 2 ranks; nearest valid: 2"):
+        launch(2, "ddp", tmp_path / "run", "few")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

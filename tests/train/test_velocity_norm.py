@@ -59,9 +59,9 @@ def test_micro_batches_do_not_change_it(updates: int) -> None:
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    launch(1, "nft_norms", str(tmp_path / "one"), "ddp")
-    launch(2, "nft_norms", str(tmp_path / "two"), "ddp")
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    launch(1, "ddp", tmp_path / "one", "nft_norms")
+    launch(2, "ddp", tmp_path / "two", "nft_norms")
+    one, two = (json.loads((tmp_path / n / "nft_norms" / "metrics.json").read_text()) for n in ("one", "two"))
     assert one["velocity_norm"] == pytest.approx(two["velocity_norm"], rel=1e-6)
     assert abs(one["velocity_norm"] - 1) > 0.05, "the policy was moved, so that there is something to measure"
 
