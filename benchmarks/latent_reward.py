@@ -14,15 +14,11 @@ import json
 import time
 
 import torch
-from torch import Tensor
 
-from tempflow.core import plan
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
-from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import Schedule
-from tempflow.latent_reward import LatentReward, bind
+from tempflow.core.rollout import Noise
+from tempflow.latent_reward import LatentJudge, LatentReward, bind, siblings
 from tempflow.models import SD3, load
-from tempflow.models.protocol import Predict
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
 
@@ -31,56 +27,41 @@ ROWS = 512
 DYNAMICS = {"flow": FlowSDE, "cps": CPS, "dance": DanceSDE}
 
 
-def finished(predict: Predict, schedule: Schedule, x: Tensor, start: int, rows: Tensor) -> Tensor:
-    """Latents at σ = 0, by ODE steps from `start`."""
-    sigmas = schedule.sigmas
-    for i in range(start, schedule.steps):
-        parts = zip(x.split(ROWS), rows.split(ROWS), strict=True)
-        v = torch.cat([predict(a, sigmas[i].expand(len(a)), r) for a, r in parts])
-        x = x + (sigmas[i + 1] - sigmas[i]) * v
-    return x
-
-
 @torch.no_grad()
 def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Namespace) -> list[dict[str, float]]:
     """One row a step: σ of the candidates, share of sibling pairs that the reward orders as their ends are graded."""
     known = {s.prompt for s in balanced("train", 4000)}  # those that the package's reward was trained on
     texts = [p for p in dict.fromkeys(s.prompt for s in balanced("validation", 4000)) if p not in known][: a.prompts]
-    schedule, condition = model.schedule(a.steps, SIZE), model.encode(texts)
-    predict, score = model.predictor(condition, 1.0), bind(model, reward, condition)
-    forest = rollout(
-        [plan.candidates(a.steps, a.chains, a.candidates)] * len(texts),
+    condition = model.encode(texts)
+    rated = siblings(
+        texts,
+        model.predictor(condition, 1.0),
+        model.schedule(a.steps, SIZE),
         dynamics,
-        schedule,
-        predict,
+        lambda x, prompts: ShapesReward().score(model.decode(x, SIZE), prompts, [{}] * len(prompts)).value[:, 0],
         Noise(a.seed),
         shape=model.noise_shape(SIZE),
-        max_rows=ROWS,
+        chains=a.chains,
+        candidates=a.candidates,
+        rows=ROWS,
     )
-    lines = []
-    for step in range(a.steps - 1):
-        edges = (forest.edges.step == step).nonzero().squeeze(1)
-        x, rows = forest.nodes[forest.edges.child[edges]], forest.edges.prompt[edges]
-        sigma = schedule.sigmas[step + 1]
-        judged = torch.cat(
-            [score(b, sigma.expand(len(b)), r) for b, r in zip(x.split(ROWS), rows.split(ROWS), strict=True)]
-        )
-        ends = finished(predict, schedule, x, step + 1, rows)
-        graded = ShapesReward().score(model.decode(ends, SIZE), [texts[r] for r in rows.tolist()], [{}] * len(rows))
-        order = forest.edges.parent[edges].argsort(stable=True)
-        best = graded.value[order, 0].view(-1, a.candidates).double()
-        said = judged[order].view(-1, a.candidates).double()
-        gap, told = best[:, :, None] - best[:, None], said[:, :, None] - said[:, None]
-        pairs = gap > a.margin
+    assert rated.sigma is not None
+    judge, lines = LatentJudge(bind(model, reward, condition), rows=ROWS), list[dict[str, float]]()
+    said = judge(rated.latents, rated.sigma, rated.rows).value[:, 0].double()
+    order = rated.paired.argsort(stable=True)
+    grades, told, level = (v[order].view(-1, a.candidates) for v in (rated.scores.double(), said, rated.sigma))
+    for sigma in rated.sigma.unique().flip(0):
+        here = level[:, 0] == sigma
+        best, score = grades[here], told[here]
+        pairs = best[:, :, None] - best[:, None] > a.margin
         lines.append(
             {
-                "step": step,
                 "sigma": round(float(sigma), 4),
-                "right": round(float((told > 0)[pairs].double().mean()), 3),
+                "right": round(float((score[:, :, None] > score[:, None])[pairs].double().mean()), 3),
                 "pairs": int(pairs.sum()),
                 "of": best.numel() * (a.candidates - 1) // 2,
                 "spread_of_grades": round(float(best.std(1).mean()), 4),
-                "spread_of_reward": round(float(said.std(1).mean()), 4),
+                "spread_of_reward": round(float(score.std(1).mean()), 4),
             }
         )
     return lines

@@ -7,9 +7,15 @@ The package's own (`reward: shapes`; some twenty minutes of a core) was made by
     python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --half \\
         --prompts 4000 --held-prompts 4000 --pictures 36 --drop 0 --steps 1500 --held-pairs 1500
 
+and then, as `drm_grpo` asks about candidates of one state, by
+
+    python scripts/train_latent_reward.py --start shapes --siblings --out runs/latent-reward
+
 Pictures of train prompts are drawn with the pipeline and judged by the graded verifier; pictures of one prompt whose
-scores differ make pairs. Accuracy is measured on validation prompts, which training does not see. `--candidates K` then
-samples these prompts with the reward choosing among K successors a step, beside plain sampling with the same noise.
+scores differ make pairs. With `--siblings` pairs are candidates of one state of `drm_grpo`'s recipe instead, judged by
+how each ends without more noise. Accuracy is measured on validation prompts, which training does not see (of siblings:
+`python -m benchmarks.latent_reward`). `--candidates K` then samples these prompts with the reward choosing among K
+successors a step, beside plain sampling with the same noise.
 Runs are bounded by steps; two runs with equal arguments write equal weights.
 """
 
@@ -25,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core import plan
-from tempflow.core.dynamics import FlowSDE
+from tempflow.core.dynamics import CPS, FlowSDE
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
 from tempflow.latent_reward import (
@@ -37,6 +43,7 @@ from tempflow.latent_reward import (
     bind,
     guided_sample,
     pairs_of,
+    siblings,
     train_latent_reward,
 )
 from tempflow.models import SD3, load
@@ -99,11 +106,26 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     began, model = time.time(), load("shapes")
     texts = prompts_of("train", a.prompts)
+    if a.siblings:
+        of_siblings(a, model, texts, began)
+        return
     rated = drawn(model, texts, a.pictures, a.noise_level, seed=a.seed)
     held = drawn(model, prompts_of("validation", a.held_prompts, texts), a.pictures, a.noise_level, seed=a.seed + 1)
     held_pairs = some(pairs_of(held, a.margin), a.held_pairs)
     count = len(pairs_of(rated, a.margin))
     log("drawn", began, prompts=len(texts), pictures=len(rated.latents), pairs=count, held_prompts=len(held.prompts))
+    reward = trained(a, model, rated, began)
+    score = bind(model, reward, model.encode(held.prompts))
+    for bucket in accuracy(score, held, held_pairs, buckets=a.buckets):
+        span = f"({bucket.low:.2f}, {bucket.high:.2f}]"
+        log("held out", began, sigma=span, accuracy=round(bucket.accuracy, 3), pairs=bucket.pairs)
+    for k in (1, a.candidates) if a.candidates > 1 else ():
+        value = sampled(model, reward, held.prompts, a.roots, k, a.noise_level)
+        log("sampled", began, candidates=k, graded=round(value, 4), pictures=len(held.prompts) * a.roots)
+
+
+def trained(a: argparse.Namespace, model: SD3, rated: Rated, began: float) -> LatentReward:
+    """The reward trained on these, as it was kept."""
     config = RewardTraining(a.steps, a.pairs, a.lr, margin=a.margin, share_noise=a.share_noise, seed=a.seed)
     means = [0.0, 0.0]
 
@@ -113,17 +135,29 @@ def main() -> None:
         if (step + 1) % 50 == 0:
             log("train", began, step=step + 1, loss=round(means[0], 4), accuracy=round(means[1], 3))
 
-    fresh = LatentReward.from_transformer(model.network, drop=a.drop, width=a.width, seed=a.seed, licence=model.licence)
-    reward = train_latent_reward(model, rated, config, reward=fresh, report=report)
+    made = {"drop": a.drop, "width": a.width, "seed": a.seed, "licence": model.licence}
+    start = LatentReward.load(a.start) if a.start else LatentReward.from_transformer(model.network, **made)
+    reward = train_latent_reward(model, rated, config, reward=start, report=report)
     (reward.half() if a.half else reward).save(a.out)
-    reward = LatentReward.load(a.out)  # what is kept is measured
-    score = bind(model, reward, model.encode(held.prompts))
-    for bucket in accuracy(score, held, held_pairs, buckets=a.buckets):
-        span = f"({bucket.low:.2f}, {bucket.high:.2f}]"
-        log("held out", began, sigma=span, accuracy=round(bucket.accuracy, 3), pairs=bucket.pairs)
-    for k in (1, a.candidates) if a.candidates > 1 else ():
-        value = sampled(model, reward, held.prompts, a.roots, k, a.noise_level)
-        log("sampled", began, candidates=k, graded=round(value, 4), pictures=len(held.prompts) * a.roots)
+    return LatentReward.load(a.out)
+
+
+def of_siblings(a: argparse.Namespace, model: SD3, texts: tuple[str, ...], began: float) -> None:
+    """Trains on candidates of one state, as the recipe of `drm_grpo` draws them."""
+    rated = siblings(
+        texts,
+        model.predictor(model.encode(texts), 1.0),
+        model.schedule(6, SIZE),
+        CPS(0.8),
+        lambda x, prompts: graded(model, x, prompts),
+        Noise(a.seed),
+        shape=model.noise_shape(SIZE),
+        chains=a.pictures,
+        candidates=6,
+        rows=CHUNK,
+    )
+    log("drawn", began, prompts=len(texts), states=len(rated.latents), pairs=len(pairs_of(rated, a.margin)))
+    trained(a, model, rated, began)
 
 
 def log(what: str, began: float, **line: object) -> None:
@@ -141,6 +175,8 @@ def arguments() -> argparse.Namespace:
         help="first of the validation prompts, those of the train prompts left out",
     )
     parser.add_argument("--pictures", type=int, default=8, help="drawn for each prompt")
+    parser.add_argument("--siblings", action="store_true", help="train on candidates of one state; --pictures: chains")
+    parser.add_argument("--start", help="folder of the reward to go on from; else one is made of the model")
     parser.add_argument("--noise-level", type=float, default=0.7, help="of the SDE that draws them")
     parser.add_argument("--margin", type=float, default=0.1, help="least difference of graded scores in a pair")
     parser.add_argument("--steps", type=int, default=400)

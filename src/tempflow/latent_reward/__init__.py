@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tempflow.latent_reward.model import EMBEDDED, LatentReward, RewardSpec, bind
 from tempflow.latent_reward.score import Guided, LatentJudge, guided_sample
+from tempflow.latent_reward.siblings import siblings
 from tempflow.latent_reward.train import (
     Bucket,
     Rated,
@@ -30,5 +31,6 @@ __all__ = [
     "fit",
     "guided_sample",
     "pairs_of",
+    "siblings",
     "train_latent_reward",
 ]

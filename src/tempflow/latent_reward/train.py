@@ -1,8 +1,9 @@
-"""Training a latent reward on pairs: L = −log sigmoid(R(x_σ^win, σ) − R(x_σ^lose, σ)), one random σ for both.
+"""Training a latent reward on pairs: L = −log sigmoid(R(x_σ^win, σ) − R(x_σ^lose, σ)), one σ for both.
 
 DRM (CVPR 2026, arXiv 2605.25661); a secondary source. Its figures: 1.4 M pairs, one epoch, batch 128, rate 1e-5, and
 an accuracy that falls with noise (74.0 % clean, 65.1 % at t = 750). The law of σ is not stated: uniform here. Nor is
-whether a pair shares its noise: it does not here, unless asked.
+whether a pair shares its noise: it does not here, unless asked. Training on a sampler's own states (`Rated.sigma`), as
+on the siblings that Step-GRPO will ask about, is ours.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ _NO_GRID = linear(1)  # times that are not on a grid do not look at it
 
 @dataclass(frozen=True, eq=False)
 class Rated:
-    """N clean latents of known prompts and how good each is.
+    """N latents of known prompts and how good each is.
 
     latents  float32[N, *S]
     scores   float[N], larger is better, on any one scale within a prompt; NaN = failed, in no pair
     rows     LongTensor[N], which of `prompts` each was drawn for
     prompts  the prompts
+    sigma    None: the latents are clean, and training adds noise at a σ that it draws; else float[N] in (0, 1], the σ
+             that each was taken from a sampler at, as it is
+    group    LongTensor[N], members of one are paired; None: a prompt's are. Of one prompt and σ each
 
     Raises ValueError where these do not fit together.
     """
@@ -47,16 +51,27 @@ class Rated:
     scores: Tensor
     rows: Tensor
     prompts: tuple[str, ...]
+    sigma: Tensor | None = None
+    group: Tensor | None = None
+
+    @property
+    def paired(self) -> Tensor:
+        """Whose members are paired, LongTensor[N]."""
+        return self.rows if self.group is None else self.group
 
     def __post_init__(self) -> None:
         count = len(self.latents)
-        for name, value in (("scores", self.scores), ("rows", self.rows)):
-            if value.shape != (count,):
+        given = {"scores": self.scores, "rows": self.rows, "sigma": self.sigma, "group": self.group}
+        for name, value in given.items():
+            if value is not None and value.shape != (count,):
                 raise ValueError(f"{name}: shape {list(value.shape)} must be [{count}], one for each latent")
         if self.rows.dtype != torch.long:
             raise ValueError(f"rows: dtype {self.rows.dtype} cannot name prompts; nearest valid: torch.int64")
         if count and not 0 <= int(self.rows.min()) <= int(self.rows.max()) < len(self.prompts):
             raise ValueError(f"rows: {int(self.rows.max())} names no prompt; nearest valid: {len(self.prompts) - 1}")
+        for name, value in (("rows", self.rows), ("sigma", self.sigma)):
+            if count and value is not None and not _one_each(value, self.paired):
+                raise ValueError(f"{name}: differs within a group, whose scores could not be compared; split the group")
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class RewardTraining:
     max_grad_norm  gradients are clipped to it, above 0
     margin         two latents make a pair where their scores differ by more than this, ≥ 0
     share_noise    both of a pair get the same ε
-    times          the law of σ, one stratum
+    times          the law of σ, one stratum; not asked where the latents come with theirs
     seed           of every draw
 
     Raises ValueError for a field out of range.
@@ -127,16 +142,16 @@ def bradley_terry(win: Tensor, lose: Tensor, sigma_win: Tensor, sigma_lose: Tens
 
 
 def pairs_of(rated: Rated, margin: float = 0.0) -> Tensor:
-    """All (winner, loser) of one prompt whose scores differ by more than `margin`: LongTensor[P, 2], prompt by prompt.
+    """All (winner, loser) of one group whose scores differ by more than `margin`: LongTensor[P, 2], group by group.
 
     Raises ValueError for a margin that is not finite and ≥ 0.
     """
     if not (math.isfinite(margin) and margin >= 0):
         raise ValueError(f"margin: {margin} must be finite and >= 0; nearest valid: 0")
     found = [torch.empty(0, 2, dtype=torch.long)]
-    rows, scores = rated.rows.cpu(), rated.scores.cpu()
-    for row in range(len(rated.prompts)):
-        members = (rows == row).nonzero().flatten()
+    group, scores = rated.paired.cpu(), rated.scores.cpu()
+    order = group.argsort(stable=True)
+    for members in order.split(torch.unique_consecutive(group[order], return_counts=True)[1].tolist()):
         value = scores[members]
         gap = value[:, None] - value[None, :]  # NaN beside a failed score, and NaN is above nothing
         found.append(members[(gap > margin).nonzero()])
@@ -205,10 +220,12 @@ def accuracy(
     """How often the winner of a pair [P, 2] scores higher, by noise: (0, 1] cut into `buckets` equal parts.
 
     Each pair is looked at once in each bucket, at a σ drawn evenly from it. A score that is not finite is wrong.
-    Raises ValueError without a pair or for fewer than one bucket.
+    Raises ValueError without a pair, for fewer than one bucket, or where the latents come with their σ.
     """
     if not len(pairs):
         raise ValueError("pairs: none to measure on; nearest valid: one")
+    if rated.sigma is not None:
+        raise ValueError("sigma: is given, and buckets draw their own; nearest valid: clean latents")
     draws = _draws(UniformTimes(strata=buckets), share_noise)
     right: list[Tensor] = []
     for start in range(0, len(pairs), _AT_ONCE):
@@ -235,15 +252,26 @@ def _scored(
     """Scores of winners and losers, [P, M] each, and the σ of all, [2P, M]: winner, loser, winner …"""
     who = couples.flatten()
     sides = [(*pair, side) for pair in ids for side in (0, 1)]
-    t, noise = draws(seed, sides, _NO_GRID, rated.latents.shape[1:])
     device = rated.latents.device
     x0, rows = rated.latents[who.to(device)].float(), rated.rows.to(device)[who.to(device)]
+    if rated.sigma is not None:
+        given = rated.sigma.float().to(device)[who.to(device)]
+        scores = score(x0, given, rows).float()[:, None]
+        return scores[0::2], scores[1::2], given[:, None]
+    t, noise = draws(seed, sides, _NO_GRID, rated.latents.shape[1:])
     sigma, columns = t.float().to(device), list[Tensor]()
     for m in range(sigma.shape[1]):
         level = sigma[:, m].view(-1, *[1] * (x0.dim() - 1))
         columns.append(score((1 - level) * x0 + level * noise[:, m].to(device), sigma[:, m], rows).float())
     scores = torch.stack(columns, dim=1)
     return scores[0::2], scores[1::2], sigma
+
+
+def _one_each(value: Tensor, group: Tensor) -> bool:
+    """Whether all members of a group have one value."""
+    order = group.argsort(stable=True)
+    same = group[order][1:] == group[order][:-1]
+    return bool((value[order][1:][same] == value[order][:-1][same]).all())
 
 
 def _right(win: Tensor, lose: Tensor) -> Tensor:
