@@ -7,9 +7,10 @@ The package's own (`reward: shapes`; some twenty minutes of a core) was made by
     python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --half \\
         --prompts 4000 --held-prompts 4000 --pictures 36 --drop 0 --steps 1500 --held-pairs 1500
 
-and then, as `drm_grpo` asks about candidates of one state, by
+One that learned from candidates of one state, as `drm_grpo` asks about, was made by
 
-    python scripts/train_latent_reward.py --start shapes --siblings --out runs/latent-reward
+    python scripts/train_latent_reward.py --start shapes --siblings --out runs/latent-reward \\
+        --prompts 4000 --pictures 2 --steps 800 --half
 
 Pictures of train prompts are drawn with the pipeline and judged by the graded verifier; pictures of one prompt whose
 scores differ make pairs. With `--siblings` pairs are candidates of one state of `drm_grpo`'s recipe instead, judged by
