@@ -13,7 +13,9 @@ import argparse
 import json
 import time
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from tempflow.core.rollout import Noise
@@ -28,7 +30,7 @@ DYNAMICS = {"flow": FlowSDE, "cps": CPS, "dance": DanceSDE}
 
 
 @torch.no_grad()
-def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Namespace) -> list[dict[str, float]]:
+def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Namespace) -> list[dict[str, object]]:
     """One row a step: σ of the candidates, share of sibling pairs that the reward orders as their ends are graded."""
     known = {s.prompt for s in balanced("train", 4000)}  # those that the package's reward was trained on
     texts = [p for p in dict.fromkeys(s.prompt for s in balanced("validation", 4000)) if p not in known][: a.prompts]
@@ -46,18 +48,19 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
         rows=ROWS,
     )
     assert rated.sigma is not None
-    judge, lines = LatentJudge(bind(model, reward, condition), rows=ROWS), list[dict[str, float]]()
+    judge, lines = LatentJudge(bind(model, reward, condition), rows=ROWS), list[dict[str, object]]()
     said = judge(rated.latents, rated.sigma, rated.rows).value[:, 0].double()
     order = rated.paired.argsort(stable=True)
     grades, told, level = (v[order].view(-1, a.candidates) for v in (rated.scores.double(), said, rated.sigma))
     for sigma in rated.sigma.unique().flip(0):
         here = level[:, 0] == sigma
         best, score = grades[here], told[here]
-        pairs = best[:, :, None] - best[:, None] > a.margin
+        pairs, right = best[:, :, None] - best[:, None] > a.margin, score[:, :, None] > score[:, None]
         lines.append(
             {
                 "sigma": round(float(sigma), 4),
-                "right": round(float((score[:, :, None] > score[:, None])[pairs].double().mean()), 3),
+                "right": round(float(right[pairs].double().mean()), 3),
+                "interval": _interval(right, pairs),
                 "pairs": int(pairs.sum()),
                 "of": best.numel() * (a.candidates - 1) // 2,
                 "spread_of_grades": round(float(best.std(1).mean()), 4),
@@ -65,6 +68,14 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
             }
         )
     return lines
+
+
+def _interval(right: Tensor, pairs: Tensor) -> list[float]:
+    """Bootstrap over states, whose pairs share candidates: 95 % of the share that is right."""
+    hit, count = (right & pairs).sum((1, 2)), pairs.sum((1, 2))
+    drawn = np.random.default_rng(0).integers(len(hit), size=(2000, len(hit)))
+    shares = hit.numpy()[drawn].sum(1) / np.maximum(count.numpy()[drawn].sum(1), 1)
+    return [round(float(v), 3) for v in np.quantile(shares, (0.025, 0.975))]
 
 
 def main() -> None:

@@ -176,7 +176,12 @@ def arguments() -> argparse.Namespace:
         help="first of the validation prompts, those of the train prompts left out",
     )
     parser.add_argument("--pictures", type=int, default=8, help="drawn for each prompt")
-    parser.add_argument("--siblings", action="store_true", help="train on candidates of one state; --pictures: chains")
+    parser.add_argument(
+        "--siblings",
+        action="store_true",
+        help="train on candidates of one state, as `shapes_drm_grpo` draws them: --pictures are chains; what is about "
+        "noise, held-out pairs or sampling afterwards is not asked",
+    )
     parser.add_argument("--start", help="folder of the reward to go on from; else one is made of the model")
     parser.add_argument("--noise-level", type=float, default=0.7, help="of the SDE that draws them")
     parser.add_argument("--margin", type=float, default=0.1, help="least difference of graded scores in a pair")

@@ -28,7 +28,9 @@ from tempflow.algorithms import (
     mix_grpo,
     mix_grpo_flash,
     otca,
+    slas,
     tempflow_grpo,
+    vipo,
 )
 from tempflow.algorithms.base import Algorithm, some_steps
 from tempflow.core import plan, weight
@@ -136,6 +138,8 @@ def test_noise_follows_the_kind_where_it_is_not_given():
     assert (grpo_guard().dynamics, grpo_guard(kind="dance").dynamics) == (FlowSDE(0.7), DanceSDE(0.3))
     assert (flow_grpo_fast().dynamics, flow_grpo_fast(kind="sde").dynamics) == (CPS(0.8), FlowSDE(0.7))
     assert (otca().dynamics, otca(kind="flow").dynamics) == (DanceSDE(0.3), FlowSDE(0.7))
+    assert (vipo().dynamics, vipo(kind="flow").dynamics) == (DanceSDE(0.25), FlowSDE(0.7))
+    assert (slas().dynamics, slas(dynamics="flow").dynamics) == (DanceSDE(0.3), FlowSDE(0.7))
     assert (drm_grpo().dynamics, drm_grpo(dynamics="cps").dynamics) == (FlowSDE(0.7), CPS(0.8))
 
 

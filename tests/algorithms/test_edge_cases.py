@@ -18,7 +18,7 @@ from tempflow.train.faults import check_scored
 from tempflow.train.guards import GuardError
 from tempflow.train.learn import accumulate
 from tempflow.train.lessons import lessons
-from tempflow.train.step import Experience, credit
+from tempflow.train.step import Experience, credit, rollout_metrics
 
 by_name = pytest.mark.parametrize("name", FAMILY)
 Value = float | None
@@ -90,7 +90,9 @@ def test_when_all_fail_nothing_moves_and_it_is_said(name: str) -> None:
 
 def test_a_judge_needs_none_of_the_rewards_that_only_look() -> None:
     bench = bench_of(FAMILY["drm_grpo"](4), reward=lambda images, prompts: [None] * len(images))
-    check_scored(bench.setting, bench.collect(), 1)
+    experience = bench.collect()
+    check_scored(bench.setting, experience, 1)
+    assert "reward_failures" not in rollout_metrics(experience, credit(bench.setting, experience).advantage)
     seen = bench.iterate()
     sound(bench, seen)
     assert seen["trained_edges"] == bench.setting.algorithm.cost(0, len(PROMPTS)).trained_edges

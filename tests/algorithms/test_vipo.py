@@ -54,7 +54,7 @@ def test_defaults_and_cost() -> None:
     assert a.cost(0, 1) == Cost(192, 12, 108) and a.dynamics == DanceSDE(0.25)
     assert a.objective.ratio == PositionRatio() and a.objective.keeps_mean
     assert a.observe == (ImportanceMap(Maps(None, "border", "minmax")),) and a.observe[0].of == "leaf"
-    assert vipo(ratio="region").objective.ratio == RegionRatio() and vipo(kind="flow").dynamics == FlowSDE(0.25)
+    assert vipo(ratio="region").objective.ratio == RegionRatio() and vipo(kind="flow").dynamics == FlowSDE(0.7)
     plan = a.plan(0, 0)
     assert set(plan.start) == {0} and not plan.stochastic[-1] and a.plan(0, 5) is plan
     drawn = {tuple(s for s, t in zip(a.plan(i, 0).step, a.plan(i, 0).trained, strict=True) if t) for i in range(5)}

@@ -82,6 +82,10 @@ def test_what_does_not_fit_is_refused() -> None:
         Rated(x, scores, rows, PROMPTS, torch.tensor([0.5, 0.6, 0.7, 0.7]))
     with pytest.raises(ValueError, match=r"rows: differs within a group"):
         Rated(x, scores, rows, PROMPTS, torch.ones(4), torch.tensor([0, 1, 1, 2]))
+    with pytest.raises(ValueError, match=r"sigma: 0.0 … 1.0 must lie in \(0, 1\]"):
+        Rated(x, scores, rows, PROMPTS, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"group: dtype torch.float32 cannot number groups"):
+        Rated(x, scores, rows, PROMPTS, torch.ones(4), torch.zeros(4))
     given = Rated(x, scores, rows, PROMPTS, torch.ones(4))
     with pytest.raises(ValueError, match=r"sigma: is given, and buckets draw their own"):
         accuracy(lambda x, s, r: x[:, 0], given, pairs_of(given))

@@ -138,6 +138,7 @@ def main(how: str, target: str, *cases: str) -> None:
         return
     world = join("cpu")
     for case in cases:
+        print(case, flush=True)  # names the one that fails
         one_update(case, Path(target) / case.replace(" ", "_"), how, world)
     leave(world)
 

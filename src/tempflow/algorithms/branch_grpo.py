@@ -75,7 +75,7 @@ def branch_grpo(
             children's log-probabilities; or the prompt's "leaves" are, and an edge has their mean advantage.
         prune_steps: steps that are not trained.
         prune_every: iterations after which these move a step towards the noise; None: they stay.
-        prune_stop: where the first of them stops; None: at the last split.
+        prune_stop: where the first of them stops, between 0 and where it starts; None: at the last split.
         width: leaves that are trained: "all", of each last split the best ("branch"), or the "extremes".
         width_keep: share of a prompt's leaves that are its extremes.
         clip: ratio clip below and above 1.
@@ -105,7 +105,7 @@ def branch_grpo(
     at_least("noisy_window", steps if noisy_window is None else noisy_window, 0)
     at_least("prune_every", 1 if prune_every is None else prune_every, 1)
     if prune_stop is not None and not (prune_every and prune_steps and 0 <= prune_stop <= min(prune_steps)):
-        raise ValueError(f"prune_stop: {prune_stop} must be in 0 … min(prune_steps), moving; nearest valid: None")
+        raise ValueError(f"prune_stop: {prune_stop} is no end of {prune_steps} by {prune_every}; nearest valid: None")
     at = tuple(sorted(set(splits)))
     tree = _Tree(steps, trees, at, branches, split_scale, steps if noisy_window is None else noisy_window)
     by = ("prompt", "step") if value == "leaves" else ("prompt", "root", "step")

@@ -38,7 +38,7 @@ def slas(
     train_steps: int | None = 9,
     gamma: float = 0.5,
     dynamics: Literal["dance", "flow"] = "dance",
-    noise_level: float = 0.3,
+    noise_level: float | None = None,
     shared_noise: bool = True,
     clip: float = 1e-4,
     kl: float = 0.0,
@@ -54,8 +54,8 @@ def slas(
         train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration and the same
             for all prompts.
         gamma: γ, at least 0; 0 is linear. The paper's is not known.
-        dynamics: "dance": a constant diffusion rate; "flow": Flow-GRPO's SDE (noise 0.7).
-        noise_level: η of "dance", a of "flow".
+        dynamics: "dance": a constant diffusion rate; "flow": Flow-GRPO's SDE.
+        noise_level: η of "dance", a of "flow"; None: 0.3 for "dance", 0.7 for "flow".
         shared_noise: all pictures of a prompt start from one initial noise.
         clip: ratio clip below and above 1.
         kl: β, weight of the KL to the starting model; 0 saves its forwards.
@@ -69,7 +69,9 @@ def slas(
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma: {gamma} must be finite and at least 0; nearest valid: 0, which is linear")
     one_of("dynamics", dynamics, ("dance", "flow"))
-    positive("noise_level", noise_level, 0.3 if dynamics == "dance" else 0.7)
+    usual = 0.3 if dynamics == "dance" else 0.7
+    level = usual if noise_level is None else noise_level
+    positive("noise_level", level, usual)
     positive("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
@@ -77,7 +79,7 @@ def slas(
         name="slas",
         steps=steps,
         plan=plan,
-        dynamics=DanceSDE(noise_level) if dynamics == "dance" else FlowSDE(noise_level),
+        dynamics=DanceSDE(level) if dynamics == "dance" else FlowSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale="pooled", power=1 + gamma, eps=eps, clip=advantage_clip),
         objective=clipped(clip, clip, kl, kl_form),
     )

@@ -78,7 +78,7 @@ def vipo(
     steps: int = 16,
     group: int = 12,
     kind: Literal["dance", "flow"] = "dance",
-    noise_level: float = 0.25,
+    noise_level: float | None = None,
     train_fraction: float = 0.6,
     ratio: Literal["position", "region"] = "position",
     dino: str | None = None,
@@ -94,8 +94,8 @@ def vipo(
     Args:
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other; they start from one noise.
-        kind: the step, "dance" (DanceGRPO's) or "flow" (Flow-GRPO's, noise 0.7 usual).
-        noise_level: η of the dance step, a of the flow step.
+        kind: the step, "dance" (DanceGRPO's) or "flow" (Flow-GRPO's).
+        noise_level: η of the dance step, a of the flow step; None: 0.25 for "dance", 0.7 for "flow".
         train_fraction: share of the steps that is trained, drawn anew each iteration; never the last one.
         ratio: "position", as published, or "region", one ratio a step averaged with the map.
         dino: folder or hub id of a DINOv2 whose features make the maps; None: features by hand.
@@ -114,7 +114,9 @@ def vipo(
     one_of("ratio", ratio, ("position", "region"))
     one_of("orient", orient, ("border", "reverse", "none"))
     one_of("normalise", normalise, ("minmax", "mean_one"))
-    positive("noise_level", noise_level, 0.25 if kind == "dance" else 0.7)
+    usual = 0.25 if kind == "dance" else 0.7
+    level = usual if noise_level is None else noise_level
+    positive("noise_level", level, usual)
     positive("clip", clip, 1e-4)
     if not 0 < train_fraction <= 1:
         raise ValueError(f"train_fraction: {train_fraction} must be in (0, 1]; 0.6 is usual")
@@ -126,7 +128,7 @@ def vipo(
         name="vipo",
         steps=steps,
         plan=partial(_plan, steps, group, trained),
-        dynamics=DanceSDE(noise_level) if kind == "dance" else FlowSDE(noise_level),
+        dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
         credit=Mapped(inner),
         objective=clipped(clip, clip, kl, "exact", PositionRatio() if ratio == "position" else RegionRatio()),
         observe=(ImportanceMap(Maps(dino, orient, normalise)),),

@@ -27,9 +27,10 @@ class Extremes(Around):
     """Keeps the `best` and `worst` leaves; an edge stays if a kept leaf descends from it (DanceGRPO, BranchGRPO).
 
     Leaves are ranked by the inner credit's advantage, or `by` the weighted sum of rewards, where that credit compares
-    less than a prompt; ties by their order. They are ranked `among` those of a "prompt", or of a "branch": those whose
-    last split is the same. Statistics are the full group's: what goes is not `ok` any more, what
-    stays keeps its advantage. A failed leaf is never kept. Raises ValueError unless best ≥ 0, worst ≥ 0 and one is > 0.
+    less than a prompt or bounds what it gives; ties by their order. They are ranked `among` those of a "prompt", or of
+    a "branch": those whose last split is the same. Statistics are the full group's: what goes is not `ok` any more,
+    what stays keeps its advantage. A failed leaf is never kept. Raises ValueError unless best ≥ 0, worst ≥ 0 and one
+    is > 0.
     """
 
     best: int

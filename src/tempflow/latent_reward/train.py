@@ -69,6 +69,10 @@ class Rated:
             raise ValueError(f"rows: dtype {self.rows.dtype} cannot name prompts; nearest valid: torch.int64")
         if count and not 0 <= int(self.rows.min()) <= int(self.rows.max()) < len(self.prompts):
             raise ValueError(f"rows: {int(self.rows.max())} names no prompt; nearest valid: {len(self.prompts) - 1}")
+        if self.sigma is not None and not bool(((self.sigma > 0) & (self.sigma <= 1)).all()):
+            raise ValueError(f"sigma: {float(self.sigma.min())} … {float(self.sigma.max())} must lie in (0, 1]")
+        if self.group is not None and self.group.dtype != torch.long:
+            raise ValueError(f"group: dtype {self.group.dtype} cannot number groups; nearest valid: torch.int64")
         for name, value in (("rows", self.rows), ("sigma", self.sigma)):
             if count and value is not None and not _one_each(value, self.paired):
                 raise ValueError(f"{name}: differs within a group, whose scores could not be compared; split the group")

@@ -209,7 +209,8 @@ class _Tour:
         latents = forest.nodes[forest.leaves.node]
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
-        signals = measure(latents, media, forest.leaves.prompt, ok)
+        # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
+        signals = measure(latents, media, forest.leaves.prompt, ok if self.setting.judge is None else None)
         forest = observed(algorithm, forest, media)
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
@@ -327,7 +328,7 @@ def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:
     """Reward means and spreads (given samples have none), failures, the share of trained edges without spread.
 
-    A latent reward's mean is over all of an iteration's candidates; their σ are the same in each.
+    A latent reward's mean is over all of an iteration's candidates, whose σ are the same in each, and failures are its.
     Edges of prompts that a credit leaves out for that reason count in the share.
     """
     scores, metrics, seen = experience.scores, dict[str, float](), advantage.pool or advantage
@@ -338,7 +339,7 @@ def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, f
     if experience.judged is not None and bool(experience.judged.ok.any()):
         metrics["latent_reward"] = experience.judged.value[experience.judged.ok].mean().item()
     trained = experience.whole.edges.trained & seen.ok
-    metrics["failed_rewards"] = int((~scores.ok).any(1).sum())
+    metrics["failed_rewards"] = int((~experience.credited[0].ok).any(1).sum())
     metrics["zero_variance"] = 1 - (trained & seen.live).sum().item() / max(1, int(trained.sum()))
     if experience.fidelity is not None and bool(experience.fidelity.isfinite().any()):
         metrics["draft/kendall"] = experience.fidelity.nanmean().item()
