@@ -59,8 +59,8 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
         lines.append(
             {
                 "sigma": round(float(sigma), 4),
-                "right": round(float(right[pairs].double().mean()), 3),
-                "interval": _interval(right, pairs),
+                "right": round(float(right[pairs].double().mean()), 3) if pairs.any() else None,
+                "interval": _interval(right, pairs) if pairs.any() else None,
                 "pairs": int(pairs.sum()),
                 "of": best.numel() * (a.candidates - 1) // 2,
                 "spread_of_grades": round(float(best.std(1).mean()), 4),

@@ -377,7 +377,9 @@ spread are not trained, so fewer are counted. Of the learning rates {", ".join(f
 {board.validation} validation prompts (seed {SEARCH_SEED}) is taken; a paper's method has two more seeds there, a knob
 none. The seed of the search counts among them: it bears the luck of a choice among three (on validation, not on test).
 Strict score: share of {board.test:,} held-out test pictures that the strict verifier calls right, with the weights
-that were best on validation.
+that were best on validation. Settings are those of the recipes: a method's own, scaled to six steps, but where the last
+noisy step would have nearly all of the gradient Flow-CPS takes its code's unscaled log-prob, DDPO leaves that step out,
+and DRM's candidates are Flow-CPS's (each one's page tells).
 
 {table(head, [row(s) for s in shown])}
 
