@@ -1,6 +1,6 @@
 """How often a latent reward is right where Step-GRPO asks it: among candidates drawn from one state.
 
-    python -m benchmarks.latent_reward --dynamics flow --noise-level 0.9 --steps 6
+    python -m benchmarks.latent_reward --prompts 60 --chains 1 --dynamics cps --noise-level 0.8
 
 Chains of held-out prompts draw candidates at every step. Each candidate is taken to its end without noise and graded;
 the reward is right on a pair of siblings if it puts the better end first. Beside it: the spread (std) among siblings of
@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor
 
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
@@ -72,10 +73,16 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
 
 def _interval(right: Tensor, pairs: Tensor) -> list[float]:
     """Bootstrap over states, whose pairs share candidates: 95 % of the share that is right."""
-    hit, count = (right & pairs).sum((1, 2)), pairs.sum((1, 2))
-    drawn = np.random.default_rng(0).integers(len(hit), size=(2000, len(hit)))
-    shares = hit.numpy()[drawn].sum(1) / np.maximum(count.numpy()[drawn].sum(1), 1)
-    return [round(float(v), 3) for v in np.quantile(shares, (0.025, 0.975))]
+    counts = (right & pairs).sum((1, 2)).numpy(), pairs.sum((1, 2)).numpy()
+    found = bootstrap(
+        counts,
+        lambda hit, all, axis: hit.sum(axis) / all.sum(axis),
+        paired=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return [round(float(v), 3) for v in found.confidence_interval]
 
 
 def main() -> None:

@@ -224,6 +224,12 @@ def test_even_draws_take_every_chunk_alike_and_weighted_ones_by_the_law_of_succe
         torch.testing.assert_close(taken.mean(0), want, rtol=0, atol=0.03)
 
 
+def test_weights_need_no_normalising() -> None:
+    weight, sampler = torch.tensor([1.0, 2.0, 5.0, 0.5], dtype=torch.float64), ChunkSampler(0.5, weighted=True)
+    for i in range(200):
+        assert torch.equal(sampler.taken(weight, (i, 0, 0)), sampler.taken(8 * weight, (i, 0, 0)))
+
+
 def test_weighted_draws_by_the_mean_signal_of_a_chunk_not_its_sum() -> None:
     """A chunk of three steps with the same mean is as likely as a chunk of one."""
     whole = forest(P.chain(7, 400), 1, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 9.0]))

@@ -225,6 +225,13 @@ def positive(field: str, value: float, usual: float) -> None:
         raise ValueError(f"{field}: {value} must be finite and above 0; {usual} is usual")
 
 
+def positive_or(field: str, value: float | None, usual: float) -> float:
+    """`usual` for None, else the value. Raises ValueError as `positive`."""
+    given = usual if value is None else value
+    positive(field, given, usual)
+    return given
+
+
 def one_of(field: str, value: str, options: tuple[str, ...]) -> None:
     """Raises ValueError naming field, value and the options unless value is one of them."""
     if value not in options:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or
 from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
@@ -69,11 +69,8 @@ def drm_grpo(
     at_least("chains", chains, 1)
     at_least("candidates", candidates, 2, "or there is nothing to compare with")
     one_of("dynamics", dynamics, ("flow", "cps"))
-    usual_noise, usual_clip = (0.7, 1e-4) if dynamics == "flow" else (0.8, 1e-5)
-    level = usual_noise if noise_level is None else noise_level
-    bound = usual_clip if clip is None else clip
-    positive("noise_level", level, usual_noise)
-    positive("clip", bound, usual_clip)
+    level = positive_or("noise_level", noise_level, 0.7 if dynamics == "flow" else 0.8)
+    bound = positive_or("clip", clip, 1e-4 if dynamics == "flow" else 1e-5)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     if not reward:

@@ -13,7 +13,7 @@ Cost for a prompt: group·T forwards, group leaves, group trained edges.
 Defaults: config/dgx.py `wan2_1_flash` (read in source, sure): T 20, steps from the first 10, clip 1e-3, standard
 deviation of all scores, no KL, advantages clipped at 5. Group 8 is our reading of an ambiguous comment. The weight is
 computed, not tabulated, and has mean 1 over the distinct steps trained; the code's mean runs over samples, which is the
-same where the iteration's prompts spread evenly over steps.
+same where the iteration's prompts spread evenly over steps. Runs of other seeds have the same steps.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
@@ -81,9 +81,7 @@ def flow_cps(
     one_of("log_prob", log_prob, ("unscaled", "density"))
     positive("noise_level", noise_level, 0.8)
     unscaled = log_prob == "unscaled"
-    usual = 1e-5 if unscaled else 1e-4
-    bound = usual if clip is None else clip
-    positive("clip", bound, usual)
+    bound = positive_or("clip", clip, 1e-5 if unscaled else 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(

@@ -22,7 +22,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
@@ -68,9 +68,7 @@ def flow_grpo_fast(
     at_least("window", window, 1)
     positive("clip", clip, 1e-5)
     one_of("kind", kind, ("cps", "sde"))
-    usual = 0.8 if kind == "cps" else 0.7
-    level = usual if noise_level is None else noise_level
-    positive("noise_level", level, usual)
+    level = positive_or("noise_level", noise_level, 0.8 if kind == "cps" else 0.7)
     one_of("std", std, ("global", "group"))
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)

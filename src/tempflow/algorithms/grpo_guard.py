@@ -28,7 +28,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
@@ -72,9 +72,7 @@ def grpo_guard(
     one_of("kind", kind, ("flow", "dance"))
     one_of("weight", weight, ("published", "equalised"))
     one_of("std", std, ("global", "group"))
-    usual = 0.7 if kind == "flow" else 0.3
-    level = usual if noise_level is None else noise_level
-    positive("noise_level", level, usual)
+    level = positive_or("noise_level", noise_level, 0.7 if kind == "flow" else 0.3)
     positive("clip", clip, 2e-6)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import Credit, GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -67,9 +67,7 @@ def otca(
     """
     plan = chains_plan(steps, group, None, shared_noise=kind == "dance", noisy_last=kind == "flow")
     one_of("kind", kind, ("dance", "flow"))
-    usual = 0.3 if kind == "dance" else 0.7
-    level = usual if noise_level is None else noise_level
-    positive("noise_level", level, usual)
+    level = positive_or("noise_level", noise_level, 0.3 if kind == "dance" else 0.7)
     positive("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)

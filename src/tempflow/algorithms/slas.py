@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -69,9 +69,7 @@ def slas(
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma: {gamma} must be finite and at least 0; nearest valid: 0, which is linear")
     one_of("dynamics", dynamics, ("dance", "flow"))
-    usual = 0.3 if dynamics == "dance" else 0.7
-    level = usual if noise_level is None else noise_level
-    positive("noise_level", level, usual)
+    level = positive_or("noise_level", noise_level, 0.3 if dynamics == "dance" else 0.7)
     positive("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)

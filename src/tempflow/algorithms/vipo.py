@@ -32,7 +32,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, some_steps
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, some_steps
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -114,9 +114,7 @@ def vipo(
     one_of("ratio", ratio, ("position", "region"))
     one_of("orient", orient, ("border", "reverse", "none"))
     one_of("normalise", normalise, ("minmax", "mean_one"))
-    usual = 0.25 if kind == "dance" else 0.7
-    level = usual if noise_level is None else noise_level
-    positive("noise_level", level, usual)
+    level = positive_or("noise_level", noise_level, 0.25 if kind == "dance" else 0.7)
     positive("clip", clip, 1e-4)
     if not 0 < train_fraction <= 1:
         raise ValueError(f"train_fraction: {train_fraction} must be in (0, 1]; 0.6 is usual")

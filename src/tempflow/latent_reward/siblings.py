@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core import plan
-from tempflow.core.dynamics import Dynamics
+from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
 from tempflow.latent_reward.train import Rated
@@ -58,7 +58,7 @@ def siblings(
     ends = x.clone()
     for i in range(1, steps):
         started = int((step < i).sum())  # the earliest come first
-        ends[:started] = _euler(predict, schedule, ends[:started], i, who[:started], rows)
+        ends[:started] = _ode_step(predict, schedule, ends[:started], i, who[:started], rows)
     grades = [
         grade(part, [prompts[int(r)] for r in mine])
         for part, mine in zip(ends.split(rows), who.split(rows), strict=True)
@@ -66,7 +66,9 @@ def siblings(
     return Rated(x, torch.cat(grades), who, tuple(prompts), schedule.after(step), edges.parent[keep])
 
 
-def _euler(predict: Predict, schedule: Schedule, x: Tensor, i: int, who: Tensor, rows: int) -> Tensor:
-    sigma, gap = schedule.sigmas[i], schedule.sigmas[i + 1] - schedule.sigmas[i]
-    parts = zip(x.split(rows), who.split(rows), strict=True)
-    return torch.cat([part + gap * predict(part, sigma.expand(len(part)), mine) for part, mine in parts])
+def _ode_step(predict: Predict, schedule: Schedule, x: Tensor, i: int, who: Tensor, rows: int) -> Tensor:
+    def moved(part: Tensor, mine: Tensor) -> Tensor:
+        at = torch.full((len(part),), i)
+        return ODE().transition(part, predict(part, schedule.at(at), mine), schedule, at).mean
+
+    return torch.cat([moved(part, mine) for part, mine in zip(x.split(rows), who.split(rows), strict=True)])

@@ -18,12 +18,12 @@ def check_scored(setting: Setting, experience: Experience, iteration: int) -> No
 
     With a latent reward that is its own; the rewards of pictures are then to look at, and may all have failed.
     """
-    scores, by_latents = experience.credited[0], experience.judged is not None
-    if scores.total(None if by_latents else setting.algorithm.credit.reward_weights)[1].any():
+    scores = experience.credited[0]
+    if scores.total(experience.rule(setting.algorithm.credit).reward_weights)[1].any():
         return
     if not math.isfinite(experience.signals.metrics()["latent_rms"]):
         why = ["the model's final latents are not finite: try model.dtype float32, other weights or less guidance"]
-    elif by_latents:
+    elif experience.judged is not None:
         why = ["the latent reward gave NaN or infinity for all of them"]
     else:
         why = faults(setting.rewards) or ["the rewards said so themselves (None, NaN or infinity)"]

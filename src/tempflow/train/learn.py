@@ -37,8 +37,8 @@ def update(
     """
     algorithm = setting.algorithm
     number = iteration + 1  # as metrics.jsonl counts
-    scores, weights = experience.credited[0], algorithm.credit.reward_weights
-    valid = scores.total(weights if experience.judged is None else None)[1]
+    scores = experience.credited[0]
+    valid = scores.total(experience.rule(algorithm.credit).reward_weights)[1]
     guards.check_rewards(int(valid.sum()), len(scores), number)
     started = time.perf_counter()
     taught = lessons(setting, experience, given, iteration, skip)

@@ -197,7 +197,7 @@ class Session:
             raise
         self.followers.update()
         self.watcher.update(iteration + 1, seen | learned)
-        rule = setting.algorithm.credit if experience.judged is None else setting.algorithm.credit.weighted(None)
+        rule = experience.rule(setting.algorithm.credit)
         self.records.steps(iteration + 1, steps_of(rule, *experience.credited, given))
         return seen | learned
 

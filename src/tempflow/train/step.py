@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.credit import Advantage
+from tempflow.core.credit import Credit as CreditRule
 from tempflow.core.draft import Draft, agreement, from_noises
 from tempflow.core.dynamics import ODE
 from tempflow.core.forest import Forest
@@ -69,6 +70,10 @@ class Experience:
     def credited(self) -> tuple[Scores, Forest]:
         """The scores that credit sees, and the forest whose leaves they are of."""
         return (self.scores, self.whole) if self.judged is None else (self.judged, self.whole.as_candidates())
+
+    def rule(self, credit: CreditRule) -> CreditRule:
+        """How these are credited: a latent reward's scores are one column, without the weights of pictures' rewards."""
+        return credit if self.judged is None else credit.weighted(None)
 
 
 def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter: Counter, clock: Clock) -> Experience:
@@ -169,8 +174,7 @@ class Credit:
 def credit(setting: Setting, experience: Experience) -> Credit:
     """The same on every rank: it needs all scores, but no states."""
     algorithm, whole = setting.algorithm, experience.whole
-    rule = algorithm.credit if experience.judged is None else algorithm.credit.weighted(None)
-    advantage = rule(*experience.credited)
+    advantage = experience.rule(algorithm.credit)(*experience.credited)
     if algorithm.dynamics is None:
         return Credit(advantage, torch.ones_like(advantage.value))
     return Credit(advantage, algorithm.weight(whole, experience.schedule, algorithm.dynamics))
