@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tempflow.core.rng import Stream, fold, philox
+from tempflow.core.rng import _FEW, Stream, fold, philox
 
 # tests/kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, output
 KNOWN = [
@@ -198,6 +198,12 @@ def test_integers() -> None:
     assert stream.integers((1,), 7, 50) != drawn[:50]
     assert stream.integers((0,), 1, 3) == [0, 0, 0]
     assert stream.integers((0,), 7, 0) == []
+
+
+def test_few_words_on_integers_are_those_of_many_on_tensors() -> None:
+    stream = Stream(-3, "words")
+    few, many = (stream.integers((5, -1), 1 << 32, count) for count in (2 * _FEW, 2 * _FEW + 1))
+    assert few == many[:-1] and len(set(few)) == 2 * _FEW
 
 
 @given(st.integers(0, 60), st.integers(-5, 5))

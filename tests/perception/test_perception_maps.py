@@ -112,9 +112,7 @@ def test_the_pipeline_is_the_papers(
 @pytest.mark.parametrize("shape", [(30, 4), (12, 50)])
 def test_principal_components_are_those_of_the_covariance(shape: tuple[int, int]) -> None:
     rows = random_features(3, *shape).double()
-    found = principal(rows, 3)
-    assert found is not None
-    projections, share = found
+    projections, share = principal(rows, 3)
     eigen = np.sort(np.linalg.eigvalsh(np.cov(rows.numpy().T)))[::-1][:3]
     assert np.allclose(share.numpy(), eigen / eigen.sum(), rtol=1e-9)
     assert np.allclose(np.corrcoef(projections.numpy()), np.eye(3), atol=1e-9)
@@ -123,8 +121,8 @@ def test_principal_components_are_those_of_the_covariance(shape: tuple[int, int]
 
 def test_rounding_is_no_component() -> None:
     for direction in (random_features(0, 3), random_features(0, 200)):
-        found = principal((framed(0).flatten()[:, None] * direction).double(), 3)
-        assert found is not None and found[0].shape == (1, 63) and found[1].tolist() == [1.0]
+        projections, share = principal((framed(0).flatten()[:, None] * direction).double(), 3)
+        assert share.tolist() == [1.0, 0.0, 0.0] and projections[1:].eq(0).all() and projections[0].std() > 0.1
 
 
 def test_a_constant_component_is_a_half_everywhere() -> None:
@@ -154,8 +152,8 @@ def test_huge_and_tiny_features_are_features() -> None:
 
 
 def test_unit_range() -> None:
-    assert unit_range(torch.tensor([2.0, 4.0, 3.0])).tolist() == [0.0, 1.0, 0.5]  # type: ignore[union-attr]
-    assert unit_range(torch.tensor([0.5, 0.5 + 1e-7])) is None
+    maps = torch.tensor([[[2.0, 4.0, 3.0]], [[0.5, 0.5 + 1e-7, 0.5]], [[-7.0, -7.0, -7.0]]])
+    assert unit_range(maps, constant=0.25).tolist() == [[[0.0, 1.0, 0.5]], [[0.25] * 3], [[0.25] * 3]]
 
 
 # --------------------------------------------------------------------------------------------------------------- laws

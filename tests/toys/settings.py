@@ -40,7 +40,7 @@ CHAIN = {"steps": 4}  # one reward for all steps of a path: the fewer, the less 
 TOYS: dict[str, Toy] = {
     "flow_grpo": Toy(CHAIN, iterations=60),
     "flow_grpo_fast": Toy({"noise_level": 0.8}),
-    "flash_grpo": Toy(repeat=4),
+    "flash_grpo": Toy(iterations=40, repeat=4),
     "tempflow_grpo": Toy({"seeds": 2, "branches": 6}, repeat=1),
     # knobs known from language models
     "rloo": Toy(CHAIN, iterations=60),
@@ -60,14 +60,14 @@ TOYS: dict[str, Toy] = {
     "grpo_guard": Toy({"weight": "equalised"}),
     "gcpo": Toy({"sizes": (1, 2, 2), "share": 1.0}),
     "otca": Toy({"noise_level": 0.6}),
-    "vipo": Toy({"noise_level": 0.6}),
+    "vipo": Toy({"noise_level": 0.6}, iterations=40, rate=1e-2),
     # windows and trees
-    "dance_grpo": Toy({"noise_level": 0.6}),
+    "dance_grpo": Toy({"noise_level": 0.6}, iterations=40),
     "mix_grpo": Toy({"window": 3, "order": "random", "every": 1}),
     "mix_grpo_flash": Toy({"window": 3, "order": "random", "every": 1, "shift": 1.0}),
     "branch_grpo": Toy({"trees": 2, "splits": (0, 1, 2), "noise_level": 0.3}),
     "drm_grpo": Toy({"candidates": 4}),
-    "dynamic_treerpo": Toy({"trees": 2, "depth": 3, "order": "random", "every": 1}, iterations=60, repeat=3),
+    "dynamic_treerpo": Toy({"trees": 2, "depth": 3, "order": "random", "every": 1}, iterations=40, repeat=3),
     # the forward process: leaves and their (t, ε)
     "diffusion_nft": Toy(),
     "sol_rl": Toy({"pool": 24, "draft_steps": 3}, iterations=35),

@@ -11,6 +11,8 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +21,11 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+Word = TypeVar("Word", int, Tensor)
 _CHUNK = 1 << 15
 """Blocks worked on at a time: bounds memory, and stays in cache."""
+_FEW = 32
+"""Up to so many blocks Python's integers are quicker than tensors."""
 
 # the first part of an identity, so that two kinds of draw with one identity share no words
 _NORMAL, _UNIFORM, _INTEGERS, _PERMUTATION = range(4)
@@ -43,9 +48,8 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(_rounds(c0, c1, c2, c3, key[..., 0], key[..., 1]), dim=1)
 
 
-def _rounds(
-    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int | Tensor, k1: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word | int, k1: Word | int) -> tuple[Word, Word, Word, Word]:
+    """Ten rounds on one counter, of integers, or on many, of int64 tensors."""
     for _ in range(_ROUNDS):
         # the product may wrap around int64; its 64 bits are right all the same, and >> then & reads the upper half
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -128,18 +132,27 @@ class Stream:
         """``count`` random 64-bit integers."""
         if count < 0:
             raise ValueError(f"count: {count} is negative; the nearest valid value is 0")
-        wide: list[int] = []
-        for _, words in self._words(kind, [id], _blocks(count, 2)):
-            halves = [int(word) for word in torch.stack(words, dim=1).flatten()]
-            wide += [high << 32 | low for high, low in zip(halves[::2], halves[1::2], strict=True)]
-        return wide[:count]
+        blocks = _blocks(count, 2)
+        halves: list[int] = []
+        if blocks <= _FEW:
+            identity, key = fold(kind, *id), self._key()
+            for block in range(blocks):
+                halves += _rounds(block, *identity, *key)
+        else:
+            for _, words in self._words(kind, [id], blocks):
+                halves += [int(word) for word in torch.stack(words, dim=1).flatten()]
+        return [high << 32 | low for high, low in zip(halves[::2], halves[1::2], strict=True)][:count]
+
+    def _key(self) -> tuple[int, int]:
+        words = _hashed(_packed(self.seed) + self.name.encode(), 2)
+        return words[0], words[1]
 
     def _words(
         self, kind: int, ids: Sequence[tuple[int, ...]], blocks: int
     ) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor]]]:
         """The four words of every block of every row, a slice of the flat (row, block) list at a time."""
         identity = torch.tensor([fold(kind, *id) for id in ids], dtype=torch.int64, device="cpu").view(-1, 3)
-        k0, k1 = _hashed(_packed(self.seed) + self.name.encode(), 2)
+        k0, k1 = self._key()
         for start in range(0, len(ids) * blocks, _CHUNK):
             stop = min(start + _CHUNK, len(ids) * blocks)
             flat = torch.arange(start, stop, dtype=torch.int64, device="cpu")
@@ -163,6 +176,7 @@ def _hashed(data: bytes, words: int) -> list[int]:
     return [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(words)]
 
 
+@lru_cache(maxsize=1 << 14, typed=True)
 def _packed(part: int) -> bytes:
     """An integer with its length in front, so that no two lists of integers read alike."""
     body = part.to_bytes(part.bit_length() // 8 + 1, "little", signed=True)

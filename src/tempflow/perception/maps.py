@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -83,8 +84,17 @@ class FeatureMaps:
             raise ValueError(f"size: {tuple(size)} must be two sides of at least 1; nearest valid: (1, 1)")
         features = self.features(media).detach()
         self._check(features, len(media))
+        if len(media) == 0:
+            return torch.zeros(0, *size)
         # One picture at a time: in batches the last bits of a product may depend on the neighbours.
-        return torch.stack([self._map(f.double(), size) for f in features]) if len(media) else torch.zeros(0, *size)
+        found = [principal(f.flatten(0, 1), self.components) for f in features.double()]
+        projections, share = (torch.stack(part) for part in zip(*found, strict=True))
+        parts = oriented(projections.unflatten(2, features.shape[1:3]), self.orient)  # [N, K, gh, gw]
+        summed = (share[..., None, None] * parts).sum(1).clamp(0, 1)
+        coarse = unit_range(torch.stack([smoothed(x, self.smooth) for x in summed]), constant=1.0)
+        resized = F.interpolate(coarse[:, None], size, mode="bilinear", antialias=True, align_corners=False)[:, 0]
+        fine = unit_range(resized, constant=1.0)
+        return (fine / fine.mean((1, 2), keepdim=True) if self.normalise == "mean_one" else fine).float()
 
     def _check(self, features: Tensor, count: int) -> None:
         if features.ndim != 4 or len(features) != count or 0 in features.shape[1:] or not features.is_floating_point():
@@ -98,46 +108,30 @@ class FeatureMaps:
                 "nearest valid: a grid of 3×3, or orient='none'"
             )
 
-    def _map(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """float64 [gh, gw, d] to float32 [h, w]."""
-        grid, ones = features.shape[:2], torch.ones(size)
-        if not bool(features.isfinite().all()):
-            return ones
-        found = principal(features.flatten(0, 1), self.components)
-        if found is None:
-            return ones
-        projections, share = found
-        parts = [oriented(p.reshape(grid), self.orient) for p in projections]
-        summed = sum((w * p for w, p in zip(share, parts, strict=True)), torch.zeros(grid, dtype=torch.float64))
-        coarse = unit_range(smoothed(summed.clamp(0, 1), self.smooth))
-        if coarse is None:
-            return ones
-        resized = F.interpolate(coarse[None, None], size, mode="bilinear", antialias=True, align_corners=False)[0, 0]
-        fine = unit_range(resized)
-        if fine is None:
-            return ones
-        return (fine / fine.mean() if self.normalise == "mean_one" else fine).float()
+
+def oriented(projections: Tensor, orient: Orient) -> Tensor:
+    """Projections [..., gh, gw], each brought to [0, 1]; .5 where constant. With "border" the grid has an inside."""
+    unit = unit_range(projections, constant=0.5)
+    if orient == "none":
+        return unit
+    turned = 1 - unit
+    if orient == "reverse":
+        return turned
+    return torch.where((border_mean(unit) > unit[..., 1:-1, 1:-1].mean((-2, -1)))[..., None, None], turned, unit)
 
 
-def oriented(projection: Tensor, orient: Orient) -> Tensor:
-    """A projection [gh, gw] brought to [0, 1]; .5 where it is constant. With "border" the grid has an inside."""
-    unit = unit_range(projection)
-    if unit is None:
-        return torch.full_like(projection, 0.5)
-    turn = orient == "reverse" or (orient == "border" and bool(border_mean(unit) > unit[1:-1, 1:-1].mean()))
-    return 1 - unit if turn else unit
-
-
-def principal(rows: Tensor, components: int) -> tuple[Tensor, Tensor] | None:
+def principal(rows: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """Principal components of the rows of float64 [P, d]: projections [K, P] and their shares of variance [K], sum 1.
 
-    K ≤ `components`: those that are more than rounding. None when the rows are all the same. Projections are in units
-    of the largest deviation from the mean, which min-max takes out. A direction's entry of largest size is positive.
+    K = `components`; 0 stands for those that are no more than rounding, and for all where the rows are the same or not
+    finite. Projections are in units of the largest deviation from the mean, which min-max takes out. A direction's
+    entry of largest size is positive.
     """
+    projections, share = rows.new_zeros(components, len(rows)), rows.new_zeros(components)
     centred = rows - rows.mean(0)
     size = centred.abs().max()
-    if size <= FLAT * rows.abs().max():
-        return None
+    if not size > FLAT * rows.abs().max():  # NaN is not
+        return projections, share
     centred = centred / size
     tall = len(centred) > centred.shape[1]
     # Eigenvectors of the smaller of the two Gram matrices: in float64 the first components lose nothing by it.
@@ -147,20 +141,22 @@ def principal(rows: Tensor, components: int) -> tuple[Tensor, Tensor] | None:
     values, vectors = values[keep], vectors[:, keep]
     directions = vectors if tall else centred.T @ vectors / values.sqrt()
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))[0]
-    return (centred @ (directions * largest.sign())).T, values / values.sum()
+    projections[: len(values)] = (centred @ (directions * largest.sign())).T
+    share[: len(values)] = values / values.sum()
+    return projections, share
 
 
-def unit_range(x: Tensor) -> Tensor | None:
-    """(x−min)/(max−min); None where x is constant (by `FLAT`, relative to a size of at least 1)."""
-    low, high = x.min(), x.max()
-    if high - low <= FLAT * max(1.0, float(x.abs().max())):
-        return None
-    return (x - low) / (high - low)
+def unit_range(x: Tensor, constant: float) -> Tensor:
+    """(x−min)/(max−min) of each map [..., h, w]; `constant` where one is constant (by `FLAT`, relative to a size of at
+    least 1)."""
+    low, high, size = x.amin((-2, -1), True), x.amax((-2, -1), True), x.abs().amax((-2, -1), True)
+    flat = high - low <= FLAT * size.clamp(min=1)
+    return torch.where(flat, constant, (x - low) / torch.where(flat, 1, high - low))
 
 
 def border_mean(x: Tensor) -> Tensor:
-    """Mean of the outermost ring of [gh, gw]."""
-    return torch.cat([x[0], x[-1], x[1:-1, 0], x[1:-1, -1]]).mean()
+    """Mean of the outermost ring of [..., gh, gw]."""
+    return torch.cat([x[..., 0, :], x[..., -1, :], x[..., 1:-1, 0], x[..., 1:-1, -1]], -1).mean(-1)
 
 
 def smoothed(x: Tensor, sigma: float) -> Tensor:
@@ -171,6 +167,7 @@ def smoothed(x: Tensor, sigma: float) -> Tensor:
     return rows @ x @ columns.T
 
 
+@lru_cache(maxsize=64)
 def _kernel(cells: int, sigma: float, dtype: torch.dtype) -> Tensor:
     place = torch.arange(cells, dtype=dtype)
     weight = torch.exp(-((place[:, None] - place) ** 2) / (2 * sigma**2))
