@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config
 from tempflow.recipes.every import ENTRIES, Entry, recipe
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
@@ -16,7 +17,7 @@ def _named(entry: Entry) -> Callable[[], Config]:
         return recipe(entry)
 
     build.__name__ = f"shapes_{entry.name}"
-    build.__doc__ = f"{entry.algorithm['name']} on the shapes model, as the leaderboard sets it."
+    build.__doc__ = ALGORITHMS[entry.algorithm["name"]].__doc__  # its first line says what it is
     return build
 
 
