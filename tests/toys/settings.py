@@ -41,7 +41,7 @@ TOYS: dict[str, Toy] = {
     "flow_grpo": Toy(CHAIN, iterations=60),
     "flow_grpo_fast": Toy({"noise_level": 0.8}),
     "flash_grpo": Toy(iterations=40, repeat=4),
-    "tempflow_grpo": Toy({"seeds": 2, "branches": 6}, repeat=1),
+    "tempflow_grpo": Toy({"seeds": 2, "branches": 6}, iterations=40, repeat=1),
     # knobs known from language models
     "rloo": Toy(CHAIN, iterations=60),
     "dr_grpo": Toy(CHAIN, iterations=60),
