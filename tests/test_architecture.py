@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "perception": {"models"},
     "latent_reward": {"core", "models"},
     "config": {"strict", "algorithms", "data", "rewards"},
-    "recipes": {"config"},
+    "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
     "evaluate": {"core", "data", "models", "rewards", "config", "perception"},
     "report": set(),

@@ -94,7 +94,7 @@ def test_dgpo_clip_and_comparison() -> None:
     b = batch()
     m = errors(b)
     ratio, a = (m["old"] - m["policy"]).exp(), b.advantage[:, None]
-    clip = float((ratio - 1).abs().median())
+    clip = float((ratio.detach() - 1).abs().median())
     out = torch.where(a > 0, ratio > 1 + clip, ratio < 1 - clip)
     assert 0 < float(out.double().mean()) < 1
     head = GroupPreference(40.0, clip)
@@ -133,7 +133,7 @@ def test_crd_written_form() -> None:
     value = 5 / 2 * sum((2 * centred(r, p) - centred(a, p)).square().mean() for p in softs) / 2
     close(CentredReward(2.0, temperature=0.1, kl=0)(models(), b).value, torch.as_tensor(value))
     gap = at.by_sample((at.policy - at.velocity["reference"]).square().flatten(1).mean(1))
-    base = float(CentredReward(kl=0)(models(), b).value)
+    base = float(CentredReward(kl=0)(models(), b).value.detach())
     for adaptive, share in ((False, torch.ones_like(a)), (True, 1e-3 + (1 - 1e-3) * a)):
         found = CentredReward(kl=0.1, adaptive_kl=adaptive)(models(), b).value
         assert float(found) == pytest.approx(base + float(0.1 * (share * gap).mean()), rel=1e-12)
