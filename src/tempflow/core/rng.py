@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-Word = TypeVar("Word", int, Tensor)
+_Word = TypeVar("_Word", int, Tensor)
 _CHUNK = 1 << 15
 """Blocks worked on at a time: bounds memory, and stays in cache."""
 _FEW = 32
@@ -48,7 +48,9 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(_rounds(c0, c1, c2, c3, key[..., 0], key[..., 1]), dim=1)
 
 
-def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word | int, k1: Word | int) -> tuple[Word, Word, Word, Word]:
+def _rounds(
+    c0: _Word, c1: _Word, c2: _Word, c3: _Word, k0: _Word | int, k1: _Word | int
+) -> tuple[_Word, _Word, _Word, _Word]:
     """Ten rounds on one counter, of integers, or on many, of int64 tensors."""
     for _ in range(_ROUNDS):
         # the product may wrap around int64; its 64 bits are right all the same, and >> then & reads the upper half
