@@ -142,7 +142,7 @@ class Stream:
                 halves += _rounds(block, *identity, *key)
         else:
             for _, words in self._words(kind, [id], blocks):
-                halves += [int(word) for word in torch.stack(words, dim=1).flatten()]
+                halves += torch.stack(words, dim=1).flatten().numpy().tolist()
         return [high << 32 | low for high, low in zip(halves[::2], halves[1::2], strict=True)][:count]
 
     def _key(self) -> tuple[int, int]:
