@@ -1,10 +1,10 @@
-"""Is the gain honest? Two controls beside the demo's own runs, at equal transformer forwards, all judged on test.
+"""Is the gain honest? Two controls beside the demo's own runs, at equal forward-equivalents, all judged on test.
 
     python -m benchmarks.controls --demo runs/demo-0 [--demo runs/demo-1 …] --out runs/controls
 
 `shuffled`: the same run with rewards dealt to the wrong pictures (gain must be ≤ 0.02 in absolute value or negative).
 `own samples`: rejection fine-tuning. The base samples train prompts; verified-right samples are trained on with the
-flow-matching loss, refreshed with the newest weights, until as many forwards are spent as the demo spent.
+flow-matching loss, refreshed with the newest weights, until as much compute is spent as the demo spent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.runs import summary
 from tempflow.config import Config, load_config
 from tempflow.core import plan
+from tempflow.core.cost import equivalents
 from tempflow.core.dynamics import ODE
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
@@ -29,6 +30,9 @@ from tempflow.rewards import build
 from tempflow.rewards.protocol import Reward
 from tempflow.train.loop import prepare_model, train
 from tempflow.train.weightsets import Trainable
+
+TRAINED = equivalents(0, 1, guided=False)
+"""Forward-equivalents of a trained row."""
 
 
 class Shuffled:
@@ -54,8 +58,8 @@ def shuffled(config: Config, out: Path) -> dict:
     return summary(folder)
 
 
-def own_samples(config: Config, forwards: int, out: Path, rounds: int = 10, batch: int = 96) -> dict:
-    """Rejection fine-tuning on verified samples; a third of the forwards sample, the rest train."""
+def own_samples(config: Config, budget: int, out: Path, rounds: int = 10, batch: int = 96) -> dict:
+    """Rejection fine-tuning on verified samples; a third of the budget samples, the rest trains."""
     file = out / "own_samples.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -77,7 +81,7 @@ def own_samples(config: Config, forwards: int, out: Path, rounds: int = 10, batc
     before = evaluate(model, test, judge, **look)
     best, spent, kept = (evaluate(model, validation, judge, **look).mean("shapes_strict"), trainable.state()), 0, 0
     for r in range(rounds):
-        count = forwards // (3 * rounds * e.steps)
+        count = budget // (3 * rounds * e.steps)
         order = fixed_prompts(prompts, count)
         condition = model.encode([p.text for p in order])
         predict = model.predictor(condition, 1.0)
@@ -92,7 +96,7 @@ def own_samples(config: Config, forwards: int, out: Path, rounds: int = 10, batc
         )
         chosen = right.nonzero()[:, 0]
         spent, kept = spent + count * e.steps, kept + len(chosen)
-        steps = (forwards // rounds - count * e.steps) // batch
+        steps = (budget // rounds - count * e.steps) // (TRAINED * batch)
         for step in range(steps):
             ids = [(r, step, b) for b in range(batch)]
             rows = chosen[torch.tensor(Stream(config.seed, "rows").integers((r, step), len(chosen), batch))]
@@ -105,13 +109,13 @@ def own_samples(config: Config, forwards: int, out: Path, rounds: int = 10, batc
             torch.nn.utils.clip_grad_norm_(trainable.masters, config.optimizer.max_grad_norm)
             optimizer.step()
             trainable.publish()
-        spent += steps * batch
+        spent += TRAINED * steps * batch
         score = evaluate(model, validation, judge, **look).mean("shapes_strict")
         best = max(best, (score, trainable.state()), key=lambda pair: pair[0])
         print(f"own samples, round {r + 1}: {len(chosen)}/{count} right, validation {score:.3f}", flush=True)
     trainable.load(best[1])
     after = evaluate(model, test, judge, **look)
-    result = {"before": before.to_json(), "after": after.to_json(), "forwards": spent, "kept": kept}
+    result = {"before": before.to_json(), "after": after.to_json(), "forward_equivalents": spent, "kept": kept}
     file.write_text(json.dumps(result))
     return result
 
@@ -125,16 +129,16 @@ def main() -> None:
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     config = load_config(a.demo[0] / "config.yaml").model_copy(update={"threads": a.threads})
-    forwards = summary(a.demo[0])["cost"]["forwards"]
+    budget = summary(a.demo[0])["cost"]["forward_equivalents"]
     rows = {f"demo {d.name}": summary(d) for d in a.demo}
     if a.only != "own_samples":
         rows["shuffled rewards"] = shuffled(config, a.out)
     if a.only != "shuffled":
-        rows["own verified samples"] = own_samples(config, forwards, a.out)
+        rows["own verified samples"] = own_samples(config, budget, a.out)
     for name, row in rows.items():
         before, after = (row[k]["mean"]["shapes_strict"] for k in ("before", "after"))
-        spent = row["cost"]["forwards"] if "cost" in row else row["forwards"]
-        print(f"{name:24s} {before:.3f} -> {after:.3f} ({after - before:+.3f}), {spent} forwards")
+        spent = row.get("cost", row)["forward_equivalents"]
+        print(f"{name:24s} {before:.3f} -> {after:.3f} ({after - before:+.3f}), {spent} forward-equivalents")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import argparse
 import json
 import time
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
@@ -24,6 +22,7 @@ from tempflow.latent_reward import LatentJudge, LatentReward, bind, siblings
 from tempflow.models import SD3, load
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
+from tempflow.stats import interval
 
 SIZE = (32, 32)
 ROWS = 512
@@ -53,6 +52,7 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
     said = judge(rated.latents, rated.sigma, rated.rows).value[:, 0].double()
     order = rated.paired.argsort(stable=True)
     grades, told, level = (v[order].view(-1, a.candidates) for v in (rated.scores.double(), said, rated.sigma))
+    prompt = rated.rows[order].view(-1, a.candidates)[:, 0]
     for sigma in rated.sigma.unique().flip(0):
         here = level[:, 0] == sigma
         best, score = grades[here], told[here]
@@ -61,7 +61,7 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
             {
                 "sigma": round(float(sigma), 4),
                 "right": round(float(right[pairs].double().mean()), 3) if pairs.any() else None,
-                "interval": _interval(right, pairs) if pairs.any() else None,
+                "interval": _interval(right, pairs, prompt[here]) if pairs.any() else None,
                 "pairs": int(pairs.sum()),
                 "of": best.numel() * (a.candidates - 1) // 2,
                 "spread_of_grades": round(float(best.std(1).mean()), 4),
@@ -71,18 +71,13 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
     return lines
 
 
-def _interval(right: Tensor, pairs: Tensor) -> list[float]:
-    """Bootstrap over states, whose pairs share candidates: 95 % of the share that is right."""
-    counts = (right & pairs).sum((1, 2)).numpy(), pairs.sum((1, 2)).numpy()
-    found = bootstrap(
-        counts,
-        lambda hit, all, axis: hit.sum(axis) / all.sum(axis),
-        paired=True,
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return [round(float(v), 3) for v in found.confidence_interval]
+def _interval(right: Tensor, pairs: Tensor, prompt: Tensor) -> list[float]:
+    """95 % bootstrap interval of the share of pairs that is right; prompts are drawn, with all their states.
+
+    right, pairs: bool [states, candidates, candidates]; prompt: long [states].
+    """
+    state = pairs.nonzero()[:, 0]
+    return [round(v, 3) for v in interval(right[pairs].double().numpy(), clusters=prompt[state].tolist())]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Every algorithm on `shapes`, from one base, at one budget of transformer forwards; docs/leaderboard.md is its table.
+"""Every algorithm on `shapes`, from one base, at one budget of forward-equivalents; docs/leaderboard.md is its table.
 
     python -m benchmarks.leaderboard [--only NAME …] [--jobs 2] [--table]
 
@@ -29,17 +29,19 @@ from benchmarks.runs import (
     base_hash,
     boiled,
     draw_curves,
+    gain,
     mean_curve,
     mismatch,
-    paired_interval,
     reached,
     resumable,
     run_all,
     table,
+    tested,
     told,
     unpacked,
 )
 from tempflow.config import Config, ConfigError, parse_config
+from tempflow.data.prompts import Prompt
 from tempflow.recipes.every import ENTRIES, Entry
 from tempflow.recipes.shapes import OPTIMIZER, REWARDS
 
@@ -59,10 +61,11 @@ def seeds(entry: Entry) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Board:
-    """One leaderboard: the hash of its base weights, its budget and pictures, where runs work, and where results go."""
+    """One leaderboard: the hash of its base weights, its budget in forward-equivalents and its pictures; where runs
+    work, and where results go."""
 
     base: str
-    forwards: int = 48_000
+    budget: int = 80_000
     validation: int = 240
     test: int = 1008
     dtype: str = "float32"
@@ -71,7 +74,7 @@ class Board:
 
     def config(self, entry: Entry, rate: float, seed: int) -> Config:
         """The run's configuration. Raises ConfigError."""
-        name = f"{entry.name}-{rate:g}-{seed}-{self.forwards}"
+        name = f"{entry.name}-{rate:g}-{seed}-{self.budget}"
         fields = {
             "name": name,
             "seed": seed,
@@ -90,7 +93,7 @@ class Board:
             },
         }
         algorithm = parse_config(fields).algorithm.build()
-        iterations = affordable(algorithm, entry.prompts, self.forwards, entry.counted)
+        iterations = affordable(algorithm, entry.prompts, self.budget, trained=entry.trained)
         fields["evaluation"] |= {"every": max(1, round(iterations / 5))}
         return parse_config(fields | {"iterations": iterations})
 
@@ -261,13 +264,13 @@ def _silent(line: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
-def difference(a: Standing, b: Standing, draws: int = 10_000) -> tuple[str, str] | None:
+def difference(a: Standing, b: Standing, prompts: Sequence[Prompt], draws: int = 10_000) -> tuple[str, str] | None:
     """Test scores of a − b on the final seeds that both have: mean with 95 % interval and number of seeds, verdict."""
     seeds = common(a, b)
     if not seeds:
         return None
     mine, theirs = (np.stack([outcomes(x.finals[s]) for s in seeds]) for x in (a, b))
-    mean, low, high = paired_interval(mine, theirs, draws)
+    mean, low, high = gain(mine, theirs, prompts, draws)
     verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(seeds)} seed{'s'[: len(seeds) > 1]}", verdict
 
@@ -277,9 +280,9 @@ def common(a: Standing, b: Standing) -> list[int]:
     return [s for s in a.finals if s in b.finals and not (a.finals[s]["stopped"] or b.finals[s]["stopped"])]
 
 
-def compared(a: Standing, b: Standing, draws: int = 10_000) -> str:
+def compared(a: Standing, b: Standing, prompts: Sequence[Prompt], draws: int = 10_000) -> str:
     """A cell of the table of differences."""
-    found = difference(a, b, draws)
+    found = difference(a, b, prompts, draws)
     return "–" if found is None else f"{found[0]}: {found[1]}"
 
 
@@ -287,13 +290,13 @@ HERE = {"better": "holds", "worse": "the reverse", "not separable": "not separab
 """What the difference of the claimed better entry and the other says of the claim."""
 
 
-def claimed(by_name: Mapping[str, Standing], draws: int = 10_000) -> list[list[str]]:
+def claimed(by_name: Mapping[str, Standing], prompts: Sequence[Prompt], draws: int = 10_000) -> list[list[str]]:
     """Rows of the table of papers' claims; those whose entries both have a test score."""
     rows = list[list[str]]()
     for claim in CLAIMS:
         if claim.better in by_name and claim.worse in by_name:
             pair = by_name[claim.better], by_name[claim.worse]
-            found = difference(*pair, draws)
+            found = difference(*pair, prompts, draws)
             if found is not None:
                 said = HERE[found[1]] + ("" if all(s.whole for s in pair) else ", so far")
                 rows.append([f"{claim.better} > {claim.worse}", claim.told, found[0], said])
@@ -305,7 +308,7 @@ MARKS = (0.45, 0.5, 0.55, 0.6)
 
 
 def speeds(s: Standing) -> list[str]:
-    """Forwards after which the mean validation curve of the runs in the table first reaches each mark."""
+    """Forward-equivalents after which the mean validation curve of the runs in the table first reaches each mark."""
     mean = mean_curve([np.array(r["curve"], float) for r in s.shown]).tolist()
     needs = [reached(mean, mark) for mark in MARKS]
     return [f"{need:,.0f}" if np.isfinite(need) else "–" for need in needs]
@@ -319,7 +322,9 @@ def row(s: Standing) -> list[str]:
     """The table's cells for an entry with a test score."""
     before, after = (np.mean([r[key] for r in s.shown]) for key in ("before", "after"))
     times = [r["seconds"] for r in s.shown if r["seconds"] is not None]
-    forwards, decodes = (np.mean([r["cost"][key] for r in s.shown]) for key in ("forwards", "decodes"))
+    spent, forwards, decodes = (
+        np.mean([r["cost"][key] for r in s.shown]) for key in ("forward_equivalents", "forwards", "decodes")
+    )
     spread = [r["diversity"] for r in s.shown if r["diversity"] is not None]
     first, last = np.mean(spread, 0) if spread else (np.nan, np.nan)
     stopped = [r["stopped"] for r in s.finals.values() if r["stopped"]]
@@ -333,6 +338,7 @@ def row(s: Standing) -> list[str]:
         f"{before:.3f} → **{after:.3f}**",
         f"{after - before:+.3f}",
         f"{last:.3f} ({last / first:.2f} ×)" if spread else "–",
+        f"{spent:,.0f}",
         f"{forwards:,.0f}",
         f"{decodes:,.0f}",
         f"{np.mean(times):,.0f}" if times else "–",
@@ -358,26 +364,30 @@ def page(board: Board, standings: Sequence[Standing], draws: int = 10_000) -> st
         "strict before → after",
         "gain",
         "diversity after",
+        "forward-equivalents",
         "forwards",
         "decodes",
         "s",
     ]
-    claims = claimed(by_name, draws)
+    prompts = tested(board.untrained())
+    claims = claimed(by_name, prompts, draws)
     fastest = [[s.entry.name, *speeds(s)] for s in shown]
     verdicts = [row[-1].partition(",")[0] for row in claims]
     differences = [
-        [s.entry.name, *("" if s.entry.name == n else compared(s, by_name[n], draws) for n in references)]
+        [s.entry.name, *("" if s.entry.name == n else compared(s, by_name[n], prompts, draws) for n in references)]
         for s in shown
     ]
     return f"""# Leaderboard
 
 Generated by `make leaderboard`, which goes on where it was cut off. Every entry trains the shapes model (base weights
-{board.base[:8]}) for about {board.forwards:,} planned forwards, {board.dtype}, one thread a run; groups without
+{board.base[:8]}) for about {board.budget:,} planned forward-equivalents, {board.dtype}, one thread a run. A row
+through any network is 1 forward-equivalent without gradient and 3 with it; groups without
 spread are not trained, so fewer are counted. Of the learning rates {", ".join(f"{r:g}" for r in RATES)} the best on
 {board.validation} validation prompts (seed {SEARCH_SEED}) is taken; a paper's method has two more seeds there, a knob
 none. The seed of the search counts among them: it bears the luck of a choice among three (on validation, not on test).
-Strict score: share of {board.test:,} held-out test pictures that the strict verifier calls right, with the weights
-that were best on validation. Settings are those of the recipes: a method's own, scaled to six steps, but where the last
+Strict score: share of {board.test:,} held-out test pictures, of {len({p.text for p in prompts})} different prompts,
+that the strict verifier calls right, with the weights that were best on validation. Settings are those of
+the recipes: a method's own, scaled to six steps, but where the last
 noisy step would have nearly all of the gradient Flow-CPS takes its code's unscaled log-prob, DDPO leaves that step out,
 and DRM's candidates are Flow-CPS's (each one's page tells).
 
@@ -394,27 +404,28 @@ tempflow {", ".join(versions) or "–"}.
 
 ## Differences
 Test score of the row less that of the column, on the same pictures and the seeds that both have, with its 95 %
-paired bootstrap interval over seeds and pictures. "Better" and "worse" only where it excludes 0; intervals are not
-widened for their number. With one seed it covers the choice of pictures, not the chance in training.
+paired bootstrap interval over seeds and prompts (a prompt's pictures stay together). "Better" and "worse" only where
+it excludes 0; intervals are not widened for their number. With one seed it covers the choice of prompts, not the chance
+in training.
 
 {table(["", *references], differences)}
 
 ## What papers claim
-Each on its own models, rewards and budgets; here at equal forwards on `shapes`, by the same intervals.
+Each on its own models, rewards and budgets; here at equal compute on `shapes`, by the same intervals.
 {verdicts.count("holds")} of {len(claims)} hold, {verdicts.count("the reverse")} come out reversed, the others cannot
 be told here. "So far": rates or seeds of one of the two are still missing, so nothing is settled.
 
 {table(["claim", "as the paper has it", "here, difference of test scores", ""], claims)}
 
 ## Speed
-Forwards until the mean validation curve of an entry's runs reaches a score, on straight lines between validations;
-– where it does not. Validations are few, of {board.validation} pictures each, and one lucky one is enough.
+Forward-equivalents until the mean validation curve of an entry's runs reaches a score, on straight lines between
+validations; – where it does not. Validations are few, of {board.validation} pictures each, and one lucky one is enough.
 
 {table(["", *(f"{mark:.2f}" for mark in MARKS)], fastest)}
 
-![Validation score over forwards](img/leaderboard.png)
+![Validation score over forward-equivalents](img/leaderboard.png)
 
-Validation strict score over forwards: thick, the mean over an entry's runs in the table; thin, each run.
+Validation strict score over forward-equivalents: thick, the mean over an entry's runs in the table; thin, each run.
 With more than eight entries each has a panel of its own, with {" and ".join(references)} in grey.
 """
 
@@ -470,7 +481,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="entries to run; the page has all")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing, write the page of what there is")
-    parser.add_argument("--forwards", type=int, default=Board.forwards, help="budget of a run")
+    parser.add_argument("--budget", type=int, default=Board.budget, help="of a run, in forward-equivalents")
     parser.add_argument("--validation", type=int, default=Board.validation, help="validation prompts")
     parser.add_argument("--test", type=int, default=Board.test, help="test prompts")
     parser.add_argument("--out", type=Path, default=Board.out, help="where runs work")
@@ -482,7 +493,7 @@ def main() -> None:
         if name not in names:
             nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
             parser.error(f"--only: {name!r} is no entry; nearest valid: {nearest!r}")
-    board = Board(base_hash(), a.forwards, a.validation, a.test, out=a.out, results=a.results)
+    board = Board(base_hash(), a.budget, a.validation, a.test, out=a.out, results=a.results)
     entries = valid(board, ENTRIES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False

@@ -1,11 +1,11 @@
-"""TempFlow-GRPO (its own weights; rectified ones) against Flow-GRPO (group std; global std), at equal forwards.
+"""TempFlow-GRPO (its own weights; rectified ones) against Flow-GRPO (group std; global std), at equal compute.
 
-    python -m benchmarks.learning --out runs/learning [--forwards 210000] [--seeds 0 1 2]
+    python -m benchmarks.learning --out runs/learning [--budget 370000] [--seeds 0 1 2]
 
 Each method tries the same three learning rates (one seed, judged on validation; rectified TempFlow-GRPO takes the other
 one's), then runs at its best rate with three seeds, judged once on test. Two runs go side by side, one thread each.
 Finished runs are kept: start it again to go on. Prints the table and paired 95 % intervals, and draws the curves over
-forwards, wall time and reward calls.
+forward-equivalents, wall time and reward calls.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.runs import lines, paired_interval, reach, run_all, samples, summary
+from benchmarks.runs import affordable, gain, lines, reach, run_all, samples, summary, tested
 from tempflow.config import Config, parse_config
+from tempflow.data.prompts import Prompt
 from tempflow.recipes.shapes import COMMON, OPTIMIZER, REWARDS
 
 RATES = (5e-5, 1e-4, 2e-4)
@@ -34,7 +36,7 @@ COLORS = dict(zip(METHODS, ("C3", "C0", "C2", "C1"), strict=True))
 """Method → algorithm and prompts per iteration: 1 500 forwards an iteration for TempFlow, 1 584 for Flow-GRPO."""
 
 
-def config(method: str, rate: float, seed: int, forwards: int, out: Path, dtype: str) -> Config:
+def config(method: str, rate: float, seed: int, budget: int, out: Path, dtype: str) -> Config:
     algorithm, prompts = METHODS[method]
     fields = {
         "name": f"{method}-{rate:g}-{seed}",
@@ -56,8 +58,7 @@ def config(method: str, rate: float, seed: int, forwards: int, out: Path, dtype:
             "seed": 4321,
         },
     }
-    cost = parse_config(fields).algorithm.build().cost(0, prompts)
-    return parse_config(fields | {"iterations": max(1, round(forwards / (cost.forwards + cost.trained_edges)))})
+    return parse_config(fields | {"iterations": affordable(parse_config(fields).algorithm.build(), prompts, budget)})
 
 
 def best_rate(method: str, out: Path) -> float:
@@ -68,7 +69,7 @@ def best_rate(method: str, out: Path) -> float:
 
 def draw(folders: dict[str, list[Path]], path: Path) -> None:
     figure = Figure(figsize=(14, 4.2), layout="constrained")
-    for axes, unit in zip(figure.subplots(1, 3), ("forwards", "elapsed", "reward_calls"), strict=True):
+    for axes, unit in zip(figure.subplots(1, 3), ("forward_equivalents", "elapsed", "reward_calls"), strict=True):
         for method, runs in folders.items():
             curves, color = [], COLORS[method]
             for run in runs:
@@ -90,11 +91,13 @@ def draw(folders: dict[str, list[Path]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def compare(mine: str, theirs: str, after: dict[str, np.ndarray], folders: dict[str, list[Path]]) -> None:
+def compare(
+    mine: str, theirs: str, after: dict[str, np.ndarray], folders: dict[str, list[Path]], prompts: Sequence[Prompt]
+) -> None:
     """The test's difference with its interval, and what share of the other's cost reaches its best validation score."""
-    mean, low, high = paired_interval(after[mine], after[theirs])
+    mean, low, high = gain(after[mine], after[theirs], prompts)
     print(f"{mine} − {theirs}: {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]")
-    for unit in ("forwards", "reward_calls"):
+    for unit in ("forward_equivalents", "reward_calls"):
         shares = []
         for a, b in zip(folders[mine], folders[theirs], strict=True):
             target = max(e["mean"]["shapes_strict"] for e in lines(b, "evaluation.jsonl"))
@@ -105,15 +108,15 @@ def compare(mine: str, theirs: str, after: dict[str, np.ndarray], folders: dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--forwards", type=int, default=210_000)
+    parser.add_argument("--budget", type=int, default=370_000, help="of a run, in forward-equivalents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dtype", default="bfloat16")
     a = parser.parse_args()
     searched = [m for m in METHODS if m != "rectified"]
-    run_all([config(m, r, SEARCH_SEED, a.forwards, a.out, a.dtype) for m in searched for r in RATES])
+    run_all([config(m, r, SEARCH_SEED, a.budget, a.out, a.dtype) for m in searched for r in RATES])
     rates = {m: best_rate(m, a.out) for m in searched}
     rates["rectified"] = rates["tempflow"]
-    final = [config(m, rates[m], s, a.forwards, a.out, a.dtype) for s in a.seeds for m in METHODS]
+    final = [config(m, rates[m], s, a.budget, a.out, a.dtype) for s in a.seeds for m in METHODS]
     run_all(final)
     folders = {m: [a.out / f"{m}-{rates[m]:g}-{s}" for s in a.seeds] for m in METHODS}
     before = samples(folders["tempflow"][0])[0]
@@ -121,7 +124,7 @@ def main() -> None:
     print(f"\nbase {before.mean():.3f} on {len(before)} test pictures")
     for method, values in after.items():
         runs = [summary(f) for f in folders[method]]
-        cost = {k: np.mean([r["cost"][k] for r in runs]) for k in ("forwards", "decodes", "reward_calls")}
+        cost = {k: np.mean([r["cost"][k] for r in runs]) for k in ("forward_equivalents", "decodes", "reward_calls")}
         each = " ".join(f"{v:.3f}" for v in values.mean(1))
         print(
             f"{method:12s} rate {rates[method]:g}: {values.mean():.3f} ({each}), "
@@ -130,7 +133,7 @@ def main() -> None:
             + f", {np.mean([r['seconds'] for r in runs]):.0f} s"
         )
     for mine, theirs in itertools.product(("tempflow", "rectified"), ("flow_group", "flow_global")):
-        compare(mine, theirs, after, folders)
+        compare(mine, theirs, after, folders, tested(final[0]))
     draw(folders, a.out / "curves.png")
     (a.out / "result.json").write_text(json.dumps({"rates": rates, "mean": {m: v.mean() for m, v in after.items()}}))
 

@@ -22,6 +22,10 @@ from matplotlib.figure import Figure
 
 from tempflow.algorithms import Algorithm
 from tempflow.config import Config, to_yaml
+from tempflow.core.cost import equivalents
+from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.evaluate.suite import fixed_prompts
+from tempflow.stats import paired_interval
 
 ASIDE: dict[str, Any] = {
     **dict.fromkeys(("name", "output", "checkpoint", "track", "parallel"), True),
@@ -137,24 +141,23 @@ def samples(folder: str | Path, metric: str = "shapes_strict") -> np.ndarray:
     return np.array(json.loads((Path(folder) / "samples.json").read_text())[metric], float)
 
 
-def paired_interval(a: np.ndarray, b: np.ndarray, draws: int = 10000) -> tuple[float, float, float]:
-    """Mean of a − b and its 95 % bootstrap interval; seeds and pictures are drawn.
+def tested(config: Config) -> list[Prompt]:
+    """The prompt of every test picture."""
+    return fixed_prompts(load_prompts(config.data.test), config.evaluation.test_prompts)
 
-    a, b: [seeds, N], on the same pictures.
+
+def gain(a: np.ndarray, b: np.ndarray, prompts: Sequence[Prompt], draws: int = 10000) -> tuple[float, float, float]:
+    """Mean of a − b and its 95 % bootstrap interval; seeds and prompts are drawn, task kinds keep their shares.
+
+    a, b: [seeds, N], on the same pictures; prompts: of every picture.
     """
-    rng = np.random.default_rng(0)
-    d = a - b
-    seeds = rng.integers(0, len(d), (draws, len(d)))
-    means = np.empty(draws)
-    for i in range(draws):
-        picture = rng.integers(0, d.shape[1], d.shape[1])
-        means[i] = d[seeds[i]][:, picture].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(d.mean()), float(low), float(high)
+    kinds = [str(p.metadata.get("kind", "")) for p in prompts]
+    clusters = [(kind, p.text) for kind, p in zip(kinds, prompts, strict=True)]
+    return float(np.nanmean(a - b)), *paired_interval(a, b, draws, strata=kinds, clusters=clusters)
 
 
-def reach(folder: str | Path, target: float, unit: str = "forwards", metric: str = "shapes_strict") -> float:
-    """Cost (`forwards` or `reward_calls`) at which the validation curve first reaches `target`, interpolated."""
+def reach(folder: str | Path, target: float, unit: str = "forward_equivalents", metric: str = "shapes_strict") -> float:
+    """Cost (by `unit`) at which the validation curve first reaches `target`, interpolated."""
     return reached([(line[unit], line["mean"][metric]) for line in lines(folder, "evaluation.jsonl")], target)
 
 
@@ -199,19 +202,31 @@ def unpacked(digits: str, outcomes: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=outcomes).astype(float)
 
 
-def affordable(algorithm: Algorithm, prompts: int, budget: int, counted: int | None = None) -> int:
-    """Iterations, at least 1, whose rollout, training, and other weight sets' forwards come nearest to the budget;
-    `counted`: those of each, where the plans do not know."""
-    if counted is not None:
-        return max(1, round(budget / counted))
-    spent = 0
+def affordable(
+    algorithm: Algorithm, prompts: int, budget: int, *, guided: bool = False, trained: int | None = None, free: int = 0
+) -> int:
+    """Iterations, at least 1, whose compute in forward-equivalents comes nearest to the budget.
+
+    guided: whether guidance doubles rows; trained: rows that an iteration trains, where the plans do not know; free:
+    rollout rows of an iteration that are not counted.
+    """
+    others, spent = len(algorithm.objective.weight_sets) - 1, 0
     for iteration in count():
         cost = algorithm.cost(iteration, prompts)
-        next_ = spent + cost.forwards + cost.trained_edges * len(algorithm.objective.weight_sets)
+        edges = cost.trained_edges if trained is None else trained
+        latent = 0 if algorithm.judge is None else edges
+        plain = cost.forwards - free + edges * others
+        next_ = spent + equivalents(plain, edges, guided=guided, latent=latent)
         if next_ >= budget:
             return max(1, iteration + (next_ - budget <= budget - spent))
         spent = next_
     raise AssertionError
+
+
+def prompts_hash(config: Config) -> str:
+    """SHA-256 of the test's prompts, in order."""
+    told = [(p.text, str(p.metadata.get("kind", ""))) for p in tested(config)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def base_hash(root: Path | None = None) -> str:
@@ -237,6 +252,7 @@ def mismatch(result: Mapping[str, Any], config: Config, base: str) -> list[str]:
     chosen = flat(config.model_dump(mode="json", exclude=ASIDE, exclude_defaults=True))
     why = [] if config_hash(result["config"]) == result["config_hash"] else ["its configuration was changed by hand"]
     why += [] if result["base_hash"] == base else [f"base weights {result['base_hash'][:8]}, now {base[:8]}"]
+    why += [] if result["test_hash"] == prompts_hash(config) else ["the test had other prompts"]
     why += [f"{key} was {value!r}, now {now.get(key)!r}" for key, value in known.items() if now.get(key) != value]
     return why + [f"{key} is {now[key]!r}, and was not there" for key in now if key not in known and key in chosen]
 
@@ -252,12 +268,13 @@ def boiled(config: Config, base: str, metric: str) -> dict[str, Any]:
     """
     folder = Path(config.output)
     evaluations, metrics = lines(folder, "evaluation.jsonl"), lines(folder, "metrics.jsonl")
-    curve = [[e["forwards"], e["mean"][metric]] for e in evaluations]
+    curve = [[e["forward_equivalents"], e["mean"][metric]] for e in evaluations]
     seen = [line["diversity"] for line in metrics if line.get("diversity") is not None]
     settings = config.model_dump(mode="json", exclude=ASIDE)
     result = {
         "config_hash": config_hash(settings),
         "base_hash": base,
+        "test_hash": prompts_hash(config),
         "tempflow": version("tempflow"),
         "torch": version("torch"),
         "curve": [[x, y if y is None else round(y, 5)] for x, y in curve],
@@ -282,7 +299,8 @@ def boiled(config: Config, base: str, metric: str) -> dict[str, Any]:
     stops = [a for a in lines(folder, "alarms.jsonl") if a["action"] == "stop"]
     if not stops:
         raise ValueError("neither finished nor stopped by a guard")
-    cost = {key: metrics[-1][key] for key in ("forwards", "decodes", "reward_calls")} if metrics else {}
+    spent = ("forward_equivalents", "forwards", "decodes", "reward_calls")
+    cost = {key: metrics[-1][key] for key in spent} if metrics else {}
     best = max((y for _, y in curve if y is not None), default=None)
     guard = f"{stops[-1]['guard']} at iteration {stops[-1]['iteration']}"
     return result | {"stopped": guard, "best_validation": best, "cost": cost, "seconds": None, "config": settings}
@@ -302,8 +320,8 @@ def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
 def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Sequence[str] = ()) -> None:
     """Mean curves as a PNG; more than eight are drawn apart, each before those named in `grey`.
 
-    curves: by name, a float [points, 2] of (forwards, validation score) for each run. Runs of one name are averaged
-    over the points that all of them reached.
+    curves: by name, a float [points, 2] of (forward-equivalents, validation score) for each run. Runs of one name are
+    averaged over the points that all of them reached.
     """
     apart = len(curves) > 8
     columns, rows = (4, -(-len(curves) // 4)) if apart else (1, 1)
@@ -326,7 +344,7 @@ def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Se
         ax.grid(alpha=0.3)
     if not apart and curves:
         axes[0].legend(fontsize=8)
-    figure.supxlabel("transformer forwards, evaluation left out", fontsize=9)
+    figure.supxlabel("forward-equivalents, evaluation left out", fontsize=9)
     figure.supylabel("validation strict score", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

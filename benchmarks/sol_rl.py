@@ -1,7 +1,7 @@
 """What Sol-RL's drafts are worth on `shapes`: how well they rank, what they cost, and (`--final`) what a run gains.
 
     python -m benchmarks.sol_rl [--prompts 6] [--time-prompts 1] [--repeats 5]     # about six minutes on a slow core
-    python -m benchmarks.sol_rl --final --out runs/sol_rl [--forwards 105000] [--seeds 0 1 2]
+    python -m benchmarks.sol_rl --final --out runs/sol_rl [--budget 190000] [--seeds 0 1 2]
 
 Fidelity: a pool of noises for each prompt, drawn in full (10 steps, float32) and by every kind of draft. Agreement is a
 mean over prompts whose pool has any spread. Rewards are coarse, so pools have ties: Kendall is τ_b, Spearman takes mean
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.runs import affordable, lines, paired_interval, run_all, samples, table
+from benchmarks.runs import affordable, gain, lines, run_all, samples, table, tested
 from tempflow.algorithms import Algorithm, diffusion_nft, sol_rl
 from tempflow.config import Config, GuardsConfig, parse_config
 from tempflow.core.draft import Draft, Precision, kendall, overlap
@@ -290,23 +290,23 @@ def timing(a: argparse.Namespace, prompts: Sequence[Prompt], precisions: Sequenc
 
 # ---------------------------------------------------------------------------------------------------------------- final
 def finals(a: argparse.Namespace) -> dict[str, dict[int, Config]]:
-    """Method → seed → run, each of about `a.forwards` counted forwards.
+    """Method → seed → run, each of about `a.budget` forward-equivalents.
 
     Drawing the pool in full is a draft of all steps: the kept are then drawn twice, to the same pictures, and the
     second time is not counted.
     """
     common = {"steps": FULL_STEPS, "group": a.keep, "fraction": FRACTION, "kl": 0.0, "eps": 0.1}
     pool = {**common, "name": "sol_rl", "pool": a.pool}
-    pairs = 2 * a.keep * int(FRACTION * FULL_STEPS)  # policy and old
-    methods: dict[str, tuple[dict, int | None]] = {
-        f"{a.keep} in {a.keep}": ({**common, "name": "diffusion_nft"}, None),
-        f"{a.keep} in {a.pool}, in full": ({**pool, "draft_steps": FULL_STEPS}, a.pool * FULL_STEPS + pairs),
-        f"{a.keep} in {a.pool}, drafts of {a.final_steps}": ({**pool, "draft_steps": a.final_steps}, None),
+    again = a.keep * FULL_STEPS
+    methods: dict[str, tuple[dict, int]] = {
+        f"{a.keep} in {a.keep}": ({**common, "name": "diffusion_nft"}, 0),
+        f"{a.keep} in {a.pool}, in full": ({**pool, "draft_steps": FULL_STEPS}, again),
+        f"{a.keep} in {a.pool}, drafts of {a.final_steps}": ({**pool, "draft_steps": a.final_steps}, 0),
     }
     return {name: {seed: final(a, name, *method, seed) for seed in a.seeds} for name, method in methods.items()}
 
 
-def final(a: argparse.Namespace, name: str, algorithm: Mapping, counted: int | None, seed: int) -> Config:
+def final(a: argparse.Namespace, name: str, algorithm: Mapping, free: int, seed: int) -> Config:
     label = f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     fields = {
         "name": label,
@@ -322,8 +322,7 @@ def final(a: argparse.Namespace, name: str, algorithm: Mapping, counted: int | N
         "evaluation": {**EVALUATION, "validation_prompts": a.validation, "test_prompts": a.test},
     }
     built = parse_config(fields).algorithm.build()
-    each = None if counted is None else counted * a.final_prompts
-    iterations = affordable(built, a.final_prompts, a.forwards, each)
+    iterations = affordable(built, a.final_prompts, a.budget, free=free * a.final_prompts)
     warm = min(5, iterations - 1)
     optimizer = {**fields["optimizer"], "warmup_iterations": warm}
     return parse_config({**fields, "iterations": iterations, "optimizer": optimizer})
@@ -335,6 +334,7 @@ def compare(a: argparse.Namespace) -> None:
     run_all([config for by_seed in runs.values() for config in by_seed.values()], a.side_by_side, resume=True)
     scores = {name: np.array([samples(c.output) for c in seeds.values()]) for name, seeds in runs.items()}
     first, rows = next(iter(scores)), list[list[str]]()
+    prompts = tested(next(iter(runs[first].values())))
     for name, seen in scores.items():
         config = next(iter(runs[name].values()))
         taus = [
@@ -343,11 +343,11 @@ def compare(a: argparse.Namespace) -> None:
             for m in lines(c.output, "metrics.jsonl")
             if "draft/kendall" in m
         ]
-        mean, low, high = paired_interval(seen[:, 1], scores[first][:, 1])
-        gain = "–" if name == first else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        mean, low, high = gain(seen[:, 1], scores[first][:, 1], prompts)
+        less = "–" if name == first else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         tau = f"{statistics.fmean(taus):.2f}" if taus else "–"
-        rows.append([name, str(config.iterations), f"{seen[:, 0].mean():.3f}", f"{seen[:, 1].mean():.3f}", gain, tau])
-    print(f"\nfinal: about {a.forwards} counted forwards a run, seeds {a.seeds}, strict score on {a.test} pictures")
+        rows.append([name, str(config.iterations), f"{seen[:, 0].mean():.3f}", f"{seen[:, 1].mean():.3f}", less, tau])
+    print(f"\nfinal: about {a.budget} forward-equivalents a run, seeds {a.seeds}, strict score on {a.test} pictures")
     print(table(["method", "iterations", "before", "after", f"less {first}, 95 %", "τ of the kept"], rows), flush=True)
 
 
@@ -364,7 +364,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--final", action="store_true", help="whole runs instead: hours")
     parser.add_argument("--out", type=Path, default=Path("runs/sol_rl"))
-    parser.add_argument("--forwards", type=int, default=105_000)
+    parser.add_argument("--budget", type=int, default=190_000, help="of a run of --final, in forward-equivalents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--final-prompts", type=int, default=4, help="of an iteration")

@@ -29,8 +29,9 @@ ROOMS: dict[str, set[str]] = {
     "config": {"strict", "algorithms", "data", "rewards"},
     "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
-    "evaluate": {"core", "data", "models", "rewards", "config", "perception"},
-    "report": set(),
+    "evaluate": {"core", "data", "models", "rewards", "config", "perception", "stats"},
+    "stats": set(),
+    "report": {"stats"},
     "export": {"config", "models", "train"},
     "doctor": {"config", "data", "models"},
     "train": {

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from tempflow.config import Config
+from tempflow.core.cost import equivalents
 from tempflow.core.plan import Cost, Plan
 
 STATE_BYTES = 4
@@ -25,6 +26,7 @@ class RunCost:
     first, total        rows given to the network in rollouts, pictures decoded and scored, edges trained. A group whose
                         scores are all equal is not trained, so the trained edges (and their forwards) are upper bounds
     rewards             rewards per picture
+    latent              rows through a latent reward, which scores the trained edges
     others              the weight sets beside the policy (reference, old, …) that the loss asks at every trained edge
     guided              whether guidance doubles the rows of every forward
     stored_nodes        most states that an iteration keeps for training
@@ -36,6 +38,7 @@ class RunCost:
     first: Cost
     total: Cost
     rewards: int
+    latent: int
     others: tuple[str, ...]
     guided: bool
     stored_nodes: int
@@ -47,6 +50,12 @@ class RunCost:
     def forwards(self) -> int:
         """Rollout, training and other sets' forwards of the run at most, guidance not doubled; evaluation is apart."""
         return self.total.forwards + self.total.trained_edges * (1 + len(self.others))
+
+    @property
+    def equivalents(self) -> int:
+        """The run's compute at most, in forward-equivalents (`core.cost.equivalents`); evaluation is apart."""
+        plain = self.total.forwards + self.total.trained_edges * len(self.others)
+        return equivalents(plain, self.total.trained_edges, guided=self.guided, latent=self.latent)
 
     def table(self) -> Table:
         """The counts, for a terminal."""
@@ -66,6 +75,7 @@ class RunCost:
             table.add_row(label, f"{one:,}", f"{run:,}")
         table.add_section()
         table.add_row("all forwards but evaluation, at most", "", f"{self.forwards:,}")
+        table.add_row("the same in forward-equivalents (with gradient: 3)", "", f"{self.equivalents:,}")
         table.add_row("forwards of a validation | of the test, twice", f"{self.validation:,}", f"{2 * self.test:,}")
         table.add_row("states kept for training, at most | their memory", f"{self.stored_nodes:,}", self._memory())
         if self.guided:
@@ -103,6 +113,7 @@ def run_cost(config: Config) -> RunCost:
         first=first,
         total=total,
         rewards=len(config.rewards),
+        latent=0 if algorithm.judge is None else total.trained_edges,
         others=tuple(name for name in algorithm.objective.weight_sets if name != "policy"),
         guided=config.model.guidance != 1,
         stored_nodes=most,

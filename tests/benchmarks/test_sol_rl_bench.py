@@ -46,10 +46,10 @@ def test_every_side_is_what_its_label_says() -> None:
     }
 
 
-def test_final_runs_have_equal_forwards() -> None:
-    a = bench.arguments(["--final", "--forwards", "100000", "--seeds", "0"])
+def test_final_runs_have_equal_compute() -> None:
+    a = bench.arguments(["--final", "--budget", "100000", "--seeds", "0"])
     plain, naive, drafted = (by_seed[0] for by_seed in bench.finals(a).values())
-    pairs = 24 * 6 * 2  # policy and old
+    pairs = 24 * 6 * (3 + 1)  # the policy with gradient, and old
     for config, each in ((plain, 240), (naive, 960), (drafted, 96 * 4 + 240)):
         spent = config.iterations * a.final_prompts * (each + pairs)
         assert abs(spent - 100_000) <= a.final_prompts * (each + pairs) / 2
@@ -72,7 +72,7 @@ def test_fidelity_and_time_at_a_tiny_size(
 
 @pytest.mark.slow
 def test_final_at_a_tiny_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--forwards", "200", "--seeds", "0", "--final-prompts", "1", "--validation", "6", "--test", "6"]
+    sizes = ["--budget", "400", "--seeds", "0", "--final-prompts", "1", "--validation", "6", "--test", "6"]
     words = [*TINY, "--final", "--out", str(tmp_path), "--final-steps", "2", "--side-by-side", "1", *sizes]
     bench.compare(bench.arguments(words))
     said = capsys.readouterr().out

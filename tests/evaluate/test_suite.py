@@ -18,10 +18,10 @@ from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate import pictures, suite
 from tempflow.evaluate.grid import CAPTION, CELL, GAP, grid
-from tempflow.evaluate.stats import interval
 from tempflow.evaluate.suite import Report, draw, evaluate, fixed_prompts
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import from_function
+from tempflow.stats import interval
 
 
 def picture(prompts: list[str], rows: int = 64, seed: int = 3, steps: int = 5) -> torch.Tensor:
@@ -77,6 +77,7 @@ REPORT = Report(
         torch.tensor([[True, True], [True, False], [True, True], [False, False]]),
         ("soft", "hard"),
     ),
+    ("p", "q", "r", "s"),
     ("one", "two", "one", "three"),
     10,
     1.0,
@@ -103,10 +104,10 @@ def test_report_json_and_table() -> None:
     assert told["by_kind_interval"]["soft"]["two"] == pytest.approx([0.4, 0.4])
     assert json.loads(json.dumps(told))["mean"] == told["mean"]
     rows = REPORT.table().splitlines()
-    assert rows[0].split() == ["kind", "n", "soft", "hard", "(gold)"]
-    assert rows[1].split() == ["one", "2", "0.550", "[0.200,", "0.900]", "1.000", "[1.000,", "1.000]"]
-    assert rows[3].split() == ["three", "1", "–", "–"]
-    assert rows[4].split()[:3] == ["all", "4", "0.500"]
+    assert rows[0].split() == ["kind", "n", "prompts", "soft", "hard", "(gold)"]
+    assert rows[1].split() == ["one", "2", "2", "0.550", "[0.200,", "0.900]", "1.000", "[1.000,", "1.000]"]
+    assert rows[3].split() == ["three", "1", "1", "–", "–"]
+    assert rows[4].split()[:4] == ["all", "4", "4", "0.500"]
     assert rows[5:] == ["2 of 4 pictures have a failed score, which no mean counts"]
 
 
@@ -114,8 +115,8 @@ def test_report_intervals_keep_kinds_and_prompts_together() -> None:
     values = np.random.default_rng(0).normal(size=24).astype(np.float32)
     kinds = tuple("aabb" * 6)  # two pictures of each prompt
     scores = Scores(torch.from_numpy(values)[:, None], torch.ones(24, 1, dtype=torch.bool), ("m",))
-    report = Report(scores, kinds, 4, 1.0, 0, samples_per_prompt=2)
-    prompts = [n // 2 for n in range(24)]
+    prompts = [str(n // 2) for n in range(24)]
+    report = Report(scores, tuple(prompts), kinds, 4, 1.0, 0, samples_per_prompt=2)
     assert report.interval("m") == interval(values, strata=kinds, clusters=prompts)
     of_a = [n for n in range(24) if kinds[n] == "a"]
     assert report.intervals_by_kind("m")["a"] == interval(values[of_a], clusters=[prompts[n] for n in of_a])
@@ -123,8 +124,23 @@ def test_report_intervals_keep_kinds_and_prompts_together() -> None:
     assert low < report.mean("m") < high
 
 
+def test_a_prompt_that_comes_again_is_the_same_prompt() -> None:
+    """A list longer than the prompts that there are goes round: more pictures, but no narrower interval."""
+    values = torch.tensor([0.0, 1.0, 0.0] * 30)
+    scores = Scores(values[:, None], torch.ones(90, 1, dtype=torch.bool), ("m",))
+    report = Report(scores, ("p", "q", "r") * 30, ("a",) * 90, 4, 1.0, 0)
+    assert report.interval("m") == interval([0.0, 1.0, 0.0]) and report.to_json()["prompts"] == 3
+    assert report.intervals_by_kind("m")["a"] == report.interval("m")
+    assert report.table().splitlines()[1].split()[:3] == ["a", "90", "3"]
+    # three prompts of one kind against 97 of another: the first kind is as uncertain as three prompts are
+    of_three, of_many = ["p", "q", "r"] * 33 + ["p"], [str(n) for n in range(97)]
+    scores = Scores(torch.tensor([0.0, 1.0, 0.0] * 33 + [0.0] + [0.5] * 97)[:, None], torch.ones(197, 1) > 0, ("m",))
+    kinds = ("few",) * 100 + ("many",) * 97
+    assert Report(scores, (*of_three, *of_many), kinds, 4, 1.0, 0).intervals_by_kind("m")["few"] == (0.0, 1.0)
+
+
 def test_report_of_plain_prompts_has_one_row() -> None:
-    report = Report(REPORT.scores, ("",) * 4, 4, 1.0, 0)
+    report = Report(REPORT.scores, REPORT.prompts, ("",) * 4, 4, 1.0, 0)
     assert [line.split()[0] for line in report.table().splitlines()[:2]] == ["kind", "all"]
 
 

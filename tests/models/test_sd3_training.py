@@ -12,6 +12,7 @@ from worlds import NOISE, World, ours, plain_pipeline, theirs
 
 from tempflow import models
 from tempflow.core import plan
+from tempflow.core.cost import equivalents
 from tempflow.core.dynamics import Dynamics, FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.rollout import rollout
@@ -245,6 +246,28 @@ def test_bfloat16_trains_lora_in_its_own_dtype_and_saves_float32(half: SD3, worl
 
 
 # ------------------------------------------------------------------------------------------------------------- ratio
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_forward_equivalents_are_the_rows_that_the_network_sees(fresh: SD3, world: World, guidance: float) -> None:
+    fresh.add_lora(2, 4)
+    seen = [0, 0]  # rows without gradient, with
+    hook = fresh.network.register_forward_hook(
+        lambda module, args, kwargs, out: seen.__setitem__(
+            out[0].requires_grad, seen[out[0].requires_grad] + len(kwargs["hidden_states"])
+        ),
+        with_kwargs=True,
+    )
+    try:
+        predict = fresh.predictor(fresh.encode(world.prompts[:1]), guidance)
+        x, rows = torch.zeros(3, *fresh.noise_shape(world.size)), torch.zeros(3, dtype=torch.long)
+        sigma = torch.full((3,), 0.5)
+        with torch.no_grad():
+            predict(x, sigma, rows)
+        predict(x, sigma, rows)
+    finally:
+        hook.remove()
+    assert seen[0] + 3 * seen[1] == equivalents(3, 3, guided=guidance != 1)
+
+
 def grown(adapter: SD3, world: World, guidance: float) -> tuple[Forest, Dynamics, Schedule, Predict]:
     dynamics, grid = FlowSDE(0.7), adapter.schedule(STEPS, world.size)
     predict = adapter.predictor(adapter.encode(world.prompts), guidance)

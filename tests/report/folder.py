@@ -22,7 +22,7 @@ def make_run(
     seed: int = 0,
     noise: int = 1234,
     finished: bool = True,
-    prompts: bool = False,
+    prompts: bool = True,
     shuffled: bool = False,
     steps: bool = True,
     hostile: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,15 @@ def one(folder: Path) -> RunData:
     return read_runs([folder])[0]
 
 
+def lines(prompts: Iterable[int]) -> list[dict[str, str]]:
+    return [{"prompt": str(n), "kind": ""} for n in prompts]
+
+
 def test_the_interval_is_scipys() -> None:
     random = np.random.default_rng(3)
     before = random.random(80)
     after = before + random.normal(0.08, 0.2, 80)
-    got = paired("x", before.tolist(), after.tolist())
+    got = paired("x", before.tolist(), after.tolist(), lines(range(80)))
     truth = stats.bootstrap(
         (after - before,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(1)
     ).confidence_interval
@@ -34,15 +39,18 @@ def test_the_interval_is_scipys() -> None:
 
 
 def test_failed_scores_leave_their_pair_out() -> None:
-    got = paired("x", [0.0, None, 1.0, 0.5], [1.0, 1.0, None, 1.0])
+    got = paired("x", [0.0, None, 1.0, 0.5], [1.0, 1.0, None, 1.0], lines(range(4)))
     assert (got.count, got.before, got.after) == (2, 0.25, 1.0)
-    nothing = paired("x", [None], [1.0])
+    nothing = paired("x", [None], [1.0], lines([0]))
     assert nothing.count == 0 and math.isnan(nothing.change) and nothing.low is None and not nothing.sure
-    assert paired("x", [0.0], [1.0]).low is None
+    assert paired("x", [0.0], [1.0], lines([0])).low is None
+    # many pictures of one prompt, or pictures of nobody knows which prompt: no interval, rather than a narrow one
+    assert paired("x", [0.0, 1.0] * 50, [1.0, 1.0] * 50, lines([7] * 100)).low is None
+    assert paired("x", [0.0, 1.0], [1.0, 1.0], None).low is None
 
 
-def test_tasks_are_told_by_turns_and_checked(tmp_path: Path) -> None:
-    run = one(make_run(tmp_path / "a"))
+def test_tasks_are_as_the_run_wrote_them(tmp_path: Path) -> None:
+    run = one(make_run(tmp_path / "a", shuffled=True))
     rows = by_task(run, "strict")
     assert [r.label for r in rows] == list(TASKS) and all(r.count == 10 and r.low is not None for r in rows)
     assert run.summary is not None
@@ -53,19 +61,19 @@ def test_tasks_are_told_by_turns_and_checked(tmp_path: Path) -> None:
     assert held_out(run, "unknown") is None
 
 
-def test_tasks_in_another_order_get_no_interval(tmp_path: Path) -> None:
-    """The means of the summary say that the pictures did not come by turns."""
-    rows = by_task(one(make_run(tmp_path / "a", shuffled=True)), "strict")
+def test_tasks_of_unknown_prompts_get_no_interval(tmp_path: Path) -> None:
+    run = one(make_run(tmp_path / "a", prompts=False))
+    rows = by_task(run, "strict")
     assert [r.low for r in rows] == [None] * len(TASKS) and all(r.count == 0 for r in rows)
-    rows = by_task(one(make_run(tmp_path / "b", shuffled=True, prompts=True)), "strict")  # here the run says
-    assert all(r.low is not None for r in rows)
+    whole = held_out(run, "strict")
+    assert whole is not None and whole.count == 30 and whole.low is None
 
 
 def test_prompts_that_moved(tmp_path: Path) -> None:
-    gained, lost = moved(one(make_run(tmp_path / "a", prompts=True)), "strict", most=3)
+    gained, lost = moved(one(make_run(tmp_path / "a")), "strict", most=3)
     assert len(gained) == 3 and gained[0].after - gained[0].before >= gained[2].after - gained[2].before > 0
     assert lost and all(row.after < row.before for row in lost)
-    assert moved(one(make_run(tmp_path / "b")), "strict") == ([], [])
+    assert moved(one(make_run(tmp_path / "b", prompts=False)), "strict") == ([], [])
 
 
 def test_wall_time_adds_up(tmp_path: Path) -> None:

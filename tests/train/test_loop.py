@@ -48,7 +48,7 @@ def test_the_held_out_reward_rises(finished: Run) -> None:
     assert finished.after.mean("reward") > finished.before.mean("reward") + 0.1
     assert finished.before.values("reward").shape == (12,)
     assert finished.best_iteration > 0
-    pattern = r"held-out reward: 0\.\d\d -> 0\.\d\d \(\+0\.\d\d\), \d+\.\d min, \d+ forwards"
+    pattern = r"held-out reward: 0\.\d\d -> 0\.\d\d \(\+0\.\d\d\), \d+\.\d min, \d+ forward-equivalents, \d+ forwards"
     assert re.fullmatch(pattern, finished.last_line), finished.last_line
 
 

@@ -48,6 +48,7 @@ def test_the_counter_equals_a_hook_on_the_network_and_the_plans_cost(make: Any, 
         assert counter.decodes == counter.reward_calls == (iteration + 1) * cost.leaves
         assert sum(bench.model.rows) == counter.forwards == counter.rollout + counter.train + counter.reference
         assert max(bench.model.rows) <= 7
+        assert counter.equivalents == counter.rollout + 3 * counter.train + counter.reference
 
 
 def test_default_costs_per_prompt() -> None:

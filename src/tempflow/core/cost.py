@@ -1,4 +1,4 @@
-"""What a plan costs, counted exactly."""
+"""What a plan costs, counted exactly; and compute in forward-equivalents, the unit in which methods are compared."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ class Cost:
         return Cost(self.forwards * times, self.leaves * times, self.trained_edges * times)
 
     __rmul__ = __mul__
+
+
+def equivalents(plain: int, trained: int, *, guided: bool, latent: int = 0) -> int:
+    """Compute in forward-equivalents: a row through any network is 1 without gradient and 3 with it, as a backward is
+    twice the work of its forward (Kaplan et al. 2020, section 2.1).
+
+    plain    rows without gradient: rollouts, drafts, log-probs computed again, other weight sets
+    trained  rows with gradient
+    guided   each of those has the empty prompt's row beside it, which never has a gradient
+    latent   rows through a latent reward, which guidance does not double
+    """
+    return (plain + trained) * (2 if guided else 1) + 2 * trained + latent

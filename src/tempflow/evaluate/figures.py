@@ -13,14 +13,15 @@ import numpy as np
 from torch import Tensor
 
 from tempflow.core.scores import Scores
-from tempflow.evaluate.stats import Interval, interval
+from tempflow.stats import Interval, interval
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
     """Scores of one model on one list of prompts.
 
-    scores              a row per picture; the `samples_per_prompt` pictures of a prompt follow each other
+    scores              a row per picture; the `samples_per_prompt` pictures drawn for a prompt follow each other
+    prompts             the text of each row's prompt; a text that comes again is the same prompt again
     kinds               the task kind of each row
     gold                names of the rewards that the model was not trained on
     diversity           float64 [prompts]: mean feature distance between a prompt's pictures
@@ -30,6 +31,7 @@ class Report:
     """
 
     scores: Scores
+    prompts: tuple[str, ...]
     kinds: tuple[str, ...]
     steps: int
     guidance: float
@@ -43,8 +45,9 @@ class Report:
             if name not in self.scores.names:
                 near = get_close_matches(name, self.scores.names, n=1, cutoff=0.0)[0]
                 raise ValueError(f"gold: {name!r} is none of the rewards scored; nearest valid: {near!r}")
-        if len(self.kinds) != len(self.scores):
-            raise ValueError(f"kinds has {len(self.kinds)} entries; nearest valid: {len(self.scores)}, one per picture")
+        for name, labels in (("kinds", self.kinds), ("prompts", self.prompts)):
+            if len(labels) != len(self.scores):
+                raise ValueError(f"{name} has {len(labels)} entries; nearest valid: {len(self.scores)}, one a picture")
         prompts, over = divmod(len(self.scores), self.samples_per_prompt)
         if over:
             raise ValueError(f"samples_per_prompt: {self.samples_per_prompt} does not divide {len(self.scores)} rows")
@@ -71,13 +74,21 @@ class Report:
         return found
 
     def interval(self, name: str) -> Interval:
-        """95 % bootstrap interval of `mean`: kinds keep their shares, a prompt's pictures are drawn together."""
-        return interval(self.values(name), strata=self.kinds, clusters=self._prompts)
+        """95 % bootstrap interval of `mean`: prompts are resampled, each with its pictures; kinds keep their share."""
+        return interval(self.values(name), strata=self.kinds, clusters=self._clusters)
 
     def intervals_by_kind(self, name: str) -> dict[str, Interval]:
         """95 % bootstrap interval of each mean of `by_kind`."""
-        values, prompts = self.values(name), np.array(self._prompts)
-        return {kind: interval(values[rows], clusters=prompts[rows].tolist()) for kind, rows in self._rows.items()}
+        values = self.values(name)
+        return {
+            kind: interval(values[rows], clusters=[self.prompts[row] for row in rows])
+            for kind, rows in self._rows.items()
+        }
+
+    @property
+    def distinct(self) -> int:
+        """How many different prompts there are: what the interval's width depends on."""
+        return len(set(self._clusters))
 
     @property
     def failed(self) -> int:
@@ -89,6 +100,7 @@ class Report:
         names = self.scores.names
         told: dict[str, Any] = {
             "count": len(self.scores),
+            "prompts": self.distinct,
             "failed": self.failed,
             "steps": self.steps,
             "guidance": self.guidance,
@@ -106,13 +118,21 @@ class Report:
         return told
 
     def table(self) -> str:
-        """Plain text: a row per kind, a column per reward (mean and 95 % interval), and failures, if any, below."""
-        names, sizes = self.scores.names, {kind: len(rows) for kind, rows in self._rows.items()}
+        """Plain text: a row per kind, a column per reward (mean and 95 % interval), and failures, if any, below.
+
+        n counts pictures, prompts the different prompts that they are of.
+        """
+        names = self.scores.names
+        sizes = {kind: (len(rows), len({self.prompts[row] for row in rows})) for kind, rows in self._rows.items()}
         columns = [(self.by_kind(n), self.intervals_by_kind(n)) for n in names]
-        head = ["kind", "n", *(f"{n} (gold)" if n in self.gold else n for n in names)]
-        rows = [[k, str(n), *(_cell(means[k], bounds[k]) for means, bounds in columns)] for k, n in sizes.items()]
+        head = ["kind", "n", "prompts", *(f"{n} (gold)" if n in self.gold else n for n in names)]
+        rows = [
+            [k, str(n), str(distinct), *(_cell(means[k], bounds[k]) for means, bounds in columns)]
+            for k, (n, distinct) in sizes.items()
+        ]
         rows = rows if list(sizes) != [""] else []
-        rows.append(["all", str(len(self.scores)), *(_cell(self.mean(n), self.interval(n)) for n in names)])
+        whole = (_cell(self.mean(n), self.interval(n)) for n in names)
+        rows.append(["all", str(len(self.scores)), str(self.distinct), *whole])
         if self.diversity is not None:
             mean, bounds, by_kind = self._diversity(self.diversity.numpy())
             head.append("diversity")
@@ -129,15 +149,15 @@ class Report:
         return _places(self.kinds)
 
     @property
-    def _prompts(self) -> list[int]:
-        """Which prompt each row is of."""
-        return [row // self.samples_per_prompt for row in range(len(self.scores))]
+    def _clusters(self) -> list[tuple[str, str]]:
+        """Which prompt each row is of; one text under two kinds is two prompts."""
+        return list(zip(self.kinds, self.prompts, strict=True))
 
     def _diversity(self, distance: np.ndarray) -> tuple[float, Interval, dict[str, float]]:
         """Mean over prompts, its 95 % interval, and means by kind."""
-        kinds = self.kinds[:: self.samples_per_prompt]
+        kinds, clusters = self.kinds[:: self.samples_per_prompt], self._clusters[:: self.samples_per_prompt]
         by_kind = {kind: float(distance[rows].mean()) for kind, rows in _places(kinds).items()}
-        return float(distance.mean()), interval(distance, strata=kinds), by_kind
+        return float(distance.mean()), interval(distance, strata=kinds, clusters=clusters), by_kind
 
 
 def _places(kinds: Sequence[str]) -> dict[str, list[int]]:

@@ -30,7 +30,7 @@ def before_after(before: Tensor, after: Tensor, prompts: Sequence[str], path: Pa
 
 
 def curve(evaluations: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
-    """Validation score over forwards, in all and by kind.
+    """Validation score over compute, in all and by kind.
 
     Raises ImportError with the command to run where matplotlib is missing.
     """
@@ -40,17 +40,17 @@ def curve(evaluations: Sequence[dict[str, Any]], metric: str, path: Path) -> Non
         raise ImportError("curves need matplotlib: pip install 'tempflow[plots]'") from error
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    forwards = [e["forwards"] for e in evaluations]
+    spent = [e["forward_equivalents"] for e in evaluations]
     for kind in evaluations[0]["by_kind"][metric]:
         if kind:
-            axes.plot(forwards, [e["by_kind"][metric][kind] for e in evaluations], lw=1, alpha=0.6, label=kind)
+            axes.plot(spent, [e["by_kind"][metric][kind] for e in evaluations], lw=1, alpha=0.6, label=kind)
     means = np.array([e["mean"][metric] for e in evaluations])
-    axes.plot(forwards, means, "k-", lw=2.2, label="all")
+    axes.plot(spent, means, "k-", lw=2.2, label="all")
     known = means[np.isfinite(means)]
     if len(known):
         best = int(np.nanargmax(means))
-        axes.plot(forwards[best], means[best], "k*", ms=12, label="best, kept")
-    axes.set(xlabel="transformer forwards (rollout + training + reference)", ylabel=f"validation {metric}")
+        axes.plot(spent[best], means[best], "k*", ms=12, label="best, kept")
+    axes.set(xlabel="forward-equivalents (a row without gradient 1, with gradient 3)", ylabel=f"validation {metric}")
     if ((known >= 0) & (known <= 1)).all():
         axes.set_ylim(0, 1)
     axes.legend(fontsize=8, ncols=2)

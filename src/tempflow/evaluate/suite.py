@@ -153,6 +153,7 @@ def evaluate(
         scores = Scores.stack([scores, Scores(value[:, None], ok[:, None], ("reward",))])
     return Report(
         scores,
+        tuple(prompts[n - first].text for n in groups),
         tuple(str(prompts[n - first].metadata.get("kind", "")) for n in groups),
         steps,
         guidance,

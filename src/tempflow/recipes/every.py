@@ -23,7 +23,7 @@ class Entry:
     prompts    an iteration's
     kind       "paper": a method as published; "knob": a part of one, changed
     optimizer  settings other than the recipes'
-    counted    forwards of an iteration where its credit trains a selection, of which the plan does not know
+    trained    rows that an iteration trains, where its credit trains a selection, of which the plan does not know
     """
 
     name: str
@@ -31,7 +31,7 @@ class Entry:
     prompts: int = 12
     kind: Literal["paper", "knob"] = "paper"
     optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    counted: int | None = None
+    trained: int | None = None
 
 
 def _less(*names: str) -> dict[str, Any]:
@@ -188,8 +188,8 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry("dgpo", {"name": "dgpo", **_FORWARD, "clip": None, "eps": 0.1}, 10),
     Entry("crd", {"name": "crd", **_FORWARD, "kl": 0.0, "fraction": 0.5, "eps": 0.1}, 10),
-    Entry("online_dpo", {"name": "online_dpo", **_FORWARD}, 17, counted=1496),
-    Entry("rejection_sft", {"name": "rejection_sft", **_FORWARD, "best": 3}, 18, counted=1512),
+    Entry("online_dpo", {"name": "online_dpo", **_FORWARD}, 17, trained=136),
+    Entry("rejection_sft", {"name": "rejection_sft", **_FORWARD, "best": 3}, 18, trained=216),
 )
 """In the order of papers/trajectory, then papers/forward."""
 

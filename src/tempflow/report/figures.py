@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from tempflow.report.runs import RunData
+from tempflow.report.runs import Line, RunData
+from tempflow.stats import interval
 
 DRAWS = 10_000
-AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,30 @@ class Change:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def paired(label: str, before: Sequence[float | None], after: Sequence[float | None], draws: int = DRAWS) -> Change:
-    """The mean change over pairs and its paired percentile bootstrap interval (Efron & Tibshirani 1993, §13.3).
+def paired(
+    label: str,
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+    prompts: Sequence[Line] | None,
+    draws: int = DRAWS,
+) -> Change:
+    """The mean change over pairs and its paired bootstrap interval: prompts are resampled, kinds keep their shares.
 
-    A pair with a failed score (None) is left out of all figures. Fewer than two pairs have no interval. The interval
-    tells how the change would vary over other test pictures, not over other training runs.
+    prompts: a line for each pair with its prompt's text and kind. A pair with a failed score (None) is left out of all
+    figures. Without prompts, or with fewer than two different ones, there is no interval. The interval tells how the
+    change would vary over other test prompts, not over other training runs.
     """
     a, b = np.array(before, dtype=float), np.array(after, dtype=float)
     both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    n = len(a)
+    n = int(both.sum())
     if n == 0:
         return Change(label, 0, math.nan, math.nan, None, None)
     low = high = None
-    if n > 1:
-        random, change = np.random.default_rng(0), b - a
-        size = max(1, AT_ONCE // n)
-        parts = [min(size, draws - first) for first in range(0, draws, size)]
-        means = np.concatenate([change[random.integers(n, size=(part, n))].mean(1) for part in parts])
-        low, high = (float(v) for v in np.quantile(means, (0.025, 0.975)))
-    return Change(label, n, float(a.mean()), float(b.mean()), low, high)
+    clusters = [] if prompts is None else [(str(p.get("kind", "")), str(p.get("prompt", ""))) for p in prompts]
+    if len({c for c, ok in zip(clusters, both, strict=False) if ok}) > 1:
+        change = np.where(both, b - a, np.nan)
+        low, high = interval(change, draws, strata=[kind for kind, _ in clusters], clusters=clusters)
+    return Change(label, n, float(a[both].mean()), float(b[both].mean()), low, high)
 
 
 def held_out(run: RunData, score: str) -> Change | None:
@@ -64,7 +68,7 @@ def held_out(run: RunData, score: str) -> Change | None:
     if run.summary is None or score not in run.summary["before"]["mean"]:
         return None
     if score in run.samples:
-        return paired("all", run.samples[score][0], run.samples[score][1])
+        return paired("all", run.samples[score][0], run.samples[score][1], _prompts(run, score))
     before, after = (_number(run.summary[when]["mean"][score]) for when in ("before", "after"))
     return Change("all", int(run.summary["before"]["count"]), before, after, None, None)
 
@@ -87,7 +91,7 @@ def against(first: RunData, run: RunData, score: str) -> Change | None:
     if score not in first.samples or score not in run.samples or not same_test(first, run):
         return None
     mine, theirs = run.samples[score][1], first.samples[score][1]
-    return paired("against", theirs, mine) if len(mine) == len(theirs) else None
+    return paired("against", theirs, mine, _prompts(run, score)) if len(mine) == len(theirs) else None
 
 
 def by_task(run: RunData, score: str) -> list[Change]:
@@ -97,34 +101,22 @@ def by_task(run: RunData, score: str) -> list[Change]:
     tasks: Mapping[str, Any] = run.summary["before"]["by_kind"].get(score, {})
     if len(tasks) < 2:
         return []
-    kinds = _kinds(run)
-    if kinds is not None and score in run.samples:
+    prompts = _prompts(run, score)
+    if prompts is not None:
         before, after = run.samples[score]
+        kinds = [str(line.get("kind", "")) for line in prompts]
         rows = {task: [i for i, kind in enumerate(kinds) if kind == task] for task in tasks}
-        return [paired(task, [before[i] for i in r], [after[i] for i in r]) for task, r in rows.items()]
+        return [
+            paired(task, [before[i] for i in r], [after[i] for i in r], [prompts[i] for i in r])
+            for task, r in rows.items()
+        ]
     later = run.summary["after"]["by_kind"][score]
     return [Change(task, 0, _number(tasks[task]), _number(later.get(task)), None, None) for task in tasks]
 
 
-def _kinds(run: RunData) -> list[str] | None:
-    """Each test picture's task: as written, else by turns, if that gives the means that the summary has."""
-    lengths = {len(values) for pair in run.samples.values() for values in pair}
-    if len(lengths) != 1 or run.summary is None:
-        return None
-    (count,) = lengths
-    if len(run.prompts) == count:
-        return [str(line.get("kind", "")) for line in run.prompts]
-    tasks = list(next(iter(run.summary["before"]["by_kind"].values())))
-    kinds = [tasks[i % len(tasks)] for i in range(count)]
-    for score, pair in run.samples.items():
-        for when, values in zip(("before", "after"), pair, strict=True):
-            for task, told in run.summary[when]["by_kind"].get(score, {}).items():
-                mine = [v for v, kind in zip(values, kinds, strict=True) if kind == task and v is not None]
-                if not math.isclose(_mean(mine), _number(told), rel_tol=1e-4, abs_tol=1e-4) and not (
-                    not mine and told is None
-                ):
-                    return None
-    return kinds
+def _prompts(run: RunData, score: str) -> Sequence[Line] | None:
+    """The line of each test picture's prompt; None where the run does not say."""
+    return run.prompts if score in run.samples and len(run.prompts) == len(run.samples[score][0]) else None
 
 
 @dataclass(frozen=True)
@@ -138,12 +130,12 @@ class Moved:
 
 def moved(run: RunData, score: str, most: int = 6) -> tuple[list[Moved], list[Moved]]:
     """The test prompts that gained most and that lost most; empty where the run did not write its prompts."""
-    pair = run.samples.get(score)
-    if pair is None or len(pair[0]) != len(run.prompts):
+    pair, prompts = run.samples.get(score), _prompts(run, score)
+    if pair is None or prompts is None:
         return [], []
     rows = [
         Moved(str(line.get("prompt", "")), a, b)
-        for line, a, b in zip(run.prompts, pair[0], pair[1], strict=True)
+        for line, a, b in zip(prompts, pair[0], pair[1], strict=True)
         if a is not None and b is not None
     ]
     rows.sort(key=lambda row: row.before - row.after)
@@ -192,7 +184,3 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: Any) -> float:
     return float(value) if _is_number(value) else math.nan
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

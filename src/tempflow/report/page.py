@@ -18,7 +18,12 @@ STATUS = {
     "running": "still running",
     "stopped": "stopped before its end",
 }
-AXES = {"forwards": "forwards", "minutes": "minutes", "reward_calls": "reward calls", "iteration": "iteration"}
+AXES = {
+    "forward_equivalents": "forward-equivalents",
+    "minutes": "minutes",
+    "reward_calls": "reward calls",
+    "iteration": "iteration",
+}
 """What learning is drawn over: name in the data → on the page."""
 
 PANELS = {
@@ -34,7 +39,17 @@ PANELS = {
     "trained_edges": "trained edges",
 }
 LOG = {"log_ratio_abs", "log_ratio_max", "kl"}
-COSTS = ("forwards", "rollout_forwards", "train_forwards", "reference_forwards", "decodes", "reward_calls")
+COSTS = (
+    "forward_equivalents",
+    "forwards",
+    "rollout_forwards",
+    "draft_forwards",
+    "train_forwards",
+    "reference_forwards",
+    "latent_rows",
+    "decodes",
+    "reward_calls",
+)
 CREDIT = {
     "credit": ("credit", "mean weight · |A|"),
     "live": ("live", "share of edges whose group has spread"),

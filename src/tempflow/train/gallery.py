@@ -53,7 +53,7 @@ class Gallery:
         kinds = tuple(str(p.metadata.get("kind", "")) for p in prompts)
         scores = Scores(value, ok, part.scores.names)
         check_look(self.judges, scores, self.say, training)
-        return replace(part, scores=scores, kinds=kinds)
+        return replace(part, scores=scores, prompts=tuple(p.text for p in prompts), kinds=kinds)
 
     def yardstick(self, prompts: Mapping[str, Sequence[Prompt]]) -> Yardstick | None:
         """The untrained model with the guidance that suits it best on validation, and its test report."""

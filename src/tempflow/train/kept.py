@@ -73,6 +73,7 @@ def restored(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Looks:
 def _facts(report: Report) -> dict[str, Any]:
     return {
         "names": list(report.scores.names),
+        "prompts": list(report.prompts),
         "kinds": list(report.kinds),
         "gold": list(report.gold),
         "steps": report.steps,
@@ -83,5 +84,5 @@ def _facts(report: Report) -> dict[str, Any]:
 
 def _report(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Report:
     scores = Scores(tensors[f"{name}/value"], tensors[f"{name}/ok"], tuple(facts["names"]))
-    kinds, gold = tuple(facts["kinds"]), tuple(facts["gold"])
-    return Report(scores, kinds, facts["steps"], facts["guidance"], facts["seed"], gold=gold)
+    prompts, kinds, gold = tuple(facts["prompts"]), tuple(facts["kinds"]), tuple(facts["gold"])
+    return Report(scores, prompts, kinds, facts["steps"], facts["guidance"], facts["seed"], gold=gold)

@@ -113,7 +113,7 @@ class Records:
         self.evaluations = [json.loads(line) for line in lines]
 
     def summary(self, run: Run, validation: float) -> None:
-        """summary.json: before, after, cost."""
+        """summary.json: before, after, cost. samples.json: each test picture's; test_prompts.jsonl: its prompt."""
         summary = {
             "metric": run.metric,
             "before": run.before.to_json(),
@@ -127,6 +127,9 @@ class Records:
         (self.folder / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n")
         samples = {n: [run.before.values(n).tolist(), run.after.values(n).tolist()] for n in run.before.scores.names}
         (self.folder / "samples.json").write_text(json.dumps(plain(samples)) + "\n")
+        tested = zip(run.before.prompts, run.before.kinds, strict=True)
+        told = [json.dumps({"prompt": prompt, "kind": kind}, ensure_ascii=False) + "\n" for prompt, kind in tested]
+        (self.folder / "test_prompts.jsonl").write_text("".join(told), encoding="utf-8")
 
     def _elapsed(self) -> float:
         return round(time.perf_counter() - self._began, 3)
@@ -148,10 +151,13 @@ class Records:
 def cost(counter: Counter) -> dict[str, int]:
     """The counter as plain figures."""
     return {
+        "forward_equivalents": counter.equivalents,
         "forwards": counter.forwards,
         "rollout_forwards": counter.rollout,
+        "draft_forwards": counter.draft,
         "train_forwards": counter.train,
         "reference_forwards": counter.reference,
+        "latent_rows": counter.latent,
         "decodes": counter.decodes,
         "reward_calls": counter.reward_calls,
     }

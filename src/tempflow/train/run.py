@@ -26,8 +26,9 @@ class Run:
 
     @property
     def last_line(self) -> str:
-        """`held-out strict score: 0.41 -> 0.66 (+0.25), 9.8 min, 71312 forwards`."""
+        """`held-out strict score: 0.41 -> 0.66 (+0.25), 9.8 min, 124608 forward-equivalents, 71312 forwards`."""
         a, b = self.before.mean(self.metric), self.after.mean(self.metric)
         label = {"shapes_strict": "strict score", "shapes": "graded score"}.get(self.metric, self.metric)
         minutes = f"{self.seconds / 60:.1f} min"
-        return f"held-out {label}: {a:.2f} -> {b:.2f} ({b - a:+.2f}), {minutes}, {self.counter.forwards} forwards"
+        spent = f"{self.counter.equivalents} forward-equivalents, {self.counter.forwards} forwards"
+        return f"held-out {label}: {a:.2f} -> {b:.2f} ({b - a:+.2f}), {minutes}, {spent}"

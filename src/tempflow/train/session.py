@@ -26,7 +26,7 @@ from tempflow.train.gallery import Gallery
 from tempflow.train.interrupt import Interrupt, Interrupted
 from tempflow.train.kept import Looks, described, kept_tensors, optimizer_of, restored
 from tempflow.train.learn import update
-from tempflow.train.records import Records, Run
+from tempflow.train.records import Records, Run, cost
 from tempflow.train.setting import Clock, Counter, Setting
 from tempflow.train.step import collect, credit, rollout_metrics
 from tempflow.train.steps import steps_of
@@ -69,7 +69,8 @@ class Session:
         self.average = WeightSet(trainable, Ema(config.optimizer.ema_decay)) if config.optimizer.ema_decay else None
         self.gallery = Gallery(config, self.setting, judges, self._say)
         self.optimizer = optimizer_of(config, trainable)
-        self.counter, self.watcher = Counter(), Watcher(config.guards, records.alarms, self._say)
+        counter = Counter(guided=setting.guidance != 1)
+        self.counter, self.watcher = counter, Watcher(config.guards, records.alarms, self._say)
         self.done, self.seconds = 0, 0.0
         self.best: tuple[float, int] | None = None
         self.looks = looks
@@ -163,7 +164,7 @@ class Session:
         self.seconds += time.perf_counter() - started
         self.records.iteration(self.done, metrics, self.counter, clock)
         for tracker in self.trackers:
-            tracker.log({**metrics, "forwards": self.counter.forwards}, self.done)
+            tracker.log({**metrics, **cost(self.counter)}, self.done)
         better = self._validate() if self._due(self.done) else False
         if self.config.track.images_every and self.done % self.config.track.images_every == 0:
             self._show()

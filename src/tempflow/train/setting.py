@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.core.cost import equivalents
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Model, Size
@@ -28,17 +29,31 @@ Judge = Callable[[Tensor, Tensor, Tensor], Scores]
 
 @dataclass
 class Counter:
-    """Rows given to the network so far (guidance not doubled), media decoded, and reward calls."""
+    """Rows given to the network so far (guidance not doubled), media decoded, and reward calls; evaluation is apart.
 
+    guided     whether each row has the empty prompt's beside it
+    rollout    with the drafts', which `draft` has of these
+    reference  of weight sets beside the policy
+    latent     through a latent reward: no forwards of the network, but compute
+    """
+
+    guided: bool = False
     rollout: int = 0
+    draft: int = 0
     train: int = 0
     reference: int = 0
+    latent: int = 0
     decodes: int = 0
     reward_calls: int = 0
 
     @property
     def forwards(self) -> int:
         return self.rollout + self.train + self.reference
+
+    @property
+    def equivalents(self) -> int:
+        """Compute in forward-equivalents (`core.cost.equivalents`); a draft's row counts as any other."""
+        return equivalents(self.rollout + self.reference, self.train, guided=self.guided, latent=self.latent)
 
 
 @dataclass

@@ -100,6 +100,7 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
     leaves = [plan.cost().leaves for plan in plans]
     costs = [algorithm.cost_of(plan) for plan in plans]
     counter.rollout += sum(cost.forwards for cost in costs)
+    counter.draft += 0 if algorithm.draft is None else algorithm.draft.cost().forwards * len(plans)
     counter.decodes += sum(cost.leaves for cost in costs)
     counter.reward_calls += sum(cost.leaves for cost in costs) * len(setting.rewards)
     scores = Scores.cat([part.scores for part in grown])
@@ -144,6 +145,7 @@ def _judged(
     sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
     scores = judge(forest.nodes[edges.child], sigma, edges.prompt - mine.start)
     counter.reward_calls += sum(counts)
+    counter.latent += sum(counts)
     value, ok = (setting.world.gather(t.cpu(), counts) for t in (scores.value, scores.ok))
     return Scores(value, ok, scores.names)
 

@@ -1,5 +1,8 @@
 """How far figures can be trusted: bootstrap intervals of means (Efron and Tibshirani, "An Introduction to the
-Bootstrap", 1993, chapters 13 and 8.3), seeded, so that the same scores always have the same interval."""
+Bootstrap", 1993, chapters 13 and 8.3), seeded, so that the same scores always have the same interval.
+
+Pictures of one prompt resemble each other, so prompts are resampled, never pictures: give their texts as `clusters`.
+"""
 
 from __future__ import annotations
 
@@ -26,35 +29,37 @@ def interval(
 ) -> Interval:
     """Percentile bootstrap interval (low, high) of the mean of `values`.
 
-    values    float [N]; NaN = failed: left out, as the mean leaves it out
-    strata    a label per value (its task kind): each label keeps its share in every resample
-    clusters  a label per value (its prompt): values of one cluster are drawn together, as they resemble each other;
-              a cluster lies in one stratum
+    values    float [N], or [runs, N] for runs of one method on the same N samples: runs are resampled too, all of them
+              on the same resampled samples; NaN = failed: left out, as the mean leaves it out
+    strata    a label per sample (its task kind): each label keeps its share in every resample
+    clusters  a label per sample (its prompt): values of one cluster are drawn together, as they resemble each other;
+              a cluster lies in one stratum. None: every sample is its own
 
-    NaN, NaN where no value is valid. Raises ValueError for values that are not one-dimensional, lengths that differ, a
-    cluster in two strata, draws below 1 or a level outside (0, 1).
+    NaN, NaN where no value is valid. Raises ValueError for values of other dimensions, lengths that differ, a cluster
+    in two strata, draws below 1 or a level outside (0, 1).
     """
     value = np.asarray(values, np.float64)
     _check(value, draws, level, strata, clusters)
+    value = np.atleast_2d(value)
+    samples = value.shape[1]
     valid = ~np.isnan(value)
-    if not valid.any():
+    seen, runs = valid.any(0), valid.any(1)
+    if not seen.any():
         return math.nan, math.nan
-    label = _numbered(strata, len(value))[valid]
-    unit = (
-        np.arange(valid.sum())
-        if clusters is None
-        else np.unique(_numbered(clusters, len(value))[valid], False, True)[1]
-    )
-    sums, counts = np.bincount(unit, value[valid]), np.bincount(unit)
-    stratum = np.zeros(len(sums), int)
+    value, valid = value[runs][:, seen], valid[runs][:, seen]
+    label = _numbered(strata, samples)[seen]
+    unit = np.arange(samples) if clusters is None else _numbered(clusters, samples)
+    unit = np.unique(unit[seen], return_inverse=True)[1]
+    stratum = np.zeros(unit.max() + 1, int)
     stratum[unit] = label
     if (stratum[unit] != label).any():
         raise ValueError("clusters: one lies in two strata; nearest valid: strata that are the same all over a cluster")
-    totals = np.zeros((2, draws))
-    rng = np.random.default_rng(seed)
-    for s in np.unique(stratum):
-        totals += _resampled(np.stack([sums, counts])[:, stratum == s], draws, rng)
-    low, high = np.quantile(totals[0] / totals[1], [(1 - level) / 2, (1 + level) / 2])
+    cells = np.zeros((2, len(value), len(stratum)))
+    for run, (row, ok) in enumerate(zip(value, valid, strict=True)):
+        cells[0, run] = np.bincount(unit[ok], row[ok], len(stratum))
+        cells[1, run] = np.bincount(unit[ok], minlength=len(stratum))
+    totals = _resampled(cells, stratum, draws, np.random.default_rng(seed))
+    low, high = np.nanquantile(totals[0] / totals[1], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -80,13 +85,18 @@ def paired_interval(
     return interval(first - second, draws, level, strata=strata, clusters=clusters, seed=seed)
 
 
-def _resampled(cells: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """cells [2, n] → [2, draws]: sums over n cells drawn with replacement."""
-    n = cells.shape[1]
+def _resampled(cells: np.ndarray, stratum: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """cells [2, runs, n], stratum int [n] → [2, draws]: sums over runs and cells drawn with replacement."""
+    _, runs, n = cells.shape
+    places = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
     at_once = max(1, CELLS_AT_ONCE // n)
-    parts = [
-        cells[:, rng.integers(0, n, (min(at_once, draws - first), n))].sum(2) for first in range(0, draws, at_once)
-    ]
+    parts = list[np.ndarray]()
+    for first in range(0, draws, at_once):
+        count = min(at_once, draws - first)
+        often = rng.multinomial(runs, np.full(runs, 1 / runs), count) if runs > 1 else np.ones((count, 1))
+        # [count, n]: which cells each draw takes, stratum by stratum
+        taken = np.concatenate([place[rng.integers(0, len(place), (count, len(place)))] for place in places], 1)
+        parts.append(np.stack([np.take_along_axis(often @ cell, taken, 1).sum(1) for cell in cells]))
     return np.concatenate(parts, 1)
 
 
@@ -105,11 +115,12 @@ def _check(
     strata: Sequence[object] | None,
     clusters: Sequence[object] | None,
 ) -> None:
-    if value.ndim != 1:
+    if value.ndim not in (1, 2):
         raise ValueError(f"values have shape {list(value.shape)}; nearest valid: [{value.size}]")
+    count = value.shape[-1]
     for name, labels in (("strata", strata), ("clusters", clusters)):
-        if labels is not None and len(labels) != len(value):
-            raise ValueError(f"{name} has {len(labels)} labels for {len(value)} values; nearest valid: {len(value)}")
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{name} has {len(labels)} labels for {count} values; nearest valid: {count}")
     if draws < 1:
         raise ValueError(f"draws: {draws} is too few; nearest valid: 1, and 2000 is usual")
     if not 0 < level < 1:

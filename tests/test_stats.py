@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from tempflow.evaluate import stats
-from tempflow.evaluate.stats import interval, paired_interval
+from tempflow import stats
+from tempflow.stats import interval, paired_interval
 
 VALUES = np.random.default_rng(7).gamma(2.0, size=80)
 
@@ -82,6 +82,19 @@ def test_a_cluster_is_drawn_whole() -> None:
     assert (low, high) == (2.0, 5.0)
 
 
+def test_runs_are_resampled_too_all_on_the_same_samples() -> None:
+    """The variance of a mean over runs and samples that are drawn independently, by simulation of the same scheme."""
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, 1, (3, 1)) + rng.normal(0, 1, (1, 60)) + rng.normal(0, 0.1, (3, 60))
+    low, high = interval(values, draws=20000)
+    runs, samples = rng.integers(0, 3, (20000, 3)), rng.integers(0, 60, (20000, 60))
+    means = [values[r][:, s].mean() for r, s in zip(runs, samples, strict=True)]
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+    assert high - low > 1.5 * (interval(values.mean(0))[1] - interval(values.mean(0))[0])
+    one = interval(values[:1], draws=500, clusters=[n // 2 for n in range(60)])
+    assert one == interval(values[0], draws=500, clusters=[n // 2 for n in range(60)])  # one run: samples alone
+
+
 def test_seeded_and_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = interval(VALUES, draws=500)
     assert interval(VALUES, draws=500) == whole != interval(VALUES, draws=500, seed=1)
@@ -109,7 +122,7 @@ def test_moves_and_scales_with_the_values(values: list[float], scale: float, shi
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: interval([[1.0]]), r"shape \[1, 1\]; nearest valid: \[1\]"),
+        (lambda: interval([[[1.0]]]), r"shape \[1, 1, 1\]; nearest valid: \[1\]"),
         (lambda: interval([1.0, 2.0], strata=["a"]), "strata has 1 labels for 2 values; nearest valid: 2"),
         (lambda: interval([1.0], clusters=[1, 2]), "clusters has 2 labels for 1 values"),
         (lambda: interval([1.0, 2.0], strata="ab", clusters="cc"), "one lies in two strata"),
