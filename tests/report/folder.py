@@ -44,9 +44,9 @@ def make_run(
     random, elapsed = np.random.default_rng(seed), 3.0
     counts = dict.fromkeys(("rollout_forwards", "train_forwards", "reference_forwards", "decodes", "reward_calls"), 0)
     timings: list[Any] = [{"evaluation": 0, "elapsed": elapsed}]
-    metrics, evaluations, credit = [], [evaluation(0, 0.3, {"forwards": 0, **counts})], []
+    metrics, evaluations, credit = [], [evaluation(0, 0.3, {"forward_equivalents": 0, "forwards": 0, **counts})], []
     for i in range(1, iterations + 1):
-        cost = {"forwards": 12_345 * i, **dict.fromkeys(counts, 100 * i)}
+        cost = {"forward_equivalents": 12_345 * i, "forwards": 7_000 * i, **dict.fromkeys(counts, 100 * i)}
         metrics.append(
             {
                 "iteration": i, "reward/strict": 0.3 + 0.02 * i, "reward_std/strict": 0.2, "failed_rewards": 0,
@@ -88,7 +88,7 @@ def finish(folder: Path, seed: int, shuffled: bool, prompts: bool, evil: str, co
     report = [{"count": 30, "failed": 0, "mean": m, "by_kind": t} for m, t in zip(means, tasks, strict=True)]
     summary = {"metric": "strict", "before": report[0], "after": report[1], "yardstick": None, "best_iteration": 4}
     summary |= {"best_validation": 0.46, "seconds": 90.0}
-    summary["cost"] = {k: v for k, v in cost.items() if k.endswith(("forwards", "decodes", "calls"))}
+    summary["cost"] = {k: v for k, v in cost.items() if k.endswith(("equivalents", "forwards", "decodes", "calls"))}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "samples.json").write_text(json.dumps(samples))
     if prompts:

@@ -80,7 +80,7 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "3 runs, judged by strict" in text and "against first" in text and "Where the configurations differ" in text
     assert "+0.180" in text and "+0.330" in text and "+0.150" in text  # each one's change, and second against first
     assert "not tested on the same pictures" not in text
-    assert "second: 0.460 at forwards 49,380" in text and "third: 0.380 at forwards 24,690" in text  # overlaid
+    assert "second: 0.460 at forward-equivalents 49,380" in text and "third: 0.380 at forward-equivalents 24,690" in text  # overlaid
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]
     assert len(ids) == len(set(ids))
 
@@ -167,7 +167,7 @@ def test_a_browser_shows_it(tmp_path: Path, browser: Any, several: bool) -> None
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     clipped = "all => all.filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText)"
     assert page.locator(".scroll").evaluate_all(clipped) == []
-    over = [page.get_by_role("img", name=f"validation over {axis}") for axis in ("forwards", "reward calls")]
+    over = [page.get_by_role("img", name=f"validation over {axis}") for axis in ("forward-equivalents", "reward calls")]
     assert [chart.is_visible() for chart in over] == [True, False]
     page.get_by_text("reward calls", exact=True).first.click()
     assert [chart.is_visible() for chart in over] == [False, True]
