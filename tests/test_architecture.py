@@ -13,7 +13,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 FILES = sorted((SRC / "tempflow").rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 ROOMS: dict[str, set[str]] = {
@@ -122,11 +122,10 @@ def test_there_is_something_to_look_at() -> None:
     assert "diffusers" in late - early
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "core"])
-def test_core_imports_torch_the_standard_library_and_core(module: str) -> None:
-    for name in imports(MODULES[module], lazy=True):
-        top = name.split(".")[0]
-        assert top in sys.stdlib_module_names or top == "torch" or name.startswith("tempflow.core"), name
+def test_core_imports_torch_the_standard_library_and_core() -> None:
+    seen = [(m, name) for m, path in MODULES.items() if room_of(m) == "core" for name in imports(path, lazy=True)]
+    own = {"torch", *sys.stdlib_module_names}
+    assert [(m, n) for m, n in seen if n.split(".")[0] not in own and not n.startswith("tempflow.core")] == []
 
 
 def test_rooms_are_the_known_ones() -> None:
@@ -134,11 +133,14 @@ def test_rooms_are_the_known_ones() -> None:
     assert {room_of(m) for m in MODULES} - {""} <= ROOMS.keys()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m)])
-def test_imports_go_one_way(module: str) -> None:
-    room = room_of(module)
-    used = {room_of(name) for name in imports(MODULES[module], lazy=True) if name.split(".")[0] == "tempflow"}
-    assert used <= ROOMS[room] | {room}, f"{module} imports {sorted(used - ROOMS[room] - {room})}"
+def test_imports_go_one_way() -> None:
+    wrong = dict[str, list[str]]()
+    for module, path in MODULES.items():
+        room = room_of(module)
+        if room:
+            used = {room_of(name) for name in imports(path, lazy=True) if name.split(".")[0] == "tempflow"}
+            wrong |= {module: sorted(used - ROOMS[room] - {room})} if used - ROOMS[room] - {room} else {}
+    assert wrong == {}
 
 
 def test_the_rooms_themselves_form_no_circle() -> None:
@@ -159,14 +161,23 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SRC)) for p in FILES])
-def test_files_and_functions_stay_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+def test_files_and_functions_stay_small() -> None:
+    lines = {m: len(path.read_text().splitlines()) for m, path in MODULES.items()}
+    assert {m: n for m, n in lines.items() if n > MAX_LINES} == {}
+    bodies = {f"{m}.{node.name}": body_lines(node) for m, path in MODULES.items() for node in functions(path)}
+    assert len(bodies) > 100 and {name: n for name, n in bodies.items() if n > MAX_FUNCTION_LINES} == {}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            doc = ast.get_docstring(node, clean=False)
-            body = (node.end_lineno or 0) - node.lineno + 1 - (len(doc.splitlines()) if doc else 0)
-            assert body <= MAX_FUNCTION_LINES, f"{node.name} has {body} lines"
+            yield node
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Without its docstring."""
+    doc = ast.get_docstring(node, clean=False)
+    return (node.end_lineno or 0) - node.lineno + 1 - (len(doc.splitlines()) if doc else 0)
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -191,9 +202,8 @@ def unsafe(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SRC)) for p in FILES])
-def test_nothing_unsafe_is_used(path: Path) -> None:
-    assert unsafe(tree_of(path)) == []
+def test_nothing_unsafe_is_used() -> None:
+    assert {m: found for m, path in MODULES.items() if (found := unsafe(tree_of(path)))} == {}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "3 runs, judged by strict" in text and "against first" in text and "Where the configurations differ" in text
     assert "+0.180" in text and "+0.330" in text and "+0.150" in text  # each one's change, and second against first
     assert "not tested on the same pictures" not in text
-    assert "second: 0.460 at forward-equivalents 49,380" in text and "third: 0.380 at forward-equivalents 24,690" in text  # overlaid
+    assert (
+        "second: 0.460 at forward-equivalents 49,380" in text and "third: 0.380 at forward-equivalents 24,690" in text
+    )  # overlaid
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]
     assert len(ids) == len(set(ids))
 

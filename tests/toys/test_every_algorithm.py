@@ -12,7 +12,19 @@ from settings import build, toy
 from tempflow.algorithms import ALGORITHMS
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def loss_of(name: str) -> tuple[str, ...]:
+    """What its objective is made of."""
+    objective = build(ALGORITHMS[name], toy(name)).objective
+    return (type(objective).__name__, type(getattr(objective, "gate", None)).__name__)
+
+
+FIRST = {loss_of(name): name for name in (*sorted(ALGORITHMS, reverse=True), "flow_grpo", "tempflow_grpo")}.values()
+"""One algorithm for each kind of loss: the others' toys, of some seconds each, are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FIRST else [pytest.mark.slow]) for n in sorted(ALGORITHMS)]
+)
 def test_closes_half_the_gap_of_the_mixture(name: str) -> None:
     settings = toy(name)
     run = bench(build(ALGORITHMS[name], settings))
