@@ -1,0 +1,40 @@
+"""Every script and benchmark starts: what it imports is there, and it says how it is used."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RUN = 'if __name__ == "__main__":'
+FILES = [
+    p for folder in ("scripts", "benchmarks") for p in sorted((ROOT / folder).glob("*.py")) if RUN in p.read_text()
+]
+
+
+def test_there_is_something_to_start() -> None:
+    names = {p.name for p in FILES}
+    assert len(names) > 15 and {"pretrain_shapes.py", "floor.py", "leaderboard.py"} <= names
+    shared = {p.name for folder in ("scripts", "benchmarks") for p in (ROOT / folder).glob("*.py")} - names
+    assert shared == {
+        "__init__.py",
+        "catalog.py",
+        "claims.py",
+        "likelihood.py",
+        "runs.py",
+        "tricks.py",
+    }  # imported by the others
+
+
+@pytest.mark.parametrize("file", FILES, ids=[p.stem for p in FILES])
+def test_it_starts_and_says_how_it_is_used(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    monkeypatch.syspath_prepend(str(ROOT))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code in (0, None) and "usage:" in capsys.readouterr().out
