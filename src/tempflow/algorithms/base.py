@@ -131,6 +131,11 @@ class Algorithm:
         return tuple(dict.fromkeys(name for name in asked if name != "policy"))
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys of a prompt that name samples of its own."""
+        return () if self.given is None else self.given.keys
+
+    @property
     def variants(self) -> int:
         """How many conditions a prompt has when it is sampled."""
         return 1 if self.conditions is None else self.conditions.count

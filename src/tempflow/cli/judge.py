@@ -34,7 +34,7 @@ class EvalOptions(Strict):
         default="shapes", description="'shapes', a run's folder, a pipeline folder, a hub id, or a LoRA (with --base)"
     )
     base: str = Field(default="", description="what a LoRA is laid on: 'shapes', a pipeline folder or a hub id")
-    prompts: str | None = Field(default=None, description="shapes:SPLIT, a .txt or .jsonl file (shapes:test)")
+    prompts: str | None = Field(default=None, description="shapes:SPLIT, a file or a folder of texts (shapes:test)")
     count: int | None = Field(default=None, ge=1, description="how many prompts; task kinds in turn (504)")
     samples_per_prompt: int = Field(default=1, ge=1, description="pictures of each; from 2 their diversity is told")
     rewards: Names = Field(default=(), description="what scores them (shapes_strict)")
@@ -64,7 +64,7 @@ def run_eval(options: EvalOptions) -> Report:
 
     Raises ValueError for a source, a reward or prompts that are not there, before the model is loaded.
     """
-    from tempflow.data.prompts import load_prompts
+    from tempflow.data.prompts import load_prompts, shared_out
     from tempflow.evaluate.source import check_rewards, find, settings
     from tempflow.rewards import build
 
@@ -73,7 +73,8 @@ def run_eval(options: EvalOptions) -> Report:
     if not options.rewards:
         check_rewards(source)
     how = chosen(options, settings(source))
-    rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts)
+    reads = () if source.config is None else source.config.algorithm.build().reads
+    rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts, uses=reads)
     device = device_of(how.device)
     import torch
 
@@ -82,7 +83,10 @@ def run_eval(options: EvalOptions) -> Report:
 
     if how.threads is not None:
         torch.set_num_threads(how.threads)
-    prompts, model = fixed_prompts(loaded, how.count), load_source(source, dtype=how.dtype, device=device)
+    prompts = fixed_prompts(loaded, how.count)
+    if shares := shared_out(prompts, loaded):
+        print(f"prompts: {shares}")
+    model = load_source(source, dtype=how.dtype, device=device)
     report = evaluate(
         model,
         prompts,
