@@ -76,11 +76,11 @@ def short(value: object, limit: int = 60) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- bytes
-def _text(path: Path, left: int = MAX_BYTES) -> str:
+def _text(path: Path, left: int | None = None) -> str:
     """What a file says: UTF-8, or UTF-16 and UTF-32 with a byte-order mark."""
-    size = path.stat().st_size
-    if size > left:
-        raise ValueError(f"{path} has {size} bytes; the largest valid size is {left}; split the file")
+    size, most = path.stat().st_size, MAX_BYTES if left is None else left
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes; the largest valid size is {most}; split the file")
     raw = path.read_bytes()
     marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
     marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
