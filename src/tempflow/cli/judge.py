@@ -53,9 +53,11 @@ class EvalOptions(Strict):
 
 def eval_verb(args: Sequence[str]) -> int:
     options = validated(EvalOptions, parse(EvalOptions(), "eval", args))
-    report = run_eval(options)
+    report, shares = _judged(options)
     print(report.table())
     print(f"{report.steps} steps, guidance {report.guidance:g}, seed {report.seed}; [95 % bootstrap intervals]")
+    if shares:
+        print(shares)
     return 0
 
 
@@ -64,6 +66,11 @@ def run_eval(options: EvalOptions) -> Report:
 
     Raises ValueError for a source, a reward or prompts that are not there, before the model is loaded.
     """
+    return _judged(options)[0]
+
+
+def _judged(options: EvalOptions) -> tuple[Report, str]:
+    """The report, and how the source's prompts were used, where it isn't each of them once."""
     from tempflow.data.prompts import load_prompts, shared_out
     from tempflow.evaluate.source import check_rewards, find, settings
     from tempflow.rewards import build
@@ -84,8 +91,6 @@ def run_eval(options: EvalOptions) -> Report:
     if how.threads is not None:
         torch.set_num_threads(how.threads)
     prompts = fixed_prompts(loaded, how.count)
-    if shares := shared_out(prompts, loaded):
-        print(f"prompts: {shares}")
     model = load_source(source, dtype=how.dtype, device=device)
     report = evaluate(
         model,
@@ -103,7 +108,7 @@ def run_eval(options: EvalOptions) -> Report:
     _write(options, how, report)
     if options.pictures:
         _draw_grid(options, how, model, prompts[:GRID])
-    return report
+    return report, shared_out(prompts, loaded)
 
 
 def chosen(options: EvalOptions, usual: Settings) -> Settings:

@@ -16,7 +16,9 @@ from tempflow.train.setting import Setting
 from tempflow.train.step import Credit, Experience
 
 
-def tell_broken(experience: Experience, prompts: Sequence[Prompt], say: Callable[[str], None], said: set[int]) -> None:
+def tell_broken(
+    experience: Experience, prompts: Sequence[Prompt], say: Callable[[str], None], said: set[tuple[str, int]]
+) -> None:
     """Says which samples of the rollout and of its drafts are no pictures, and why; each way of breaking once, which
     `said` keeps."""
     texts = [p.text for p in prompts]
@@ -25,8 +27,9 @@ def tell_broken(experience: Experience, prompts: Sequence[Prompt], say: Callable
         pool = len(experience.drafts) // len(texts)
         groups.append(("drafts", experience.drafts, [text for text in texts for _ in range(pool)]))
     for what, broken, owner in groups:
-        new = set(broken.unique().tolist()) - said
-        for line in told(torch.where(torch.isin(broken, torch.tensor(sorted(new))), broken, WHOLE), owner, what):
+        new = {(what, code) for code in broken.unique().tolist()} - said
+        fresh = torch.tensor([code for _, code in new], dtype=torch.long)
+        for line in told(torch.where(torch.isin(broken, fresh), broken, WHOLE), owner, what):
             say(f"warn: iteration {experience.iteration + 1}: {line}. They are failed; further ones are not told")
         said |= new
 

@@ -74,7 +74,7 @@ class Session:
         self.done, self.seconds = 0, 0.0
         self.best: tuple[float, int] | None = None
         self.looks = looks
-        self.told = set[int]()  # ways in which samples broke that have been said
+        self.told = set[tuple[str, int]]()  # ways in which samples broke that have been said
         self.whole = False  # whether the state is one between two iterations, from which a run can go on
 
     # ------------------------------------------------------------------------------------------------------- going
