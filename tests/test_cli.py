@@ -301,7 +301,7 @@ def test_a_list_inside_a_configuration_may_be_given_in_parts():
         "3",
         "--evaluation.yardstick=4",
         "--evaluation.gold",
-        "shapes",
+        "jpeg_compressibility",
     ]
     config = configured("train", words)
     assert (config.evaluation.yardstick, config.seed) == ((2.0, 4.0), 3)

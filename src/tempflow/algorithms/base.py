@@ -132,8 +132,9 @@ class Algorithm:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The keys of a prompt that name samples of its own."""
-        return () if self.given is None else self.given.keys
+        """The keys of a prompt that name samples of its own: those taken, and "image", for one file may serve several
+        algorithms of given samples."""
+        return () if self.given is None else (*self.given.keys, "image")
 
     @property
     def variants(self) -> int:

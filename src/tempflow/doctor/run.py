@@ -115,11 +115,13 @@ def prompts_checks(config: Config) -> list[Check]:
     reads = config.algorithm.build().reads
     fields = ("train", "validation", "test")
     checks = [_prompts_check(f"data.{field}", dict(config.data)[field], reads) for field in fields]
-    return checks if not reads or checks[0].state != "ok" else [*checks, _pictures_check(config, reads)]
+    return checks if not reads or checks[0].state != "ok" else [*checks, _pictures_check(config)]
 
 
-def _pictures_check(config: Config, keys: tuple[str, ...]) -> Check:
-    prompts = load_prompts(config.data.train, uses=keys)
+def _pictures_check(config: Config) -> Check:
+    algorithm = config.algorithm.build()
+    assert algorithm.given is not None
+    keys, prompts = algorithm.given.keys, load_prompts(config.data.train, uses=algorithm.reads)
     try:
         Pictures.beside(config.data.train, keys, config.size).check(prompts)
     except (ValueError, OSError) as error:
