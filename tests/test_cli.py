@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import tempflow
 from tempflow import cli
 from tempflow.cli import main
 from tempflow.cli.lists import REWARD_NOTES
-from tempflow.cli.parse import configured
+from tempflow.cli.parse import configured, parse
 from tempflow.config import Config, algorithm_config, load_config, to_yaml
 from tempflow.recipes import RECIPES
 from tempflow.strict import ConfigError
@@ -147,7 +148,7 @@ WRONG_LINES = [
     ("train --rewards.0.name shap", "rewards.0.name: 'shap' is no known reward; nearest valid: 'shapes'"),
     ("train --device gpu", "device: 'gpu' is no device; nearest valid: 'cpu'"),
     ("train --data.train shapes:trian", "data.train: 'shapes:trian' names no split"),
-    ("train --data.test here.txt", "data.test: here.txt is no file; . holds no .txt or .jsonl file"),
+    ("train --data.test here.txt", "data.test: here.txt is no file; . holds no .txt, .jsonl, .json, .csv or .tsv file"),
     ("cost shapes_flow --algorithm.group 1", "algorithm.group: 1 must be at least 2"),
     ("cost --optimizer.updates_per_iteration 99999", "nearest valid: "),
     ("sample", "prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation"),
@@ -239,10 +240,11 @@ def test_eval_asks_the_suite(monkeypatch, capsys, tmp_path):
     words = ["--count", "9", "--rewards", "shapes", "--gold", "jpeg_compressibility", "--samples-per-prompt", "3"]
     status, out, err = run(capsys, "eval", "shapes", *words, "--dtype", "bfloat16", "--out", str(file))
     assert (status, err) == (0, "") and out.splitlines()[0] == "all 0.5" and "4 steps, guidance 1.5, seed 7" in out
+    assert re.fullmatch(r"9 of \d+ prompts are used", out.splitlines()[-1])
     written = json.loads(file.read_text())
     assert (written["what"], written["mean"], written["none"], written["dtype"]) == ("shapes", 0.5, None, "bfloat16")
     assert seen.pop("rewards") == ["shapes", "jpeg_compressibility"]
-    assert [p.metadata["kind"] for p in seen.pop("prompts")][:7] == [
+    assert [p.kind for p in seen.pop("prompts")][:7] == [
         "single", "two", "count", "color", "position", "attribution", "single",
     ]  # fmt: skip
     assert seen == {
@@ -262,12 +264,47 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(suite, "sample_path", sample_path, raising=False)
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
-    words = ["--prompt", "a red circle", "--prompts", str(tmp_path / "p.txt"), "--count", "2", "--seed", "4"]
+    words = ["--prompt", "a red circle", "--prompts", str(tmp_path / "p.txt"), "--prompt", "a cross", "--seed", "4"]
     assert run(capsys, "sample", *words, "--width", "64") == (0, "a.png\nb.png\n", "")
+    prompts = ["a red circle", "a cross", "one", "two", "three"]
     assert seen == {
-        "path": "shapes", "prompts": ["a red circle", "one", "two"], "steps": 10, "guidance": 1.0, "seed": 4,
+        "path": "shapes", "prompts": prompts, "steps": 10, "guidance": 1.0, "seed": 4,
         "size": (32, 64), "device": "cpu", "out": Path("samples"),
     }  # fmt: skip
+    assert run(capsys, "sample", *words, "--count", "2")[2] == "prompts: 2 of 5 prompts are used"
+    assert seen["prompts"] == prompts[:2]
+    assert (
+        run(capsys, "sample", *words, "--count=11")[2] == "prompts: 11 are drawn of 5 prompts: each comes 2 to 3 times"
+    )
+    assert seen["prompts"] == (prompts * 3)[:11]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "image": "a.png"}')
+    status, out, err = run(capsys, "sample", "--prompts", str(tmp_path / "p.jsonl"))
+    assert (status, out) == (2, "") and 'p.jsonl:1: "image" would change what is drawn' in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--prompt", "a", "--prompt", "b c"], ["--prompt", "a", "b c"], ["--prompt=a", "--seed", "3", "--prompt=b c"]],
+)
+def test_a_list_may_be_given_in_parts(words):
+    from tempflow.cli.draw import SampleOptions
+
+    assert parse(SampleOptions(), "sample", words)["prompt"] == ("a", "b c")
+
+
+def test_a_list_inside_a_configuration_may_be_given_in_parts():
+    words = [
+        "demo",
+        "--evaluation.yardstick",
+        "2",
+        "--seed",
+        "3",
+        "--evaluation.yardstick=4",
+        "--evaluation.gold",
+        "jpeg_compressibility",
+    ]
+    config = configured("train", words)
+    assert (config.evaluation.yardstick, config.seed) == ((2.0, 4.0), 3)
 
 
 # -------------------------------------------------------------------------------------------------- public names

@@ -18,7 +18,8 @@ from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate import pictures, suite
 from tempflow.evaluate.grid import CAPTION, CELL, GAP, grid
-from tempflow.evaluate.suite import Report, draw, evaluate, fixed_prompts
+from tempflow.evaluate.suite import Report, draw, evaluate, fixed_prompts, numbered, sample_path
+from tempflow.models.finite import NotFiniteError, to_pictures
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import from_function
 from tempflow.stats import interval
@@ -108,7 +109,11 @@ def test_report_json_and_table() -> None:
     assert rows[1].split() == ["one", "2", "2", "0.550", "[0.200,", "0.900]", "1.000", "[1.000,", "1.000]"]
     assert rows[3].split() == ["three", "1", "1", "–", "–"]
     assert rows[4].split()[:4] == ["all", "4", "4", "0.500"]
-    assert rows[5:] == ["2 of 4 pictures have a failed score, which no mean counts"]
+    assert rows[5:] == [
+        "soft: 1 of 4 scores failed; its mean is of the other 3",
+        "hard: 2 of 4 scores failed; its mean is of the other 2",
+    ]
+    assert told["valid"] == {"soft": 3, "hard": 2}
 
 
 def test_report_intervals_keep_kinds_and_prompts_together() -> None:
@@ -241,6 +246,43 @@ def test_grid_puts_a_prompts_pictures_side_by_side(tmp_path: Path) -> None:
             assert cells.getpixel((GAP + n * block + k * step + CELL // 2, y)) == ((2 * n + k) * 40, 0, 0)
     with pytest.raises(ValueError, match="media has 6 pictures for 4 prompts"):
         grid(media, ["a"] * 4, tmp_path / "no.png")
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def sampled(folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, model: Fake | None = None) -> list[Path]:
+    monkeypatch.setattr(suite, "load_source", lambda source, device: model or Fake())
+    how = {"steps": 2, "guidance": 1.0, "size": SIZE, "device": "cpu", "out": folder}
+    return sample_path("shapes", texts, seed=len(texts), **how)  # type: ignore[arg-type]
+
+
+def test_samples_sort_go_on_and_write_nothing_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sampled(tmp_path / "s", [*PROMPTS], monkeypatch)
+    assert [f.name for f in first] == [f"00{n}.png" for n in range(6)]
+    kept = {f.name: f.read_bytes() for f in first}
+    (tmp_path / "s" / "notes.png").write_text("mine")
+    second = sampled(tmp_path / "s", [*PROMPTS[:2]], monkeypatch)
+    assert [f.name for f in second] == ["006.png", "007.png"]
+    assert all((tmp_path / "s" / name).read_bytes() == data for name, data in kept.items())
+    assert (tmp_path / "s" / "notes.png").read_text() == "mine"
+    many = numbered(tmp_path / "new", 1065)
+    assert [f.name for f in many[:1] + many[-1:]] == ["0000.png", "1064.png"] and many == sorted(many)
+    assert [f.name for f in numbered(tmp_path / "s", 992)][-1] == "999.png"
+    with pytest.raises(ValueError, match=r"holds 000\.png; 993 more need 4 digits, .*; nearest valid: '.*s-2'"):
+        sampled(tmp_path / "s", ["fog"] * 993, monkeypatch)
+
+
+def test_a_sample_that_is_not_finite_is_named_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(Fake):
+        def decode(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+            images = x[:, :1].expand(-1, 3, -1, -1).clone()
+            images[1] = math.nan
+            return to_pictures([images])
+
+    with pytest.raises(
+        NotFiniteError, match=r"1 of 3 pictures are none: the decoder's .*\('the sun'\).* other 2 are in"
+    ):
+        sampled(tmp_path, [*PROMPTS[:3]], monkeypatch, Breaks())
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["000.png", "002.png"]
 
 
 def test_fixed_prompts_take_kinds_in_turn_and_go_round() -> None:

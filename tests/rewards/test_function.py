@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,3 +148,45 @@ def test_media_are_checked_before_the_function_is_called() -> None:
 
 def test_no_media_no_rows() -> None:
     assert len(score(from_function(lambda images, prompts: []), MEDIA[:0])) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ metadata
+def by_name(images, prompts, metadata):  # type: ignore[no-untyped-def]
+    return [float(m["n"]) for m in metadata]
+
+
+def flow_grpo_style(images, prompts, metadatas, scale=1.0):  # type: ignore[no-untyped-def]
+    return [m["n"] * scale for m in metadatas]
+
+
+class Judge2:
+    def __call__(self, images, prompts, metadata=None):  # type: ignore[no-untyped-def]
+        return [m.pop("n") for m in metadata]
+
+
+@pytest.mark.parametrize(
+    "function", [by_name, flow_grpo_style, Judge2(), functools.partial(flow_grpo_style, scale=1.0)]
+)
+def test_a_function_that_asks_for_metadata_gets_it(function: Any) -> None:
+    given = [{"n": n, "tag": "x"} for n in range(3)]
+    for _ in range(2):  # what it does to them stays its own
+        scores = from_function(function).score(MEDIA, ["a", "b", "c"], given)
+        assert scores.value[:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_others_do_not() -> None:
+    def scaled(images: Any, prompts: Any, scale: float = 2.0, **options: Any) -> list[float]:
+        return [scale + len(options)] * len(images)
+
+    assert from_function(scaled).score(MEDIA, ["a"] * 3, [{"n": 1}] * 3).value[:, 0].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda images: [], lambda images, prompts, model: [], lambda images, prompts, *, metadata: []],
+)
+def test_a_function_that_cannot_be_called_so_is_refused_at_once(function: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"reward: def reward\(.*cannot be called with images and prompts .*metadata\)"
+    ):
+        from_function(function)

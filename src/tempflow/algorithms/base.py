@@ -131,6 +131,12 @@ class Algorithm:
         return tuple(dict.fromkeys(name for name in asked if name != "policy"))
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys of a prompt that name samples of its own: those taken, and "image", for one file may serve several
+        algorithms of given samples."""
+        return () if self.given is None else (*self.given.keys, "image")
+
+    @property
     def variants(self) -> int:
         """How many conditions a prompt has when it is sampled."""
         return 1 if self.conditions is None else self.conditions.count

@@ -63,6 +63,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone; nothing is left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ArithmeticError as error:  # a model's own, models.finite.NotFiniteError
+        if os.environ.get(TRACEBACK):
+            raise
+        return fail(str(error) or type(error).__name__, 1)
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +21,8 @@ class SampleOptions(Strict):
         default="shapes", description="'shapes', a pipeline folder, or a hub id"
     )
     prompt: Annotated[tuple[str, ...], Field(strict=False)] = Field(default=(), description="texts to draw")
-    prompts: str = Field(default="", description="or a source of them: shapes:SPLIT, a .txt or .jsonl file")
-    count: int = Field(default=24, ge=1, description="how many of the source's prompts")
+    prompts: str = Field(default="", description="more of them: shapes:SPLIT, a file or a folder of texts")
+    count: int | None = Field(default=None, ge=1, description="pictures, of the prompts in turn (one of each)")
     steps: int = Field(default=10, ge=1, description="sampler steps")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     seed: int = Field(default=0, description="of the noise")
@@ -39,19 +40,24 @@ def sample_verb(args: Sequence[str]) -> int:
 
 
 def run_sample(options: SampleOptions) -> list[Path]:
-    """Draws what `options` say; the pictures' paths. Raises ValueError where nothing is asked for."""
-    from tempflow.data.prompts import load_prompts
+    """Draws what `options` say; the pictures' paths. Says how often prompts are drawn, where it isn't once.
 
-    texts = list(options.prompt)
-    if options.prompts:
-        texts += [prompt.text for prompt in load_prompts(options.prompts)[: options.count]]
-    if not texts:
+    Raises ValueError where nothing is asked for, or a prompt is blank.
+    """
+    from tempflow.data.prompts import as_prompts, load_prompts, shared_out
+
+    pool = [*(as_prompts(options.prompt) if options.prompt else ())]
+    pool += load_prompts(options.prompts) if options.prompts else ()
+    if not pool:
         raise ValueError("prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation")
+    chosen = [pool[n % len(pool)] for n in range(options.count or len(pool))]
+    if shares := shared_out(chosen, pool):
+        print(f"prompts: {shares}", file=sys.stderr)
     from tempflow.evaluate.suite import sample_path
 
     return sample_path(
         options.path,
-        texts,
+        [prompt.text for prompt in chosen],
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,

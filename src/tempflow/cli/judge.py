@@ -34,7 +34,7 @@ class EvalOptions(Strict):
         default="shapes", description="'shapes', a run's folder, a pipeline folder, a hub id, or a LoRA (with --base)"
     )
     base: str = Field(default="", description="what a LoRA is laid on: 'shapes', a pipeline folder or a hub id")
-    prompts: str | None = Field(default=None, description="shapes:SPLIT, a .txt or .jsonl file (shapes:test)")
+    prompts: str | None = Field(default=None, description="shapes:SPLIT, a file or a folder of texts (shapes:test)")
     count: int | None = Field(default=None, ge=1, description="how many prompts; task kinds in turn (504)")
     samples_per_prompt: int = Field(default=1, ge=1, description="pictures of each; from 2 their diversity is told")
     rewards: Names = Field(default=(), description="what scores them (shapes_strict)")
@@ -53,9 +53,11 @@ class EvalOptions(Strict):
 
 def eval_verb(args: Sequence[str]) -> int:
     options = validated(EvalOptions, parse(EvalOptions(), "eval", args))
-    report = run_eval(options)
+    report, shares = _judged(options)
     print(report.table())
     print(f"{report.steps} steps, guidance {report.guidance:g}, seed {report.seed}; [95 % bootstrap intervals]")
+    if shares:
+        print(shares)
     return 0
 
 
@@ -64,7 +66,12 @@ def run_eval(options: EvalOptions) -> Report:
 
     Raises ValueError for a source, a reward or prompts that are not there, before the model is loaded.
     """
-    from tempflow.data.prompts import load_prompts
+    return _judged(options)[0]
+
+
+def _judged(options: EvalOptions) -> tuple[Report, str]:
+    """The report, and how the source's prompts were used, where it isn't each of them once."""
+    from tempflow.data.prompts import load_prompts, shared_out
     from tempflow.evaluate.source import check_rewards, find, settings
     from tempflow.rewards import build
 
@@ -73,7 +80,8 @@ def run_eval(options: EvalOptions) -> Report:
     if not options.rewards:
         check_rewards(source)
     how = chosen(options, settings(source))
-    rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts)
+    reads = () if source.config is None else source.config.algorithm.build().reads
+    rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts, uses=reads)
     device = device_of(how.device)
     import torch
 
@@ -82,7 +90,8 @@ def run_eval(options: EvalOptions) -> Report:
 
     if how.threads is not None:
         torch.set_num_threads(how.threads)
-    prompts, model = fixed_prompts(loaded, how.count), load_source(source, dtype=how.dtype, device=device)
+    prompts = fixed_prompts(loaded, how.count)
+    model = load_source(source, dtype=how.dtype, device=device)
     report = evaluate(
         model,
         prompts,
@@ -99,7 +108,7 @@ def run_eval(options: EvalOptions) -> Report:
     _write(options, how, report)
     if options.pictures:
         _draw_grid(options, how, model, prompts[:GRID])
-    return report
+    return report, shared_out(prompts, loaded)
 
 
 def chosen(options: EvalOptions, usual: Settings) -> Settings:

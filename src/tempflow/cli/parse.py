@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,12 +46,40 @@ def _as_mapping(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 def parse(base: Strict, verb: str, args: Sequence[str]) -> Mapping[str, Any]:
     """The fields of `base` with the flags in `args` laid over them, not yet validated."""
+    args = _lists_joined(base, args)
     registry = ConstructorRegistry()
     registry.struct_rule(_as_mapping)
     parsed: Any = tyro.cli(
         type(base), prog=f"tempflow {verb}", default=base, args=args, use_underscores=True, registry=registry
     )
     return parsed
+
+
+def _lists_joined(base: Strict, args: Sequence[str]) -> list[str]:
+    """`--prompt a --prompt b` as `--prompt a b`: of a list that is given in parts tyro would keep the last alone."""
+    lists, words, own = set(_list_fields(base)), list[str](), dict[str, list[str]]()
+    current: list[str] | None = None
+    for word in args:
+        name, equals, value = word.partition("=")
+        field = name.removeprefix("--").replace("-", "_") if word.startswith("--") else None
+        if field is None:
+            (words if current is None else current).append(word)
+        elif field in lists:
+            current = own.setdefault(field, [])
+            current += [value] if equals else []
+        else:
+            current = None
+            words.append(word)
+    return words + [word for field, values in own.items() for word in (f"--{field}", *values)]
+
+
+def _list_fields(base: BaseModel) -> Iterator[str]:
+    """Dotted names of the fields that hold a list of plain values."""
+    for name, value in base:
+        if isinstance(value, BaseModel):
+            yield from (f"{name}.{inner}" for inner in _list_fields(value))
+        elif isinstance(value, tuple) and not any(isinstance(item, BaseModel) for item in value):
+            yield name
 
 
 def configured(verb: str, args: Sequence[str]) -> Config:

@@ -66,9 +66,10 @@ def _check_prompts(config: Config) -> None:
     """Raises ConfigError, naming the field, for a prompt file that is missing or broken."""
     from tempflow.data.prompts import load_prompts
 
+    reads = config.algorithm.build().reads
     for field in ("train", "validation", "test"):
         try:
-            load_prompts(dict(config.data)[field])
+            load_prompts(dict(config.data)[field], uses=reads)
         except ValueError as error:
             raise ConfigError(f"data.{field}: {error}") from error
 

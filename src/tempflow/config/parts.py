@@ -49,7 +49,8 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where prompts come from: 'shapes:SPLIT', a .txt file (a prompt a line) or a .jsonl file ({"prompt": …} lines)."""
+    """Where prompts come from: 'shapes:SPLIT', a .txt (a prompt a line), .jsonl, .json, .csv or .tsv file, or a folder
+    of .txt files (docs/prompts.md)."""
 
     train: str = Field(default="shapes:train", description="prompts to train on")
     validation: str = Field(default="shapes:validation", description="prompts that choose the best weights")

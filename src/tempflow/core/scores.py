@@ -89,8 +89,8 @@ class Scores:
         """Weighted sum over rewards: (value float32[N], ok bool[N]).
 
         `weights`: name -> finite weight; None = 1 for each.  Names left out or of weight 0 take no part.  A row is ok
-        only if every reward that takes part is; else its value is NaN.  ValueError on an unknown name, a non-finite
-        weight, or when no reward takes part.
+        only if every reward that takes part is and the sum is finite; else its value is NaN.  ValueError on an unknown
+        name, a non-finite weight, or when no reward takes part.
         """
         used = self._weights(weights)
         columns = [self.names.index(name) for name in used]
@@ -98,6 +98,7 @@ class Scores:
         factor = torch.tensor(list(used.values()), dtype=torch.float32, device=self.value.device)
         # A weighted sum by rows, not a matrix product: its rounding must not depend on how many rows there are.
         value = (self.value[:, columns] * factor).sum(dim=1)
+        ok = ok & value.isfinite()  # two finite scores may have a sum that is not
         return value.masked_fill(~ok, math.nan), ok
 
     def _weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:

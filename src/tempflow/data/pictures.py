@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tempflow.data.prompts import Prompt
+from tempflow.data.prompts import Prompt, source_path
 
 MAX_BYTES = 64 * 2**20
 """Of a picture's file."""
@@ -51,7 +51,7 @@ class Pictures:
     @classmethod
     def beside(cls, source: str, keys: tuple[str, ...], size: tuple[int, int]) -> Pictures:
         """Those that a prompts' file names: its folder is the root."""
-        return cls(Path(source).parent, keys, size)
+        return cls(source_path(source).parent, keys, size)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Looks at the header of every picture.

@@ -1,30 +1,58 @@
-"""Where prompts come from: a split of the embedded `shapes` world, a text file, or a JSON-lines file."""
+"""Where prompts come from: a split of the embedded `shapes` world, or a file; and what each key of a prompt means."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
 from tempflow.shapes.prompts import SPLITS, specs
 
 SHAPES = "shapes:"
-SUFFIXES = (".txt", ".jsonl")
-MAX_BYTES = 64 * 2**20
+KEY = "prompt"
+"""What the text is called, unless the source names another key."""
+
+KINDS = ("kind", "tag")
+"""Where a prompt says what kind of task it is, the first before the others; GenEval calls it "tag"."""
+
+SYNONYMS = ("prompt_en", "caption", "text", "prompts", "captions", "description", "instruction", "query", "input", "p")
+"""What other files call the text."""
+
+CHANGES = re.compile(
+    # what is drawn: another branch of guidance, further encoders' texts
+    r"neg(ative)?(_?(prompts?|texts?|captions?))?(_\d)?|uncond(itional)?_prompt|prompt_[23]"
+    # what it starts from, or is held to
+    r"|((source|src|input|init|initial|ref|reference|cond|condition|conditioning|control|edit|edited|start|end|first"
+    r"|last|original|mask|depth|pose)_)?(images?|imgs?|pictures?|photos?|videos?|audios?|sounds?|masks?|frames?|latents?)"
+    r"(_(paths?|files?|urls?))?|control|controls"
+    # how it is drawn
+    r"|(image_|target_)?(seeds?|height|width|size|resolution|aspect_ratio)|guidance|guidance_scale|cfg|cfg_scale"
+    r"|true_cfg_scale|steps|num_steps|num_inference_steps|sampler|scheduler|strength|eta|noise_level|num_frames|fps"
+    r"|duration|seconds|num_images(_per_prompt)?|num_samples|lora|loras|lora_scale"
+)
+"""Names of keys that would change what is drawn. Nothing reads them, so they are refused, never passed over."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what else its line said (for rewards; "kind", where all have it, balances the draws)."""
+    """A prompt and what else its line said: for rewards, which get it as `metadata`."""
 
     text: str
     metadata: Mapping[str, object] = field(default_factory=dict[str, object])
 
+    @property
+    def kind(self) -> str:
+        """Its kind of task, by "kind" or else "tag"; "" without one. Balances draws, names rows of tables."""
+        said = (self.metadata.get(key) for key in KINDS)
+        return next((str(s).strip() for s in said if isinstance(s, str | int) and str(s).strip()), "")
+
 
 def check_source(source: str) -> None:
-    """Raises ValueError, naming the nearest valid source, unless `source` is "shapes:SPLIT", *.txt or *.jsonl.
+    """Raises ValueError, naming the nearest valid source, unless `source` names one: see `load_prompts`.
 
     Looks at the name only, so that a configuration can be checked on a machine that lacks the files.
     """
@@ -33,78 +61,169 @@ def check_source(source: str) -> None:
         if split not in SPLITS:
             nearest = get_close_matches(split, SPLITS, n=1, cutoff=0.0)[0]
             raise ValueError(f"{source!r} names no split of the shapes world; nearest valid: '{SHAPES}{nearest}'")
-    elif not source.endswith(SUFFIXES):
-        nearest = f"{source.rpartition('.')[0] or source or 'prompts'}.txt"
-        raise ValueError(f"{source!r} is neither 'shapes:SPLIT' nor a .txt or .jsonl file; nearest valid: {nearest!r}")
+        return
+    name, key = _parts(source)
+    suffix = suffix_of(name)
+    if name == "shapes" or (":" in name and not suffix and "/" not in name):
+        options = [f"{SHAPES}{split}" for split in SPLITS]
+        nearest = get_close_matches(source, options, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{short(source)} is neither a file nor 'shapes:SPLIT'; nearest valid: {nearest!r}")
+    if not name or suffix not in READERS:
+        close = get_close_matches(suffix, [s for s in READERS if s], n=1) or [".txt"]
+        nearest = f"{name.rpartition('.')[0] or name or 'prompts'}{close[0]}"
+        kinds = f"nor a {listed(tuple(READERS))} file, nor a folder of .txt files"
+        raise ValueError(f"{short(source)} is neither 'shapes:SPLIT' {kinds}; nearest valid: {nearest!r}")
+    if key is not None and (suffix in ("", ".txt") or not key):
+        raise ValueError(f"{short(source)} names a key, which only tables and JSON have; nearest valid: {name!r}")
 
 
-def load_prompts(source: str, root: str | Path = ".") -> tuple[Prompt, ...]:
+def load_prompts(source: str, root: str | Path = ".", uses: Collection[str] = ()) -> tuple[Prompt, ...]:
     """All prompts of a source, in its order.
 
-    source   "shapes:train" | "shapes:validation" | "shapes:test", whose metadata is {"kind": the task kind};
-             a .txt file, one prompt a line; or a .jsonl file of {"prompt": …}, other keys becoming metadata.
-             UTF-8, at most 64 MiB; blank lines are skipped
-    root     folder that a relative path starts from
+    source   "shapes:train" | "shapes:validation" | "shapes:test", whose metadata is {"kind": the task kind}; or
+             *.txt    a prompt a line
+             *.jsonl  an object {"prompt": …} or a text a line
+             *.json   a list of these
+             *.csv, *.tsv  a table whose header names a column "prompt"
+             a folder of .txt files, a prompt each, whose metadata is {"file": its name}
+             "FILE:KEY" reads the text from another key or column. UTF-8, or UTF-16 with a byte-order mark; at most
+             64 MiB; lines end in LF, CR or both; blank lines are skipped
+    root     folder that a relative path starts from; "~" is the user's
+    uses     keys that the caller reads as pictures
 
-    Raises ValueError for another kind of source, a missing, oversized or empty file, and a line that cannot be read
-    (named as file:line).
+    Other keys become metadata, but for those that would change what is drawn (`CHANGES`) and that nothing reads: unless
+    their value is empty or the caller `uses` them they are refused. Raises ValueError for these, for another kind of
+    source, a missing, oversized or empty file, and a record that cannot be read (named as file:line).
     """
     check_source(source)
     if source.startswith(SHAPES):
         split = next(s for s in SPLITS if s == source.removeprefix(SHAPES))
         return tuple(Prompt(spec.prompt, {"kind": spec.kind}) for spec in specs(split))
-    path = Path(root) / source
-    _check_file(path)
-    prompts = tuple(_parse(path, number, line) for number, line in _lines(path))
+    path, key = source_path(source, root), _parts(source)[1]
+    folder = suffix_of(_parts(source)[0]) == ""
+    if folder and not path.is_dir():
+        raise ValueError(f"{path} is no folder; {nearest_file(path, tuple(READERS))}")
+    if path.is_dir() and not folder:
+        raise ValueError(f"{path} is no file; nearest valid: '{source}/', for a folder of .txt files")
+    files_of(path)
+    prompts = tuple(prompt_of(record, where, key or KEY, uses, path) for where, record in records(path))
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; a file needs at least one line")
+        raise ValueError(f"{path} holds no prompt; a file needs at least one")
     return prompts
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; {nearest_file(path, SUFFIXES)}")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; the largest valid size is {MAX_BYTES}; split the file")
+def source_path(source: str, root: str | Path = ".") -> Path:
+    """The file or folder that a source names, "~" and "FILE:KEY" read. Of a split of `shapes` there is none."""
+    return Path(root) / Path(_parts(source)[0]).expanduser()
 
 
-def nearest_file(path: Path, suffixes: tuple[str, ...]) -> str:
-    """A hint for a missing file: the existing one with the likeliest name in the folder where it was looked for."""
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either"
-    names = sorted(p.name for p in path.parent.iterdir() if p.is_file() and p.suffix in suffixes)
-    if not names:
-        return f"{path.parent} holds no {' or '.join(suffixes)} file"
-    return f"nearest valid: {path.parent / get_close_matches(path.name, names, n=1, cutoff=0.0)[0]}"
+def source_files(source: str, root: str | Path = ".") -> tuple[Path, ...]:
+    """Every file that `load_prompts` reads; () for a split of `shapes`. Raises ValueError where one is missing."""
+    return () if source.startswith(SHAPES) else files_of(source_path(source, root))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of the lines that are not blank."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            if line:
-                yield number, line
+def as_prompts(given: object, uses: Collection[str] = ()) -> tuple[Prompt, ...]:
+    """Prompts given as objects: texts, `Prompt`s, or mappings as a JSON-lines file has them.
+
+    Raises ValueError, naming the item, as `load_prompts` does for a line; also for no prompt, or a single text.
+    """
+    if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
+        raise ValueError(f"prompts: {short(given)} is no list of prompts; nearest valid: ['a red circle']")
+    if len(given) == 0:
+        raise ValueError("prompts: the list is empty; at least one prompt is needed")
+    found: list[Prompt] = []
+    for number, item in enumerate(given):
+        record = {**item.metadata, KEY: item.text} if isinstance(item, Prompt) else item
+        found.append(prompt_of(record, f"prompts[{number}]", KEY, uses))
+    return tuple(found)
 
 
-def _parse(path: Path, number: int, line: str) -> Prompt:
-    if path.suffix == ".txt":
-        return Prompt(line)
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        example = '{"prompt": "a red circle"}'
-        raise ValueError(f"{path}:{number}: not JSON ({error}); a line looks like {example}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f'{path}:{number}: a JSON {type(record).__name__}, not an object with a "prompt"')
-    if "prompt" not in record:
-        near = get_close_matches("prompt", [str(k) for k in record], n=1)
-        raise ValueError(f'{path}:{number}: no "prompt"' + (f"; did you mean {near[0]!r}?" if near else ""))
-    text = record.pop("prompt")
+def prompt_of(record: object, where: str, key: str, uses: Collection[str], path: Path | None = None) -> Prompt:
+    """A record as a prompt. Raises ValueError that begins with `where`."""
+    if isinstance(record, str):
+        record = {key: record}
+    if not isinstance(record, Mapping):
+        raise ValueError(f'{where}: a JSON {type(record).__name__}, not an object with a "{key}"')
+    if key not in record:
+        raise ValueError(f"{where}: {_missing(record, key, path)}")
+    text, rest = record[key], {k: v for k, v in record.items() if k != key}
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{path}:{number}: "prompt" is {text!r}; it must be a text that is not blank')
-    return Prompt(text.strip(), record)
+        raise ValueError(f'{where}: "{key}" is {short(text)}; it must be a text that is not blank')
+    if not _encodable(text):
+        raise ValueError(f'{where}: "{key}" holds half a character, {short(text)}; nearest valid: whole Unicode text')
+    _check_keys(rest, where, key, uses)
+    return Prompt(text.strip(), rest)
+
+
+def _check_keys(rest: Mapping[str, object], where: str, key: str, uses: Collection[str]) -> None:
+    """Refuses the keys that would be without effect and should not be."""
+    for other in rest:
+        if _plain(other) == _plain(key):
+            raise ValueError(f'{where}: both "{key}" and {short(other)}; nearest valid: "{key}" alone')
+    lost = [k for k, v in rest.items() if k not in uses and not _blank(v) and CHANGES.fullmatch(_plain(k))]
+    if lost:
+        named = ", ".join(f'"{k}"' for k in lost)
+        raise ValueError(
+            f"{where}: {named} would change what is drawn, and no prompt can set that yet; nearest valid: without, or "
+            "under another name where only a reward reads it"
+        )
+
+
+def _missing(record: Mapping[str, object], key: str, path: Path | None) -> str:
+    """What is there in the place of a key that is not."""
+    if not record:
+        return f'no "{key}", nor anything else'
+    texts = [str(k) for k, v in record.items() if isinstance(v, str)]
+    same = [k for k in texts if _plain(k) == _plain(key)]
+    known = [k for s in SYNONYMS for k in texts if _plain(k) == s]
+    close = get_close_matches(key, texts, n=1) + [k for k in texts if "prompt" in _plain(k)]
+    near = (same + known + close + (texts if len(texts) == 1 else []))[:1]
+    if not near:
+        names = listed(tuple(short(str(k), 30) for k in list(record)[:8]))
+        return f'no "{key}"; there {"are" if len(record) > 1 else "is"} {names}'.replace(" or ", " and ")
+    other = f", or give '{path}:{near[0]}'" if path is not None and suffix_of(path.name) not in ("", ".txt") else ""
+    return f'no "{key}", but {short(near[0])}; nearest valid: call that "{key}"{other}'
+
+
+def _plain(key: object) -> str:
+    """ "negative_prompt" of "Negative Prompt", "negativePrompt", "negative-prompt"."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key).strip())
+    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
+
+
+def _blank(value: object) -> bool:
+    return (
+        value is None or value is False or (isinstance(value, str | Sequence | Mapping) and not value) or value == " "
+    )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parts(source: str) -> tuple[str, str | None]:
+    """("p.csv", "caption") of "p.csv:caption"; the key is None where none is named."""
+    name, colon, key = source.rpartition(":")
+    if colon and suffix_of(source) not in READERS.keys() - {""} and suffix_of(name) in READERS.keys() - {""}:
+        return name, key
+    return source, None
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+def shared_out(drawn: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
+    """How `drawn` uses the `prompts` that it was picked from: "" where it is each of them once."""
+    times = Counter(map(id, drawn))
+    count, used = len(drawn), len(times)
+    if used < len(prompts):
+        left = f"{used} of {len(prompts)} prompts are used"
+        return left if count == used else f"{left}, {_each(times)}"
+    return "" if count == used else f"{count} are drawn of {used} prompts: {_each(times)}"
+
+
+def _each(times: Mapping[int, int]) -> str:
+    low, high = min(times.values()), max(times.values())
+    return f"each comes {low} times" if low == high else f"each comes {low} to {high} times"

@@ -9,10 +9,9 @@ from tempflow.data.prompts import Prompt
 
 
 def strata_of(prompts: Sequence[Prompt]) -> list[str] | None:
-    """The task kind (metadata "kind") of each prompt where all have one, else None."""
-    if not all("kind" in p.metadata for p in prompts):
-        return None
-    return [str(p.metadata["kind"]) for p in prompts]
+    """The task kind (`Prompt.kind`) of each prompt where all have one, else None."""
+    kinds = [p.kind for p in prompts]
+    return kinds if all(kinds) else None
 
 
 def prompts_for(

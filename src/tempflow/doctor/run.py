@@ -112,13 +112,16 @@ def draft_checks(config: Config, device: str) -> list[Check]:
 # -------------------------------------------------------------------------------------------------------------- prompts
 def prompts_checks(config: Config) -> list[Check]:
     """A check for each of the three sources, and one of the training pictures where the algorithm takes such."""
-    checks = [_prompts_check(f"data.{field}", dict(config.data)[field]) for field in ("train", "validation", "test")]
-    given = config.algorithm.build().given
-    return checks if given is None or checks[0].state != "ok" else [*checks, _pictures_check(config, given.keys)]
+    reads = config.algorithm.build().reads
+    fields = ("train", "validation", "test")
+    checks = [_prompts_check(f"data.{field}", dict(config.data)[field], reads) for field in fields]
+    return checks if not reads or checks[0].state != "ok" else [*checks, _pictures_check(config)]
 
 
-def _pictures_check(config: Config, keys: tuple[str, ...]) -> Check:
-    prompts = load_prompts(config.data.train)
+def _pictures_check(config: Config) -> Check:
+    algorithm = config.algorithm.build()
+    assert algorithm.given is not None
+    keys, prompts = algorithm.given.keys, load_prompts(config.data.train, uses=algorithm.reads)
     try:
         Pictures.beside(config.data.train, keys, config.size).check(prompts)
     except (ValueError, OSError) as error:
@@ -126,11 +129,11 @@ def _pictures_check(config: Config, keys: tuple[str, ...]) -> Check:
     return Check("pictures", "ok", f"{len(prompts) * len(keys)} headers fit")
 
 
-def _prompts_check(name: str, source: str) -> Check:
+def _prompts_check(name: str, source: str, reads: tuple[str, ...]) -> Check:
     try:
-        return Check(name, "ok", f"{source}, {len(load_prompts(source))} prompts")
+        return Check(name, "ok", f"{source}, {len(load_prompts(source, uses=reads))} prompts")
     except (ValueError, OSError) as error:
-        return Check(name, "fails", str(error), "give a .txt or .jsonl file, or shapes:SPLIT")
+        return Check(name, "fails", str(error), "give a file or folder of prompts (docs/prompts.md), or shapes:SPLIT")
 
 
 # --------------------------------------------------------------------------------------------------------------- output

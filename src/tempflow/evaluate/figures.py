@@ -26,6 +26,7 @@ class Report:
     gold                names of the rewards that the model was not trained on
     diversity           float64 [prompts]: mean feature distance between a prompt's pictures
                         (`diversity.within_groups`); None with one picture a prompt
+    broken              a line for each way in which pictures were not finite; their scores are failed
 
     Raises ValueError for a gold name that is no reward's, naming the nearest, and for rows that don't share out.
     """
@@ -39,6 +40,7 @@ class Report:
     gold: tuple[str, ...] = ()
     samples_per_prompt: int = 1
     diversity: Tensor | None = None
+    broken: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.gold:
@@ -95,6 +97,10 @@ class Report:
         """Pictures that at least one reward failed on."""
         return int((~self.scores.ok).any(1).sum())
 
+    def valid(self, name: str) -> int:
+        """Of how many pictures `mean` is the mean."""
+        return int(self.scores.ok[:, self.scores.names.index(name)].sum())
+
     def to_json(self) -> dict[str, Any]:
         """Figures ready for JSON, but for NaN where no score is valid."""
         names = self.scores.names
@@ -102,6 +108,7 @@ class Report:
             "count": len(self.scores),
             "prompts": self.distinct,
             "failed": self.failed,
+            "valid": {n: self.valid(n) for n in names},
             "steps": self.steps,
             "guidance": self.guidance,
             "seed": self.seed,
@@ -118,7 +125,8 @@ class Report:
         return told
 
     def table(self) -> str:
-        """Plain text: a row per kind, a column per reward (mean and 95 % interval), and failures, if any, below.
+        """Plain text: a row per kind, a column per reward (mean and 95 % interval); below, how many scores failed and
+        why pictures are none, if any.
 
         n counts pictures, prompts the different prompts that they are of.
         """
@@ -140,9 +148,11 @@ class Report:
                 row.append(_cell(mean, bounds) if row is rows[-1] else f"{by_kind[row[0]]:.3f}")
         width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in [head, *rows]]
-        if self.failed:
-            lines.append(f"{self.failed} of {len(self.scores)} pictures have a failed score, which no mean counts")
-        return "\n".join(lines)
+        for name in names:
+            count, valid = len(self.scores), self.valid(name)
+            if valid < count:
+                lines.append(f"{name}: {count - valid} of {count} scores failed; its mean is of the other {valid}")
+        return "\n".join([*lines, *self.broken])
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
+from tempflow.models.finite import Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.protocol import Model, Predict, Size
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
@@ -30,10 +31,10 @@ PROMPTS_AT_ONCE = 252
 
 
 def fixed_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts in a fixed order: task kinds (metadata "kind") in turn, each kind's prompts in turn."""
-    pools: dict[object, list[Prompt]] = defaultdict(list)
+    """`count` prompts in a fixed order: task kinds (`Prompt.kind`) in turn, each kind's prompts in turn."""
+    pools: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
-        pools[prompt.metadata.get("kind", "")].append(prompt)
+        pools[prompt.kind].append(prompt)
     kinds = list(pools.values())
     picked = [kinds[i % len(kinds)] for i in range(count)]
     return [pool[(i // len(kinds)) % len(pool)] for i, pool in enumerate(picked)]
@@ -53,10 +54,21 @@ def draw(
     """Deterministic samples, uint8 [N·samples_per_prompt, H, W, 3]; a prompt's pictures follow each other.
 
     Picture k of prompt n is a function of (seed, n, k, prompt n) and the weights: more pictures don't change the first.
-    Raises ValueError for samples_per_prompt below 1.
+    One that is not finite is crossed out. Raises ValueError for samples_per_prompt below 1.
     """
     how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt)
-    return torch.cat([media for _, media, _ in _drawn(model, prompts, how)])
+    return torch.cat([_crossed(seen) for _, seen in _drawn(model, prompts, how)])
+
+
+def _crossed(seen: Decoded) -> Tensor:
+    """The pictures; in the place of one that broke a red cross on grey, which nobody takes for what a model drew."""
+    media = seen.media.clone()
+    _, height, width, _ = media.shape
+    across, down = torch.arange(width) * height // width, torch.arange(height)[:, None]
+    cross = torch.full((height, width, 3), 128, dtype=torch.uint8)
+    cross[(down == across) | (down == height - 1 - across)] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    media[~seen.ok] = cross
+    return media
 
 
 def _go_on() -> None:
@@ -79,13 +91,13 @@ class _Sampling:
             raise ValueError(f"samples_per_prompt: {self.samples} is too few; nearest valid: 1")
 
 
-def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Parts of what `draw` draws, as they are ready: which prompts, their pictures, and which of those are any."""
+def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tuple[range, Decoded]]:
+    """Parts of what `draw` draws, as they are ready: which prompts, and their pictures."""
     schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
     at_once = max(1, PROMPTS_AT_ONCE // how.samples)
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
-        predict = model.predictor(model.encode(part), how.guidance)
+        predict = model.predictor(encoded(model, part), how.guidance)
         slots = range(how.first + first, how.first + first + len(part))
 
         def patient(x: Tensor, sigma: Tensor, row: Tensor, predict: Predict = predict, at: int = slots.start) -> Tensor:
@@ -103,8 +115,7 @@ def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tup
             max_rows=how.rows,
             device=model.device,
         )
-        latents = forest.nodes[forest.leaves.node]
-        yield slots, model.decode(latents, how.size), latents.isfinite().flatten(1).all(1).cpu()
+        yield slots, decoded(model, forest.nodes[forest.leaves.node], how.size)
 
 
 def evaluate(
@@ -138,15 +149,16 @@ def evaluate(
     if trained:
         raise ValueError(f"gold: {trained[0]!r} is trained on; nearest valid: a reward that the training doesn't see")
     how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt, first, pause)
-    scored, seen, groups = list[Scores](), list[Tensor](), list[int]()
-    for slots, media, sound in _drawn(model, [p.text for p in prompts], how):
+    scored, seen, broken, groups = list[Scores](), list[Tensor](), list[Tensor](), list[int]()
+    for slots, part in _drawn(model, [p.text for p in prompts], how):
         slot = [n for n in slots for _ in range(samples_per_prompt)]
         owner = [prompts[n - first] for n in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
-        scored.append(score_all(rewards, media, texts, metadata, groups=slot, sound=sound, pause=pause))
+        scored.append(score_all(rewards, part.media, texts, metadata, groups=slot, sound=part.ok, pause=pause))
         groups += slot
+        broken.append(part.broken)
         if samples_per_prompt > 1:
-            seen.append(features(media))
+            seen.append(features(part.media))
     scores = Scores.cat(scored)
     if total is not None and "reward" not in scores.names:
         value, ok = scores.total(total)
@@ -154,13 +166,14 @@ def evaluate(
     return Report(
         scores,
         tuple(prompts[n - first].text for n in groups),
-        tuple(str(prompts[n - first].metadata.get("kind", "")) for n in groups),
+        tuple(prompts[n - first].kind for n in groups),
         steps,
         guidance,
         seed,
         tuple(gold),
         samples_per_prompt,
         within_groups(torch.cat(seen), torch.tensor(groups))[1] if seen else None,
+        tuple(told(torch.cat(broken), [prompts[n - first].text for n in groups])),
     )
 
 
@@ -192,11 +205,38 @@ def sample_path(
     device: str,
     out: str | Path,
 ) -> list[Path]:
-    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files."""
+    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files.
+
+    Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
+    written over. Raises ValueError where they would not sort any more, NotFiniteError, when all others are written,
+    for pictures that are not finite.
+    """
+    files = numbered(Path(out), len(prompts))
     model = load_source(find(path), device=device)
-    media = draw(model, prompts, steps=steps, guidance=guidance, seed=seed, size=size, rows=64)
     Path(out).mkdir(parents=True, exist_ok=True)
-    files = [Path(out) / f"{i:03d}.png" for i in range(len(prompts))]
-    for file, picture in zip(files, media, strict=True):
-        Image.fromarray(picture.numpy()).save(file)
+    parts = list(_drawn(model, prompts, _Sampling(steps, guidance, seed, size, rows=64, samples=1)))
+    ok = torch.cat([seen.ok for _, seen in parts]).tolist()
+    for file, picture, fine in zip(files, torch.cat([seen.media for _, seen in parts]), ok, strict=True):
+        if fine:
+            with file.open("xb") as stream:
+                Image.fromarray(picture.numpy()).save(stream, format="PNG")
+    lost = told(torch.cat([seen.broken for _, seen in parts]), prompts)
+    if lost:
+        raise NotFiniteError("; ".join(lost) + f". The other {sum(ok)} are in {out}")
     return files
+
+
+def numbered(folder: Path, count: int) -> list[Path]:
+    """`count` new PNGs in `folder`, numbered after those that are there, at least three digits wide.
+
+    Raises ValueError where a name with as many digits as the last needs would not sort among those that are there.
+    """
+    there = [file.stem for file in folder.glob("*.png") if file.stem.isascii() and file.stem.isdigit()]
+    first = max(map(int, there), default=-1) + 1
+    width = max(3, len(str(first + count - 1)), *map(len, there))
+    if any(len(stem) < width for stem in there):
+        raise ValueError(
+            f"output: {str(folder)!r} holds {min(there)}.png; {count} more need {width} digits, and would not sort; "
+            f"nearest valid: '{folder}-2'"
+        )
+    return [folder / f"{number:0{width}d}.png" for number in range(first, first + count)]

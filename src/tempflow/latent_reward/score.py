@@ -19,6 +19,7 @@ from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.latent_reward.model import LatentReward, bind
 from tempflow.latent_reward.train import Score
+from tempflow.models.finite import encoded
 from tempflow.models.protocol import Model
 
 Judge = Callable[[Tensor, Tensor, Tensor], Scores]
@@ -47,7 +48,7 @@ class LatentJudge:
     @classmethod
     def of(cls, model: Model, reward: LatentReward, prompts: Sequence[str], rows: int | None = None) -> LatentJudge:
         """The judge whose `rows` argument indexes `prompts`."""
-        return cls(bind(model, reward, model.encode(prompts)), rows=rows)
+        return cls(bind(model, reward, encoded(model, prompts)), rows=rows)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:

@@ -21,6 +21,7 @@ from tempflow.core.rng import Stream
 from tempflow.core.schedule import linear
 from tempflow.core.times import LogitNormalTimes, UniformTimes
 from tempflow.latent_reward.model import LatentReward, bind
+from tempflow.models.finite import encoded
 from tempflow.models.protocol import Model
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -181,7 +182,7 @@ def train_latent_reward(
     made = reward
     if made is None:
         made = LatentReward.from_transformer(model.network, seed=config.seed, licence=model.licence)
-    fit(made, bind(model, made, model.encode(rated.prompts)), rated, pairs, config, report)
+    fit(made, bind(model, made, encoded(model, rated.prompts)), rated, pairs, config, report)
     return made
 
 
@@ -209,7 +210,9 @@ def fit(
             raise ValueError(f"loss: {value} at step {step}; lower lr = {config.lr}, or look for bad latents")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(weights, config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise ValueError(f"gradient norm: {norm} at step {step}; lower lr = {config.lr}, or look for bad latents")
         optimizer.step()
         if report is not None:
             report(step, value, float(_right(win, lose).mean()))

@@ -83,7 +83,11 @@ class Model(Protocol):
         ...
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
-        """Latents [B, *S] → media: uint8 [B, H, W, 3] on the CPU."""
+        """Latents [B, *S] → media: uint8 [B, H, W, 3] on the CPU.
+
+        Raises `models.finite.BrokenPicturesError`, which carries the media, where some are not finite: as whole numbers
+        nobody could tell NaN from black. `models.finite.to_pictures` does it.
+        """
         ...
 
     def encode_media(self, media: Tensor, size: Size) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
 from tempflow.models.attention import FusedForward
+from tempflow.models.finite import to_pictures
 from tempflow.models.protocol import Conditioning, Predict, Size
 from tempflow.models.quiet import quiet
 
@@ -221,12 +222,11 @@ class SD3:
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """See `Model.decode`; equal to the pipeline's `output_type="pil"`, in parts that bound memory."""
         vae = self.pipe.vae
-        parts = []
-        for part in x.split(_rows_at_once(size)):
-            z = (part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-            image = (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-            parts.append((image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
-        return torch.cat(parts).contiguous()
+        parts = (
+            vae.decode((part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False)[0]
+            for part in x.split(_rows_at_once(size))
+        )
+        return to_pictures(parts)
 
     @torch.no_grad()
     def encode_media(self, media: Tensor, size: Size) -> Tensor:

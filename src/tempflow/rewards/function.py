@@ -17,37 +17,44 @@ from tempflow.core.scores import Scores
 from tempflow.rewards.patience import Patient
 from tempflow.rewards.protocol import Media, RewardError
 
+Metadata = list[Mapping[str, object]]
+"""What each picture's prompt came with, beside its text."""
+
 Result = Sequence[float | None] | np.ndarray | Tensor
-Function = Callable[[list[Image.Image], list[str]], Result]
+Function = Callable[[list[Image.Image], list[str]], Result] | Callable[[list[Image.Image], list[str], Metadata], Result]
 
 
 @dataclass(frozen=True)
 class FunctionReward:
     """See `from_function`."""
 
-    function: Function
+    function: Callable[..., Result]
     name: str
     groupwise: bool
+    wants_metadata: bool = False
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; a row is failed where the function says None, NaN or an infinity. Raises what it raises."""
         images = [Image.fromarray(picture) for picture in media.numpy()]
-        return _column(_values(self.function(images, list(prompts)), len(media), self.name), self.name)
+        more = ({**m} for m in metadata)
+        given = (images, list(prompts), list(more)) if self.wants_metadata else (images, list(prompts))
+        return _column(_values(self.function(*given), len(media), self.name), self.name)
 
 
 def from_function(
     function: Function, name: str | None = None, groupwise: bool = False, timeout: float | None = None
 ) -> Patient:
-    """A reward from `function(images, prompts) -> scores`.
+    """A reward from `function(images, prompts) -> scores`, or from `function(images, prompts, metadata)`.
 
-    images: list of PIL images (RGB); prompts: as many strings; scores: a number each, larger is better, as a list, a
-    numpy array or a tensor of shape [N]. None, NaN and infinities mean that this picture could not be scored; a row
-    whose score failed is left out of training and is never counted as 0. An exception, or a call that takes
-    longer than `timeout` seconds, fails all rows of the call and is logged as a warning (see `Patient`). The pictures
-    are the function's own: it may change them. `name` is the function's own unless given. `groupwise`: one call per
-    prompt, with all its pictures.
+    images: list of PIL images (RGB); prompts: as many strings; metadata: as many dictionaries, what a prompt's line
+    said beside its text, for a function whose third parameter is called so ("meta…"). scores: a number each, larger is
+    better, as a list, a numpy array or a tensor of shape [N]. None, NaN and infinities mean that this picture could not
+    be scored; a row whose score failed is left out of training and is never counted as 0. An exception, or a call that
+    takes longer than `timeout` seconds, fails all rows of the call and is logged as a warning (see `Patient`). Pictures
+    and metadata are the function's own: it may change them. `name` is the function's own unless given. `groupwise`: one
+    call per prompt, with all its pictures.
 
-    Raises ValueError for something that cannot be called or has no name, and for a timeout that is not above 0; `score`
+    Raises ValueError for something that cannot be called so or has no name, and for a timeout not above 0; `score`
     raises RewardError for a result of another length, or one that is not made of numbers.
     """
     if not callable(function):
@@ -55,10 +62,31 @@ def from_function(
     name = name if name is not None else _own_name(function)
     if not name:
         raise ValueError("name = '': a reward needs one; nearest valid: name='my_reward'")
-    return Patient(FunctionReward(function, name, groupwise), timeout)
+    return Patient(FunctionReward(function, name, groupwise, _wants_metadata(function)), timeout)
 
 
-def _own_name(function: Function) -> str:
+def _wants_metadata(function: Callable[..., object]) -> bool:
+    """Whether its third parameter is called so. Raises ValueError where a call would not fit."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return False
+    placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    third = [p.name for p in signature.parameters.values() if p.kind in placed][2:3]
+    wants = any(name.startswith("meta") for name in third)
+    try:
+        signature.bind(*range(3 if wants else 2))
+    except TypeError as error:
+        shown = f"def {_own_name(function)}{signature}"
+        shown = shown if len(shown) <= 80 else shown[:79] + "…"
+        raise ValueError(
+            f"reward: {shown} cannot be called with images and prompts ({error}); nearest valid: "
+            "def score(images, prompts), or def score(images, prompts, metadata)"
+        ) from error
+    return wants
+
+
+def _own_name(function: Callable[..., object]) -> str:
     own = function.__name__ if inspect.isroutine(function) else type(function).__name__
     return "reward" if own == "<lambda>" else own
 
@@ -93,7 +121,10 @@ def _number(value: object, row: int, name: str) -> float | None:
             f"reward {name!r} returned {_short(value)}, a {type(value).__name__}, for image {row}; "
             f"expected a number, or None for failed{hint}"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return None
     return number if math.isfinite(number) else None
 
 

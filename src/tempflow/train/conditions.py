@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tempflow.core.distribution import upcast
 from tempflow.core.perturb import Perturbation
 from tempflow.core.rng import Stream
+from tempflow.models.finite import NotFiniteError, encoded
 from tempflow.models.protocol import Conditioning, Model, Predict
 
 if TYPE_CHECKING:
@@ -66,12 +67,17 @@ def _learn(perturbation: Perturbation, seed: int, text: str, embeds: Tensor, mov
     tokens = movable.any(1).nonzero()[:, 0]
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     stream = Stream(seed, "conditions.offset")
-    return Offsets(tokens.cpu(), perturbation.offsets(embeds[tokens], movable[tokens], stream, (number,)).cpu())
+    delta = perturbation.offsets(embeds[tokens], movable[tokens], stream, (number,)).cpu()
+    if not bool(delta.isfinite().all()):
+        raise NotFiniteError(
+            f"prompt {text[:60]!r}: the offsets of its conditions are not finite; nearest valid: float32"
+        )
+    return Offsets(tokens.cpu(), delta)
 
 
 def sampler(setting: Setting, perturbation: Perturbation, prompts: Sequence[str], first: int) -> Predict:
     """The predictor that rolls these prompts out, of which the first has slot `first`; rows are slot·K + k."""
-    condition = setting.model.encode(prompts)
+    condition = encoded(setting.model, prompts)
     offsets = setting.learned.of(condition, perturbation, setting.seed)
     network = setting.sets.get(setting.algorithm.sampler)
     predict = perturbed(setting.model, condition, offsets, perturbation.strength, setting.guidance, network)

@@ -50,8 +50,10 @@ class Gallery:
         )
         counts = [len(world.block(len(prompts), rank)) for rank in range(world.size)]
         value, ok = (world.gather(t, counts) for t in (part.scores.value, part.scores.ok))
-        kinds = tuple(str(p.metadata.get("kind", "")) for p in prompts)
+        kinds = tuple(p.kind for p in prompts)
         scores = Scores(value, ok, part.scores.names)
+        for line in part.broken:
+            self.say(f"warn: {line}")
         check_look(self.judges, scores, self.say, training)
         return replace(part, scores=scores, prompts=tuple(p.text for p in prompts), kinds=kinds)
 

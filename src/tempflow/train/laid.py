@@ -13,6 +13,7 @@ from tempflow.core.given import Given
 from tempflow.core.rollout import skeleton
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
+from tempflow.models.finite import finite_rows
 from tempflow.models.protocol import Model, Size
 from tempflow.train.signals import Signals, measure_given
 
@@ -31,6 +32,6 @@ def laid_out(
     latents = torch.cat([model.encode_media(read([prompt]), size) for prompt in prompts])
     plans = [given.plan(0, slot) for slot in slots]
     forest = replace(skeleton(plans, slots), nodes=latents)
-    ok = latents.isfinite().flatten(1).all(1).cpu()
+    ok = finite_rows(latents).cpu()
     scores = given.scored(ok)
     return forest.to(model.device), scores, measure_given(latents, forest.leaves.prompt, ok)

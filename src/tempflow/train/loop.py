@@ -15,7 +15,7 @@ from tempflow.algorithms.base import Algorithm
 from tempflow.config import OWN_REWARD, Config, to_yaml
 from tempflow.core.follow import Frozen
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load, resolved_dtype
 from tempflow.models.protocol import Conditioning, Model
@@ -58,10 +58,11 @@ def train(
 ) -> Run:
     """Trains as `config` says; objects given here take the place of what it names.
 
-    `reward`: a `Reward`, a function of (images, prompts) → scores, or several; their sum is then what the best weights
-    are chosen and reported by, unless `evaluation.metric` names one of them. `prompts` are also used for validation,
-    and for the held-out test unless `test_prompts` is given. Where the algorithm takes given samples, the pictures that
-    the training prompts name are looked for beside `config.data.train`; those of `prompts`, in the working directory.
+    `reward`: a `Reward`, a function of (images, prompts) or (images, prompts, metadata) → scores, or several; their sum
+    is then what the best weights are chosen and reported by, unless `evaluation.metric` names one of them. `prompts`:
+    texts, `Prompt`s or mappings with a "prompt"; they are also used for validation, and for the held-out test unless
+    `test_prompts` is given. Where the algorithm takes given samples, the pictures that the training prompts name are
+    looked for beside `config.data.train`; those of `prompts`, in the working directory.
 
     `resume`: go on with the run in `config.output` from its newest whole checkpoint (from the start, if it died before
     the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
@@ -89,7 +90,7 @@ def train(
         looks = _borrowed(config, any(given), display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
-        sets = _prompt_sets(config, prompts, test_prompts)
+        sets = _prompt_sets(config, prompts, test_prompts, algorithm.reads, display.say)
         pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
@@ -260,15 +261,42 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
 
 
 def _prompt_sets(
-    config: Config, prompts: Sequence[str | Prompt] | None, test_prompts: Sequence[str | Prompt] | None
+    config: Config,
+    prompts: Sequence[str | Prompt] | None,
+    test_prompts: Sequence[str | Prompt] | None,
+    reads: Sequence[str],
+    say: Callable[[str], None],
 ) -> dict[str, Sequence[Prompt]]:
-    """To train on, to choose the best weights by, and to report."""
+    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once.
+
+    `reads`: keys of a prompt that the algorithm takes samples from.
+    """
     test = test_prompts if test_prompts is not None else prompts
-    return {
-        "train": _prompts(prompts, config.data.train),
-        "validation": fixed_prompts(_prompts(prompts, config.data.validation), config.evaluation.validation_prompts),
-        "test": fixed_prompts(_prompts(test, config.data.test), config.evaluation.test_prompts),
-    }
+    sets: dict[str, Sequence[Prompt]] = {"train": _prompts("data.train", prompts, config.data.train, reads)}
+    for name, given, count in (
+        ("validation", prompts, config.evaluation.validation_prompts),
+        ("test", test, config.evaluation.test_prompts),
+    ):
+        pool = _prompts(f"data.{name}", given, dict(config.data)[name], reads)
+        sets[name] = fixed_prompts(pool, count)
+        shares = shared_out(sets[name], pool)
+        if shares:
+            say(f"data.{name}: {shares}")
+    _say_of_training(sets["train"], config, say)
+    return sets
+
+
+def _say_of_training(prompts: Sequence[Prompt], config: Config, say: Callable[[str], None]) -> None:
+    """What an iteration repeats, what the run doesn't come to, and why draws are not balanced."""
+    count, size, kinds = config.data.prompts_per_iteration, len(prompts), [p.kind for p in prompts]
+    if count > size:
+        low, high = count // size, -(-count // size)
+        often = f"{low} times" if low == high else f"{low} to {high} times"
+        say(f"data.train: {count} prompts an iteration of {size} prompts: each comes {often}")
+    if count * config.iterations < size:
+        say(f"data.train: {config.iterations} iterations draw {count * config.iterations} of {size} prompts")
+    if any(kinds) and not all(kinds):
+        say(f"data.train: {kinds.count('')} of {size} prompts have no kind, so draws are not balanced by it")
 
 
 def _pictures(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures | None:
@@ -292,12 +320,13 @@ def _unweighted(algorithm: Algorithm) -> Algorithm:
     return replace(algorithm, credit=algorithm.credit.weighted(None))
 
 
-def _prompts(given: Sequence[str | Prompt] | None, source: str) -> Sequence[Prompt]:
-    if given is None:
-        return load_prompts(source)
-    if len(given) == 0:
-        raise ValueError("prompts: the list is empty; at least one prompt is needed")
-    return [p if isinstance(p, Prompt) else Prompt(p, {}) for p in given]
+def _prompts(field: str, given: Sequence[str | Prompt] | None, source: str, reads: Sequence[str]) -> Sequence[Prompt]:
+    if given is not None:
+        return as_prompts(given, reads)
+    try:
+        return load_prompts(source, uses=reads)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def _warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ from tempflow.evaluate import pictures
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint, guards
 from tempflow.train.display import Display
-from tempflow.train.faults import check_scored
+from tempflow.train.faults import check_credit, check_scored, tell_broken
 from tempflow.train.followers import Followers
 from tempflow.train.gallery import Gallery
 from tempflow.train.interrupt import Interrupt, Interrupted
@@ -74,6 +74,7 @@ class Session:
         self.done, self.seconds = 0, 0.0
         self.best: tuple[float, int] | None = None
         self.looks = looks
+        self.told = set[tuple[str, int]]()  # ways in which samples broke that have been said
         self.whole = False  # whether the state is one between two iterations, from which a run can go on
 
     # ------------------------------------------------------------------------------------------------------- going
@@ -175,19 +176,15 @@ class Session:
     def _learn(self, iteration: int, clock: Clock) -> dict[str, float]:
         """One iteration's experience and updates; its metrics."""
         config, setting = self.config, self.setting
-        kinds = [str(p.metadata.get("kind", "")) for p in self.prompts["train"]]
-        chosen = prompts_for(
-            iteration,
-            self.prompts["train"],
-            config.data.prompts_per_iteration,
-            config.seed,
-            strata=kinds if all(kinds) else None,
-        )
+        pool = self.prompts["train"]
+        chosen = [pool[i] for i in prompts_for(iteration, pool, config.data.prompts_per_iteration, config.seed)]
         self._gathered()
         with self._untouched():
-            experience = collect(setting, [self.prompts["train"][i] for i in chosen], iteration, self.counter, clock)
+            experience = collect(setting, chosen, iteration, self.counter, clock)
+            tell_broken(experience, chosen, self._say, self.told)
             check_scored(setting, experience, iteration + 1)
-        given = credit(setting, experience)
+            given = credit(setting, experience)
+            check_credit(given, iteration + 1)
         seen = rollout_metrics(experience, given.advantage)
         skip = self.watcher.rollout(iteration + 1, experience.signals)
         sets = (self.trainable, self.average, self.optimizer)

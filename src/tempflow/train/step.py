@@ -22,6 +22,7 @@ from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
+from tempflow.models.finite import GIVEN, WHOLE, Decoded, decoded, encoded
 from tempflow.models.protocol import Predict
 from tempflow.rewards import score_all
 from tempflow.train.conditions import sampler
@@ -52,6 +53,8 @@ class Experience:
     schedule   the grid that was walked
     iteration  which one it is, from 0
     fidelity   [P] how the draft ranked the chosen noises beside the regenerated pictures; None without a draft
+    broken     LongTensor, which of the whole's leaves are no pictures, and why (`models.finite`)
+    drafts     the same of the drafts, a pool for each prompt; None without a draft
     """
 
     forest: Forest
@@ -64,7 +67,9 @@ class Experience:
     judged: Scores | None
     schedule: Schedule
     iteration: int
+    broken: Tensor
     fidelity: Tensor | None = None
+    drafts: Tensor | None = None
 
     @property
     def credited(self) -> tuple[Scores, Forest]:
@@ -121,7 +126,13 @@ def collect(setting: Setting, prompts: Sequence[Prompt], iteration: int, counter
         judged=None if setting.judge is None else _judged(setting, prompts, mine, forest, schedule, edges, counter),
         schedule=schedule,
         iteration=iteration,
+        broken=world.gather(torch.cat([part.broken for part in grown]), counts),
         fidelity=_gathered(world, [part.fidelity for part in grown], [len(b) for b in blocks]),
+        drafts=_gathered(
+            world,
+            [part.drafts for part in grown],
+            [len(b) * (algorithm.draft.pool if algorithm.draft is not None else 0) for b in blocks],
+        ),
     )
 
 
@@ -141,7 +152,7 @@ def _judged(
 ) -> Scores:
     """The latent reward's scores of all ranks' edges, each at the σ of the state it reaches."""
     assert setting.judge is not None
-    judge, edges = setting.judge(setting.model.encode([prompts[slot].text for slot in mine])), forest.edges
+    judge, edges = setting.judge(encoded(setting.model, [prompts[slot].text for slot in mine])), forest.edges
     sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
     scores = judge(forest.nodes[edges.child], sigma, edges.prompt - mine.start)
     counter.reward_calls += sum(counts)
@@ -184,12 +195,15 @@ def credit(setting: Setting, experience: Experience) -> Credit:
 
 @dataclass(frozen=True, eq=False)
 class _Grown:
-    """`fidelity` [P]: Kendall's τ between a draft's scores and the regenerated pictures', prompt by prompt."""
+    """`fidelity` [P]: Kendall's τ between a draft's scores and the regenerated pictures', prompt by prompt; `broken`,
+    `drafts`: as in `Experience`."""
 
     forest: Forest
     scores: Scores
     signals: Signals
-    fidelity: Tensor | None
+    broken: Tensor
+    fidelity: Tensor | None = None
+    drafts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,10 +222,11 @@ class _Tour:
     def grow(self, slots: Sequence[int]) -> _Grown:
         """A chunk of whole prompts: rolled out, decoded, scored, measured, observed."""
         algorithm = self.setting.algorithm
-        plans, drafted = [self.plans[s] for s in slots], None
+        plans, drafted, drafts = [self.plans[s] for s in slots], None, None
         if algorithm.draft is not None:
-            plans, drafted = self._drafted(algorithm.draft, slots, plans)
-        forest, media, scores = self._judged(slots, plans, self.schedule, self._sampler(slots), "rollout")
+            plans, drafted, drafts = self._drafted(algorithm.draft, slots, plans)
+        forest, seen, scores = self._judged(slots, plans, self.schedule, self._sampler(slots), "rollout")
+        media = seen.media
         latents = forest.nodes[forest.leaves.node]
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
@@ -223,7 +238,7 @@ class _Tour:
         fidelity = None
         if drafted is not None and len(drafted) == len(total):  # a root has one leaf
             fidelity = agreement(drafted, total, forest.leaves.prompt.cpu(), slots)
-        return _Grown(kept, scores, signals, fidelity)
+        return _Grown(kept, scores, signals, seen.broken, fidelity, drafts)
 
     def lay_out(self, slots: Sequence[int]) -> _Grown:
         """A chunk of whole prompts' given samples, in the place of `grow`."""
@@ -233,13 +248,14 @@ class _Tour:
         prompts = [self.prompts[s] for s in slots]
         forest, scores, signals = laid_out(given, setting.pictures, setting.model, setting.size, prompts, slots)
         self.clock.add("encode", started)
-        return _Grown(forest, scores, signals, None)
+        return _Grown(forest, scores, signals, torch.where(scores.ok[:, 0].cpu(), WHOLE, GIVEN))
 
-    def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor]:
-        """The plans from the noises that the draft chose, and the draft's scores of these, root by root."""
+    def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor, Tensor]:
+        """The plans from the noises that the draft chose, the draft's scores of these, root by root, and which drafts
+        broke."""
         setting = self.setting
         schedule = setting.model.schedule(draft.steps, setting.size)
-        _, _, scores = self._judged(slots, [draft.plan] * len(slots), schedule, self.drafter, "draft")
+        _, seen, scores = self._judged(slots, [draft.plan] * len(slots), schedule, self.drafter, "draft")
         value, ok = (t.view(len(slots), draft.pool) for t in scores.total(setting.algorithm.credit.reward_weights))
         stream = Stream(setting.seed, "draft.choice")
         starts = [
@@ -247,25 +263,23 @@ class _Tour:
             for v, o, plan, slot in zip(value, ok, plans, slots, strict=True)
         ]
         chosen = torch.cat([v[list(start)] for v, start in zip(value, starts, strict=True)])
-        return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen
+        return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen, seen.broken
 
     def _judged(
         self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict, phase: str
-    ) -> tuple[Forest, Tensor, Scores]:
+    ) -> tuple[Forest, Decoded, Scores]:
         """Those plans rolled out, on the clock as `phase`; their leaves' pictures and scores."""
         setting, clock, started = self.setting, self.clock, time.perf_counter()
         forest = self._rollout(slots, plans, schedule, predict)
         started = clock.add(phase, started)
-        latents = forest.nodes[forest.leaves.node]
-        media = setting.model.decode(latents, setting.size)
+        seen = decoded(setting.model, forest.nodes[forest.leaves.node], setting.size)
         started = clock.add("decode", started)
         slot = forest.leaves.prompt.tolist()
         owner = [self.prompts[s] for s in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
-        sound = latents.isfinite().flatten(1).all(1).cpu()
-        scores = score_all(setting.rewards, media, texts, metadata, slot, sound=sound, pause=setting.pause)
+        scores = score_all(setting.rewards, seen.media, texts, metadata, slot, sound=seen.ok, pause=setting.pause)
         clock.add("reward", started)
-        return forest, media, scores
+        return forest, seen, scores
 
     def _sampler(self, slots: Sequence[int]) -> Predict:
         """The predictor that rolls out: as in training, or with the chunk's own conditions where there are some."""
@@ -310,7 +324,7 @@ def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
 def _binder(setting: Setting, texts: Sequence[str], first: int) -> Callable[[nn.Module | None], Predict]:
     """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank encodes its own."""
     model = setting.model
-    condition = model.encode(texts)
+    condition = encoded(model, texts)
 
     def bound(network: nn.Module | None) -> Predict:
         predict = model.predictor(condition, setting.guidance, network=network)

@@ -1,0 +1,123 @@
+"""What leaves a model and is not finite: a failure with a name, before anyone scores it or learns from it.
+
+The rest of the house calls a model's `encode` and `decode` through `encoded` and `decoded`, whatever the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tempflow.models.protocol import Conditioning, Model, Size
+
+WHOLE, LATENT, PICTURE, GIVEN = 0, 1, 2, 3
+"""What may be wrong with a sample: nothing, or where it broke."""
+
+WHY = {
+    LATENT: "the model's final latents are not finite",
+    PICTURE: "the decoder's pictures are not finite",
+    GIVEN: "the autoencoder's latents of given pictures are not finite",
+}
+ADVICE = "try model.dtype float32, other weights or less guidance"
+NAMED = 3
+"""Prompts that a line names."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A part of the model gave NaN or an infinity where it is given the same every time."""
+
+
+class BrokenPicturesError(NotFiniteError):
+    """Some decoded pictures are not finite. media: uint8 [B, H, W, 3], those black; ok: bool [B], the others."""
+
+    def __init__(self, media: Tensor, ok: Tensor) -> None:
+        super().__init__(f"{int((~ok).sum())} of {len(ok)} decoded pictures are not finite; {ADVICE}")
+        self.media, self.ok = media, ok
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """media: uint8 [B, H, W, 3] on the CPU; broken: LongTensor [B], WHOLE or where a sample broke."""
+
+    media: Tensor
+    broken: Tensor
+
+    @property
+    def ok(self) -> Tensor:
+        """bool [B], which of them are pictures at all."""
+        return self.broken == WHOLE
+
+
+def encoded(model: Model, prompts: Sequence[str]) -> Conditioning:
+    """`model.encode`. Raises NotFiniteError, naming the prompt, for a condition that is not finite."""
+    condition = model.encode(prompts)
+    named = [(condition.tensors, tuple(prompts))]
+    named += [] if condition.empty is None else [(condition.empty, ("",))]
+    for tensors, texts in named:
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+                continue
+            row = int((~finite_rows(tensor)).nonzero()[0, 0])
+            raise NotFiniteError(
+                f"prompt {texts[row][:60]!r}: its {name!r} from the text encoders is not finite; {ADVICE}"
+            )
+    return condition
+
+
+def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
+    """`model.decode` of latents [B, *S]; what is not finite before or after it is marked, and black.
+
+    Raises ValueError for media of another kind or number.
+    """
+    fine, drawn = finite_rows(latents), torch.ones(len(latents), dtype=torch.bool)
+    if not bool(fine.all()):  # what an adapter makes of NaN is nobody's business
+        latents = torch.where(fine.view(-1, *[1] * (latents.dim() - 1)), latents, torch.zeros_like(latents))
+    try:
+        media = model.decode(latents, size)
+    except BrokenPicturesError as error:
+        media, drawn = error.media, error.ok
+    if media.dtype != torch.uint8 or media.dim() != 4 or len(media) != len(latents):
+        raise ValueError(
+            f"{model.name} decoded {len(latents)} latents to {media.dtype} {list(media.shape)}; "
+            f"expected torch.uint8 [{len(latents)}, H, W, 3]"
+        )
+    broken = torch.where(drawn.cpu(), WHOLE, PICTURE)
+    return Decoded(media, torch.where(fine.cpu(), broken, LATENT))
+
+
+def to_pictures(images: Iterable[Tensor]) -> Tensor:
+    """Decoded parts, float [b, 3, H, W] in −1 … 1, as media: uint8 [B, H, W, 3] on the CPU; for adapters.
+
+    Raises BrokenPicturesError where one is not finite: as whole numbers NaN is a black pixel, and nobody would see it.
+    """
+    media, fine = list[Tensor](), list[Tensor]()
+    for image in images:
+        fine.append(finite_rows(image).cpu())
+        scaled = (image.float() / 2 + 0.5).clamp(0, 1)
+        media.append((scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    ok, pictures = torch.cat(fine), torch.cat(media).contiguous()
+    if not bool(ok.all()):
+        pictures[~ok] = 0
+        raise BrokenPicturesError(pictures, ok)
+    return pictures
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """bool [B] on x's device: which rows of [B, …] are finite."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def told(broken: Tensor, prompts: Sequence[str], what: str = "pictures") -> list[str]:
+    """A line for each way in which samples broke: how many of how many, why, of which prompts. prompts: B texts."""
+    lines: list[str] = []
+    for code, why in WHY.items():
+        rows = (broken == code).nonzero()[:, 0].tolist()
+        if rows:
+            names = list(dict.fromkeys(prompts[row] for row in rows))
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            listed = ", ".join(repr(name[:60]) for name in names[:NAMED])
+            lines.append(f"{len(rows)} of {len(broken)} {what} are none: {why} ({listed}{more}); {ADVICE}")
+    return lines
