@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 from tempflow.algorithms import Algorithm
 from tempflow.config import Config, to_yaml
+from tempflow.folder import remove
 
 ASIDE: dict[str, Any] = {
     **dict.fromkeys(("name", "output", "checkpoint", "track", "parallel"), True),
@@ -106,7 +106,7 @@ def _started(config: Config, resume: bool) -> subprocess.Popen:
     if resume and resumable(config):
         words = ["train", "--resume", str(folder)]
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder, "run")
         folder.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(config))
     with _beside(config, ".log").open("w") as log:
