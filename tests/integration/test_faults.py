@@ -222,7 +222,7 @@ REWARD = [
         "SIGTERM while a reward hangs",
         hangs(60, lambda: sends(signal.SIGTERM)(None)),
         (r"stopped after 2 of 4 iterations; nothing is lost", r"to go on: tempflow train --resume"),
-        status=0,
+        status=143,
     ),
     Fault(
         "reward with a score too few",
@@ -427,7 +427,7 @@ PROMPT = [
 # ------------------------------------------------------------------------------------------------- signals and others
 def sigterm(name: str, inject: Callable[[Scene], None], kept: int | None, done: int) -> Fault:
     says = (rf"stopped after {done} of 4 iterations; nothing is lost", r"to go on: tempflow train --resume \S+toy")
-    return Fault(f"SIGTERM {name}", inject, says, status=0, kept=kept)
+    return Fault(f"SIGTERM {name}", inject, says, status=143, kept=kept)
 
 
 def twice(values: Any) -> Any:
@@ -484,6 +484,16 @@ OTHER = [
         2,
     ),
     sigterm("in the last test", forward("after", sends(TERM)), 4, 4),
+    *[
+        Fault(
+            f"{number.name} in a rollout",
+            forward("rollout 4", sends(number)),
+            (r"stopped after 3 of 4 iterations; nothing is lost", r"to go on: tempflow train --resume \S+toy"),
+            status=128 + number,
+            kept=3,
+        )
+        for number in (signal.SIGINT, signal.SIGHUP)
+    ],
     Fault("second Ctrl-C", reward(once(lambda: twice(None)), "rollout 4"), (r"tempflow: interrupted",), 130),
     Fault("clock goes backwards", clock_back, (), status=0, kept=4, harmless=True),
     Fault(
@@ -635,6 +645,18 @@ DAMAGE = [
         r"toy/config.yaml is not YAML",
         status=2,
     ),
+    Damage(
+        "mark missing",
+        lambda run: (run / ".tempflow.json").unlink(),
+        r"resume: '\S+toy' has no .tempflow.json of a run, so nothing is written there; nearest valid",
+        status=2,
+    ),
+    Damage(
+        "somebody's model/",
+        lambda run: [(run / "model").mkdir(), (run / "model" / "notes.txt").write_text("mine")],
+        r"resume: '\S+toy/model/notes.txt' was not written by this run, which writes model/ anew; move it away",
+        status=2,
+    ),
     Damage("metrics.jsonl cut short", lambda run: cut(run / "metrics.jsonl"), r"less than at its checkpoint", status=2),
     Damage(
         "metrics.jsonl with half a line too much",
@@ -651,7 +673,7 @@ def test_damage(
     with monkeypatch.context() as patch:
         scene = Scene(tmp_path, patch)
         scene.forward("rollout 4", sends(TERM))
-        assert scene.train() == 0 and newest(scene.run) == 3
+        assert scene.train() == 143 and newest(scene.run) == 3
     damage.act(scene.run)
     before = {p: p.read_bytes() for p in scene.run.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:

@@ -19,12 +19,16 @@ from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.models.finite import Decoded, NotFiniteError, decoded, encoded, told
+from tempflow.folder import check, claim
 from tempflow.models.protocol import Model, Predict, Size
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
 
 __all__ = ["PROMPTS_AT_ONCE", "Report", "draw", "evaluate", "evaluate_path", "fixed_prompts", "sample_path"]
+
+FOLDER = "pictures"
+"""What a folder of pictures is marked as."""
 
 PROMPTS_AT_ONCE = 252
 """Pictures drawn, decoded and scored at once, in whole prompts."""
@@ -208,12 +212,14 @@ def sample_path(
     """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files.
 
     Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
-    written over. Raises ValueError where they would not sort any more, NotFiniteError, when all others are written,
-    for pictures that are not finite.
+    written over. Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours
+    (`folder.check`) or names would not sort any more; NotFiniteError, when all others are written, for pictures that
+    are not finite.
     """
+    check(out, FOLDER, "output")
     files = numbered(Path(out), len(prompts))
     model = load_source(find(path), device=device)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    claim(out, FOLDER, "output")
     parts = list(_drawn(model, prompts, _Sampling(steps, guidance, seed, size, rows=64, samples=1)))
     ok = torch.cat([seen.ok for _, seen in parts]).tolist()
     for file, picture, fine in zip(files, torch.cat([seen.media for _, seen in parts]), ok, strict=True):

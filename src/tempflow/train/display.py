@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tempflow.train.interrupt import let_go
+
 if TYPE_CHECKING:
     from tempflow.train.loop import Run
+
+
+class _Output:
+    """Standard output, as it is when it is asked. Where the terminal or the reader has gone, nothing is said and the
+    run goes on."""
+
+    @property
+    def _stream(self) -> TextIO:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # below what the live bar lays over it
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            let_go(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        let_go(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Display:
     """Use as a context manager around the iterations."""
 
     def __init__(self, name: str, iterations: int, quiet: bool) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = Console(quiet=quiet, highlight=False, file=cast(IO[str], _Output()))
         self.name, self.iterations = name, iterations
         self._bar = Progress(
             TextColumn("{task.description}"),

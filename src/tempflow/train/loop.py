@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -27,9 +29,11 @@ from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
 from tempflow.train.drafter import Drafter, check_draft
 from tempflow.train.followers import Followers
+from tempflow.train.identity import Identity, identity
+from tempflow.train.interrupt import Interrupted
 from tempflow.train.kept import Looks
 from tempflow.train.records import Records
-from tempflow.train.resume import resumable
+from tempflow.train.resume import check_new, check_resumable, resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
 from tempflow.train.setting import Judge, Setting
@@ -68,16 +72,23 @@ def train(
     the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
     uninterrupted one would have, bitwise on a CPU. Under torchrun every process calls this alike.
 
+    A run owns its folder: `config.output` must be new, empty, or that of the run that is gone on with. It also records
+    what it depends on (`train.identity`), and is gone on with by nothing else: what differs is named.
+
     Everything is checked before the first forward. Raises ValueError for bad input, CheckpointError where there is
     nothing to resume, GuardError when a guard stops the run (the best weights so far are saved), and Interrupted after
-    SIGTERM or Ctrl-C, when the run's state has been kept.
+    SIGTERM, SIGHUP or Ctrl-C, when the run's state has been kept. Interrupted is a SystemExit: a script that does not
+    catch it ends without a traceback, with status 143, 129 or 130.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = join(resolved_device(config.device))
+    objects = {"model": model, "reward": reward, "prompts": prompts, "test_prompts": test_prompts}
+    given = {name: item for name, item in {**objects, "algorithm": algorithm}.items() if item is not None}
     try:
         config = _settled(config)
         display = Display(config.name, config.iterations, quiet or not world.first)
         folder = Path(config.output)
+        check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
         algorithm = algorithm or config.algorithm.build()
         config.guards.check(algorithm.name, algorithm.objective.weight_sets)
         rewards = _rewards(config, reward)
@@ -85,20 +96,22 @@ def train(
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
         if reward is None:
             algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
-        saved = resumable(folder, config, allow_changes, display.say) if resume else None
-        given = [item is not None for item in (model, reward, prompts, test_prompts)]
-        looks = _borrowed(config, any(given), display.say) if saved is None else None
+        sources = _sources(config, prompts, test_prompts, algorithm.reads)
+        sets = _prompt_sets(config, sources, display.say)
+        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
+        own = identity(config, algorithm, sources, given)
+        saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
+        looks = _borrowed(config, own, display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
-        sets = _prompt_sets(config, prompts, test_prompts, algorithm.reads, display.say)
-        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
         check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
         )
-        with closing(Records(folder, to_yaml(config), resumed=resume, write=world.first)) as records:
+        world.wait()  # all have read what the records will write over
+        with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
             session = Session(config, setting, trainable, followers, judges, sets, records, display, trackers, looks)
@@ -107,6 +120,9 @@ def train(
             elif resume:
                 records.cut({})
             return session.run()
+    except KeyboardInterrupt:  # before the run could keep anything, or a second Ctrl-C: at once
+        print("tempflow: interrupted", file=sys.stderr)
+        raise Interrupted(signal.SIGINT) from None
     finally:
         leave(world)
 
@@ -117,17 +133,17 @@ def _settled(config: Config) -> Config:
     return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
 
 
-def _borrowed(config: Config, given: bool, say: Callable[[str], None]) -> Looks | None:
-    """The untrained model's test from another run, if one is named. `given`: objects stand for what config names."""
+def _borrowed(config: Config, own: Identity, say: Callable[[str], None]) -> Looks | None:
+    """The untrained model's test from another run, if one is named. `own`: what this run depends on."""
     if not config.evaluation.before:
         return None
-    if given:
+    if own.objects.keys() - {"algorithm"}:
         raise ValueError(
             f"evaluation.before: {config.evaluation.before!r}, but a model, reward or prompts given as objects cannot "
             "be compared with a run's; nearest valid: ''"
         )
     say(f"before: taken over from {config.evaluation.before}")
-    return borrowed(config)
+    return borrowed(config, own)
 
 
 def prepare_model(config: Config, world: World = SINGLE) -> Model:
@@ -260,24 +276,39 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
     return [patient(item) if isinstance(item, Reward) else from_function(item) for item in items]
 
 
-def _prompt_sets(
+def _sources(
     config: Config,
     prompts: Sequence[str | Prompt] | None,
     test_prompts: Sequence[str | Prompt] | None,
     reads: Sequence[str],
-    say: Callable[[str], None],
 ) -> dict[str, Sequence[Prompt]]:
-    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once.
+    """All prompts, by the field or the argument that they come from.
 
     `reads`: keys of a prompt that the algorithm takes samples from.
     """
-    test = test_prompts if test_prompts is not None else prompts
-    sets: dict[str, Sequence[Prompt]] = {"train": _prompts("data.train", prompts, config.data.train, reads)}
-    for name, given, count in (
-        ("validation", prompts, config.evaluation.validation_prompts),
-        ("test", test, config.evaluation.test_prompts),
-    ):
-        pool = _prompts(f"data.{name}", given, dict(config.data)[name], reads)
+    sources = dict[str, Sequence[Prompt]]()
+    for name in () if prompts is not None else ("train", "validation", "test"):
+        try:
+            sources[f"data.{name}"] = load_prompts(dict(config.data)[name], uses=reads)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
+    for name, listed in (("prompts", prompts), ("test_prompts", test_prompts)):
+        if listed is not None:
+            sources[name] = as_prompts(listed, reads)
+    return sources
+
+
+def _prompt_sets(
+    config: Config, sources: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]
+) -> dict[str, Sequence[Prompt]]:
+    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once."""
+    names = {name: "prompts" if "prompts" in sources else f"data.{name}" for name in ("train", "validation", "test")}
+    if "test_prompts" in sources:
+        names["test"] = "test_prompts"
+    sets: dict[str, Sequence[Prompt]] = {"train": sources[names["train"]]}
+    e = config.evaluation
+    for name, count in (("validation", e.validation_prompts), ("test", e.test_prompts)):
+        pool = sources[names[name]]
         sets[name] = fixed_prompts(pool, count)
         shares = shared_out(sets[name], pool)
         if shares:
@@ -318,15 +349,6 @@ def _pictures(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], o
 def _unweighted(algorithm: Algorithm) -> Algorithm:
     """Given samples bear scores of their own: the rewards' weights are of no use to their credit."""
     return replace(algorithm, credit=algorithm.credit.weighted(None))
-
-
-def _prompts(field: str, given: Sequence[str | Prompt] | None, source: str, reads: Sequence[str]) -> Sequence[Prompt]:
-    if given is not None:
-        return as_prompts(given, reads)
-    try:
-        return load_prompts(source, uses=reads)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from error
 
 
 def _warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
