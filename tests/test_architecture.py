@@ -122,10 +122,10 @@ def test_there_is_something_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "core"])
-def test_core_imports_torch_the_standard_library_and_core(module: str) -> None:
+def test_core_imports_torch_numpy_the_standard_library_and_core(module: str) -> None:
     for name in imports(MODULES[module], lazy=True):
         top = name.split(".")[0]
-        assert top in sys.stdlib_module_names or top == "torch" or name.startswith("tempflow.core"), name
+        assert top in sys.stdlib_module_names or top in ("torch", "numpy") or name.startswith("tempflow.core"), name
 
 
 def test_rooms_are_the_known_ones() -> None:
