@@ -24,8 +24,8 @@ from tempflow.config import Config, to_yaml
 from tempflow.core.cost import equivalents
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.stats import paired_interval
 from tempflow.folder import remove
+from tempflow.stats import paired_interval
 
 ASIDE: dict[str, Any] = {
     **dict.fromkeys(("name", "output", "checkpoint", "track", "parallel"), True),

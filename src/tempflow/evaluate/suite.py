@@ -18,8 +18,8 @@ from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
-from tempflow.models.finite import Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.folder import check, claim
+from tempflow.models.finite import Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.protocol import Model, Predict, Size
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
