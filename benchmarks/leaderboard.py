@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +41,7 @@ from benchmarks.runs import (
 )
 from tempflow.config import Config, ConfigError, parse_config
 from tempflow.data.prompts import Prompt
+from tempflow.folder import remove
 from tempflow.recipes.every import ENTRIES, Entry
 from tempflow.recipes.shapes import OPTIMIZER, REWARDS
 
@@ -244,7 +244,7 @@ class Worker:
 
     def _forget(self, config: Config) -> None:
         """A run's folder is a hundred times its result; its processor time would be added to by a run in its place."""
-        shutil.rmtree(config.output, ignore_errors=True)
+        remove(config.output, "run")
         Path(f"{config.output}.cpu").unlink(missing_ok=True)
 
     def _failures(self, config: Config) -> Path:

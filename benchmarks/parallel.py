@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from tempflow.folder import remove
+
 
 def seconds(out: Path, ranks: int, mode: str, iterations: int, prompts: int) -> float:
     """Median seconds of an iteration after the first."""
     folder = out / f"{mode}-{ranks}"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder, "run")
     words = [
         *(
             sys.executable,

@@ -13,12 +13,12 @@ import argparse
 import hashlib
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tempflow.folder import remove
 from tempflow.train import checkpoint
 
 FILES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "samples.json", "before_after.png")
@@ -70,9 +70,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    shutil.rmtree(a.out, ignore_errors=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     whole, killed = a.out / "whole", a.out / "killed"
+    for folder in (whole, killed):
+        remove(folder, "run")
     subprocess.run(command(whole, a.iterations), check=True, stdout=subprocess.DEVNULL)
     rng, kills, saving = random.Random(a.seed), 0, 0
     while kills < a.kills:

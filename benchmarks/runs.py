@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from tempflow.config import Config, to_yaml
 from tempflow.core.cost import equivalents
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.evaluate.suite import fixed_prompts
+from tempflow.folder import remove
 from tempflow.stats import paired_interval
 
 ASIDE: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _started(config: Config, resume: bool) -> subprocess.Popen:
     if resume and resumable(config):
         words = ["train", "--resume", str(folder)]
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder, "run")
         folder.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(config))
     with _beside(config, ".log").open("w") as log:

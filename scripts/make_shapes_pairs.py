@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.evaluate.suite import draw
+from tempflow.folder import claim
 from tempflow.models import SD3, load
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import Spec, balanced, specs
@@ -34,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     if (a.out / "pairs.jsonl").exists():
         raise SystemExit(f"--out: {a.out} already holds pairs; choose another folder")
-    a.out.mkdir(parents=True, exist_ok=True)
+    claim(a.out, "pairs", "--out")
     pairs: list[dict[str, str]] = []
     for spec, right, wrong in islice(couples(load("shapes"), a.samples, a.steps, a.seed), a.pairs):
         line = {"prompt": spec.prompt, "kind": spec.kind}

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tempflow.folder import check, claim
 from tempflow.models.attention import FusedForward
 from tempflow.shapes import build
 from tempflow.shapes.prompts import KINDS, Spec, balanced, specs
@@ -355,7 +356,9 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=3.0, help="the scheduler's shift")
     parser.add_argument("--to", type=Path, default=Path("src/tempflow/shapes/weights"))
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
+    claim(a.out, "pretraining", "--out")
+    if a.stage == "ship":
+        check(a.to, None, "--to")
     if a.stage == "autoencoder":
         train_autoencoder(a.out, a.steps, a.batch, a.save_every)
     elif a.stage == "flow":

@@ -35,6 +35,7 @@ from tempflow.core import plan
 from tempflow.core.dynamics import CPS, FlowSDE
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
+from tempflow.folder import claim
 from tempflow.latent_reward import (
     LatentJudge,
     LatentReward,
@@ -104,6 +105,7 @@ def sampled(model: SD3, reward: LatentReward, prompts: tuple[str, ...], roots: i
 
 def main() -> None:
     a = arguments()
+    claim(a.out, "latent reward", "--out")
     torch.set_num_threads(a.threads)
     began, model = time.time(), load("shapes")
     texts = prompts_of("train", a.prompts)

@@ -20,6 +20,7 @@ from benchmarks.claims import CLAIMS
 from benchmarks.leaderboard import ENTRIES, METRIC, RATES, Board, Entry, Standing, Worker
 from tempflow.config import Config, parse_config, to_yaml
 from tempflow.data.prompts import Prompt
+from tempflow.folder import claim
 
 BASE = "b" * 64
 FLOW = next(e for e in ENTRIES if e.name == "flow_grpo_global")
@@ -49,8 +50,7 @@ def result(after: np.ndarray, seed: int = 0, **fields: Any) -> dict[str, Any]:
 
 def finished(config: Config, right: list[float], fake: Callable[[Path], None] | None = None) -> None:
     """Writes what a run of that configuration leaves behind."""
-    folder = Path(config.output)
-    folder.mkdir(parents=True)
+    folder = claim(config.output, "run")
     (folder / "config.yaml").write_text(to_yaml(config))
     points = [(0, 0.5), (1584, 0.75)]
     write_lines(folder / "evaluation.jsonl", [{"forward_equivalents": x, "mean": {METRIC: y}} for x, y in points])

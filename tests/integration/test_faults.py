@@ -222,7 +222,7 @@ REWARD = [
         "SIGTERM while a reward hangs",
         hangs(60, lambda: sends(signal.SIGTERM)(None)),
         (r"stopped after 2 of 4 iterations; nothing is lost", r"to go on: tempflow train --resume"),
-        status=0,
+        status=143,
     ),
     Fault(
         "reward with a score too few",
@@ -427,7 +427,7 @@ PROMPT = [
 # ------------------------------------------------------------------------------------------------- signals and others
 def sigterm(name: str, inject: Callable[[Scene], None], kept: int | None, done: int) -> Fault:
     says = (rf"stopped after {done} of 4 iterations; nothing is lost", r"to go on: tempflow train --resume \S+toy")
-    return Fault(f"SIGTERM {name}", inject, says, status=0, kept=kept)
+    return Fault(f"SIGTERM {name}", inject, says, status=143, kept=kept)
 
 
 def twice(values: Any) -> Any:
@@ -484,6 +484,16 @@ OTHER = [
         2,
     ),
     sigterm("in the last test", forward("after", sends(TERM)), 4, 4),
+    *[
+        Fault(
+            f"{number.name} in a rollout",
+            forward("rollout 4", sends(number)),
+            (r"stopped after 3 of 4 iterations; nothing is lost", r"to go on: tempflow train --resume \S+toy"),
+            status=128 + number,
+            kept=3,
+        )
+        for number in (signal.SIGINT, signal.SIGHUP)
+    ],
     Fault("second Ctrl-C", reward(once(lambda: twice(None)), "rollout 4"), (r"tempflow: interrupted",), 130),
     Fault("clock goes backwards", clock_back, (), status=0, kept=4, harmless=True),
     Fault(
@@ -651,7 +661,7 @@ def test_damage(
     with monkeypatch.context() as patch:
         scene = Scene(tmp_path, patch)
         scene.forward("rollout 4", sends(TERM))
-        assert scene.train() == 0 and newest(scene.run) == 3
+        assert scene.train() == 143 and newest(scene.run) == 3
     damage.act(scene.run)
     before = {p: p.read_bytes() for p in scene.run.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:

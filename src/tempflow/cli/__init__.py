@@ -6,7 +6,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import TextIO
 
 from tempflow.cli.parse import fail
 
@@ -45,7 +47,26 @@ VERBS = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line; the exit status: 0, 1 when a guard stopped a run, 2 for bad input, 130 when interrupted."""
+    """Runs a command line; the exit status: 0, 1 when a guard stopped a run, 2 for bad input, 128 + the number of the
+    signal that ended it (130 after Ctrl-C, 143 after SIGTERM, 129 where the terminal went)."""
+    try:
+        return _main(args)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Where nobody can read the stream any more, what is left in it goes nowhere: Python would try again at its end,
+    and give a status of its own."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _main(args: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -61,7 +82,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output (`| head`) has gone; nothing is left to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get(TRACEBACK):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tempflow.cli.parse import fail
 from tempflow.doctor.check import Check, failed, table, to_json
 from tempflow.doctor.libraries import library_checks
+from tempflow.folder import check_file, write_json
 
 if TYPE_CHECKING:
     from tempflow.config import Config
@@ -29,12 +28,14 @@ def doctor_verb(args: Sequence[str]) -> int:
         return 0
     if file == "":
         return fail("json: no file given; nearest valid: --json doctor.json")
+    if file is not None:
+        check_file(file, "json")
     checks = _checks(words)
     from rich.console import Console
 
     Console().print(table(checks))
     if file is not None:
-        Path(file).write_text(json.dumps(to_json(checks), indent=1) + "\n", encoding="utf-8")
+        write_json(file, to_json(checks), "json")
     return 1 if failed(checks) else 0
 
 

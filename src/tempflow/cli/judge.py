@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,26 +125,33 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
 
 
 def _check_outputs(options: EvalOptions) -> None:
-    """Before work is done that could not be written down."""
+    """Before work is done that could not be written down, or only over what is not ours."""
+    from tempflow.evaluate.suite import FOLDER
+    from tempflow.folder import check, check_file
+
     out, pictures = Path(options.out), Path(options.pictures)
     if options.out and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"out: {options.out!r} is no place for a file; nearest valid: '{out.stem or 'eval'}.json'")
-    if pictures.exists() and not pictures.is_dir():
-        raise ValueError(f"pictures: {options.pictures!r} is a file; nearest valid: '{pictures}-grid'")
+    if options.out:
+        check_file(out, "out")
+    if options.pictures:
+        check(pictures, FOLDER, "pictures")
 
 
 def _write(options: EvalOptions, how: Settings, report: Report) -> None:
+    from tempflow.folder import write_json
     from tempflow.train.records import plain
 
     if options.out:
         told = {"what": options.what, "base": options.base or None, "prompts": how.prompts, "dtype": how.dtype}
         told |= {"height": how.size[0], "width": how.size[1], **report.to_json()}
-        Path(options.out).write_text(json.dumps(plain(told), indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, plain(told), "out")
 
 
 def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Sequence[Prompt]) -> None:
     from tempflow.evaluate.grid import grid
-    from tempflow.evaluate.suite import draw
+    from tempflow.evaluate.suite import FOLDER, draw
+    from tempflow.folder import claim
 
     texts = [prompt.text for prompt in prompts]
     media = draw(
@@ -158,6 +164,4 @@ def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Seque
         rows=how.rows,
         samples_per_prompt=options.samples_per_prompt,
     )
-    folder = Path(options.pictures)
-    folder.mkdir(parents=True, exist_ok=True)
-    grid(media, texts, folder / "grid.png")
+    grid(media, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")

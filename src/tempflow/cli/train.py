@@ -38,8 +38,8 @@ def train_verb(args: Sequence[str]) -> int:
         train(config, resume=run is not None, allow_changes=allow)
     except GuardError as error:
         return fail(str(error), 1)
-    except Interrupted:
-        return 0
+    except Interrupted as stop:
+        return int(str(stop.code))
     except RuntimeError as error:  # as torch says that memory is short
         if os.environ.get(TRACEBACK):
             raise

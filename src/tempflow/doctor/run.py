@@ -19,6 +19,7 @@ from tempflow.doctor.machine import gigabytes, is_offline
 from tempflow.models import FAMILIES, HUB_ID, shapes_folder
 from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.models.sd3 import LORA_TARGETS, licence_of
+from tempflow.train.resume import check_new
 
 Notes = Mapping[str, tuple[str, str, str]]
 """Reward → what it is, its licence, the extra it needs ("tempflow[shapes]", or "")."""
@@ -135,13 +136,12 @@ def _prompts_check(name: str, source: str) -> Check:
 
 # --------------------------------------------------------------------------------------------------------------- output
 def output_check(output: Path) -> Check:
-    """Whether the folder can be written and holds no run yet. Writes one temporary file, and removes it."""
-    if (output / "metrics.jsonl").exists():
-        advice = f"another --output or --name, or go on with it: tempflow train --resume {output}"
-        return Check("output", "fails", f"{output} already holds a run", advice)
+    """Whether a new run may take the folder, and can write there. Writes one temporary file, and removes it."""
+    try:
+        check_new(output)
+    except ValueError as error:
+        return Check("output", "fails", str(error).removeprefix("output: "), "another --output or --name")
     place = existing(output)
-    if not place.is_dir():
-        return Check("output", "fails", f"{place} is a file", "another --output")
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

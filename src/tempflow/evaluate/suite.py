@@ -18,12 +18,16 @@ from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
+from tempflow.folder import check, claim
 from tempflow.models.protocol import Model, Predict, Size
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
 from tempflow.rewards.protocol import Reward
 
 __all__ = ["PROMPTS_AT_ONCE", "Report", "draw", "evaluate", "evaluate_path", "fixed_prompts", "sample_path"]
+
+FOLDER = "pictures"
+"""What a folder of pictures is marked as."""
 
 PROMPTS_AT_ONCE = 252
 """Pictures drawn, decoded and scored at once, in whole prompts."""
@@ -192,10 +196,14 @@ def sample_path(
     device: str,
     out: str | Path,
 ) -> list[Path]:
-    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files."""
+    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files.
+
+    Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours (`folder.check`).
+    """
+    check(out, FOLDER, "out")
     model = load_source(find(path), device=device)
     media = draw(model, prompts, steps=steps, guidance=guidance, seed=seed, size=size, rows=64)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    claim(out, FOLDER, "out")
     files = [Path(out) / f"{i:03d}.png" for i in range(len(prompts))]
     for file, picture in zip(files, media, strict=True):
         Image.fromarray(picture.numpy()).save(file)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tempflow.config import Config, load_config
 from tempflow.export.card import Export, base_file, card, licence
+from tempflow.folder import check
 from tempflow.models import DTYPES, load
 from tempflow.models.lora import LORA_FILE, PREFIX
 from tempflow.models.quiet import quiet
@@ -58,13 +59,13 @@ def export_run(
     dtype       "float32" or "bfloat16"; None: the one that the run computed and was judged in
 
     Raises ValueError for a folder that holds no run, weights or a checkpoint that it does not have, a form that does
-    not fit, a target that is not empty, or too little disk space; OSError where files cannot be read or written. `to`
-    appears complete or not at all.
+    not fit, a target that is not empty or lies inside a model's folder, or too little disk space; OSError where files
+    cannot be read or written. `to` appears complete or not at all.
     """
     config = run_config(run)
     form = _form(config, form)
     dtype = _dtype(dtype or config.model.dtype)
-    _check_target(to)
+    check(to, None, "to")
     source = _source(run, weights, checkpoint)
     with _finished(to) as partial:
         if form == "lora":
@@ -100,11 +101,6 @@ def _dtype(dtype: str) -> str:
         close = get_close_matches(dtype, DTYPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; nearest valid: {close!r}")
     return dtype
-
-
-def _check_target(to: Path) -> None:
-    if to.is_file() or (to.is_dir() and any(to.iterdir())):
-        raise ValueError(f"to: {str(to)!r} is not empty; nearest valid: {str(to.with_name(to.name + '-2'))!r}")
 
 
 def _source(run: Path, weights: Which, checkpoint: int | None) -> Path:
@@ -240,6 +236,7 @@ def _unmeasured(source: Path, weights: Which) -> str | None:
 @contextmanager
 def _finished(to: Path) -> Iterator[Path]:
     """A folder beside `to` that takes its place at the end, or leaves nothing behind."""
+    to = to.resolve()  # what a link points to
     partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:

@@ -29,6 +29,7 @@ __all__ = [
     "Predict",
     "Size",
     "load",
+    "local_folder",
     "resolved_dtype",
     "shapes_folder",
 ]
@@ -70,16 +71,28 @@ def load(path: str, *, revision: str | None = None, dtype: str = "float32", devi
     if dtype not in DTYPES:
         nearest = difflib.get_close_matches(dtype, DTYPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}; nearest is {nearest!r}")
+    folder = local_folder(path, revision)
+    _check_libraries()
+    return SD3.load(folder, path, DTYPES[dtype], device)
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """The pipeline folder that `load` reads; of a hub id its snapshot, fetched if need be. Raises what `load` does."""
     folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
     local = path == "shapes" or folder.exists() or not HUB_ID.fullmatch(path)
     if local:
         _check_folder(path, folder)
+        return folder
+    _check_libraries()
+    return _download(path, revision)
+
+
+def _check_libraries() -> None:
     try:
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError("models need diffusers and transformers: pip install 'tempflow[diffusers]'") from error
-    return SD3.load(folder if local else _download(path, revision), path, DTYPES[dtype], device)
 
 
 def _check_folder(path: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tempflow.folder import check_file, write_file
 from tempflow.report import charts, figures
 from tempflow.report.charts import Chart, Series
 from tempflow.report.figures import Change
@@ -62,15 +63,13 @@ CREDIT = {
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Writes one self-contained HTML page about the runs in `folders`; returns `out`.
 
-    Raises ValueError for a folder without a run, a broken file, or an `out` that is not named .html; ImportError with
-    the command to run where jinja2 is missing.
+    Raises ValueError for a folder without a run, a broken file, or an `out` that is not named .html or is there and no
+    page of ours; ImportError with the command to run where jinja2 is missing.
     """
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"out: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
-    page = render(read_runs(folders), datetime.now().astimezone())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
+    check_file(out, "out")
+    return write_file(out, render(read_runs(folders), datetime.now().astimezone()), "out")
 
 
 def render(runs: Sequence[RunData], now: datetime) -> str:

@@ -96,10 +96,10 @@ def _finish(temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
     for path in (*files, temporary / MANIFEST, temporary):
         _flush(path)
-    if target.exists():  # the same iteration, written by the run that was resumed before it
-        stale = target.parent / f".{target.name}.old"
-        shutil.rmtree(stale, ignore_errors=True)
-        target.rename(stale)
+    if os.path.lexists(target):  # the same iteration, written by the run that was resumed before it
+        if not _is_ours(target):
+            raise OSError(f"{target} is no checkpoint of this run and is not replaced; move it away")
+        target.rename(_aside(target))
     temporary.rename(target)
     _flush(target.parent)
 
@@ -226,12 +226,25 @@ def _point(root: Path, pointer: str, name: str) -> None:
 def _remove_old(root: Path, keep: int) -> None:
     best = root / BEST
     kept = {best.read_text().strip()} if best.is_file() else set[str]()
-    names = sorted(p.name for p in root.iterdir() if _is_name(p.name))
+    names = sorted(p.name for p in root.iterdir() if _is_ours(p))
     for name in names[:-keep]:
         if name not in kept:
-            shutil.rmtree(root / name, ignore_errors=True)
-    for leftover in root.glob(".[0-9]*"):  # of a run that died while it wrote or removed
-        shutil.rmtree(leftover, ignore_errors=True)
+            (root / name).rename(_aside(root / name))
+    for leftover in root.glob(".[0-9]*"):  # these, and those of a run that died while it wrote or removed
+        if re.fullmatch(r"\.\d{6,}\.(new|old)", leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a checkpoint, whole or not; what else somebody has put there is left alone."""
+    return _is_name(path.name) and (path / MANIFEST).is_file() and not path.is_symlink()
+
+
+def _aside(path: Path) -> Path:
+    """A free name for what is to be removed: if that is cut short, no half checkpoint bears the name of a whole one."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def _flush(path: Path) -> None:

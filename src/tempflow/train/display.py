@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,11 +16,28 @@ if TYPE_CHECKING:
     from tempflow.train.loop import Run
 
 
+class _Output:
+    """Standard output, as it is when it is asked. Where the terminal or the reader has gone, nothing is said and the
+    run goes on."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # gone, or closed
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 class Display:
     """Use as a context manager around the iterations."""
 
     def __init__(self, name: str, iterations: int, quiet: bool) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = Console(quiet=quiet, highlight=False, file=cast(IO[str], _Output()))
         self.name, self.iterations = name, iterations
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the batch at hand, keep everything, leave."""
+"""SIGTERM, Ctrl-C and a terminal that goes: finish the batch at hand, keep everything, leave."""
 
 from __future__ import annotations
 
@@ -6,25 +6,41 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+HEARD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
-class Interrupted(Exception):
-    """Somebody asked the run to stop; nothing is wrong."""
+
+class Interrupted(SystemExit):
+    """Somebody asked the run to stop; nothing is wrong.
+
+    Its `code` is 128 + the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM, 129 where the
+    terminal went. A program that does not catch it ends with that status, without a traceback.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
 
 
 class Interrupt:
-    """A context in which the first SIGTERM or SIGINT is remembered, and a second SIGINT acts at once.
+    """A context in which the first SIGTERM, SIGINT or SIGHUP is remembered, and a second SIGINT acts at once.
 
-    Outside the main thread, where signals cannot be caught, it never asks.
+    SIGHUP is left alone where it is ignored: so `nohup` has it. Outside the main thread, where signals cannot be
+    caught, it never asks.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number: int | None = None
         self._kept: dict[signal.Signals, object] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._kept[number] = signal.signal(number, self._ask)
+            for number in HEARD:
+                if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._kept[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(
@@ -36,9 +52,14 @@ class Interrupt:
     def check(self) -> None:
         """Raises Interrupted once it was asked for."""
         if self.asked:
-            raise Interrupted
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """With the signal that came; where another process had it, as after SIGTERM."""
+        return Interrupted(signal.SIGTERM if self.number is None else self.number)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.number = number

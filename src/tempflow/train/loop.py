@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -27,9 +29,11 @@ from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
 from tempflow.train.drafter import Drafter, check_draft
 from tempflow.train.followers import Followers
+from tempflow.train.identity import Identity, identity
+from tempflow.train.interrupt import Interrupted
 from tempflow.train.kept import Looks
 from tempflow.train.records import Records
-from tempflow.train.resume import resumable
+from tempflow.train.resume import check_new, check_resumable, resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
 from tempflow.train.setting import Judge, Setting
@@ -67,16 +71,23 @@ def train(
     the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
     uninterrupted one would have, bitwise on a CPU. Under torchrun every process calls this alike.
 
+    A run owns its folder: `config.output` must be new, empty, or that of the run that is gone on with. It also records
+    what it depends on (`train.identity`), and is gone on with by nothing else: what differs is named.
+
     Everything is checked before the first forward. Raises ValueError for bad input, CheckpointError where there is
     nothing to resume, GuardError when a guard stops the run (the best weights so far are saved), and Interrupted after
-    SIGTERM or Ctrl-C, when the run's state has been kept.
+    SIGTERM, SIGHUP or Ctrl-C, when the run's state has been kept. Interrupted is a SystemExit: a script that does not
+    catch it ends without a traceback, with status 143, 129 or 130.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     world = join(resolved_device(config.device))
+    objects = {"model": model, "reward": reward, "prompts": prompts, "test_prompts": test_prompts}
+    given = {name: item for name, item in {**objects, "algorithm": algorithm}.items() if item is not None}
     try:
         config = _settled(config)
         display = Display(config.name, config.iterations, quiet or not world.first)
         folder = Path(config.output)
+        check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
         algorithm = algorithm or config.algorithm.build()
         config.guards.check(algorithm.name, algorithm.objective.weight_sets)
         rewards = _rewards(config, reward)
@@ -84,20 +95,22 @@ def train(
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
         if reward is None:
             algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
-        saved = resumable(folder, config, allow_changes, display.say) if resume else None
-        given = [item is not None for item in (model, reward, prompts, test_prompts)]
-        looks = _borrowed(config, any(given), display.say) if saved is None else None
+        sources = _sources(config, prompts, test_prompts)
+        sets = _prompt_sets(config, sources)
+        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
+        own = identity(config, algorithm, sources, given)
+        saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
+        looks = _borrowed(config, own, display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
-        sets = _prompt_sets(config, prompts, test_prompts)
-        pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
         check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
         )
-        with closing(Records(folder, to_yaml(config), resumed=resume, write=world.first)) as records:
+        world.wait()  # all have read what the records will write over
+        with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
             session = Session(config, setting, trainable, followers, judges, sets, records, display, trackers, looks)
@@ -106,6 +119,9 @@ def train(
             elif resume:
                 records.cut({})
             return session.run()
+    except KeyboardInterrupt:  # before the run could keep anything, or a second Ctrl-C: at once
+        print("tempflow: interrupted", file=sys.stderr)
+        raise Interrupted(signal.SIGINT) from None
     finally:
         leave(world)
 
@@ -116,17 +132,17 @@ def _settled(config: Config) -> Config:
     return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
 
 
-def _borrowed(config: Config, given: bool, say: Callable[[str], None]) -> Looks | None:
-    """The untrained model's test from another run, if one is named. `given`: objects stand for what config names."""
+def _borrowed(config: Config, own: Identity, say: Callable[[str], None]) -> Looks | None:
+    """The untrained model's test from another run, if one is named. `own`: what this run depends on."""
     if not config.evaluation.before:
         return None
-    if given:
+    if own.objects.keys() - {"algorithm"}:
         raise ValueError(
             f"evaluation.before: {config.evaluation.before!r}, but a model, reward or prompts given as objects cannot "
             "be compared with a run's; nearest valid: ''"
         )
     say(f"before: taken over from {config.evaluation.before}")
-    return borrowed(config)
+    return borrowed(config, own)
 
 
 def prepare_model(config: Config, world: World = SINGLE) -> Model:
@@ -259,15 +275,27 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
     return [patient(item) if isinstance(item, Reward) else from_function(item) for item in items]
 
 
-def _prompt_sets(
+def _sources(
     config: Config, prompts: Sequence[str | Prompt] | None, test_prompts: Sequence[str | Prompt] | None
 ) -> dict[str, Sequence[Prompt]]:
+    """All prompts, by the field or the argument that they come from."""
+    fields = () if prompts is not None else ("train", "validation", "test")
+    sources: dict[str, Sequence[Prompt]] = {f"data.{name}": load_prompts(dict(config.data)[name]) for name in fields}
+    for name, listed in (("prompts", prompts), ("test_prompts", test_prompts)):
+        if listed is not None:
+            sources[name] = _prompts(listed)
+    return sources
+
+
+def _prompt_sets(config: Config, sources: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prompt]]:
     """To train on, to choose the best weights by, and to report."""
-    test = test_prompts if test_prompts is not None else prompts
+    by = {name: sources["prompts" if "prompts" in sources else f"data.{name}"] for name in ("train", "validation")}
+    test = next(sources[name] for name in ("test_prompts", "prompts", "data.test") if name in sources)
+    e = config.evaluation
     return {
-        "train": _prompts(prompts, config.data.train),
-        "validation": fixed_prompts(_prompts(prompts, config.data.validation), config.evaluation.validation_prompts),
-        "test": fixed_prompts(_prompts(test, config.data.test), config.evaluation.test_prompts),
+        "train": by["train"],
+        "validation": fixed_prompts(by["validation"], e.validation_prompts),
+        "test": fixed_prompts(test, e.test_prompts),
     }
 
 
@@ -292,9 +320,7 @@ def _unweighted(algorithm: Algorithm) -> Algorithm:
     return replace(algorithm, credit=algorithm.credit.weighted(None))
 
 
-def _prompts(given: Sequence[str | Prompt] | None, source: str) -> Sequence[Prompt]:
-    if given is None:
-        return load_prompts(source)
+def _prompts(given: Sequence[str | Prompt]) -> Sequence[Prompt]:
     if len(given) == 0:
         raise ValueError("prompts: the list is empty; at least one prompt is needed")
     return [p if isinstance(p, Prompt) else Prompt(p, {}) for p in given]

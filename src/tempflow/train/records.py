@@ -14,8 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tempflow.evaluate.suite import Report
+from tempflow.folder import claim
 from tempflow.train.environment import environment
 from tempflow.train.guards import Alarm
+from tempflow.train.identity import FILE, Identity, go_on
+from tempflow.train.resume import LOCK, RUN, check_new
 from tempflow.train.run import Run
 from tempflow.train.setting import Clock, Counter
 
@@ -23,27 +26,23 @@ LINES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "alarms.jsonl")
 """Written line by line; equal between two runs of one seed, however often they were resumed."""
 
 
-LOCK = ".lock"
-"""Held while a run goes on; the system lets go of it when the process ends, however it ends."""
-
-
 class Records:
     """The run's folder, which is this run's alone until `close`.
 
-    Raises ValueError when a new run is to go where one is already, another process is at work there, or the folder
-    cannot be written.
+    Raises ValueError when a new run is to go where something is already, another process is at work there, or the
+    folder cannot be written.
 
-    `resumed`: the folder holds the run that is gone on with; its lines stay until `cut`. `write`: whether this rank
-    writes.
+    `identity`: what the run depends on; `go_on` is the command or the call that goes on with it. `resumed`: the folder
+    holds the run that is gone on with; its lines stay until `cut`. `write`: whether this rank writes.
     """
 
-    def __init__(self, folder: Path, config_yaml: str, resumed: bool = False, write: bool = True) -> None:
+    def __init__(
+        self, folder: Path, config_yaml: str, identity: Identity, resumed: bool = False, write: bool = True
+    ) -> None:
         self._lock = FileLock(folder / LOCK, timeout=0)
-        if write and (folder / "metrics.jsonl").exists() and not resumed:
-            raise ValueError(
-                f"output: {str(folder)!r} already holds a run; choose another folder, remove it, or go on with it: "
-                f"tempflow train --resume {folder}"
-            )
+        self.identity, self.go_on = identity, go_on(folder, identity)
+        if not resumed:
+            check_new(folder, write)
         self.folder, self.evaluations, self._began, self._write = (
             folder,
             list[dict[str, Any]](),
@@ -52,10 +51,11 @@ class Records:
         )
         if not write:
             return
+        claim(folder, RUN)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             (folder / "config.yaml").write_text(config_yaml)
+            (folder / FILE).write_text(json.dumps(identity.to_json(), indent=1) + "\n")
             for name in LINES:
                 (folder / name).touch()
             (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")

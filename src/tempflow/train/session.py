@@ -17,6 +17,7 @@ from tempflow.core.follow import Ema
 from tempflow.data.prompts import Prompt
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
+from tempflow.folder import put, seal
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint, guards
 from tempflow.train.display import Display
@@ -75,6 +76,7 @@ class Session:
         self.best: tuple[float, int] | None = None
         self.looks = looks
         self.whole = False  # whether the state is one between two iterations, from which a run can go on
+        self.kept: int | None = None  # the iteration that the newest checkpoint is of
 
     # ------------------------------------------------------------------------------------------------------- going
     def run(self) -> Run:
@@ -87,10 +89,10 @@ class Session:
             try:
                 return self._run()
             except Interrupted:
-                if self.whole:
+                if self.whole and self.kept != self.done:
                     self._keep(best=False)
                 self._say(f"stopped after {self.done} of {self.config.iterations} iterations; nothing is lost")
-                self._say(f"to go on: tempflow train --resume {self.records.folder}")
+                self._say(f"to go on: {self.records.go_on}")
                 raise
             except Exception as error:
                 self._leave(error)
@@ -117,7 +119,7 @@ class Session:
             self._iterate()
             if self.world.any(self.interrupt.asked):
                 self.whole = True
-                raise Interrupted
+                raise self.interrupt.interrupted()
         self._use_best()
         return self._finish(self.looks)
 
@@ -126,7 +128,8 @@ class Session:
 
         What fails on top of the fault is said, no more: the fault is the news.
         """
-        steps = [lambda: self._keep(best=False)] if self.whole and self.world.size == 1 else []
+        unkept = self.whole and self.kept != self.done and self.world.size == 1
+        steps = [lambda: self._keep(best=False)] if unkept else []
         if isinstance(error, guards.GuardError) and self.looks is not None:
             steps.append(self._use_best)
         for step in steps:
@@ -138,7 +141,7 @@ class Session:
             rows = f"rollout_rows (now {self.config.rollout_rows}) and train_rows (now {self.config.train_rows})"
             self._say(f"memory is short: smaller {rows} take less; --allow-changes lets a resumed run have them")
         self._say(f"stopped after {self.done} of {self.config.iterations} iterations by {type(error).__name__}")
-        self._say(f"to go on, once that is mended: tempflow train --resume {self.records.folder}")
+        self._say(f"to go on, once that is mended: {self.records.go_on}")
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -155,7 +158,7 @@ class Session:
             group["lr"] = self.config.optimizer.learning_rate * warm
         try:
             metrics = self._learn(iteration, clock)
-        except Exception:
+        except (Exception, Interrupted):
             if self.whole:
                 self.counter, self.watcher.state, sizes = before  # the iteration will be done anew, from its start
                 self.records.cut(sizes)
@@ -281,6 +284,7 @@ class Session:
                     "looks": described(self.looks),
                     "records": self.records.sizes(),
                     "config": to_yaml(self.config),
+                    "identity": self.records.identity.to_json(),
                 },
                 best=best,
                 keep=self.config.checkpoint.keep,
@@ -289,8 +293,9 @@ class Session:
         except DISK as error:
             raise guards.GuardError(
                 f"checkpoint of iteration {self.done} could not be written: {error}. Older ones are whole; free some "
-                f"space, then: tempflow train --resume {self.records.folder}"
+                f"space, then: {self.records.go_on}"
             ) from error
+        self.kept = self.done
 
     def restore(self, saved: checkpoint.Saved) -> None:
         """Goes on from a checkpoint; what the records say of later iterations is taken back."""
@@ -302,6 +307,7 @@ class Session:
         checkpoint.load_optimizer(self.optimizer, self.trainable.names, tensors.get("optimizer", {}))
         self.counter = Counter(**state["counter"])
         self.done, self.seconds, self.watcher.state = state["iteration"], state["seconds"], state["guards"]
+        self.kept = self.done
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         self.looks = restored(state["looks"], tensors["looks"])
         if self.world.first:
@@ -321,11 +327,11 @@ class Session:
         self.trainable.load(weights)
         self._gathered()
         if self.world.first:
-            fresh, model = self.records.folder / ".model.new", self.records.folder / "model"
+            fresh = self.records.folder / ".model.new"
             shutil.rmtree(fresh, ignore_errors=True)
             self.model.save(str(fresh), None if shards is None else shards.whole_with(weights))
-            shutil.rmtree(model, ignore_errors=True)
-            fresh.rename(model)  # never half a model
+            seal(fresh, "model")
+            put(fresh, self.records.folder / "model")
         self.world.wait()
 
     def _finish(self, looks: Looks) -> Run:
