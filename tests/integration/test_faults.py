@@ -645,6 +645,18 @@ DAMAGE = [
         r"toy/config.yaml is not YAML",
         status=2,
     ),
+    Damage(
+        "mark missing",
+        lambda run: (run / ".tempflow.json").unlink(),
+        r"resume: '\S+toy' has no .tempflow.json of a run, so nothing is written there; nearest valid",
+        status=2,
+    ),
+    Damage(
+        "somebody's model/",
+        lambda run: [(run / "model").mkdir(), (run / "model" / "notes.txt").write_text("mine")],
+        r"resume: '\S+toy/model/notes.txt' was not written by this run, which writes model/ anew; move it away",
+        status=2,
+    ),
     Damage("metrics.jsonl cut short", lambda run: cut(run / "metrics.jsonl"), r"less than at its checkpoint", status=2),
     Damage(
         "metrics.jsonl with half a line too much",

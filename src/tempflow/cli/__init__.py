@@ -6,11 +6,10 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
-from typing import TextIO
 
 from tempflow.cli.parse import fail
+from tempflow.train.interrupt import let_go
 
 USAGE = """usage: tempflow VERB …
 
@@ -53,17 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _main(args)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            _let_go(stream)
-
-
-def _let_go(stream: TextIO) -> None:
-    """Where nobody can read the stream any more, what is left in it goes nowhere: Python would try again at its end,
-    and give a status of its own."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            let_go(stream)
 
 
 def _main(args: Sequence[str] | None) -> int:

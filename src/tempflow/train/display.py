@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tempflow.train.interrupt import let_go
 
 if TYPE_CHECKING:
     from tempflow.train.loop import Run
@@ -20,17 +21,22 @@ class _Output:
     """Standard output, as it is when it is asked. Where the terminal or the reader has gone, nothing is said and the
     run goes on."""
 
+    @property
+    def _stream(self) -> TextIO:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # below what the live bar lays over it
+
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # gone, or closed
-            sys.stdout.write(text)
-        return len(text)
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            let_go(self._stream)
+            return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
+        let_go(self._stream)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
+        return getattr(self._stream, name)
 
 
 class Display:

@@ -159,7 +159,7 @@ def identity(
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
         for name, value in config.algorithm.model_dump().items():
-            if isinstance(value, str) and _there(Path(value), Path.is_dir):
+            if isinstance(value, str) and value != algorithm.judge and _there(Path(value), Path.is_dir):
                 contents[f"algorithm.{name}"] = _any(Path(value))
     return Identity(contents, {name: _named(name, value) for name, value in given.items()})
 

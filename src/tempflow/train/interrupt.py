@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import TextIO
 
 HEARD = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
@@ -63,3 +66,15 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.asked:
             self.number = number
+
+
+def let_go(stream: TextIO) -> None:
+    """Flushes. Where nobody can read the stream any more, what is left in it goes nowhere, now and later: Python would
+    try again at its end, and give a status of its own."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
