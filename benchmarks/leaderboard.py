@@ -230,7 +230,7 @@ class Worker:
             with failed.open("a") as stream:
                 stream.write(f"exit {code}: {last or error}\n")
             print(f"{config.name} FAILED, exit {code}: {last or error} (see {config.output}.log)", flush=True)
-            if code > 0:  # not killed: its state may be the fault
+            if 0 < code < 128:  # neither killed nor stopped by a signal: its state may be the fault
                 self._forget(config)
             return
         file = self.board.file(config)
