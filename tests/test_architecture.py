@@ -122,9 +122,9 @@ def test_there_is_something_to_look_at() -> None:
     assert "diffusers" in late - early
 
 
-def test_core_imports_torch_the_standard_library_and_core() -> None:
+def test_core_imports_torch_numpy_the_standard_library_and_core() -> None:
     seen = [(m, name) for m, path in MODULES.items() if room_of(m) == "core" for name in imports(path, lazy=True)]
-    own = {"torch", *sys.stdlib_module_names}
+    own = {"torch", "numpy", *sys.stdlib_module_names}
     assert [(m, n) for m, n in seen if n.split(".")[0] not in own and not n.startswith("tempflow.core")] == []
 
 
