@@ -2,7 +2,8 @@
 
     python -m benchmarks.noise [--pairs 15]
 
-Processor time of one thread. `Before` is that revision's code, but for its comments and checks.
+Processor time of one thread; the last line, which is wall time, wants two free cores. `Before` is that revision's code,
+but for its comments and checks.
 """
 
 from __future__ import annotations

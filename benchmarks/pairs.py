@@ -1,4 +1,4 @@
-"""Two ways of one thing, timed in turn: processor time of this thread, so that a busy machine's other work counts little."""
+"""Two ways of one thing, timed in turn by this thread's processor time: what else a machine does counts little then."""
 
 from __future__ import annotations
 
