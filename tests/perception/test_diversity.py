@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -116,17 +115,6 @@ def test_groups_are_those_of_scipy_whatever_the_order(labels: list[int], seed: i
     order = rng.permutation(len(labels))
     again = within_groups(torch.from_numpy(rows[order]), torch.from_numpy(group[order]))
     np.testing.assert_allclose(again[1].numpy(), distance.numpy(), rtol=1e-12)
-
-
-def test_it_is_cheap() -> None:
-    media = torch.randint(0, 256, (500, 32, 32, 3), dtype=torch.uint8)
-    features(media)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        features(media)
-        seconds.append(time.perf_counter() - started)
-    assert 500 / min(seconds) > 2500  # 17 000 on an idle core; tests may share two busy ones
 
 
 def test_wrong_input_is_named() -> None:

@@ -21,8 +21,8 @@ SIDE, WINDOW, STRIDE = 32, 14, 6
 EDGE_GAIN = 6.0
 """Weight of edges beside colour: another shape in the same place is then half as far as another colour."""
 
-PIXELS_AT_ONCE = 1 << 16
-"""64 working pictures: they stay in a core's cache."""
+PIXELS_AT_ONCE, PIXELS_AT_ONCE_ELSEWHERE = 1 << 16, 1 << 25
+"""On a CPU 64 working pictures, which stay in a core's cache; on other devices they bound memory."""
 
 FAINT = 1e-6
 """Below this squared gradient there is no direction; 8-bit steps are ten times as large."""
@@ -35,7 +35,8 @@ def features(media: Tensor) -> Tensor:
     """
     if media.dtype != torch.uint8 or media.ndim != 4 or media.shape[-1] != 3 or 0 in media.shape[1:]:
         raise ValueError(f"media is {media.dtype} {list(media.shape)}; nearest valid: torch.uint8 [N, H, W, 3]")
-    at_once = max(1, PIXELS_AT_ONCE // (media.shape[1] * media.shape[2]))
+    pixels = PIXELS_AT_ONCE if media.device.type == "cpu" else PIXELS_AT_ONCE_ELSEWHERE
+    at_once = max(1, pixels // (media.shape[1] * media.shape[2]))
     parts = [_features(part) for part in media.split(at_once)] if len(media) else []
     return torch.cat(parts) if parts else torch.empty(0, 8 * 16, device=media.device)
 

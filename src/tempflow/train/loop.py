@@ -33,6 +33,7 @@ from tempflow.train.resume import resumable
 from tempflow.train.run import Run
 from tempflow.train.session import Session
 from tempflow.train.setting import Judge, Setting
+from tempflow.train.signals import asked
 from tempflow.train.track import open_trackers
 from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
@@ -210,6 +211,7 @@ def _setting(
         world=world,
         shards=shards,
         judge=None if algorithm.judge is None else _judge(algorithm.judge, model, config.rollout_rows),
+        figures=asked(config.guards),
         norms=config.guards.velocity_norm.action != "off",
         drafter=Drafter.of(algorithm, model, trainable, sets),
         pictures=pictures,

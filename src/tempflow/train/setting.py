@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from tempflow.rewards.protocol import Reward
 from tempflow.train.conditions import Learned
 from tempflow.train.dist import SINGLE, World
 from tempflow.train.laid import Read
+from tempflow.train.signals import FIGURES
 
 if TYPE_CHECKING:
     from tempflow.train.drafter import Drafter
@@ -76,6 +77,7 @@ class Setting:
     world      the ranks that share the run; each needs a prompt of every iteration
     shards     the sharded network's switches; None where every rank has all of it
     judge      with the prompts' conditions: scores of noisy latents, where the algorithm asks for a judge
+    figures    what to measure of leaves and their pictures (`signals.FIGURES`)
     norms      whether to measure how large the policy's velocities are beside the reference's
     drafter    the low-precision network that drafts; None: the sampler does, or there is no draft
     pictures   reads the prompts' own pictures, where the algorithm takes given samples
@@ -99,6 +101,7 @@ class Setting:
     world: World = SINGLE
     shards: Shards | None = None
     judge: Callable[[Conditioning], Judge] | None = None
+    figures: Collection[str] = FIGURES
     norms: bool = False
     drafter: Drafter | None = None
     pictures: Read | None = None

@@ -1,24 +1,34 @@
 """Measurements of an iteration's leaves in which reward hacking shows before a reward does.
 
-Shares of picture energy are variances over pixels, per channel, added over channels; pictures count in 8-bit steps. All
-sums over pixels are of whole numbers and exact, so a picture's figure does not depend on its neighbours.
+Latents are measured of all leaves. Pictures are measured where the latents are, of a fixed sample: up to SAMPLE of each
+prompt's. What no guard asks for is not measured. Shares of picture energy are variances over pixels, per channel, added
+over channels; pictures count in 8-bit steps. All sums over pixels are of whole numbers and exact, so a picture's figure
+does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tempflow.perception.diversity import features, within_groups
+from tempflow.config.guards import GuardsConfig
+from tempflow.perception.diversity import features
 
 PATCH = 2
 """Latent cells along a side of a transformer's patch, as in SD3, FLUX, Qwen-Image and the shapes model."""
 
-PIXELS_AT_ONCE = 1 << 20
+SAMPLE = 8
+"""Pictures of a slot that are looked at, evenly spaced among its leaves; where there are fewer, all."""
+
+FIGURES = frozenset({"latent_rms", "diversity", "high_frequency", "grid"})
+"""What may be left unmeasured; failures are always counted."""
+
+PIXELS_AT_ONCE, PIXELS_AT_ONCE_ELSEWHERE = 1 << 20, 1 << 25
+"""On a CPU they stay in a core's cache; on other devices they bound memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +38,12 @@ class Signals:
     prompt          long[P], the slots, ascending
     leaves          long[P], how many leaves a slot has
     latent_rms      float64[P], root mean square of its final latents
-    diversity       float64[P], mean distance (`perception.diversity`) of its pairs of pictures; NaN with one leaf
-    high_frequency  float64[P], mean of `high_frequency` over its pictures; NaN where they are too small
-    grid            float64[P], mean of `grid_share` over its pictures; NaN where they are too small
+    diversity       float64[P], mean distance (`perception.diversity`) of pairs of its sampled pictures; NaN with one
+    high_frequency  float64[P], mean of `high_frequency` over these pictures; NaN where they are too small
+    grid            float64[P], mean of `grid_share` over these pictures; NaN where they are too small
     failed          float64[P], share of its leaves without a valid score; NaN where that was not said
+
+    A figure that no guard asks for is NaN.
     """
 
     prompt: Tensor
@@ -73,30 +85,43 @@ class Signals:
         }
 
 
-@torch.no_grad()
-def measure(x0: Tensor, media: Tensor, prompt: Tensor, ok: Tensor | None = None) -> Signals:
-    """Measures leaves.
+def asked(guards: GuardsConfig) -> frozenset[str]:
+    """Those of FIGURES that some guard looks at."""
+    looked_at = {
+        "latent_rms": guards.latent_norm.action,
+        "diversity": guards.diversity.action,
+        "high_frequency": guards.artefacts.action,
+        "grid": guards.artefacts.action,
+    }
+    return frozenset(name for name, action in looked_at.items() if action != "off")
 
-    x0: final latents, float [N, *S], any device; media: uint8 [N, H, W, 3] on the CPU; prompt: long[N], their slots;
-    ok: bool[N], whether a leaf has a valid score. A slot's figures depend on its own leaves alone. Raises ValueError
-    where the lengths differ or there is no leaf.
+
+@torch.no_grad()
+def measure(
+    x0: Tensor, media: Tensor, prompt: Tensor, ok: Tensor | None = None, figures: Collection[str] = FIGURES
+) -> Signals:
+    """Measures leaves, on the device of x0.
+
+    x0: final latents, float [N, *S], any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
+    ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures depend on its
+    own leaves alone. Raises ValueError where the lengths differ or there is no leaf.
     """
     given = {"media": len(media), "prompt": len(prompt), "ok": len(x0) if ok is None else len(ok)}
     for name, count in given.items():
         if count != len(x0) or count == 0:
             raise ValueError(f"{name}: {count} rows; nearest valid: {max(1, len(x0))}, one for each of x0's leaves")
-    prompt = prompt.cpu()
-    slots, leaves = torch.unique(prompt, return_counts=True)
-    groups = [(prompt == slot).nonzero()[:, 0] for slot in slots]
-    period = grid_period(x0.shape, media.shape)
-    failed = torch.full((len(x0),), math.nan) if ok is None else (~ok).cpu()
-    fine, grid = high_frequency(media), grid_share(media, period)
+    slots, slot, leaves = torch.unique(prompt.cpu(), return_inverse=True, return_counts=True)
+    rows, there = _sample(slot, leaves)
+    looked = media[rows[there].to(media.device)].to(x0.device) if set(figures) - {"latent_rms"} else media[:0]
+    unknown = torch.full((len(slots),), math.nan, dtype=torch.float64)
     return Signals(
         slots,
         leaves,
-        torch.stack([_rms(x0[rows.to(x0.device)]) for rows in groups]),
-        within_groups(features(media), prompt)[1].cpu(),
-        *(torch.stack([leaf[rows].double().mean() for rows in groups]) for leaf in (fine, grid, failed)),
+        _rms(x0, slot, leaves) if "latent_rms" in figures else unknown,
+        _distance(features(looked), there) if "diversity" in figures else unknown,
+        _mean(high_frequency(looked), there) if "high_frequency" in figures else unknown,
+        _mean(grid_share(looked, grid_period(x0.shape, media.shape)), there) if "grid" in figures else unknown,
+        unknown if ok is None else _share(~ok.cpu(), slot, leaves),
     )
 
 
@@ -104,12 +129,52 @@ def measure(x0: Tensor, media: Tensor, prompt: Tensor, ok: Tensor | None = None)
 def measure_given(x0: Tensor, prompt: Tensor, ok: Tensor) -> Signals:
     """Of given samples, as `measure` takes them: the latents' norm and the failures. Their pictures are no work of the
     model's, so NaN is what is said of these."""
-    slots, leaves = torch.unique(prompt, return_counts=True)
-    groups = [(prompt == slot).nonzero()[:, 0] for slot in slots]
+    slots, slot, leaves = torch.unique(prompt.cpu(), return_inverse=True, return_counts=True)
     unknown = torch.full((len(slots),), math.nan, dtype=torch.float64)
-    rms = torch.stack([_rms(x0[rows.to(x0.device)]) for rows in groups])
-    failed = torch.stack([(~ok[rows]).double().mean() for rows in groups])
-    return Signals(slots, leaves, rms, unknown, unknown, unknown, failed)
+    return Signals(slots, leaves, _rms(x0, slot, leaves), unknown, unknown, unknown, _share(~ok.cpu(), slot, leaves))
+
+
+def _sample(slot: Tensor, leaves: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the sampled leaves, long [P, SAMPLE], and which places of it are taken, bool; places are taken in order.
+
+    slot: long[N], a leaf's slot from 0; leaves: long[P], how many each has.
+    """
+    order, place = torch.sort(slot, stable=True).indices, torch.arange(SAMPLE)
+    there = place < leaves[:, None]
+    step = torch.where(there.all(1), leaves, SAMPLE)[:, None]
+    within = torch.where(there, place * step // SAMPLE, 0)
+    return order[(leaves.cumsum(0) - leaves)[:, None] + within], there
+
+
+def _spread(values: Tensor, there: Tensor) -> Tensor:
+    """Values of the sampled pictures at their places, float64 [P, SAMPLE, …]; 0 elsewhere."""
+    placed = torch.zeros(*there.shape, *values.shape[1:], dtype=torch.float64, device=values.device)
+    placed[there.to(values.device)] = values.double()
+    return placed
+
+
+def _mean(values: Tensor, there: Tensor) -> Tensor:
+    return _spread(values, there).sum(1).cpu() / there.sum(1)
+
+
+def _distance(features: Tensor, there: Tensor) -> Tensor:
+    """Mean Euclidean distance over a slot's pairs. It takes differences: equal pictures are exactly 0 apart."""
+    a, b = torch.triu_indices(SAMPLE, SAMPLE, 1)
+    placed, pairs = _spread(features, there), there[:, a] & there[:, b]
+    apart = torch.linalg.vector_norm(placed[:, a] - placed[:, b], dim=2).cpu()
+    return torch.where(pairs, apart, 0).sum(1) / pairs.sum(1)
+
+
+def _share(flags: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
+    return torch.zeros(len(leaves), dtype=torch.float64).index_add_(0, slot, flags.double()) / leaves
+
+
+def _rms(x: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
+    """In float32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).double().square().cpu()
+    total = torch.zeros(len(leaves), dtype=torch.float64).index_add_(0, slot, squares)
+    return (total / (leaves * x[0].numel())).sqrt()
 
 
 def grid_period(latent: Sequence[int], media: Sequence[int]) -> int | None:
@@ -133,7 +198,7 @@ def high_frequency(media: Tensor) -> Tensor:
     squared count as one, so flat pictures have share 0. NaN for pictures under 3 pixels.
     """
     if min(media.shape[1:3]) < 3:
-        return torch.full((len(media),), math.nan, dtype=torch.float64)
+        return torch.full((len(media),), math.nan, dtype=torch.float64, device=media.device)
     return torch.cat([_high_frequency(_planes(part)) for part in _parts(media)])
 
 
@@ -148,21 +213,17 @@ def grid_share(media: Tensor, period: int | None) -> Tensor:
     NaN for pictures under three periods, and without a period.
     """
     if period is None or period < 2 or min(media.shape[1:3]) < 3 * period:
-        return torch.full((len(media),), math.nan, dtype=torch.float64)
+        return torch.full((len(media),), math.nan, dtype=torch.float64, device=media.device)
     return torch.cat([_grid_share(_planes(part), period) for part in _parts(media)])
 
 
 def _parts(media: Tensor) -> Sequence[Tensor]:
-    return media.split(max(1, PIXELS_AT_ONCE // (media.shape[1] * media.shape[2])))
+    pixels = PIXELS_AT_ONCE if media.device.type == "cpu" else PIXELS_AT_ONCE_ELSEWHERE
+    return media.split(max(1, pixels // (media.shape[1] * media.shape[2])))
 
 
 def _planes(media: Tensor) -> Tensor:
     return media.permute(0, 3, 1, 2).contiguous().int()
-
-
-def _rms(x: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(x.float().flatten(1), dim=1).double().cpu()
-    return (norms.square().sum() / x.numel()).sqrt()
 
 
 def _energy(x: Tensor) -> Tensor:
