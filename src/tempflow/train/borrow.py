@@ -24,7 +24,7 @@ def borrowed(config: Config) -> Looks:
     Raises ValueError, naming the fields, where that run was not set alike; CheckpointError where it has no checkpoint.
     """
     folder = Path(config.evaluation.before)
-    saved = checkpoint.read(checkpoint.newest(folder))
+    saved = checkpoint.read_newest(folder)
     was = parse_config(yaml.safe_load(saved.state["config"]))
     other = [c for c in changed_fields(was, config) if c.startswith(ALIKE) and not c.startswith(APART)]
     if other:

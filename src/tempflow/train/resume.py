@@ -24,7 +24,7 @@ def resumable(folder: Path, config: Config, allow_changes: bool, say: Callable[[
     """
     file, root, saved = folder / "config.yaml", folder / checkpoint.FOLDER, None
     if not file.is_file() or (root.is_dir() and any(p.name.isdigit() for p in root.iterdir())):
-        saved = checkpoint.read(checkpoint.newest(folder, say))
+        saved = checkpoint.read_newest(folder, say)
     was = load_config(file) if saved is None else parse_config(yaml.safe_load(saved.state["config"]))
     changes = changed_fields(was, config)
     if changes and not allow_changes:
