@@ -1,8 +1,8 @@
 """Checkpoints: everything that a run is, written so that no moment of dying can spoil it.
 
-A checkpoint is a folder `RUN/checkpoints/000040` of safetensors and JSON files and a manifest of their sha256 sums. What
-a role learns lies in a folder of its name: `policy/weights`, its optimizer and its other weight sets. All is written to
-a temporary folder, flushed to disk file by file, and renamed into place; then, if it is the best, the pointer `best` is
+A checkpoint is a folder `RUN/checkpoints/000040` of safetensors and JSON files and a manifest of their sha256 sums. A
+role's tensors lie in a folder of its name: `policy/weights`, its optimizer, its other weight sets. All is written to a
+temporary folder, flushed to disk file by file, and renamed into place; then, if it is the best, the pointer `best` is
 renamed over the old one. Reading checks every sum once; a folder that does not match is never used.
 """
 
@@ -65,8 +65,8 @@ def save(
     """Writes a checkpoint, and points to it if it is the best; then removes all but the `keep` newest and the best.
 
     `tensors`: file name (without suffix, `ROLE/NAME` or `NAME`) → tensors. Sharded ones are written by all ranks, the
-    rest by the first, which alone copies them to the CPU, a file at a time. To be called by all ranks. Returns the folder. Raises OSError when the disk does not take it; older checkpoints are
-    untouched then.
+    rest by the first, which alone copies them to the CPU, a file at a time. To be called by all ranks. Returns the
+    folder. Raises OSError when the disk does not take it; older checkpoints are untouched then.
     """
     root = run / FOLDER
     target = root / f"{iteration:06d}"
