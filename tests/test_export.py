@@ -82,9 +82,11 @@ class MadeRun:
         self.model = self.policy.model
         self.weights = {w: self.policy.changed(i, 0.3) for i, w in enumerate(("policy", "ema", "best"))}
         folder.mkdir()
-        first = {"policy": self.policy.changed(9, 0.3), "ema": self.weights["best"]}
+        files = (checkpoint.WEIGHTS, checkpoint.AVERAGE)
+        first = dict(zip(files, (self.policy.changed(9, 0.3), self.weights["best"]), strict=True))
         checkpoint.save(folder, 3, first, {}, best=True, keep=2)
-        checkpoint.save(folder, 7, {w: self.weights[w] for w in ("policy", "ema")}, {}, best=False, keep=2)
+        last = dict(zip(files, (self.weights[w] for w in ("policy", "ema")), strict=True))
+        checkpoint.save(folder, 7, last, {}, best=False, keep=2)
         self.policy.put(self.weights["best"])
         self.model.save(str(folder / "model"))
         (folder / "config.yaml").write_text(to_yaml(self.config))

@@ -6,8 +6,17 @@ The public names below are imported when they are first used, so that `import te
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""How torch's threads on a CPU wait for each other: asleep. By default they spin for milliseconds, and where other work
+takes a core, the one that is waited for does not get to run: an iteration then takes tens of times as long. GNU's and
+Intel's OpenMP read this when torch is first imported."""
+
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():  # what the user has set stands
+    os.environ.update(WAITING)
 
 if TYPE_CHECKING:
     from tempflow import algorithms, core, data, evaluate, models, recipes, rewards, shapes

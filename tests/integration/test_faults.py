@@ -611,8 +611,8 @@ def rewrite(run: Path, old: str, new: str) -> None:
 DAMAGE = [
     Damage(
         "newest checkpoint cut short",
-        lambda run: cut(files(run, "policy.safetensors")[-1]),
-        r"000003 is damaged \(policy.safetensors has \d+ bytes, not \d+\); the one before it is used",
+        lambda run: cut(files(run, "policy/weights.safetensors")[-1]),
+        r"000003 is damaged \(policy/weights.safetensors has \d+ bytes, not \d+\); the one before it is used",
     ),
     Damage(
         "newest checkpoint without a file",
@@ -621,11 +621,11 @@ DAMAGE = [
     ),
     Damage(
         "all checkpoints damaged",
-        lambda run: [cut(path) for path in files(run, "ema.safetensors")],
+        lambda run: [cut(path) for path in files(run, "policy/ema.safetensors")],
         r"all 3 checkpoints are damaged; nothing to resume from",
         status=2,
     ),
-    Damage("pointers lost", lambda run: [(run / checkpoint.FOLDER / n).unlink() for n in ("latest",)], "going on from"),
+    Damage("pointer lost", lambda run: (run / checkpoint.FOLDER / checkpoint.BEST).unlink(), "going on from"),
     Damage("config.yaml missing", lambda run: (run / "config.yaml").unlink(), r"toy/config.yaml is no file", status=2),
     Damage(
         "config.yaml missing, another given",

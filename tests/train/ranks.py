@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake import PROMPTS, SIZE, Bench, Fake, album, brightness, config, flow, tempflow
+from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Velocity, album, brightness, config, flow, tempflow
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.train import dist as exchange
 from tempflow.train.dist import World, join, leave
 from tempflow.train.loop import train
 from tempflow.train.shard import Shards, shard
@@ -43,6 +45,37 @@ ALGORITHMS = {
 }
 
 
+class Routed(Velocity):
+    """With experts of one shape, by the prompt: the first rank's prompts use one, the second's another, and nobody the
+    last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(2, 8) for _ in range(3))
+        for number, expert in enumerate(self.experts):
+            nn.init.constant_(expert.weight, 0.1 + number)
+            nn.init.zeros_(expert.bias)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        second = ~torch.isin(condition[:, 0], FIRST)
+        shift = torch.zeros(len(x), 8)
+        for expert, rows in zip(self.experts, (~second, second), strict=False):
+            if rows.any():
+                shift = shift.index_put((rows.nonzero()[:, 0],), expert(condition[rows]))
+        return super().forward(x, sigma, condition) - shift.view(-1, *SHAPE)
+
+
+FIRST = torch.tensor([len(prompt) / 10 for prompt in PROMPTS[:2]])
+"""By this the prompts of the first of two ranks are told from the others."""
+
+
+def fake(routed: bool) -> Fake:
+    model = Fake()
+    if routed:
+        model.network = Routed()
+    return model
+
+
 def patchy(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
     """Groups of different sizes and worth: some fail, one has no spread."""
     values = brightness(images, prompts)
@@ -61,12 +94,12 @@ def half_broken(images: list[Image.Image], prompts: list[str]) -> list[float | N
 def one_update(name: str, out: Path, mode: str, world: World) -> None:
     """Loss, advantages, gradients and one SGD step of an iteration.
 
-    "idle NAME": the first two prompts teach nothing and have broken latents.
+    "idle NAME": the first two prompts teach nothing and have broken latents; "routed NAME": each rank's prompts use
+    parameters of their own.
     """
-    idle, name = name.startswith("idle "), name.removeprefix("idle ")
-    bench = Bench(algorithm=ALGORITHMS[name](), reward=brightness, train_rows=7, rollout_rows=11)
+    idle, routed, name = name.startswith("idle "), name.startswith("routed "), name.split(" ")[-1]
     reward = half_broken if idle else patchy
-    patched = Bench(algorithm=ALGORITHMS[name](), reward=reward, train_rows=7, rollout_rows=11, world=world)
+    patched = Bench(fake(routed), ALGORITHMS[name](), reward, train_rows=7, rollout_rows=11, world=world)
     trainable = patched.trainable
     if mode == "fsdp":
         network = patched.model.network
@@ -80,8 +113,7 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
         patched.setting = replace(patched.setting, norms=True)
         with torch.no_grad():
             patched.model.network.mean.bias.add_(torch.linspace(-1, 2, 8))
-    del bench
-    optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5)
+    optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5, weight_decay=0.1)
     prompts: Sequence[str | Prompt] = PROMPTS[:5]
     given = patched.setting.algorithm.given
     if given is not None:
@@ -98,7 +130,8 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
     kept = optimizer.step
 
     def step(*args: Any) -> Any:
-        seen.update({n: whole(m.grad) for n, m in zip(trainable.names, trainable.masters, strict=True)})
+        named = zip(trainable.names, trainable.masters, strict=True)
+        seen.update({n: whole(m.grad) for n, m in named if m.grad is not None})
         return kept(*args)
 
     optimizer.step = step  # type: ignore[method-assign]
@@ -136,7 +169,7 @@ def main(how: str, target: str, *cases: str) -> None:
     if cases[0] in ("run", "resume", "few"):
         a_run(Path(target), how, cases[0] == "resume", 1 if cases[0] == "few" else 5)
         return
-    world = join("cpu")
+    world, exchange.BUCKET = join("cpu"), 10  # several buckets, and tensors that are larger than one
     for case in cases:
         print(case, flush=True)  # names the one that fails
         one_update(case, Path(target) / case.replace(" ", "_"), how, world)

@@ -16,7 +16,7 @@ from ranks import main
 from safetensors.torch import load_file
 
 from tempflow.train import checkpoint
-from tempflow.train.dist import World
+from tempflow.train.dist import World, buckets
 
 HERE = Path(__file__).parent
 
@@ -55,6 +55,7 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
 KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
 KINDS += ["diffusion_dpo", "sft"]
 IDLE = ["flow", "dapo", "gcpo", "vipo"]
+ROUTED = ["flow", "nft", "dapo"]
 SHARDED = ["flow", "tempflow", "idle flow"]
 
 
@@ -62,7 +63,7 @@ SHARDED = ["flow", "tempflow", "idle flow"]
 def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on two ranks, one after the other in the same processes, as starting these is what takes time."""
     folder = tmp_path_factory.mktemp("ddp")
-    launch(2, "ddp", folder, *KINDS, *(f"idle {name}" for name in IDLE))
+    launch(2, "ddp", folder, *KINDS, *(f"idle {name}" for name in IDLE), *(f"routed {name}" for name in ROUTED))
     return folder
 
 
@@ -101,6 +102,28 @@ def test_a_rank_whose_groups_teach_nothing_leaves_the_others_gradient_as_it_is(
 ) -> None:
     """Its groups are flat or failed, and its latents broken: 0 times these would not be 0."""
     assert compare(f"idle {algorithm}", replicated, tmp_path)["updates"] == 1
+
+
+@pytest.mark.parametrize("algorithm", ROUTED)
+def test_ranks_that_use_different_parameters_equal_one_process(
+    algorithm: str, replicated: Path, tmp_path: Path
+) -> None:
+    """Experts of one shape, one used on each rank and one nowhere, which no optimizer may touch."""
+    compare(f"routed {algorithm}", replicated, tmp_path)
+    tensors = load_file(replicated / f"routed_{algorithm}" / "tensors.safetensors")
+    used = {f"gradient/experts.{number}.weight": number < 2 for number in range(3)}
+    assert {name: name in tensors for name in used} == used
+    assert all(float(tensors[name].abs().max()) > 1e-5 for name in used if used[name])
+    assert torch.equal(tensors["after/experts.2.weight"], torch.full((8, 2), 2.1))
+
+
+def test_buckets_keep_the_order_and_their_size() -> None:
+    assert buckets([3, 4, 5, 20, 1, 1], 8) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    assert buckets([], 8) == [] and buckets([9], 8) == [range(1)] and buckets([4, 4], 8) == [range(2)]
+    sizes = torch.randint(0, 12, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    made = buckets(sizes, 16)
+    assert [i for bucket in made for i in bucket] == list(range(50))
+    assert all(sum(sizes[i] for i in bucket) <= 16 for bucket in made)
 
 
 @pytest.mark.parametrize("case", SHARDED)

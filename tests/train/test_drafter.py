@@ -83,7 +83,7 @@ def test_a_lora_is_drafted_with_and_follows() -> None:
     after, want = velocity(made.fresh()), velocity(sets["old"].network())
     moved = float((want - before).norm())
     assert float((after - want).norm()) < 0.2 * moved and moved > 0.1 * float(before.norm())
-    trainable.load(sets["old"].state())
+    trainable.load(sets["old"].named())
     again = velocity(cheap_copy(model.network, model.blocks(model.network), "int8"))
     assert torch.equal(again, after)
 

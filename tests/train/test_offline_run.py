@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_as_the_whole_one(name: str, pairs: Path, tmp_path: P
     part = go(tmp_path / "part", pairs, name, resume=True).folder
     for file in (*LINES, "model/model.safetensors"):
         assert (part / file).read_bytes() == (whole / file).read_bytes(), file
-    ends = [checkpoint.read(checkpoint.newest(folder)).tensors["policy"] for folder in (part, whole)]
+    ends = [checkpoint.read(checkpoint.newest(folder)).tensors[checkpoint.WEIGHTS] for folder in (part, whole)]
     assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
 
 

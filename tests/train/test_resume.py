@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, monkey
         patch.setattr(Fake, "decode", countdown.wrap(Fake.decode))
         with pytest.raises(Killed):
             go(tmp_path / "toy")
-    file = checkpoint.newest(tmp_path / "toy") / "policy.safetensors"
+    file = checkpoint.newest(tmp_path / "toy") / "policy" / "weights.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))

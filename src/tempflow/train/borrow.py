@@ -26,7 +26,7 @@ def borrowed(config: Config, own: Identity | None = None) -> Looks:
     where that run was not set alike; CheckpointError where it has no checkpoint.
     """
     folder = Path(config.evaluation.before)
-    saved = checkpoint.read(checkpoint.newest(folder))
+    saved = checkpoint.read_newest(folder)
     was = parse_config(yaml.safe_load(saved.state["config"]))
     theirs = read_identity(saved.state)
     changes = changed_fields(was, config)

@@ -1,8 +1,9 @@
 """Checkpoints: everything that a run is, written so that no moment of dying can spoil it.
 
-A checkpoint is a folder `RUN/checkpoints/000040` of safetensors and JSON files and a manifest of their sha256 sums. It
-is written to a temporary folder, flushed to disk file by file, and renamed into place; then the pointer `latest` (and
-`best`, if it is) is renamed over the old one. Reading checks every sum; a folder that does not match is never used.
+A checkpoint is a folder `RUN/checkpoints/000040` of safetensors and JSON files and a manifest of their sha256 sums. A
+role's tensors lie in a folder of its name: `policy/weights`, its optimizer, its other weight sets. All is written to a
+temporary folder, flushed to disk file by file, and renamed into place; then, if it is the best, the pointer `best` is
+renamed over the old one. Reading checks every sum once; a folder that does not match is never used.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from tempflow.train.dist import SINGLE, World
 from tempflow.train.weightsets import laid_out
 
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
-LATEST, BEST = "latest", "best"
-FORMAT = 1
+BEST = "best"
+POLICY = "policy"
+WEIGHTS, AVERAGE, OPTIMIZER = f"{POLICY}/weights", f"{POLICY}/ema", f"{POLICY}/optimizer"
+"""Names of the policy's files, without suffix."""
+
+_SETS = {"policy": WEIGHTS, "ema": AVERAGE}
+
+FORMAT = 2
 MAX_JSON_BYTES = 2**28
 
 
@@ -55,11 +62,11 @@ def save(
     keep: int,
     world: World = SINGLE,
 ) -> Path:
-    """Writes a checkpoint and points to it; then removes all but the `keep` newest and the best.
+    """Writes a checkpoint, and points to it if it is the best; then removes all but the `keep` newest and the best.
 
-    `tensors`: file name (without suffix) → tensors; sharded ones are written by all ranks, the rest by the first. To be
-    called by all ranks. Returns the folder. Raises OSError when the disk does not take it; older checkpoints are
-    untouched then.
+    `tensors`: file name (without suffix, `ROLE/NAME` or `NAME`) → tensors. Sharded ones are written by all ranks, the
+    rest by the first, which alone copies them to the CPU, a file at a time. To be called by all ranks. Returns the
+    folder. Raises OSError when the disk does not take it; older checkpoints are untouched then.
     """
     root = run / FOLDER
     target = root / f"{iteration:06d}"
@@ -71,6 +78,8 @@ def save(
     try:
         for name, part in tensors.items():
             file = temporary / f"{name}.safetensors"
+            if world.first:
+                file.parent.mkdir(exist_ok=True)
             if any(isinstance(t, DTensor) for t in part.values()):
                 save_sharded(part, file, world)
             elif world.first:
@@ -79,7 +88,6 @@ def save(
             _finish(temporary, target, {"format": FORMAT, "iteration": iteration, **state})
             if best:
                 _point(root, BEST, target.name)
-            _point(root, LATEST, target.name)
             _remove_old(root, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,10 +99,11 @@ def save(
 def _finish(temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
     """State and manifest, everything flushed, renamed into place."""
     (temporary / STATE).write_text(json.dumps(state) + "\n")
-    files = sorted(temporary.iterdir())
-    sums = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    paths = sorted(temporary.rglob("*"))
+    files = {p.relative_to(temporary).as_posix(): p for p in paths if p.is_file()}
+    sums = {name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for name, p in files.items()}
     (temporary / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
-    for path in (*files, temporary / MANIFEST, temporary):
+    for path in (*paths, temporary / MANIFEST, temporary):
         _flush(path)
     if os.path.lexists(target):  # the same iteration, written by the run that was resumed before it
         if not _is_ours(target):
@@ -139,7 +148,7 @@ def newest(run: Path, say: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def pointed(run: Path, pointer: str) -> Path | None:
-    """The checkpoint that `latest` or `best` names; None where there is none, or it is damaged."""
+    """The checkpoint that `best` names; None where there is none, or it is damaged."""
     file = run / FOLDER / pointer
     if not file.is_file():
         return None
@@ -153,8 +162,8 @@ def damage(path: Path) -> str | None:
     try:
         sums = json.loads(_bounded(path / MANIFEST))
         for name, want in sums.items():
-            file = path / Path(name).name
-            if not file.is_file():
+            file = path / name
+            if not (file.is_file() and file.resolve().is_relative_to(path.resolve())):
                 return f"{name} is missing"
             if file.stat().st_size != want["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {want['bytes']}"
@@ -167,37 +176,58 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def read_newest(run: Path, say: Callable[[str], None] = lambda line: None) -> Saved:
+    """State and tensors of `newest`, whose sums are not checked again."""
+    return _read(newest(run, say))
+
+
 def read(path: Path) -> Saved:
     """A checkpoint's state and tensors. Raises CheckpointError when it is damaged or of another format."""
+    _check(path)
+    return _read(path)
+
+
+def _check(path: Path) -> None:
     fault = damage(path)
     if fault is not None:
         raise CheckpointError(f"{path} is damaged: {fault}")
+
+
+def _read(path: Path) -> Saved:
     state = json.loads(_bounded(path / STATE))
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')}; this version reads {FORMAT}")
+    files = {p.relative_to(path).with_suffix("").as_posix(): p for p in sorted(path.rglob("*.safetensors"))}
     try:
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        tensors = {name: load_file(file) for name, file in files.items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Saved(path, state, tensors)
 
 
 def read_weights(path: Path, which: str) -> dict[str, Tensor]:
-    """Float32 weights by parameter name: "policy", "ema", or "best", which is what the run evaluates by ("ema" if there
-    is one). Raises CheckpointError for a damaged checkpoint and ValueError for another set."""
-    fault = damage(path)
-    if fault is not None:
-        raise CheckpointError(f"{path} is damaged: {fault}")
-    there = [p.stem for p in sorted(path.glob("*.safetensors")) if p.stem in ("policy", "ema")]
+    """Float32 weights of the policy by parameter name: "policy", its average "ema", or "best", which is what the run
+    evaluates by ("ema" if there is one). Raises CheckpointError for a damaged checkpoint and ValueError for another
+    set."""
+    _check(path)
+    return _weights(path, which)
+
+
+def _weights(path: Path, which: str) -> dict[str, Tensor]:
+    there = {name: file for name, file in _SETS.items() if (path / f"{file}.safetensors").is_file()}
     name = ("ema" if "ema" in there else "policy") if which == "best" else which
     if name not in there:
         raise ValueError(f"weights: {which!r} is not in {path}; nearest valid: {', '.join([*there, 'best'])}")
-    return load_file(path / f"{name}.safetensors")
+    return load_file(path / f"{there[name]}.safetensors")
 
 
-def best_weights(run: Path) -> dict[str, Tensor]:
-    """A run's best weights so far. Raises CheckpointError when it has no whole checkpoint."""
-    return read_weights(pointed(run, BEST) or newest(run), "best")
+def best_weights(run: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
+    """A run's best weights so far; `say` is told when they are not there and those of the newest whole checkpoint stand
+    in. Raises CheckpointError when it has none."""
+    path = pointed(run, BEST)
+    if path is None:
+        say("the best checkpoint is damaged or missing: the newest whole one is used")
+    return _weights(newest(run, say) if path is None else path, "best")
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BUCKET = 1 << 24
+"""Numbers sent at a time: 64 MiB of float32."""
+
+
+def buckets(sizes: Sequence[int], most: int) -> list[range]:
+    """Runs of neighbours that add up to `most` at most; a larger one is alone."""
+    cuts, held = [0], 0
+    for place, size in enumerate(sizes):
+        if place > cuts[-1] and held + size > most:
+            cuts, held = [*cuts, place], 0
+        held += size
+    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True) if a < b]
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,16 +50,19 @@ class World:
         return range(count * r // self.size, count * (r + 1) // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up the ranks' tensors in place, by one all-reduce in float32 or better.
+        """Adds up the ranks' tensors in place, in float32 or better: all ranks give the same shapes in the same order.
 
-        Sums run in rank order on every rank alike, so all ranks end with the same bits.
+        They are sent in buckets of that order, one at a time, so that no more than BUCKET numbers are copied at once;
+        a larger tensor is a bucket by itself. All ranks end with the same bits.
         """
-        if self.size == 1 or not tensors:
+        if self.size == 1:
             return
-        flat = torch.cat([t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for bucket in buckets([t.numel() for t in tensors], BUCKET):
+            held = [tensors[i] for i in bucket]
+            flat = torch.cat([t.reshape(-1).to(torch.promote_types(t.dtype, torch.float32)) for t in held])
+            dist.all_reduce(flat)
+            for tensor, part in zip(held, flat.split([t.numel() for t in held]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The ranks' rows behind each other, on the CPU; `counts` says how many each has."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.train.checkpoint import POLICY
 from tempflow.train.weightsets import Trainable, WeightSet
 
-PREFIX = "set."
+PREFIX = f"{POLICY}/set."
 """Of their files' names in a checkpoint."""
 
 
@@ -32,8 +33,8 @@ class Followers:
             weights.update()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """A checkpoint's tensors by file."""
-        return {PREFIX + name: weights.state() for name, weights in self.sets.items()}
+        """A checkpoint's tensors by file: the sets' own, no copies."""
+        return {PREFIX + name: weights.named() for name, weights in self.sets.items()}
 
     def updates(self) -> dict[str, int]:
         """How often each has followed, for the checkpoint's JSON."""

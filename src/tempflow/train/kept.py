@@ -12,7 +12,7 @@ from torch import Tensor
 from tempflow.config import Config
 from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import Report
-from tempflow.train.checkpoint import optimizer_tensors
+from tempflow.train.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, optimizer_tensors
 from tempflow.train.weightsets import Trainable, WeightSet
 
 Yardstick = tuple[float, Report]
@@ -43,16 +43,16 @@ def optimizer_of(config: Config, trainable: Trainable) -> torch.optim.Optimizer:
 def kept_tensors(
     trainable: Trainable, average: WeightSet | None, optimizer: torch.optim.Optimizer, looks: Looks
 ) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's tensors by file."""
+    """A checkpoint's tensors by file: the run's own, no copies."""
     reports = {"before": looks.before} | ({"yardstick": looks.yardstick[1]} if looks.yardstick else {})
     seen = {f"{name}/value": r.scores.value for name, r in reports.items()}
     seen |= {f"{name}/ok": r.scores.ok for name, r in reports.items()}
-    files = {"policy": trainable.state(), "looks": seen | {"grid": looks.grid}}
+    files = {WEIGHTS: trainable.named(), "looks": seen | {"grid": looks.grid}}
     moments = optimizer_tensors(optimizer, trainable.names)
     if moments:  # none before the first update
-        files["optimizer"] = moments
+        files[OPTIMIZER] = moments
     if average is not None:
-        files["ema"] = average.state()
+        files[AVERAGE] = average.named()
     return files
 
 

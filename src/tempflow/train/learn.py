@@ -155,14 +155,20 @@ def _idle(setting: Setting, experience: Experience, given: Credit, part: Lessons
 
 
 def _summed(world: World, trainable: Trainable, own: Sums, sharded: bool) -> Sums:
-    """All ranks' sums, and their gradients in the masters, by one exchange; a sharded network's gradients are summed
-    already."""
+    """All ranks' sums, and their gradients in the masters; a sharded network's gradients are summed already."""
     if world.size == 1:
         return own
     worst = [own.worst if rank == world.rank else 0.0 for rank in range(world.size)]
-    figures = torch.tensor([own.loss, own.rows, *own.metrics.values(), *worst], device=world.device)
-    gradients = [] if sharded else [m.grad for m in trainable.masters if m.grad is not None]
-    world.sum_([*gradients, figures])
+    given = [] if sharded else [float(m.grad is not None) for m in trainable.masters]
+    figures = torch.tensor([own.loss, own.rows, *own.metrics.values(), *worst, *given], device=world.device)
+    world.sum_([figures])
     loss, rows, *rest = figures.tolist()
-    metrics = dict(zip(own.metrics, rest, strict=False))
-    return Sums(loss, max(rest[len(metrics) :]), metrics, rows)
+    metrics, rest = dict(zip(own.metrics, rest, strict=False)), rest[len(own.metrics) :]
+    # Ranks may have used different parameters. All exchange those that any of them used; what none used keeps no
+    # gradient, so that the optimizer passes over it as in one process.
+    used = [m for m, ranks in zip(trainable.masters, rest[world.size :], strict=False) if ranks]
+    for master in used:
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+    world.sum_([master.grad for master in used if master.grad is not None])
+    return Sums(loss, max(rest[: world.size]), metrics, rows)

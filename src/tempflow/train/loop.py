@@ -191,7 +191,7 @@ def _setting(
     size = (config.model.height, config.model.width)
     model.noise_shape(size)
     trainable = Trainable(model.network)
-    base = trainable.state()
+    base = trainable.state() if config.model.start else None  # else training starts from it, and a set copies that
     if config.model.start:
         trainable.load(checkpoint.best_weights(Path(config.model.start)))
         say(f"start: best weights of {config.model.start}")
@@ -263,7 +263,7 @@ def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Jud
     return lambda condition: LatentJudge(bind(model, reward, condition), rows=rows)
 
 
-def _reference(which: str, trainable: Trainable, base: Mapping[str, Tensor]) -> WeightSet:
+def _reference(which: str, trainable: Trainable, base: Mapping[str, Tensor] | None) -> WeightSet:
     if which == "base":
         return WeightSet(trainable, Frozen(), base)
     if which == "start":

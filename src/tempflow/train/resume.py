@@ -72,7 +72,7 @@ def resumable(
     """
     file, root, saved = folder / "config.yaml", folder / checkpoint.FOLDER, None
     if not file.is_file() or (root.is_dir() and any(p.name.isdigit() for p in root.iterdir())):
-        saved = checkpoint.read(checkpoint.newest(folder, say))
+        saved = checkpoint.read_newest(folder, say)
     config_was = load_config(file) if saved is None else parse_config(yaml.safe_load(saved.state["config"]))
     was = read_identity(folder) if saved is None else read_identity(saved.state)
     free, changes = FREE, list[str]()

@@ -297,11 +297,11 @@ class Session:
     def restore(self, saved: checkpoint.Saved) -> None:
         """Goes on from a checkpoint; what the records say of later iterations is taken back."""
         state, tensors = saved.state, saved.tensors
-        self.trainable.load(tensors["policy"])
+        self.trainable.load(tensors[checkpoint.WEIGHTS])
         if self.average is not None:
-            self.average.load(tensors["ema"], state["average_updates"])
+            self.average.load(tensors[checkpoint.AVERAGE], state["average_updates"])
         self.followers.load(tensors, state["followers"])
-        checkpoint.load_optimizer(self.optimizer, self.trainable.names, tensors.get("optimizer", {}))
+        checkpoint.load_optimizer(self.optimizer, self.trainable.names, tensors.get(checkpoint.OPTIMIZER, {}))
         self.counter = Counter(**state["counter"])
         self.done, self.seconds, self.watcher.state = state["iteration"], state["seconds"], state["guards"]
         self.kept = self.done
@@ -315,10 +315,7 @@ class Session:
 
     def _use_best(self) -> None:
         """The network takes the best weights so far, and they are saved as the run's model."""
-        path = checkpoint.pointed(self.records.folder, checkpoint.BEST)
-        if path is None:
-            self._say("the best checkpoint is damaged or missing: the newest whole one is used")
-        weights, shards = checkpoint.best_weights(self.records.folder), self.setting.shards
+        weights, shards = checkpoint.best_weights(self.records.folder, self._say), self.setting.shards
         if shards is not None:
             shards.scatter()
         self.trainable.load(weights)

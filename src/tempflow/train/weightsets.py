@@ -101,7 +101,7 @@ class WeightSet:
 
     def __init__(self, trainable: Trainable, rule: Rule, values: Mapping[str, Tensor] | None = None) -> None:
         self.trainable, self.rule, self.updates = trainable, rule, 0
-        start = trainable.state() if values is None else values
+        start = trainable.named() if values is None else values
         check_names(trainable, start)
         self.values = [
             laid_out(start[n].detach().to(m.device, torch.float32), m).clone()
@@ -121,16 +121,12 @@ class WeightSet:
         self._rounded = None
 
     def named(self) -> dict[str, Tensor]:
-        """The values themselves by parameter name."""
+        """The values themselves by parameter name; `updates` is kept apart."""
         return dict(zip(self.trainable.names, self.values, strict=True))
-
-    def state(self) -> dict[str, Tensor]:
-        """Copies by parameter name; `updates` is kept apart."""
-        return {n: v.clone() for n, v in zip(self.trainable.names, self.values, strict=True)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Puts back what `state` gave."""
+        """Puts back what `named` gave."""
         check_names(self.trainable, state)
         for name, value in zip(self.trainable.names, self.values, strict=True):
             value.copy_(laid_out(state[name], value))
