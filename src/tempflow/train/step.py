@@ -231,8 +231,8 @@ class _Tour:
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
         # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
-        seen = ok if self.setting.judge is None else None
-        signals = measure(latents, media, forest.leaves.prompt, seen, self.setting.figures)
+        counted = ok if self.setting.judge is None else None
+        signals = measure(latents, media, forest.leaves.prompt, counted, self.setting.figures)
         forest = observed(algorithm, forest, media)
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.draws is None else forest.select(NO_EDGES)
