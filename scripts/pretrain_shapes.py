@@ -210,7 +210,7 @@ def _embedding_names(module: nn.Module) -> set[str]:
     """The names of the word table, which T5 has twice."""
     if not hasattr(module, "get_input_embeddings"):
         return set()
-    table = module.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+    table = module.get_input_embeddings().weight
     return {name for name, p in module.named_parameters(remove_duplicate=False) if p is table}
 
 

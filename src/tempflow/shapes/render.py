@@ -58,12 +58,13 @@ def polygon(shape: Shape, points: int = 48) -> np.ndarray:
         return np.array([(-1, -THICK), (1, -THICK), (1, THICK), (-1, THICK)], float)
     if shape == "dome":
         lift = (1 - WALL) / 2
-        return np.array([*_arc(180, 360, points) + (0, lift), (1, lift + WALL), (-1, lift + WALL)])
+        half = _arc(180, 360, points) + np.array([0, lift])
+        return np.concatenate([half, np.array([(1, lift + WALL), (-1, lift + WALL)])])
     if shape == "moon":  # a disc less another one; its tips are cut, for they would be thinner than a pixel
         inner, middle, tip = 0.75, 0.45, 0.1
         far, near = np.rad2deg(np.arccos(tip)), np.rad2deg(np.arccos((tip - middle) / inner))
-        bay = _arc(360 - near, near, points, inner) + (middle, 0)
-        return np.concatenate([_arc(far, 360 - far, points), bay]) - ((tip - 1) / 2, 0)
+        bay = _arc(360 - near, near, points, inner) + np.array([middle, 0])
+        return np.concatenate([_arc(far, 360 - far, points), bay]) - np.array([(tip - 1) / 2, 0])
     return np.array(
         [
             *[(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)],

@@ -1,8 +1,8 @@
 """The strict judge of shapes pictures. It sees the picture and the prompt's meaning, never how the picture was made.
 
-A picture is right when its foreground consists of exactly the wanted objects: each a single piece with the holes of its
-shape and no other, wholly inside the frame, with the outline of its shape, one plain palette colour, and the wanted size
-and place, on a plain dark ground, with nothing else in sight, and the wanted relation holds. Anything odd (specks,
+A picture is right when its foreground consists of exactly the wanted objects: each a single piece with the holes of
+its shape and no other, wholly inside the frame, with the outline of its shape, one plain palette colour, and the wanted
+size and place, on a plain dark ground, with nothing else in sight, and the wanted relation holds. Anything odd (specks,
 texture, rims, merged or touching objects, off-palette fill, a bright or patterned ground) is wrong.
 
 Outlines are judged on an enlarged foreground mask, colours on the picture's own pixels: the ground is one colour, the
@@ -31,7 +31,7 @@ MIN_OBJECT = 0.018  # smallest object, as a share of the picture; what is smalle
 # Overlap with the shape's own outline, and by how much the next best shape must fall short of that: a square with its
 # corners rounded off is neither square nor circle. Per shape, just below the worst of what a person still calls right.
 MIN_IOU: dict[Shape, float] = {
-    "circle": 0.90,
+    "circle": 0.92,
     "square": 0.90,
     "triangle": 0.85,
     "cross": 0.83,
@@ -42,7 +42,7 @@ MIN_IOU: dict[Shape, float] = {
     "bar": 0.84,
 }
 MIN_MARGIN: dict[Shape, float] = {
-    "circle": 0.05,
+    "circle": 0.09,
     "square": 0.05,
     "triangle": 0.10,
     "cross": 0.03,
@@ -52,7 +52,7 @@ MIN_MARGIN: dict[Shape, float] = {
     "dome": 0.06,
     "bar": 0.08,
 }
-HOLES: dict[Shape, int] = dict.fromkeys(SHAPES, 0) | {"ring": 1}
+HOLES: dict[Shape, int] = {shape: int(shape == "ring") for shape in SHAPES}
 MAX_BITE = 9  # cells of any 4 × 4 window of the 24 × 24 box in which an outline may differ from its shape
 MAX_STRETCH: dict[Shape, float] = {  # width over height of an object's box against its shape's
     "circle": 1.10,
@@ -60,10 +60,10 @@ MAX_STRETCH: dict[Shape, float] = {  # width over height of an object's box agai
     "triangle": 1.13,
     "cross": 1.10,
     "ring": 1.10,
-    "diamond": 1.13,
-    "moon": 1.14,
+    "diamond": 1.12,
+    "moon": 1.12,
     "dome": 1.11,
-    "bar": 1.18,
+    "bar": 1.21,
 }
 LARGEST_SMALL, SMALLEST_BIG = 6.6, 7.4  # half the longer side of a box, in pixels
 MIN_ASIDE = 3.0  # pixels from the picture's middle, towards the place that is asked for
@@ -83,8 +83,8 @@ MAX_GROUND_STRAY = 32.0  # largest distance of a ground pixel's channel from the
 class Found:
     """One component; x and y are its box's centre in pixels, `iou` its overlap with `shape`'s own outline.
 
-    `radius` is half the longer side of its box, in pixels. `clean` is False when its outline, fill or place disqualifies
-    it whatever the prompt; `color` is None when it is all edge and has no inside to take it from.
+    `radius` is half the longer side of its box, in pixels. `clean` is False when its outline or fill disqualifies it
+    whatever the prompt, or the frame cuts it; `color` is None when it is all edge, without an inside to take it from.
     """
 
     shape: Shape
@@ -185,7 +185,7 @@ def _outline(piece: _Piece) -> tuple[Shape, float, bool]:
     """The best shape, its overlap with the outline, and whether it is that shape beyond doubt and inside the frame."""
     x, y, w, h = piece.box
     fit = _fit(piece.mask[y : y + h, x : x + w])
-    templates, areas, stretch = _templates()
+    templates, areas, _ = _templates()
     overlap = templates @ fit
     every = overlap / (areas + float(fit.sum()) - overlap)
     closest = int(every.argmax())
