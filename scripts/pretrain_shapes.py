@@ -201,7 +201,8 @@ def first_pipeline(init: Path | None) -> StableDiffusion3Pipeline:
                 if word in old:
                     mine[row] = table[old[word]]
                 else:
-                    near = table[[i for w, i in sorted(old.items()) if _word_class(w) == _word_class(word)]]
+                    alike = [i for w, i in sorted(old.items()) if _word_class(w) == _word_class(word)]
+                    near = table[alike] if len(alike) > 1 else table
                     mine[row] = near.mean(0) + near.std(0) * torch.randn(near.shape[1], generator=generator)
     return pipe
 
