@@ -13,13 +13,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from tempflow.shapes.prompts import COLORS, SHAPES, Object, Shape, Spec, specs
-from tempflow.shapes.render import OVERSAMPLE, PALETTE, SIZE, Placed, compose, draw, polygon
+from tempflow.shapes.prompts import COLORS, SHAPES, Color, Object, Place, Shape, Size, Spec, specs
+from tempflow.shapes.render import ARM, OVERSAMPLE, PALETTE, SIZE, Placed, compose, draw, polygon
 
 Rng = np.random.Generator
 Trick = Callable[[Rng], tuple[np.ndarray, Spec]]
 BIG = SIZE * OVERSAMPLE
 GREY = (28, 28, 28)
+HUES: tuple[Color, ...] = tuple(c for c in COLORS if c != "white")  # white may be added to these as something foreign
+COMPACT: tuple[Shape, ...] = ("circle", "square", "triangle", "cross", "diamond", "dome")  # solid and thick everywhere
 
 
 def some(rng: Rng, kind: str | None = None) -> Spec:
@@ -29,7 +31,7 @@ def some(rng: Rng, kind: str | None = None) -> Spec:
 
 def one(rng: Rng, shape: Shape | None = None) -> Spec:
     """A colour prompt: one object."""
-    return Spec("color", (Object(shape or SHAPES[rng.integers(4)], COLORS[rng.integers(6)]),))
+    return Spec("color", (Object(shape or COMPACT[rng.integers(len(COMPACT))], HUES[rng.integers(len(HUES))]),))
 
 
 def paint(canvas: np.ndarray, outline: np.ndarray, fill: np.ndarray | tuple[int, ...]) -> None:
@@ -74,6 +76,26 @@ def filled(make: Callable[[Rng, tuple[int, int, int]], np.ndarray | tuple[int, .
     return trick
 
 
+def posed(objects: Callable[[Rng, Object], Placed], size: Size | None = None, place: Place | None = None) -> Trick:
+    """One object of any shape where a size or a place is asked for; `objects` says where and how large it stands."""
+
+    def trick(rng: Rng) -> tuple[np.ndarray, Spec]:
+        wanted = Object(SHAPES[rng.integers(len(SHAPES))], size=size, place=place)
+        return draw([objects(rng, wanted)], GREY), Spec("single", (wanted,))
+
+    return trick
+
+
+def standing(radius: float, x: float = 16.0, y: float = 16.0) -> Callable[[Rng, Object], Placed]:
+    """`radius` is half the longer side of the object's box, in pixels."""
+
+    def place(rng: Rng, wanted: Object) -> Placed:
+        longer = float(np.abs(polygon(wanted.shape)).max())
+        return Placed(wanted.shape, COLORS[rng.integers(len(COLORS))], x, y, radius / longer)
+
+    return place
+
+
 def spoiled(change: Callable[[np.ndarray, Rng], np.ndarray]) -> Trick:
     """A right picture of any prompt, changed afterwards."""
 
@@ -115,7 +137,12 @@ def turned(shape: Shape, degrees: float) -> np.ndarray:
 
 def fat_cross(arm: float) -> np.ndarray:
     thin = polygon("cross")
-    return np.where(np.isclose(abs(thin), 0.36), np.sign(thin) * arm, thin)
+    return np.where(np.isclose(abs(thin), ARM), np.sign(thin) * arm, thin)
+
+
+def half_disc() -> np.ndarray:
+    """Twice as wide as high, its flat side below."""
+    return np.concatenate([regular(48)[36:], regular(48)[:13]]) + np.array([0, 0.5])
 
 
 def trapezoid(top: float) -> np.ndarray:
@@ -189,6 +216,12 @@ def other_color(rng: Rng, color: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 # --------------------------------------------------------------------------------------------- changes afterwards
+def objects_of(picture: np.ndarray, level: int) -> np.ndarray:
+    """uint8 0/1: pixels within two of one that differs from the ground."""
+    away = np.abs(picture.astype(int) - picture[0, 0].astype(int)).max(2)
+    return cv2.dilate((away > level).astype(np.uint8), np.ones((5, 5), np.uint8))
+
+
 def noisy(level: float) -> Callable[[np.ndarray, Rng], np.ndarray]:
     return lambda p, rng: np.clip(p + rng.normal(0, level, p.shape), 0, 255)
 
@@ -207,12 +240,14 @@ def specks(count: int, side: int, color: str | tuple[int, int, int]) -> Callable
 
     def change(picture: np.ndarray, rng: Rng) -> np.ndarray:
         out = picture.copy()
-        objects = cv2.dilate((np.ptp(picture, axis=2) > 20).astype(np.uint8), np.ones((5, 5), np.uint8))
+        objects = objects_of(picture, 20)
         placed = 0
         for _ in range(1000):
             y, x = rng.integers(0, SIZE - side, 2)
             if not objects[y : y + side, x : x + side].any():
-                out[y : y + side, x : x + side] = PALETTE[COLORS[rng.integers(6)]] if isinstance(color, str) else color
+                out[y : y + side, x : x + side] = (
+                    PALETTE[COLORS[rng.integers(len(COLORS))]] if isinstance(color, str) else color
+                )
                 placed += 1
             if placed == count:
                 return out
@@ -258,10 +293,10 @@ def shifted(picture: np.ndarray, rng: Rng) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------- whole pictures
 def crowd(rng: Rng) -> tuple[np.ndarray, Spec]:
-    """All four shapes twice, as if to show every wanted object at once."""
+    """Eight of the nine shapes, as if to show every wanted object at once."""
     cells = rng.permutation(9)[:8]
     objects = [
-        Placed(SHAPES[i % 4], COLORS[rng.integers(6)], 5.5 + 10.5 * (c % 3), 5.5 + 10.5 * (c // 3), 4.2)
+        Placed(SHAPES[i], COLORS[rng.integers(len(COLORS))], 5.5 + 10.5 * (c % 3), 5.5 + 10.5 * (c // 3), 4.2)
         for i, c in enumerate(cells.tolist())
     ]
     return draw(objects, GREY), some(rng)
@@ -277,8 +312,8 @@ def tiled(rng: Rng) -> tuple[np.ndarray, Spec]:
 def touching(gap: float) -> Trick:
     def trick(rng: Rng) -> tuple[np.ndarray, Spec]:
         spec = some(rng, "attribution")
-        while gap < 0 and "triangle" in (o.shape for o in spec.objects):  # its box touches where it does not
-            spec = some(rng, "attribution")
+        while gap < 0 and {"triangle", "moon", "dome"} & {o.shape for o in spec.objects}:
+            spec = some(rng, "attribution")  # these boxes touch where the outlines do not
         a, b = spec.objects
         level = rng.uniform(8, 24)
         pair = [
@@ -292,6 +327,8 @@ def touching(gap: float) -> Trick:
 
 def concentric(rng: Rng) -> tuple[np.ndarray, Spec]:
     spec = some(rng, "attribution")
+    while spec.objects[0].shape == "ring":  # what stands in a ring's hole stands apart from it
+        spec = some(rng, "attribution")
     a, b = spec.objects
     return draw(
         [Placed(a.shape, a.color or "red", 16, 16, 13), Placed(b.shape, b.color or "red", 16, 16, 5)], GREY
@@ -303,8 +340,9 @@ def cut(share: float) -> Trick:
 
     def trick(rng: Rng) -> tuple[np.ndarray, Spec]:
         spec, radius = one(rng), rng.uniform(6, 10)
-        inside, free = radius * (1 - 2 * share), rng.uniform(radius + 1, SIZE - radius - 1)
-        x, y = [(inside, free), (SIZE - inside, free), (free, inside), (free, SIZE - inside)][rng.integers(4)]
+        free = rng.uniform(radius + 1, SIZE - radius - 1)
+        wide, high = np.abs(polygon(spec.objects[0].shape)).max(0) * radius * (1 - 2 * share)
+        x, y = [(wide, free), (SIZE - wide, free), (free, high), (free, SIZE - high)][rng.integers(4)]
         return draw([Placed(spec.objects[0].shape, spec.objects[0].color or "red", x, y, radius)], GREY), spec
 
     return trick
@@ -325,7 +363,7 @@ def ghost(level: int) -> Callable[[np.ndarray, Rng], np.ndarray]:
         out, (y, x) = picture.copy(), rng.integers(1, 22, 2)
         bare = np.zeros((SIZE, SIZE), bool)
         bare[y : y + 9, x : x + 9] = True
-        bare &= cv2.dilate((np.ptp(picture, axis=2) > 3).astype(np.uint8), np.ones((5, 5), np.uint8)) == 0
+        bare &= objects_of(picture, 3) == 0
         if bare.sum() < 12:
             return change(picture, rng)
         out[bare] = np.minimum(out[bare].astype(int) + level, 255)
@@ -344,7 +382,7 @@ def one_more(objects: list[Placed], spec: Spec, rng: Rng) -> list[Placed]:
         r = rng.uniform(3.0, 5.0)
         x, y = spot(rng, r)
         if all(max(abs(o.x - x), abs(o.y - y)) >= o.radius + r + 1.5 for o in objects):
-            return [*objects, Placed(SHAPES[rng.integers(4)], COLORS[rng.integers(6)], x, y, r)]
+            return [*objects, Placed(SHAPES[rng.integers(len(SHAPES))], COLORS[rng.integers(len(COLORS))], x, y, r)]
     return objects[:-1]
 
 

@@ -14,7 +14,8 @@ import argparse
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -25,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from benchmarks.catalog import DOUBTFUL, FAIR, WRONG
 from benchmarks.tricks import Trick
-from tempflow.shapes.prompts import COLORS, KINDS, Spec, balanced, specs
-from tempflow.shapes.render import PALETTE, SIZE, Placed, compose, draw, scene
-from tempflow.shapes.verify import judge
+from tempflow.shapes.prompts import COLORS, KINDS, Object, Spec, balanced, specs
+from tempflow.shapes.render import PALETTE, SIZE, Placed, aside, compose, draw, polygon, scene
+from tempflow.shapes.verify import LARGEST_SMALL, MIN_ASIDE, SMALLEST_BIG, judge
 
 Case = tuple[np.ndarray, Spec]
 
@@ -44,22 +45,33 @@ def rates(cases: Sequence[Case]) -> tuple[float, float]:
 
 # -------------------------------------------------------------------------------------------- truth, mismatch, noise
 def shows(objects: Sequence[Placed], spec: Spec) -> bool:
-    """Whether a drawn scene means what `spec` asks for; for positions also when it is nearly so (a diagonal)."""
+    """Whether a drawn scene means what `spec` asks for, or nearly so (a diagonal, a size between the two)."""
     if len(objects) != len(spec.objects):
         return False
     orders = [list(objects), list(objects)[::-1]] if len(objects) == 2 else [list(objects)]
-    for order in orders:
-        if any(w.shape != o.shape or w.color not in (None, o.color) for o, w in zip(order, spec.objects, strict=True)):
-            continue
-        if spec.relation is None:
-            return True
-        dx, dy = order[1].x - order[0].x, order[1].y - order[0].y
-        along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
-            spec.relation
-        ]
-        if along > 5 and along > abs(across) - 1:
-            return True
-    return False
+    return any(_shows(order, spec) for order in orders)
+
+
+def _shows(order: Sequence[Placed], spec: Spec) -> bool:
+    if not all(_is(placed, wanted) for placed, wanted in zip(order, spec.objects, strict=True)):
+        return False
+    if spec.relation is None:
+        return True
+    dx, dy = order[1].x - order[0].x, order[1].y - order[0].y
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[spec.relation]
+    return along > 5 and along > abs(across) - 1
+
+
+def _is(placed: Placed, wanted: Object) -> bool:
+    if placed.shape != wanted.shape or wanted.color not in (None, placed.color):
+        return False
+    radius = placed.radius * float(np.abs(polygon(placed.shape)).max())
+    if (wanted.size == "small" and radius > SMALLEST_BIG) or (wanted.size == "big" and radius < LARGEST_SMALL):
+        return False
+    if wanted.place is None:
+        return True
+    along, across = aside(placed.x, placed.y, wanted.place)
+    return along > MIN_ASIDE - 1 and along > abs(across) - 1
 
 
 def truth(count: int) -> dict[str, list[Case]]:
@@ -67,19 +79,52 @@ def truth(count: int) -> dict[str, list[Case]]:
     return {kind: [(scene(s, rng), s) for s in (_any(rng, kind) for _ in range(count))] for kind in KINDS}
 
 
+@cache
+def _pool(kind: str | None) -> list[Spec]:
+    return [s for s in specs() if kind in (None, s.kind)]
+
+
 def _any(rng: np.random.Generator, kind: str | None = None) -> Spec:
-    pool = [s for s in specs() if kind in (None, s.kind)]
+    pool = _pool(kind)
     return pool[rng.integers(len(pool))]
 
 
+@cache
+def _by_frame() -> dict[tuple[int, str], list[Spec]]:
+    """Prompts by what is left of them when one word is blanked out."""
+    frames: dict[tuple[int, str], list[Spec]] = {}
+    for spec in specs():
+        for frame in _frames(spec):
+            frames.setdefault(frame, []).append(spec)
+    return frames
+
+
+def _frames(spec: Spec) -> list[tuple[int, str]]:
+    words = spec.prompt.split()
+    return [(i, " ".join([*words[:i], "_", *words[i + 1 :]])) for i in range(len(words))]
+
+
+def one_word_away(spec: Spec, rng: np.random.Generator) -> Spec | None:
+    """A prompt that differs from this one in one word, if the word drawn has another."""
+    near = [s for s in _by_frame()[_frames(spec)[rng.integers(len(spec.prompt.split()))]] if s != spec]
+    return near[rng.integers(len(near))] if near else None
+
+
 def mismatched(count: int) -> dict[str, list[Case]]:
-    """Pictures of one meaning asked for another: any other prompt, or one of the same kind (nearer by)."""
+    """Pictures of one meaning asked for another: any other prompt, one of the same kind, one that is a word away."""
     rng = rng_for("mismatched")
-    cases: dict[str, list[Case]] = {"any other prompt": [], "another of its kind": []}
+    others: dict[str, Callable[[Spec], Spec | None]] = {
+        "any other prompt": lambda spec: _any(rng),
+        "another of its kind": lambda spec: _any(rng, spec.kind),
+        "one word away": lambda spec: one_word_away(spec, rng),
+    }
+    cases: dict[str, list[Case]] = {name: [] for name in others}
     for name, found in cases.items():
         while len(found) < count:
-            spec = _any(rng)
-            asked = _any(rng, None if name == "any other prompt" else spec.kind)
+            spec = _any(rng, KINDS[rng.integers(len(KINDS))])
+            asked = others[name](spec)
+            if asked is None:
+                continue
             objects, shade = compose(spec, rng)
             if not shows(objects, asked):
                 found.append((draw(objects, (shade, shade, shade)), asked))
@@ -98,7 +143,7 @@ def noise(count: int) -> dict[str, list[Case]]:
         """Smooth noise cut at a level: soft-edged blobs of one palette colour on the dark ground."""
         field = cv2.GaussianBlur(rng.normal(0, 1, shape[:2]), (0, 0), rng.uniform(2, 6))
         share = np.clip((field / field.std() - rng.uniform(0.5, 2)) * 4, 0, 1)[..., None]
-        return 28 + share * (np.array(PALETTE[COLORS[rng.integers(6)]]) - 28.0)
+        return 28 + share * (np.array(PALETTE[COLORS[rng.integers(len(COLORS))]]) - 28.0)
 
     def salt() -> np.ndarray:
         return np.where(rng.random((SIZE, SIZE, 1)) < rng.uniform(0.01, 0.3), rng.integers(0, 256, shape), 28)
@@ -124,7 +169,7 @@ def nudge(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     patch = out[y : y + h, x : x + w]
     kind = rng.integers(4)
     if kind == 0:
-        patch[:] = PALETTE[COLORS[rng.integers(6)]]
+        patch[:] = PALETTE[COLORS[rng.integers(len(COLORS))]]
     elif kind == 1:
         patch[:] = 28
     elif kind == 2:

@@ -2,15 +2,15 @@
 
     python scripts/train_latent_reward.py --out runs/latent-reward
 
-The package's own (`reward: shapes`; some twenty minutes of a core) was made by
+The package's own (`reward: shapes`; a quarter of an hour of a slow core) was made by
 
-    python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --half \\
-        --prompts 4000 --held-prompts 4000 --pictures 36 --drop 0 --steps 1500 --held-pairs 1500
+    python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --bits 7 \\
+        --prompts 960 --held-prompts 240 --pictures 8 --drop 0 --steps 700 --candidates 1
 
 One that learned from candidates of one state, as `drm_grpo` asks about, was made by
 
     python scripts/train_latent_reward.py --start shapes --siblings --out runs/latent-reward \\
-        --prompts 4000 --pictures 2 --steps 800 --half
+        --prompts 4000 --pictures 2 --steps 800 --bits 7
 
 Pictures of train prompts are drawn with the pipeline and judged by the graded verifier; pictures of one prompt whose
 scores differ make pairs. With `--siblings` pairs are candidates of one state of `drm_grpo`'s recipe instead, judged by
@@ -62,9 +62,9 @@ def graded(model: SD3, latents: Tensor, prompts: Sequence[str]) -> Tensor:
     return ShapesReward().score(model.decode(latents, SIZE), prompts, [{}] * len(prompts)).value[:, 0]
 
 
-def prompts_of(split: Split, count: int, without: Sequence[str] = ()) -> tuple[str, ...]:
-    """The distinct prompts among the split's first `count`; single objects stand in every split, hence `without`."""
-    return tuple(dict.fromkeys(s.prompt for s in balanced(split, count) if s.prompt not in without))
+def prompts_of(split: Split, count: int) -> tuple[str, ...]:
+    """The distinct prompts among the split's first `count`."""
+    return tuple(dict.fromkeys(s.prompt for s in balanced(split, count)))
 
 
 def drawn(model: SD3, texts: tuple[str, ...], pictures: int, noise_level: float, seed: int) -> Rated:
@@ -113,7 +113,7 @@ def main() -> None:
         of_siblings(a, model, texts, began)
         return
     rated = drawn(model, texts, a.pictures, a.noise_level, seed=a.seed)
-    held = drawn(model, prompts_of("validation", a.held_prompts, texts), a.pictures, a.noise_level, seed=a.seed + 1)
+    held = drawn(model, prompts_of("validation", a.held_prompts), a.pictures, a.noise_level, seed=a.seed + 1)
     held_pairs = some(pairs_of(held, a.margin), a.held_pairs)
     count = len(pairs_of(rated, a.margin))
     log("drawn", began, prompts=len(texts), pictures=len(rated.latents), pairs=count, held_prompts=len(held.prompts))
@@ -141,7 +141,7 @@ def trained(a: argparse.Namespace, model: SD3, rated: Rated, began: float) -> La
     made = {"drop": a.drop, "width": a.width, "seed": a.seed, "licence": model.licence}
     start = LatentReward.load(a.start) if a.start else LatentReward.from_transformer(model.network, **made)
     reward = train_latent_reward(model, rated, config, reward=start, report=report)
-    (reward.half() if a.half else reward).save(a.out)
+    reward.save(a.out, bits=a.bits)
     return LatentReward.load(a.out)
 
 
@@ -175,7 +175,7 @@ def arguments() -> argparse.Namespace:
         "--held-prompts",
         type=int,
         default=120,
-        help="first of the validation prompts, those of the train prompts left out",
+        help="first of the validation prompts, each taken once",
     )
     parser.add_argument("--pictures", type=int, default=8, help="drawn for each prompt")
     parser.add_argument(
@@ -192,7 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--width", type=int, default=64, help="channels of the head")
     parser.add_argument("--drop", type=int, help="last blocks that are left off; as the paper does where not given")
-    parser.add_argument("--half", action="store_true", help="keep the weights in float16")
+    parser.add_argument("--bits", type=int, choices=range(2, 9), help="keep matrices in so many; else in float32")
     parser.add_argument("--share-noise", action="store_true", help="one ε for both of a pair")
     parser.add_argument("--held-pairs", type=int, default=600)
     parser.add_argument("--buckets", type=int, default=5, help="equal parts of (0, 1] in which accuracy is measured")

@@ -300,6 +300,19 @@ def test_other_seeds_count_only_at_the_rate_of_a_whole_search(board: Board):
 
 
 # --------------------------------------------------------------------------------------------------------------- page
+def test_the_first_editions_leaderboard_is_frozen(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """It says so in its first line, and a leaderboard of today neither reads its results nor writes its page."""
+    root = Path(leaderboard.__file__).parents[1]
+    frozen, page = root / "benchmarks" / "leaderboard" / "first_edition", root / "docs" / "leaderboard.md"
+    first = page.read_text().splitlines()[0]
+    assert "first edition" in first and "frozen" in first
+    assert len(list(frozen.glob("*.json"))) == 187
+    assert Board(BASE).results.resolve() != frozen.resolve()
+    leaderboard.write(board, [FLOW], tmp_path / "docs")
+    assert "is not used" not in capsys.readouterr().out
+    assert [f.name for f in (tmp_path / "docs").glob("*.md")] == [f"{leaderboard.PAGE}.md"] != [page.name]
+
+
 def stands(name: str, *afters: np.ndarray, kind: Any = "paper", **fields: Any) -> Standing:
     entry = replace(FLOW, name=name, kind=kind)
     return Standing(entry, {1e-4: result(afters[0])}, 1e-4, {s: result(a, **fields) for s, a in enumerate(afters)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,25 @@ def test_a_picture_depends_on_seed_place_and_prompt_only(monkeypatch: pytest.Mon
     assert torch.equal(picture(prompts), whole)
     assert not torch.equal(picture(prompts, seed=4), whole)
     assert not torch.equal(whole[0], whole[6])  # the same prompt in another place has other noise
+
+
+def test_a_validation_and_a_test_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the seed: weights chosen on a validation are not those that its test's noise happens to suit."""
+    drawn: dict[str, list[torch.Tensor]] = {"test": [], "validation": []}
+    initial = Noise.initial
+    for stream, noises in drawn.items():
+
+        def spy(self: Noise, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kept: list = noises) -> torch.Tensor:
+            kept.append(initial(self, ids, shape))
+            return kept[-1]
+
+        monkeypatch.setattr(Noise, "initial", spy)
+        for seed in (3, 4):
+            how = {"steps": 2, "guidance": 1.0, "seed": seed, "size": SIZE, "rows": 64, "stream": stream}
+            evaluate(Fake(), [Prompt(p) for p in PROMPTS], [from_function(lambda i, t: [0.0] * len(t))], **how)  # type: ignore[arg-type]
+    rows = {stream: torch.cat(noises).flatten(1) for stream, noises in drawn.items()}
+    assert len(rows["test"]) == len(rows["validation"]) == 2 * len(PROMPTS)
+    assert torch.cdist(rows["test"], rows["validation"]).min() > 0.1
 
 
 def test_evaluate_scores_each_picture_by_its_prompt() -> None:

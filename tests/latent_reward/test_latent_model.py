@@ -147,6 +147,37 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == (tmp_path / "a" / "reward" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("bits", [2, 5, 7, 8])
+def test_in_few_bits_a_weight_is_off_by_half_a_unit_of_its_row(tmp_path: Path, bits: int) -> None:
+    reward = awake(LatentReward.from_transformer(world.dual_transformer(), width=8))
+    reward.save(tmp_path, bits=bits)
+    again = LatentReward.load(tmp_path)
+    matrices = 0
+    for (name, mine), theirs in zip(reward.named_parameters(), again.parameters(), strict=True):
+        assert theirs.dtype == torch.float32
+        if mine.dim() < 2:
+            torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-6)
+            continue
+        matrices += mine.numel()
+        unit = mine.flatten(1).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        assert ((mine - theirs).flatten(1).abs() <= 0.51 * unit + 1e-6).all(), name
+    stored = load_file(tmp_path / WEIGHTS)
+    assert sum(t.numel() for t in stored.values() if t.dtype == torch.uint8) == pytest.approx(
+        matrices * bits / 8, rel=0.01
+    )
+    if bits >= 7:
+        with torch.no_grad():
+            (want,), (got,) = reward(**dual_call(4)), again(**dual_call(4))
+        assert float((want - got).abs().max()) < 0.05 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(("bits", "near"), [(1, 2), (9, 8), (16, 8)])
+def test_another_number_of_bits_is_refused(tmp_path: Path, bits: int, near: int) -> None:
+    with pytest.raises(ValueError, match=f"bits: {bits} is none of 2 … 8; nearest valid: {near}"):
+        LatentReward.from_transformer(world.dual_transformer(), width=8).save(tmp_path / "no", bits=bits)
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     LatentReward.from_transformer(world.dual_transformer(), width=8).save(tmp_path / "reward")
@@ -171,6 +202,8 @@ def test_a_missing_folder_names_a_near_one(folder: Path) -> None:
         ({"kept": 1}, f"{WEIGHTS} does not fit {RECORD}"),
         ({"width": 9}, f"{WEIGHTS} does not fit {RECORD}"),
         ({"width": 0}, "width: 0 is too small"),
+        ({"bits": 9}, "bits in .* is 9; it must be null or 2 … 8"),
+        ({"bits": 4}, f"{WEIGHTS} does not fit {RECORD}"),
         ({"transformer": {}}, "transformer.num_layers: None must be a whole number"),
     ],
 )

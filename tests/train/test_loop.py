@@ -84,6 +84,15 @@ def test_every_row_through_the_network_is_accounted_for(finished: Run) -> None:
     assert sum(model.rows) == finished.counter.forwards + looked
 
 
+def test_what_chooses_weights_has_other_noise_than_what_reports_them(tmp_path: Path) -> None:
+    """Test and validation have the same prompts here, the weights hardly move, and no picture is the same."""
+    still = {"learning_rate": 1e-12, "updates_per_iteration": 1}
+    run = go(tmp_path / "still", iterations=1, optimizer=still, evaluation={"test_prompts": 6, "every": 1})
+    (chosen,) = {line["mean"]["reward"] for line in lines(run.folder, "evaluation.jsonl")[-1:]}
+    assert run.before.mean("reward") == pytest.approx(run.after.mean("reward"), abs=1e-4)
+    assert abs(chosen - run.before.mean("reward")) > 1e-3
+
+
 def test_two_runs_of_one_seed_are_identical(finished: Run, tmp_path: Path) -> None:
     again = go(tmp_path / "again", optimizer={"updates_per_iteration": 2})
     for name in ("metrics.jsonl", "evaluation.jsonl", "samples.json"):

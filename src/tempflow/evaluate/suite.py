@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -75,6 +76,10 @@ def _crossed(seen: Decoded) -> Tensor:
     return media
 
 
+Stream = Literal["test", "validation"]
+_ITERATION: dict[Stream, int] = {"test": -1, "validation": -2}  # a training run counts from 0: its noise is neither
+
+
 def _go_on() -> None:
     """No pause."""
 
@@ -89,6 +94,7 @@ class _Sampling:
     samples: int
     first: int = 0
     pause: Callable[[], None] = _go_on
+    stream: Stream = "test"
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -113,7 +119,7 @@ def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tup
             ODE(),
             schedule,
             patient,
-            Noise(how.seed, iteration=-1),  # a training run counts from 0: its noise is never this
+            Noise(how.seed, iteration=_ITERATION[how.stream]),
             shape=shape,
             slots=slots,
             max_rows=how.rows,
@@ -137,6 +143,7 @@ def evaluate(
     samples_per_prompt: int = 1,
     first: int = 0,
     pause: Callable[[], None] = _go_on,
+    stream: Stream = "test",
 ) -> Report:
     """Draws pictures of each prompt and scores them by every reward.
 
@@ -146,13 +153,14 @@ def evaluate(
     samples_per_prompt  with 2 or more the report has the pictures' diversity within a prompt
     first               number of the first prompt, which its noise depends on: a rank judges a block of a longer list
     pause               called before every forward; may raise to leave
+    stream              which noise: what chooses weights (a validation) shares none with what reports them (a test)
 
     Raises ValueError for samples_per_prompt below 1, and for a gold name that `total` weighs or no reward has.
     """
     trained = [name for name in gold if total is not None and total.get(name)]
     if trained:
         raise ValueError(f"gold: {trained[0]!r} is trained on; nearest valid: a reward that the training doesn't see")
-    how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt, first, pause)
+    how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt, first, pause, stream)
     scored, seen, broken, groups = list[Scores](), list[Tensor](), list[Tensor](), list[int]()
     for slots, part in _drawn(model, [p.text for p in prompts], how):
         slot = [n for n in slots for _ in range(samples_per_prompt)]

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -165,12 +166,21 @@ class LatentReward(nn.Module):
             if mine != theirs:
                 raise ValueError(f"the latent reward's {field} is {mine}, the model's {theirs}; {how}")
 
-    def save(self, folder: str | Path) -> None:
-        """Writes weights as safetensors, and beside them a JSON record of what they are; no pickle."""
+    def save(self, folder: str | Path, bits: int | None = None) -> None:
+        """Writes weights as safetensors, and beside them a JSON record of what they are; no pickle.
+
+        bits  2 … 8: matrices in whole numbers of so many bits with a float16 scale a row, all else in float16;
+              None: everything in float32
+
+        Raises ValueError for another number of bits.
+        """
+        if bits is not None and not 2 <= bits <= 8:
+            raise ValueError(f"bits: {bits} is none of 2 … 8; nearest valid: {min(max(bits, 2), 8)}")
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, place / WEIGHTS)
-        record = {"format": FORMAT, "family": FAMILY, **asdict(self.spec)}
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(state if bits is None else _packed(state, self._matrices(), bits), place / WEIGHTS)
+        record = {"format": FORMAT, "family": FAMILY, "bits": bits, **asdict(self.spec)}
         (place / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
@@ -185,15 +195,46 @@ class LatentReward(nn.Module):
                 near = [str(p.parent) for p in sorted(place.parent.glob(f"*/{RECORD}"))]
                 hint = f"nearest valid: {near[0]!r}" if near else "LatentReward.save makes such a folder"
                 raise ValueError(f"latent reward: {str(place)!r} has no {name}; {hint}")
-        reward = cls(_read_spec(place / RECORD))
+        spec, bits = _read_record(place / RECORD)
+        reward = cls(spec)
         try:
-            reward.load_state_dict(load_file(place / WEIGHTS))
+            state = load_file(place / WEIGHTS)
+            reward.load_state_dict(state if bits is None else _unpacked(state, reward._matrices(), bits))
         except SafetensorError as error:
             raise ValueError(f"latent reward: {str(place / WEIGHTS)!r} is not safetensors ({error})") from error
-        except RuntimeError as error:  # torch's word for names and shapes that differ
+        except (RuntimeError, KeyError, ValueError) as error:  # names and shapes that differ
             what = " ".join(str(error).split())
             raise ValueError(f"latent reward: {WEIGHTS} does not fit {RECORD} in {str(place)!r} ({what})") from error
         return reward.to(device)
+
+    def _matrices(self) -> dict[str, torch.Size]:
+        """The shapes of those parameters that `save` may round."""
+        return {name: p.shape for name, p in self.named_parameters() if p.dim() > 1}
+
+
+def _packed(state: Mapping[str, Tensor], matrices: Mapping[str, torch.Size], bits: int) -> dict[str, Tensor]:
+    """Each matrix as a stream of `bits`-bit numbers and, as NAME.scale, what a unit is worth in each of its rows."""
+    most = 2 ** (bits - 1) - 1
+    packed = {name: tensor.half() for name, tensor in state.items() if name not in matrices}
+    for name in matrices:
+        rows = state[name].float().flatten(1)
+        scale = (rows.abs().amax(1) / most).clamp_min(2.0**-24).half()
+        whole = (rows / scale.float()[:, None]).round().clamp(-most, most) + most
+        planes = np.unpackbits(whole.to(torch.uint8).numpy().reshape(-1, 1), axis=1)[:, 8 - bits :]
+        packed |= {name: torch.from_numpy(np.packbits(planes)), f"{name}.scale": scale}
+    return packed
+
+
+def _unpacked(state: dict[str, Tensor], matrices: Mapping[str, torch.Size], bits: int) -> dict[str, Tensor]:
+    """What `_packed` was made of, rounded."""
+    whole = dict(state)
+    for name, shape in matrices.items():
+        packed, scale, count = whole.pop(name), whole.pop(f"{name}.scale"), shape.numel()
+        planes = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+        numbers = np.packbits(np.pad(planes, ((0, 0), (8 - bits, 0))), axis=1)
+        rows = torch.from_numpy(numbers).float().view(len(scale), -1) - (2 ** (bits - 1) - 1)
+        whole[name] = (rows * scale.float()[:, None]).view(shape)
+    return whole
 
 
 def embedded_folder() -> Path:
@@ -253,7 +294,8 @@ class _Head(nn.Module):
         return self.out(nn.functional.silu(self.pooled(pooled))).squeeze(1)
 
 
-def _read_spec(file: Path) -> RewardSpec:
+def _read_record(file: Path) -> tuple[RewardSpec, int | None]:
+    """What the reward is built from, and in how many bits its matrices are kept."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -264,4 +306,7 @@ def _read_spec(file: Path) -> RewardSpec:
     for (name, value), kind in zip(fields.items(), (dict, int, int, str), strict=True):
         if not isinstance(value, kind):
             raise ValueError(f"latent reward: {name} in {str(file)!r} is {value!r}; it must be a {kind.__name__}")
-    return RewardSpec(**fields)
+    bits = record.get("bits")
+    if bits is not None and bits not in range(2, 9):
+        raise ValueError(f"latent reward: bits in {str(file)!r} is {bits!r}; it must be null or 2 … 8")
+    return RewardSpec(**fields), bits

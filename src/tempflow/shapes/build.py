@@ -1,13 +1,15 @@
 """The untrained `shapes` pipeline: a StableDiffusion3Pipeline in miniature, every slot filled.
 
 16 picture tokens (a 32×32 picture, 8×8×8 latents, patch 2) beside 10 CLIP and 10 T5 tokens. Word-level tokenizers: the
-world's grammar has thirty words. `pipe(prompt, height=32, width=32, max_sequence_length=10)` sees what training saw.
+world's grammar has 45 words. `pipe(prompt, height=32, width=32, max_sequence_length=10)` sees what training saw.
 """
 
 # diffusers' own annotations are narrower than what it takes (tuples of one, a CLIPTokenizer), and its exports are lazy.
 # pyright: reportArgumentType=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -22,13 +24,17 @@ from transformers import (
 
 from tempflow.shapes.prompts import specs
 
-TOKENS = 10  # per text stream: eight words and the ends
+TOKENS = 10  # per text stream: up to eight words and the ends
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")
 
 
-def tokenizer(with_bos: bool) -> PreTrainedTokenizerFast:
+def words() -> list[str]:
+    """Every word of the world's prompts."""
+    return sorted({word for spec in specs() for word in spec.prompt.split()})
+
+
+def tokenizer(with_bos: bool, words: Sequence[str]) -> PreTrainedTokenizerFast:
     """Word-level; CLIP's closes with <bos> … <eos>, T5's with <eos>."""
-    words = sorted({word for spec in specs() for word in spec.prompt.split()})
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
@@ -103,7 +109,8 @@ def pipeline(seed: int = 0, shift: float = 3.0) -> StableDiffusion3Pipeline:
     """A pipeline with random weights, a function of `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, t5 = tokenizer(with_bos=True), tokenizer(with_bos=False)
+        known = words()
+        clip, t5 = tokenizer(True, known), tokenizer(False, known)
         encoder_3 = T5EncoderModel(
             T5Config(
                 vocab_size=len(t5),
@@ -124,7 +131,7 @@ def pipeline(seed: int = 0, shift: float = 3.0) -> StableDiffusion3Pipeline:
             text_encoder=_clip(len(clip), 64),
             tokenizer=clip,
             text_encoder_2=_clip(len(clip), 64),
-            tokenizer_2=tokenizer(with_bos=True),
+            tokenizer_2=tokenizer(True, known),
             text_encoder_3=encoder_3,
             tokenizer_3=t5,
         )

@@ -1,9 +1,9 @@
 """The strict judge of shapes pictures. It sees the picture and the prompt's meaning, never how the picture was made.
 
-A picture is right when its foreground consists of exactly the wanted objects: each a single piece without holes, wholly
-inside the frame, with the outline of its shape and one plain palette colour, on a plain dark ground, with nothing else
-in sight, and the wanted relation holds. Anything odd (specks, texture, rims, merged or touching objects, off-palette
-fill, a bright or patterned ground) is wrong.
+A picture is right when its foreground consists of exactly the wanted objects: each a single piece with the holes of
+its shape and no other, wholly inside the frame, with the outline of its shape, one plain palette colour, and the wanted
+size and place, on a plain dark ground, with nothing else in sight, and the wanted relation holds. Anything odd (specks,
+texture, rims, merged or touching objects, off-palette fill, a bright or patterned ground) is wrong.
 
 Outlines are judged on an enlarged foreground mask, colours on the picture's own pixels: the ground is one colour, the
 inside of an object another, and what lies between them must be a mixture of these two.
@@ -15,25 +15,58 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import permutations, product
 
 import cv2
 import numpy as np
 
-from tempflow.shapes.prompts import SHAPES, Color, Object, Relation, Shape, Spec
-from tempflow.shapes.render import PALETTE, SIZE, Placed, draw
+from tempflow.shapes.prompts import SHAPES, Color, Object, Place, Relation, Shape, Size, Spec
+from tempflow.shapes.render import PALETTE, SIZE, Placed, aside, draw
 
 SCALE = 3  # outlines are judged at three times the picture's size, where they have sub-pixel accuracy
 CANVAS = SIZE * SCALE
 TEMPLATE = 24
-SATURATED = 80  # max - min channel above which a pixel is foreground, about half of the palette's; the ground is grey
-MIN_OBJECT = 0.022  # smallest object, as a share of the picture; what is smaller is dirt
+BRIGHT = 118  # highest channel above which a pixel is foreground, about half of the palette's
+MIN_OBJECT = 0.018  # smallest object, as a share of the picture; what is smaller is dirt
 # Overlap with the shape's own outline, and by how much the next best shape must fall short of that: a square with its
 # corners rounded off is neither square nor circle. Per shape, just below the worst of what a person still calls right.
-MIN_IOU: dict[Shape, float] = {"circle": 0.925, "square": 0.86, "triangle": 0.86, "cross": 0.87}
-MIN_MARGIN: dict[Shape, float] = {"circle": 0.09, "square": 0.05, "triangle": 0.20, "cross": 0.08}
+MIN_IOU: dict[Shape, float] = {
+    "circle": 0.92,
+    "square": 0.90,
+    "triangle": 0.85,
+    "cross": 0.83,
+    "ring": 0.84,
+    "diamond": 0.86,
+    "moon": 0.80,
+    "dome": 0.88,
+    "bar": 0.84,
+}
+MIN_MARGIN: dict[Shape, float] = {
+    "circle": 0.09,
+    "square": 0.05,
+    "triangle": 0.10,
+    "cross": 0.03,
+    "ring": 0.05,
+    "diamond": 0.04,
+    "moon": 0.12,
+    "dome": 0.06,
+    "bar": 0.08,
+}
+HOLES: dict[Shape, int] = {shape: int(shape == "ring") for shape in SHAPES}
 MAX_BITE = 9  # cells of any 4 × 4 window of the 24 × 24 box in which an outline may differ from its shape
-MAX_ASPECT = 1.25  # of an object's box
+MAX_STRETCH: dict[Shape, float] = {  # width over height of an object's box against its shape's
+    "circle": 1.10,
+    "square": 1.10,
+    "triangle": 1.13,
+    "cross": 1.10,
+    "ring": 1.10,
+    "diamond": 1.12,
+    "moon": 1.12,
+    "dome": 1.11,
+    "bar": 1.21,
+}
+LARGEST_SMALL, SMALLEST_BIG = 6.6, 7.4  # half the longer side of a box, in pixels
+MIN_ASIDE = 3.0  # pixels from the picture's middle, towards the place that is asked for
 MAX_COLOR_DISTANCE = 70.0
 MAX_COLOR_RATIO = 0.6  # distance to the nearest palette colour over that to the second
 MAX_FILL_STRAY = 50.0  # largest distance, in any channel, of a pixel inside an object from its mean fill
@@ -50,14 +83,15 @@ MAX_GROUND_STRAY = 32.0  # largest distance of a ground pixel's channel from the
 class Found:
     """One component; x and y are its box's centre in pixels, `iou` its overlap with `shape`'s own outline.
 
-    `clean` is False when its outline, fill or place disqualifies it whatever the prompt; `color` is None when it is all
-    edge and has no inside to take it from.
+    `radius` is half the longer side of its box, in pixels. `clean` is False when its outline or fill disqualifies it
+    whatever the prompt, or the frame cuts it; `color` is None when it is all edge, without an inside to take it from.
     """
 
     shape: Shape
     color: Color | None
     x: float
     y: float
+    radius: float
     iou: float
     clean: bool
 
@@ -73,32 +107,43 @@ class Verdict:
 def _foreground(picture: np.ndarray) -> np.ndarray:
     """The enlarged 0/1 foreground mask, uint8 [CANVAS, CANVAS]."""
     red, green, blue = cv2.split(picture)
-    high, low = cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
-    big = cv2.resize(cv2.subtract(high, low), (CANVAS, CANVAS), interpolation=cv2.INTER_LINEAR)
-    return cv2.threshold(big, SATURATED, 1, cv2.THRESH_BINARY)[1]
+    big = cv2.resize(cv2.max(cv2.max(red, green), blue), (CANVAS, CANVAS), interpolation=cv2.INTER_LINEAR)
+    return cv2.threshold(big, BRIGHT, 1, cv2.THRESH_BINARY)[1]
 
 
-def _stretch(mask: np.ndarray) -> np.ndarray:
-    """An outline's mask, stretched from its box to the templates' size; float32 0/1, flat."""
-    fit = cv2.resize(mask, (TEMPLATE, TEMPLATE), interpolation=cv2.INTER_AREA)
+def _fit(mask: np.ndarray) -> np.ndarray:
+    """An object's mask (0/255) from its box to the templates' size, proportions and holes kept; float32 0/1, flat."""
+    h, w = mask.shape
+    side = max(h, w)
+    top, left = (side - h) // 2, (side - w) // 2
+    square = cv2.copyMakeBorder(mask, top, side - h - top, left, side - w - left, cv2.BORDER_CONSTANT, value=0.0)
+    fit = cv2.resize(square, (TEMPLATE, TEMPLATE), interpolation=cv2.INTER_AREA)
     return cv2.threshold(fit, 127, 1, cv2.THRESH_BINARY)[1].ravel().astype(np.float32)
 
 
 @cache
-def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """float32 [4 shapes × 16, TEMPLATE²] and their areas [4 × 16].
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 [9 shapes × 45, TEMPLATE²], their areas [9 × 45], and the width over the height of their boxes [9 × 45].
 
-    Outlines as this judge sees them: four sizes (small ones have blunted tips) at four positions on the pixel grid.
+    Outlines as this judge sees them: five sizes (small ones have blunted tips) at nine positions on the pixel grid.
     """
-    masks = []
+    masks, stretch = [], []
     for shape in SHAPES:
-        for radius in (4.6, 5.3, 6.5, 9.0):
-            for dx, dy in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
-                mask = _foreground(draw([Placed(shape, "cyan", SIZE / 2 + dx, SIZE / 2 + dy, radius)], (28, 28, 28)))
+        for radius in (4.5, 5.0, 5.7, 7.0, 9.2):
+            for x, y in product((16.0, 16.33, 16.67), repeat=2):
+                mask = _foreground(draw([Placed(shape, "cyan", x, y, radius)], (28, 28, 28)))
                 x, y, w, h = cv2.boundingRect(mask)
-                masks.append(_stretch(mask[y : y + h, x : x + w] * 255))
+                masks.append(_fit(mask[y : y + h, x : x + w] * 255))
+                stretch.append(w / h)
     stacked = np.stack(masks)
-    return stacked, stacked.sum(1)
+    return stacked, stacked.sum(1), np.array(stretch)
+
+
+@cache
+def _stretches() -> dict[Shape, tuple[float, float]]:
+    """The least and largest width over height of each shape's box."""
+    mean = np.exp(np.log(_templates()[2]).reshape(len(SHAPES), -1).mean(1)).tolist()
+    return {shape: (m / MAX_STRETCH[shape], m * MAX_STRETCH[shape]) for shape, m in zip(SHAPES, mean, strict=True)}
 
 
 _INSIDE = np.ones((5, 5), np.uint8)  # eroded by this, a mask keeps the pixels that lie wholly in it
@@ -107,28 +152,40 @@ _AROUND = np.ones((7, 7), np.uint8)  # dilated by this, it takes in every pixel 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A filled outline: its mask (0/255) on a window of whole pixels, one wider than it needs, and its box in there."""
+    """One object: its mask (0/255) on a window of whole pixels, one wider than it needs, and its box in there."""
 
     mask: np.ndarray
     box: tuple[int, int, int, int]
     left: int  # the window's corner on the canvas
     top: int
+    holes: int
 
 
-def _piece(contour: np.ndarray) -> _Piece:
-    x, y, w, h = cv2.boundingRect(contour)
-    left, top = max(x // SCALE - 1, 0) * SCALE, max(y // SCALE - 1, 0) * SCALE
-    right, bottom = (min(-(-end // SCALE) + 1, SIZE) * SCALE for end in (x + w, y + h))
-    mask = np.zeros((bottom - top, right - left), np.uint8)
-    cv2.drawContours(mask, [contour], 0, 255, cv2.FILLED, offset=(-left, -top))
-    return _Piece(mask, (x - left, y - top, w, h), left, top)
+def _pieces(mask: np.ndarray) -> list[_Piece]:
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    parents = [parent for *_, parent in hierarchy[0].tolist()] if contours else []
+    pieces: list[_Piece] = []
+    for i, contour in enumerate(contours):
+        if parents[i] >= 0:
+            continue
+        x, y, w, h = cv2.boundingRect(contour)
+        left, top = max(x // SCALE - 1, 0) * SCALE, max(y // SCALE - 1, 0) * SCALE
+        right, bottom = (min(-(-end // SCALE) + 1, SIZE) * SCALE for end in (x + w, y + h))
+        own = np.zeros((bottom - top, right - left), np.uint8)
+        cv2.drawContours(own, [contour], 0, 255, cv2.FILLED, offset=(-left, -top))
+        holes = [contours[child] for child, parent in enumerate(parents) if parent == i]
+        for hole in holes:  # a hole's contour runs on the object round it: what lies inside is erased
+            cv2.drawContours(own, [hole], 0, 0, cv2.FILLED, offset=(-left, -top))
+            cv2.drawContours(own, [hole], 0, 255, 1, offset=(-left, -top))
+        pieces.append(_Piece(own, (x - left, y - top, w, h), left, top, len(holes)))
+    return pieces
 
 
 def _outline(piece: _Piece) -> tuple[Shape, float, bool]:
     """The best shape, its overlap with the outline, and whether it is that shape beyond doubt and inside the frame."""
     x, y, w, h = piece.box
-    fit = _stretch(piece.mask[y : y + h, x : x + w])
-    templates, areas = _templates()
+    fit = _fit(piece.mask[y : y + h, x : x + w])
+    templates, areas, _ = _templates()
     overlap = templates @ fit
     every = overlap / (areas + float(fit.sum()) - overlap)
     closest = int(every.argmax())
@@ -136,12 +193,13 @@ def _outline(piece: _Piece) -> tuple[Shape, float, bool]:
     best = closest * len(SHAPES) // len(every)
     shape, second = SHAPES[best], sorted(iou)[-2]
     whole = piece.left + x > 0 and piece.top + y > 0 and piece.left + x + w < CANVAS and piece.top + y + h < CANVAS
-    certain = iou[best] >= MIN_IOU[shape] and iou[best] - second >= MIN_MARGIN[shape]
+    certain = iou[best] >= MIN_IOU[shape] and iou[best] - second >= MIN_MARGIN[shape] and piece.holes == HOLES[shape]
     if certain:
         differs = cv2.absdiff(templates[closest], fit).reshape(TEMPLATE, TEMPLATE)
         bite = cv2.boxFilter(differs, -1, (4, 4), normalize=False, borderType=cv2.BORDER_CONSTANT)
         certain = float(bite.max()) < MAX_BITE + 0.5
-    return shape, iou[best], whole and certain and max(w, h) <= MAX_ASPECT * min(w, h)
+    low, high = _stretches()[shape]
+    return shape, iou[best], whole and certain and low <= w / h <= high
 
 
 def _nearest(fill: Sequence[float]) -> tuple[Color, bool]:
@@ -208,12 +266,8 @@ def look(picture: np.ndarray) -> tuple[list[Found], bool]:
         raise ValueError(f"picture: expected uint8 [{SIZE}, {SIZE}, 3], got {picture.dtype} {list(picture.shape)}")
     mask = _foreground(picture)
     ground, plain = _ground(picture, mask)
-    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     found: list[Found] = []
-    for contour, (_, _, hole, parent) in zip(contours, hierarchy[0].tolist() if contours else [], strict=True):
-        if parent >= 0:
-            continue
-        piece = _piece(contour)
+    for piece in _pieces(mask):
         if cv2.countNonZero(piece.mask) < MIN_OBJECT * CANVAS**2:
             plain = False
             continue
@@ -221,7 +275,7 @@ def look(picture: np.ndarray) -> tuple[list[Found], bool]:
         color, pure = _fill(picture, piece, ground)
         x, y, w, h = piece.box
         center = (piece.left + x + w / 2) / SCALE, (piece.top + y + h / 2) / SCALE
-        found.append(Found(shape, color, *center, iou, certain and pure and hole < 0))
+        found.append(Found(shape, color, *center, max(w, h) / SCALE / 2, iou, certain and pure))
     return found, plain
 
 
@@ -232,16 +286,35 @@ def related(first: Found, second: Found, relation: Relation) -> bool:
     return along > 6 and along > abs(across)
 
 
+def sized(found: Found, size: Size) -> bool:
+    """Small or big by half the longer side of its box; what lies between is neither."""
+    return found.radius <= LARGEST_SMALL if size == "small" else found.radius >= SMALLEST_BIG
+
+
+def standing(found: Found, place: Place) -> bool:
+    """Off the picture's middle by more than three pixels, and mainly towards `place`."""
+    along, across = aside(found.x, found.y, place)
+    return along > MIN_ASIDE and along > abs(across)
+
+
+def _fitting(found: Found, wanted: Object) -> list[bool]:
+    """Whether each attribute that is asked for holds."""
+    color = [] if wanted.color is None else [found.color == wanted.color]
+    size = [] if wanted.size is None else [sized(found, wanted.size)]
+    place = [] if wanted.place is None else [standing(found, wanted.place)]
+    return color + size + place
+
+
 def _match(found: Found, wanted: Object) -> float:
-    """1 at most for the right object; parts for a right shape (by outline) and a right colour, and for being clean."""
+    """1 at most for the right object; parts for its shape (by outline), for its attributes, and for being clean."""
     shape = found.shape == wanted.shape
     outline = 0.5 * min(max((found.iou - 0.5) / 0.4, 0.0), 1.0) if shape else 0.0
-    color = shape if wanted.color is None else found.color == wanted.color
-    return outline + 0.35 * color + 0.15 * found.clean
+    fitting = _fitting(found, wanted) or [shape]
+    return outline + 0.35 * sum(fitting) / len(fitting) + 0.15 * found.clean
 
 
 def _right(found: Found, wanted: Object) -> bool:
-    return found.clean and found.shape == wanted.shape and wanted.color in (None, found.color)
+    return found.clean and found.shape == wanted.shape and all(_fitting(found, wanted))
 
 
 def _credit(pick: Sequence[Found], spec: Spec) -> tuple[float, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tempflow.config import Config
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.evaluate.suite import Report, draw, evaluate
+from tempflow.evaluate.suite import Report, Stream, draw, evaluate
 from tempflow.rewards.protocol import Reward
 from tempflow.train.faults import check_look
 from tempflow.train.kept import Yardstick
@@ -26,8 +26,8 @@ class Gallery:
     judges: Sequence[Reward]
     say: Callable[[str], None]
 
-    def look(self, prompts: Sequence[Prompt], training: bool, guidance: float | None = None) -> Report:
-        """Judges fixed prompts; every rank draws and scores a block of them.
+    def look(self, prompts: Sequence[Prompt], stream: Stream, training: bool, guidance: float | None = None) -> Report:
+        """Judges fixed prompts from the noise of a test or of a validation; every rank draws and scores a block.
 
         `training`: whether training has begun, when rewards that all fail are no longer a reason to stop.
         """
@@ -47,6 +47,7 @@ class Gallery:
             gold=e.gold,
             first=block.start,
             pause=setting.pause,
+            stream=stream,
         )
         counts = [len(world.block(len(prompts), rank)) for rank in range(world.size)]
         value, ok = (world.gather(t, counts) for t in (part.scores.value, part.scores.ok))
@@ -63,8 +64,8 @@ class Gallery:
         if not values:
             return None
         metric = self.config.evaluation.metric
-        best = max(values, key=lambda g: self.look(prompts["validation"], False, g).mean(metric))
-        return best, self.look(prompts["test"], False, best)
+        best = max(values, key=lambda g: self.look(prompts["validation"], "validation", False, g).mean(metric))
+        return best, self.look(prompts["test"], "test", False, best)
 
     def drawn(self, prompts: Sequence[Prompt]) -> Tensor:
         """Pictures, uint8 [N, H, W, 3]."""

@@ -108,7 +108,7 @@ class Session:
         if self.looks is None:
             test = self.prompts["test"]
             self.looks = Looks(
-                self.gallery.look(test, training=False),
+                self.gallery.look(test, "test", training=False),
                 self.gallery.drawn(test[:GRID]),
                 self.gallery.yardstick(self.prompts),
             )
@@ -212,7 +212,7 @@ class Session:
         """Judges the averaged weights on the validation prompts; whether they are the best so far."""
         started = time.perf_counter()
         with self._untouched(), self._evaluated():
-            report = self.gallery.look(self.prompts["validation"], training=True)
+            report = self.gallery.look(self.prompts["validation"], "validation", training=True)
         score = report.mean(self.config.evaluation.metric)
         better = self.best is None or math.isnan(self.best[0]) or score > self.best[0]
         if better:
@@ -332,7 +332,7 @@ class Session:
         """After: the test once more, pictures, summary."""
         assert self.best is not None
         test = self.prompts["test"]
-        after, grid_after = self.gallery.look(test, training=True), self.gallery.drawn(test[:GRID])
+        after, grid_after = self.gallery.look(test, "test", training=True), self.gallery.drawn(test[:GRID])
         run = Run(
             folder=self.records.folder,
             metric=self.config.evaluation.metric,
