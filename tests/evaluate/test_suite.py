@@ -302,7 +302,7 @@ def test_a_sample_that_is_not_finite_is_named_and_not_written(tmp_path: Path, mo
         NotFiniteError, match=r"1 of 3 pictures are none: the decoder's .*\('the sun'\).* other 2 are in"
     ):
         sampled(tmp_path, [*PROMPTS[:3]], monkeypatch, Breaks())
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["000.png", "002.png"]
+    assert sorted(f.name for f in tmp_path.glob("*.png")) == ["000.png", "002.png"]
 
 
 def test_fixed_prompts_take_kinds_in_turn_and_go_round() -> None:
@@ -330,7 +330,7 @@ def test_before_after_pairs_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("means", [[0.2, 0.5, 0.4], [-20.0, -12.0, -15.0], [0.1, math.nan, 0.2], [math.nan] * 3])
 def test_curve_draws_any_metric(means: list[float], tmp_path: Path) -> None:
     evaluations = [
-        {"forwards": 100 * n, "mean": {"m": m}, "by_kind": {"m": {"": m} if n else {"": m, "one": m}}}
+        {"forward_equivalents": 100 * n, "mean": {"m": m}, "by_kind": {"m": {"": m} if n else {"": m, "one": m}}}
         for n, m in enumerate(means)
     ]
     evaluations = [{**e, "by_kind": {"m": {"one": e["mean"]["m"]}}} for e in evaluations]  # type: ignore[index]

@@ -47,9 +47,10 @@ class Report:
             if name not in self.scores.names:
                 near = get_close_matches(name, self.scores.names, n=1, cutoff=0.0)[0]
                 raise ValueError(f"gold: {name!r} is none of the rewards scored; nearest valid: {near!r}")
+        rows = len(self.scores)
         for name, labels in (("kinds", self.kinds), ("prompts", self.prompts)):
-            if len(labels) != len(self.scores):
-                raise ValueError(f"{name} has {len(labels)} entries; nearest valid: {len(self.scores)}, one a picture")
+            if len(labels) != rows:
+                raise ValueError(f"{name} has {len(labels)} entries; nearest valid: {rows}, one per picture")
         prompts, over = divmod(len(self.scores), self.samples_per_prompt)
         if over:
             raise ValueError(f"samples_per_prompt: {self.samples_per_prompt} does not divide {len(self.scores)} rows")
