@@ -303,3 +303,13 @@ def test_bad_arguments() -> None:
             ({"kl": -1.0}, "kl: -1.0 must be finite and ≥ 0"),
         ],
     )
+
+
+def test_offsets_belong_to_what_a_prompt_was_encoded_to() -> None:
+    """Another encoder, or a picture beside the text, makes another condition of one text."""
+    learned, conditions = Learned(), small().conditions
+    condition = Fake().encode(PROMPTS[:1])
+    other = replace(condition, tensors={"embeds": condition.tensors["embeds"] + 1})
+    kept = [learned.of(c, conditions, 5)[0].delta for c in (condition, other, condition)]
+    assert torch.equal(kept[1], Learned().of(other, conditions, 5)[0].delta)
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])

@@ -39,11 +39,12 @@ class Offsets:
 
 
 class Learned:
-    """Offsets that were learned, by prompt. Each is a function of the run's seed and the prompt alone: the same in
-    every iteration, slot, batch and rank, and after a resume. So they are kept, on the CPU, at most KEPT_BYTES."""
+    """Offsets that were learned, by prompt and by what it was encoded to. Each is a function of the run's seed and of
+    these alone: the same in every iteration, slot, batch and rank, and after a resume. So they are kept, on the CPU, at
+    most KEPT_BYTES."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Perturbation, int, str], Offsets] = {}
+        self._kept: dict[tuple[Perturbation, int, str, bytes], Offsets] = {}
 
     def of(self, condition: Conditioning, perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model without token embeddings."""
@@ -52,14 +53,23 @@ class Learned:
             named = {name: list(tensor.shape) for name, tensor in condition.tensors.items()}
             raise ValueError(f"conditions: the model encodes to {named}; nearest valid: one more, 'embeds' [N, L, d]")
         content = torch.ones_like(embeds, dtype=torch.bool) if condition.content is None else condition.content
-        keys = [(perturbation, seed, text) for text in condition.prompts]
+        encoded = [_digest(own, movable) for own, movable in zip(embeds, content, strict=True)]
+        keys = [(perturbation, seed, *rest) for rest in zip(condition.prompts, encoded, strict=True)]
         for key, own, movable in zip(keys, embeds, content, strict=True):
             if key not in self._kept:
-                self._kept[key] = _learn(*key, own, movable)
+                self._kept[key] = _learn(perturbation, seed, key[2], own, movable)
         offsets = [self._kept[key].to(embeds.device) for key in keys]
         while len(self._kept) > 1 and sum(kept.delta.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
         return offsets
+
+
+def _digest(*tensors: Tensor) -> bytes:
+    """Of the tensors' contents."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def _learn(perturbation: Perturbation, seed: int, text: str, embeds: Tensor, movable: Tensor) -> Offsets:
