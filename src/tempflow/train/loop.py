@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "prepare_model", "train"]
 
+Given = Sequence[str | Prompt | Mapping[str, object]]
+"""Prompts as objects: `data.prompts.as_prompts` reads them."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -49,8 +52,8 @@ def train(
     *,
     model: Model | None = None,
     reward: Reward | Callable | Sequence[Reward | Callable] | None = None,
-    prompts: Sequence[str | Prompt] | None = None,
-    test_prompts: Sequence[str | Prompt] | None = None,
+    prompts: Given | None = None,
+    test_prompts: Given | None = None,
     algorithm: Algorithm | None = None,
     quiet: bool = False,
     resume: bool = False,
@@ -262,8 +265,8 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
 
 def _prompt_sets(
     config: Config,
-    prompts: Sequence[str | Prompt] | None,
-    test_prompts: Sequence[str | Prompt] | None,
+    prompts: Given | None,
+    test_prompts: Given | None,
     reads: Sequence[str],
     say: Callable[[str], None],
 ) -> dict[str, Sequence[Prompt]]:
@@ -320,7 +323,7 @@ def _unweighted(algorithm: Algorithm) -> Algorithm:
     return replace(algorithm, credit=algorithm.credit.weighted(None))
 
 
-def _prompts(field: str, given: Sequence[str | Prompt] | None, source: str, reads: Sequence[str]) -> Sequence[Prompt]:
+def _prompts(field: str, given: Given | None, source: str, reads: Sequence[str]) -> Sequence[Prompt]:
     if given is not None:
         return as_prompts(given, reads)
     try:
