@@ -93,6 +93,7 @@ def train(
         pictures = _pictures(config, algorithm, sets["train"], own=prompts is not None)
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
+        _say_old(config, algorithm, display.say)
         check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
@@ -224,7 +225,7 @@ def _shards(model: Model, reference: nn.Module | None, config: Config, world: Wo
     whole = frozen_copy(model.network).cpu() if world.first else None
     networks = [model.network] if reference is None else [model.network, reference]
     dtype = DTYPES[config.model.dtype]
-    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole)
+    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole, dtype)
 
 
 def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Judge]:
@@ -308,6 +309,16 @@ def _warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
         say(
             f"warn: optimizer.warmup_iterations {warmup} outlasts the run's {config.iterations}: the learning rate "
             f"ends at {reached:.2g}, not {given:g}; nearest that reaches it: {max(0, config.iterations - 1)}"
+        )
+
+
+def _say_old(config: Config, algorithm: Algorithm, say: Callable[[str], None]) -> None:
+    """What old log-probs cost, where they do not come with the training forward."""
+    updates, trained = config.optimizer.updates_per_iteration, algorithm.cost(0, config.data.prompts_per_iteration)
+    old = algorithm.old_forwards(trained.trained_edges, updates)
+    if old:
+        say(
+            f"old log-probs: at most {old} forwards an iteration, for {trained.trained_edges} trained edges"
         )
 
 
