@@ -28,6 +28,7 @@ class RunCost:
     rewards             rewards per picture
     latent              rows through a latent reward, which scores the trained edges
     others              the weight sets beside the policy (reference, old, …) that the loss asks at every trained edge
+    old                 forwards of the first iteration and of the run that give old log-probs and nothing else, at most
     guided              whether guidance doubles the rows of every forward
     stored_nodes        most states that an iteration keeps for training
     state_bytes         bytes of one state; None where the model's folder is not here to say
@@ -40,6 +41,7 @@ class RunCost:
     rewards: int
     latent: int
     others: tuple[str, ...]
+    old: tuple[int, int]
     guided: bool
     stored_nodes: int
     state_bytes: int | None
@@ -49,12 +51,12 @@ class RunCost:
     @property
     def forwards(self) -> int:
         """Rollout, training and other sets' forwards of the run at most, guidance not doubled; evaluation is apart."""
-        return self.total.forwards + self.total.trained_edges * (1 + len(self.others))
+        return self.total.forwards + self.total.trained_edges * (1 + len(self.others)) + self.old[1]
 
     @property
     def equivalents(self) -> int:
         """The run's compute at most, in forward-equivalents (`core.cost.equivalents`); evaluation is apart."""
-        plain = self.total.forwards + self.total.trained_edges * len(self.others)
+        plain = self.total.forwards + self.total.trained_edges * len(self.others) + self.old[1]
         return equivalents(plain, self.total.trained_edges, guided=self.guided, latent=self.latent)
 
     def table(self) -> Table:
@@ -71,6 +73,8 @@ class RunCost:
         ]
         for name in self.others:
             rows.append((f"{name} forwards, at most", self.first.trained_edges, self.total.trained_edges))
+        if any(self.old):
+            rows.append(("forwards for old log-probs, at most", *self.old))
         for label, one, run in rows:
             table.add_row(label, f"{one:,}", f"{run:,}")
         table.add_section()
@@ -97,15 +101,18 @@ def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
     algorithm, prompts = config.algorithm.build(), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
-    means = algorithm.draws is None and algorithm.edge_objective.keeps_mean
+    edges = algorithm.draws is None
+    means, peers = edges and algorithm.edge_objective.keeps_mean, edges and algorithm.edge_objective.keeps_peers
+    old = (0, 0)
     for iteration in range(config.iterations):
         here, nodes = Cost(0, 0, 0), 0
         for slot in range(prompts):
             plan = algorithm.plan(iteration, slot)
-            kept = _edge_states(plan, means) if algorithm.draws is None else len(plan.scored)
+            kept = _edge_states(plan, peers) if edges else len(plan.scored)
             here, nodes = here + algorithm.cost_of(plan), nodes + kept
-        first = here if iteration == 0 else first
-        total, most = total + here, max(most, nodes)
+        again = algorithm.old_forwards(here.trained_edges, config.optimizer.updates_per_iteration)
+        first, old = here if iteration == 0 else first, (again if iteration == 0 else old[0], old[1] + again)
+        total, most = total + here, max(most, nodes + means * again)
     shape = latent_shape(config)
     evaluation = config.evaluation
     return RunCost(
@@ -115,6 +122,7 @@ def run_cost(config: Config) -> RunCost:
         rewards=len(config.rewards),
         latent=0 if algorithm.judge is None else total.trained_edges,
         others=tuple(name for name in algorithm.objective.weight_sets if name != "policy"),
+        old=old,
         guided=config.model.guidance != 1,
         stored_nodes=most,
         state_bytes=None if shape is None else STATE_BYTES * math.prod(shape),
@@ -126,7 +134,7 @@ def run_cost(config: Config) -> RunCost:
 @lru_cache(maxsize=512)
 def _edge_states(plan: Plan, means: bool) -> int:
     """States that stay once the leaves are scored: both ends of stochastic edges, and the means they were drawn from
-    where these are kept."""
+    where the loss reads another edge's."""
     noisy = [e for e, stochastic in enumerate(plan.stochastic) if stochastic]
     return len({plan.parent[e] for e in noisy} | {plan.roots + e for e in noisy}) + means * len(noisy)
 

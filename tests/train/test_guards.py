@@ -124,11 +124,12 @@ def guidance_changes(bench: Bench) -> Callable[[], object]:
 def test_dropout_trips_the_first_ratio_guard(algorithm) -> None:  # type: ignore[no-untyped-def]
     bench = Bench(Fake(dropout=0.5), algorithm)
     before = weights(bench.model)
-    with pytest.raises(GuardError, match=r"first update \|log ratio\| is .* above the limit 0.1.*dropout"):
+    with pytest.raises(GuardError, match=r"iteration 1: first_ratio: .* roundings .* above the limit 16.*dropout"):
         bench.iterate()
     assert same(weights(bench.model), before)
     bench.model.network.eval()
-    assert bench.iterate()["log_ratio_max"] < 1e-5
+    seen = bench.iterate()
+    assert seen["log_ratio_max"] == 0 and seen["rollout_gap_max"] < 4
 
 
 def test_changed_guidance_trips_the_first_ratio_guard() -> None:
@@ -149,7 +150,7 @@ def test_the_first_ratio_is_checked_at_the_first_update_whenever_that_is() -> No
     bench = Bench(Fake(dropout=0.5), reward=reward)
     assert bench.iterate(0)["updates"] == 0
     flat["on"] = False
-    with pytest.raises(GuardError, match="first update"):
+    with pytest.raises(GuardError, match="first_ratio"):
         bench.iterate(1)
 
 
@@ -214,7 +215,7 @@ def steps(faults: Iterable[bool]) -> list[Look]:
 
 
 def ratios(values: Iterable[float]) -> list[Look]:
-    return [lambda c, s, i, v=v: guards.watch_first_ratio(c, s, i, v, 0.02) for v in values]
+    return [lambda c, s, i, v=v: guards.watch_first_ratio(c, s, i, v, (24, 6)) for v in values]
 
 
 def play(config: GuardsConfig, looks: Sequence[Look], state: guards.State | None = None, first: int = 0) -> list[Alarm]:
@@ -235,7 +236,7 @@ SIX = [leaves()] * 6
 CASES: dict[str, tuple[list[Look], list[Look], float]] = {
     # guard: what trips it, its healthy neighbour, the limit
     "non_finite": (steps([False, True]), steps([False, False]), 0),
-    "first_ratio": (ratios([0.00201]), ratios([0.00199]), 0.1),
+    "first_ratio": (ratios([16.1]), ratios([15.9]), 16),
     "clip_fraction": (updates("clip_fraction", [0.1, 0.51]), updates("clip_fraction", [0.1, 0.49, 0.5]), 0.5),
     "zero_variance": (
         updates("zero_variance", [0.5] + [0.91] * 20),
@@ -480,10 +481,12 @@ def test_a_run_that_skips_everything_does_not_go_on_for_days() -> None:
 
 
 def test_the_first_ratio_may_be_allowed_more() -> None:
-    assert play(watched(first_ratio={"limit": 0.5}), ratios([0.0099])) == []
+    assert play(watched(first_ratio={"limit": 50}), ratios([49])) == []
     for value in (math.nan, math.inf):
         assert play(watched(), ratios([value]))[0].action == "stop"
-    assert "dropout" in play(watched(), ratios([0.1]))[0].message
+    assert "unequal rows (rollout_rows 24, train_rows 6)" in play(watched(), ratios([17]))[0].message
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        watched(first_ratio={"limit": 0.1})  # a share of the clip, as it once was, is not taken for roundings
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,13 @@ def test_the_counter_equals_a_hook_on_the_network_and_the_plans_cost(make: Any, 
         assert counter.rollout == (iteration + 1) * cost.forwards
         assert counter.train == (iteration + 1) * cost.trained_edges
         assert counter.reference == (counter.train if kl else 0)
+        assert counter.old == (iteration + 1) * bench.setting.algorithm.old_forwards(cost.trained_edges, 2)
+        assert counter.old == counter.train // 2, "the first update's old log-probs are its own forward's"
         assert counter.decodes == counter.reward_calls == (iteration + 1) * cost.leaves
-        assert sum(bench.model.rows) == counter.forwards == counter.rollout + counter.train + counter.reference
+        assert sum(bench.model.rows) == counter.forwards
+        assert counter.forwards == counter.rollout + counter.train + counter.reference + counter.old
         assert max(bench.model.rows) <= 7
-        assert counter.equivalents == counter.rollout + 3 * counter.train + counter.reference
+        assert counter.equivalents == counter.rollout + 3 * counter.train + counter.reference + counter.old
 
 
 def test_default_costs_per_prompt() -> None:
@@ -158,7 +161,8 @@ def test_updates_per_iteration_share_the_edges() -> None:
     a, b = one.iterate(), three.iterate()
     assert (a["updates"], b["updates"]) == (1, 3)
     assert one.counter.train == three.counter.train == 108
-    assert a["log_ratio_max"] < 1e-5 < b["log_ratio_max"]  # later updates are off-policy
+    assert a["log_ratio_max"] == 0 and b["log_ratio_max"] > 1e-5  # later updates are off-policy
+    assert one.counter.old == 0 and three.counter.old == 72
     assert not same(weights(one.model), weights(three.model))
     assert all(int(state["step"]) == 3 for state in three.optimizer.state.values())
 
@@ -209,7 +213,7 @@ def test_bfloat16_trains_float32_masters() -> None:
     start, masters = weights(bench.model), bench.trainable.state()
     metrics = bench.iterate()
     assert bench.collect().forest.nodes.dtype == torch.float32
-    assert metrics["log_ratio_max"] < 2e-3
+    assert metrics["log_ratio_max"] == 0
     moved = {n: float((t - masters[n]).abs().max()) for n, t in bench.trainable.state().items()}
     assert all(0 < m < 2e-4 for m in moved.values())
     assert torch.equal(weights(bench.model)["mean.weight"][0], start["mean.weight"][0])  # .3 + 1e-4 rounds back to .3

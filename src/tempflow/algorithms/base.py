@@ -161,6 +161,20 @@ class Algorithm:
         """The grid of an iteration's rollout, from the model's own of `steps` steps."""
         return grid if self.grid is None else self.grid(iteration, grid)
 
+    def old_forwards(self, trained: int, updates: int) -> int:
+        """Forwards that give old log-probs and nothing else, at most: of `trained` edges shared by so many updates.
+
+        The first update's come with its training forward, later ones' from before any weight moves. A sampler that is
+        not the policy any more is asked at every edge, unless the objective asks it anyway.
+        """
+        if self.draws is not None:
+            return 0
+        if self.sampler not in ("policy", *self.objective.weight_sets):
+            return trained
+        if updates == 1 or self.objective.unit == "edge":
+            return trained - -(-trained // updates)
+        return trained  # which units are how large is not known before the rollout
+
     def cost(self, iteration: int, prompts: int) -> Cost:
         """What an iteration of that many prompts costs: its rollout exactly, its trained edges at most."""
         total = Cost(0, 0, 0)

@@ -27,10 +27,14 @@ class NonFiniteGuard(Strict):
 
 
 class FirstRatioGuard(Strict):
-    """Policy and sampler are equal before the first update, so their log ratio is rounding."""
+    """Training sees the log-probs of the rollout, up to rounding, as long as no weight has moved."""
 
     action: WarnOrStop = Field(default="stop", description="what to do above the limit")
-    limit: float = Field(default=0.1, gt=0, description="largest |log ratio| before any update, share of the clip")
+    limit: float = Field(
+        default=16.0,
+        ge=1,
+        description="how far rollout and training may be apart, in roundings of a velocity in the model's dtype",
+    )
 
 
 class ClipFractionGuard(Strict):
@@ -105,7 +109,7 @@ class GuardsConfig(Strict):
     """Guards of a run. The defaults stay silent in a healthy one."""
 
     non_finite: NonFiniteGuard = Field(default=NonFiniteGuard(), description="losses and gradients")
-    first_ratio: FirstRatioGuard = Field(default=FirstRatioGuard(), description="log ratio before any update")
+    first_ratio: FirstRatioGuard = Field(default=FirstRatioGuard(), description="log-probs of rollout and training")
     clip_fraction: ClipFractionGuard = Field(default=ClipFractionGuard(), description="clipped edges")
     zero_variance: ZeroVarianceGuard = Field(default=ZeroVarianceGuard(), description="groups without spread")
     kl: KLGuard = Field(default=KLGuard(), description="distance to the reference")

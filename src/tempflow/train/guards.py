@@ -26,9 +26,9 @@ State = dict[str, Any]
 """Numbers, lists and dictionaries only. Keys: `fresh_state`."""
 
 LOOK_AT = {
-    "first_ratio": "dropout or train-mode layers, guidance or prompts that differ between rollout and training, "
-    "latents stored in a lower precision than they were scored in, batch-size-dependent kernels in half precision (try "
-    "model.dtype float32, or a wider algorithm.clip)",
+    "first_ratio": "guidance, prompts or σ that differ between rollout and training, dropout or train-mode layers, "
+    "weights that moved in between, states stored in a lower precision than they were drawn in, and kernels that round "
+    "by the batch's size (equal rows, or model.dtype float32, tell)",
     "clip_fraction": "log_ratio_abs, optimizer.learning_rate and updates_per_iteration (both may be too high), and a "
     "wider algorithm.clip",
     "zero_variance": "reward_std/… in metrics.jsonl: prompts may be solved or hopeless, the reward too coarse, or the "
@@ -156,19 +156,20 @@ def watch_rollout(config: GuardsConfig, state: State, iteration: int, signals: S
 
 
 def watch_first_ratio(
-    config: GuardsConfig, state: State, iteration: int, log_ratio: float, clip: float
+    config: GuardsConfig, state: State, iteration: int, gap: float, rows: tuple[int, int]
 ) -> tuple[State, list[Alarm]]:
-    """The largest |log ratio| before the first update against `clip`, the tightest clip range."""
+    """The largest difference between an edge's log-prob in the rollout and in the forward that its ratio compares with,
+    in roundings (`core.objective.old.roundings`). rows: `rollout_rows` and `train_rows`."""
     look, guard = _Look(config, copy.deepcopy(state), iteration), config.first_ratio
-    share = log_ratio / clip
-    if guard.action == "off" or share <= guard.limit:
+    if guard.action == "off" or gap <= guard.limit:
         return look.state, []
+    batches = "equal rows" if rows[0] == rows[1] else f"unequal rows (rollout_rows {rows[0]}, train_rows {rows[1]})"
     text = (
-        f"before the first update |log ratio| is {log_ratio:.2e}, although policy and sampler have the same weights; "
-        f"that is {share:.3g} of the clip range {clip:.2e}"
+        f"training sees other log-probs than the rollout did before any weight moved: velocities are {gap:.3g} "
+        f"roundings of their dtype apart, at {batches}"
     )
     bound = f"above the limit {guard.limit:g}"
-    return look.state, [look.alarm("first_ratio", guard.action, text, share, bound, guard.limit)]
+    return look.state, [look.alarm("first_ratio", guard.action, text, gap, bound, guard.limit)]
 
 
 def watch_step(

@@ -1,9 +1,10 @@
-"""What an iteration teaches: edges, or clean samples with their (t, ε); in which order, and in which batches."""
+"""What an iteration teaches: edges, or clean samples with their (t, ε); in which order, and in which batches; and what
+a batch is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.distribution import upcast
 from tempflow.core.groups import dense
-from tempflow.core.objective.edges import EdgeBatch, Loss, Peers
+from tempflow.core.objective.edges import EdgeBatch, Loss, Peers, Predict
 from tempflow.core.objective.leaves import LeafBatch, draw_leaves
 from tempflow.core.objective.norms import with_velocity_norm
+from tempflow.core.objective.old import Old, detached, old_of, told
 from tempflow.core.rng import Stream
 from tempflow.core.times import Id
 
@@ -145,22 +147,59 @@ def one_of(lessons: Lessons, first: int) -> Lessons:
     return Lessons(zero + first, draw, zero, 1, lessons.valid, lessons.pairs)
 
 
-def loss_of(setting: Setting, experience: Experience, given: Credit, batch: Lessons) -> Loss:
-    """The objective's loss of a batch, all of it this rank's own."""
-    algorithm, models = setting.algorithm, experience.models
+def loss_of(
+    setting: Setting,
+    experience: Experience,
+    given: Credit,
+    batch: Lessons,
+    old: Old | None = None,
+    drawn_by: str = "policy",
+) -> Loss:
+    """The objective's loss of a batch, all of it this rank's own.
+
+    old       of edges, from before the iteration's first update (`recorded`); None: the weight set `drawn_by` is asked
+              now, in this batch. Of the policy that is the forward that is trained, detached
+
+    Edges' metrics have "rollout_gap" (`core.objective.old.roundings`).
+    """
+    algorithm = setting.algorithm
+    models = {n: p if n == "policy" else detached(p) for n, p in experience.models.items()}
     if algorithm.draws is None:
-        edges = edge_batch(setting, experience, given, batch)
+        edges, objective = edge_batch(setting, experience, given, batch), algorithm.edge_objective
+        names = ("policy",) if old is not None else tuple(dict.fromkeys(("policy", drawn_by)))
+        said = {name: _velocity(models[name], edges) for name in names}
+        if old is None:
+            old = old_of(edges, said[drawn_by], setting.rounding, objective.keeps_mean)
+        edges = replace(edges, log_prob=old.log_prob, mean=old.mean)
+        models |= {name: told(velocity, edges.x, models[name]) for name, velocity in said.items()}
         if setting.norms:
-            return with_velocity_norm(algorithm.edge_objective, models, edges, len(batch.row))
-        return algorithm.edge_objective(models, edges)
+            loss = with_velocity_norm(objective, models, edges, len(batch.row))
+        else:
+            loss = objective(models, edges)
+        return Loss(loss.value, {**loss.metrics, "rollout_gap": old.gap})
     leaves = leaf_batch(setting, experience, given, batch)
     if setting.norms:
         return with_velocity_norm(algorithm.leaf_objective, models, leaves, len(batch.row))
     return algorithm.leaf_objective(models, leaves)
 
 
+def recorded(setting: Setting, experience: Experience, given: Credit, batch: Lessons) -> Old:
+    """The batch's edges by the policy as it stands, which has not moved since the rollout.
+
+    Gradients are on, though none is taken: kernels are chosen by that, and these are compared with a training forward.
+    """
+    edges = edge_batch(setting, experience, given, batch)
+    with torch.enable_grad():
+        velocity = _velocity(experience.models["policy"], edges)
+    return old_of(edges, velocity, setting.rounding, setting.algorithm.edge_objective.keeps_mean)
+
+
+def _velocity(predict: Predict, edges: EdgeBatch) -> Tensor:
+    return predict(edges.x, edges.schedule.at(edges.step), edges.rows)
+
+
 def edge_batch(setting: Setting, experience: Experience, given: Credit, batch: Lessons) -> EdgeBatch:
-    """The batch's edges, ready for an objective."""
+    """The batch's edges; their log-probs (and means, where these were kept) are the rollout's."""
     forest, device, rows = experience.forest, experience.forest.nodes.device, batch.row
     edges, own = forest.edges, (rows - experience.first).to(device)
     advantage, dynamics = given.advantage, setting.algorithm.dynamics

@@ -110,6 +110,7 @@ def train(
         judges = rewards + [patient(build(name)) for name in sorted(extra)]
         _check_ranks(config, world, display.say)
         _warn_of_warmup(config, display.say)
+        _say_old(config, algorithm, display.say)
         check_draft(algorithm, _device(config, model, world), sharded(config, world))
         setting, trainable, followers = _setting(
             config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
@@ -246,7 +247,7 @@ def _shards(model: Model, reference: nn.Module | None, config: Config, world: Wo
     whole = frozen_copy(model.network).cpu() if world.first else None
     networks = [model.network] if reference is None else [model.network, reference]
     dtype = DTYPES[config.model.dtype]
-    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole)
+    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole, dtype)
 
 
 def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Judge]:
@@ -365,6 +366,14 @@ def _warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
             f"warn: optimizer.warmup_iterations {warmup} outlasts the run's {config.iterations}: the learning rate "
             f"ends at {reached:.2g}, not {given:g}; nearest that reaches it: {max(0, config.iterations - 1)}"
         )
+
+
+def _say_old(config: Config, algorithm: Algorithm, say: Callable[[str], None]) -> None:
+    """What old log-probs cost, where they do not come with the training forward."""
+    updates, trained = config.optimizer.updates_per_iteration, algorithm.cost(0, config.data.prompts_per_iteration)
+    old = algorithm.old_forwards(trained.trained_edges, updates)
+    if old:
+        say(f"old log-probs: at most {old} forwards an iteration, for {trained.trained_edges} trained edges")
 
 
 def _check_ranks(config: Config, world: World, say: Callable[[str], None]) -> None:

@@ -157,6 +157,7 @@ def cost(counter: Counter) -> dict[str, int]:
         "draft_forwards": counter.draft,
         "train_forwards": counter.train,
         "reference_forwards": counter.reference,
+        "old_forwards": counter.old,
         "latent_rows": counter.latent,
         "decodes": counter.decodes,
         "reward_calls": counter.reward_calls,

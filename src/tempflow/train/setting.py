@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.cost import equivalents
+from tempflow.core.objective.old import rounding_of
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Model, Size
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from tempflow.train.drafter import Drafter
     from tempflow.train.shard import Shards
 
+TF32_EPS = 2.0**-10
+"""Of the format in which NVIDIA's tensor cores take float32 where torch lets them."""
+
 Judge = Callable[[Tensor, Tensor, Tensor], Scores]
 """judge(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
 
@@ -35,6 +41,7 @@ class Counter:
     guided     whether each row has the empty prompt's beside it
     rollout    with the drafts', which `draft` has of these
     reference  of weight sets beside the policy
+    old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
     latent     through a latent reward: no forwards of the network, but compute
     """
 
@@ -43,18 +50,19 @@ class Counter:
     draft: int = 0
     train: int = 0
     reference: int = 0
+    old: int = 0
     latent: int = 0
     decodes: int = 0
     reward_calls: int = 0
 
     @property
     def forwards(self) -> int:
-        return self.rollout + self.train + self.reference
+        return self.rollout + self.train + self.reference + self.old
 
     @property
     def equivalents(self) -> int:
         """Compute in forward-equivalents (`core.cost.equivalents`); a draft's row counts as any other."""
-        return equivalents(self.rollout + self.reference, self.train, guided=self.guided, latent=self.latent)
+        return equivalents(self.rollout + self.reference + self.old, self.train, guided=self.guided, latent=self.latent)
 
 
 @dataclass
@@ -113,3 +121,14 @@ class Setting:
         asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
         if asked != (self.drafter is not None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
+
+    @cached_property
+    def rounding(self) -> float:
+        """The relative rounding error of a velocity, by the coarsest dtype that the network computes in."""
+        network, device = self.model.network, self.model.device
+        dtypes = {p.dtype for p in network.parameters() if p.dtype.is_floating_point}
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({self.shards.dtype} if self.shards else set()))
+        backends = torch.backends
+        if device.type == "cuda" and (backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32):
+            eps = max(eps, TF32_EPS)
+        return rounding_of(eps, self.guidance)

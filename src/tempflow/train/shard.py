@@ -15,7 +15,8 @@ from tempflow.train.dist import World
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The switches of sharded networks, the policy's first. `whole`: on the first rank, a copy in one piece.
+    """The switches of sharded networks, the policy's first. `whole`: on the first rank, a copy in one piece. `dtype`:
+    what their float32 parameters compute in.
 
     Ranks run different numbers of forwards, so none of these may communicate: parameters are gathered once for a phase
     and gradients are scattered once, in an update's last backward.
@@ -23,6 +24,7 @@ class Shards:
 
     networks: tuple[nn.Module, ...]
     whole: nn.Module | None
+    dtype: torch.dtype = torch.float32
 
     def whole_with(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
         """The network in one piece, on the CPU of the first rank, with these parameters: for being saved."""

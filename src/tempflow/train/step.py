@@ -307,7 +307,7 @@ class _Tour:
             solver=algorithm.solver,
             variants=algorithm.variants,
             max_rows=setting.rollout_rows,
-            keep_mean=algorithm.draws is None and algorithm.edge_objective.keeps_mean,
+            keep_mean=algorithm.draws is None and algorithm.edge_objective.keeps_peers,
             device=setting.model.device,
         )
 

@@ -26,9 +26,9 @@ class Watcher:
         """The prompt slots whose groups are not to be trained."""
         return guards.skipped(self._heed(iteration, guards.watch_rollout(self.config, self.state, iteration, signals)))
 
-    def first_ratio(self, iteration: int, log_ratio: float, clip: float) -> None:
-        """Before the first update of all."""
-        self._heed(iteration, guards.watch_first_ratio(self.config, self.state, iteration, log_ratio, clip))
+    def first_ratio(self, iteration: int, gap: float, rows: tuple[int, int]) -> None:
+        """Before each update: the rollout's log-probs beside the training forward's. rows: of rollout and training."""
+        self._heed(iteration, guards.watch_first_ratio(self.config, self.state, iteration, gap, rows))
 
     def drops(self, iteration: int, fault: NonFiniteError | None) -> bool:
         """Whether this optimizer step is to be dropped."""

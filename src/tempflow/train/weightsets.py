@@ -157,11 +157,20 @@ class WeightSet:
 class _View(nn.Module):
     def __init__(self, weights: WeightSet) -> None:
         super().__init__()
-        self._weights = (weights,)  # in a tuple: the network is not this module's own
+        self.weights = (weights,)  # in a tuple: the network is not this module's own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (weights,) = self._weights
+        (weights,) = self.weights
         return functional_call(weights.trainable.network, weights.rounded(), args, kwargs)
+
+
+def holds_policy(network: nn.Module, trainable: Trainable) -> bool:
+    """Whether that weight set's network computes with the very numbers that the policy has now."""
+    if not isinstance(network, _View):
+        return False  # a copy of its own, which is a frozen set's
+    (weights,) = network.weights
+    rounded = weights.rounded()
+    return all(torch.equal(p, rounded[n]) for n, p in zip(trainable.names, trainable.parameters, strict=True))
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:

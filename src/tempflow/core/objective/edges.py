@@ -29,7 +29,8 @@ class Peers:
 class EdgeBatch:
     """Some edges of a forest, ready to be replayed. x, y: parent and child states [B, *S] as stored; the rest [B].
 
-    mean      [B, *S], the mean that y was drawn from; None unless the objective asks for it
+    log_prob  of y by the policy that drew it: what the ratio compares with
+    mean      [B, *S], the mean of that policy's step; None unless the objective reads it
     unit      LongTensor[B], equal for edges that share a chunk; None: every edge is its own
     columns   what credit says of each edge beside its advantage, [B, …] by name
     peers     other edges that credit points to; None: it points to none
@@ -50,6 +51,10 @@ class EdgeBatch:
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     peers: Peers | None = None
 
+    def transition(self, velocity: Tensor) -> Gaussian:
+        """The distribution of y by that velocity at x, [B, *S]."""
+        return self.dynamics.transition(self.x, velocity, self.schedule, self.step, self.scale)
+
     def column(self, name: str) -> Tensor:
         """Raises ValueError where credit gave no such column."""
         if name not in self.columns:
@@ -59,7 +64,7 @@ class EdgeBatch:
     def drawn_from(self) -> Tensor:
         """`mean`. Raises ValueError where it was not kept."""
         if self.mean is None:
-            raise ValueError("mean: was not kept, and this objective needs it; roll out with keep_mean=True")
+            raise ValueError("mean: was not kept, and this objective needs it; say so by keeps_mean = True")
         return self.mean
 
 
@@ -86,12 +91,17 @@ class Objective(Protocol):
 
     @property
     def keeps_mean(self) -> bool:
-        """Whether the rollout must keep the means that edges were drawn from."""
+        """Whether it reads the batch's `mean`."""
+        ...
+
+    @property
+    def keeps_peers(self) -> bool:
+        """Whether it reads the batch's `peers`: then the rollout must keep the means that edges were drawn from."""
         ...
 
     @property
     def tightest_clip(self) -> float:
-        """The scale against which a first-update log ratio is judged."""
+        """The narrowest side of the range in which a ratio is free."""
         ...
 
     def check(self, dynamics: Dynamics) -> None:
@@ -111,8 +121,7 @@ class Replayed:
 
     def transition(self, name: str) -> Gaussian:
         """The transition as that weight set has it."""
-        b = self.batch
-        return b.dynamics.transition(b.x, self.velocity[name], b.schedule, b.step, b.scale)
+        return self.batch.transition(self.velocity[name])
 
 
 def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch) -> Replayed:
@@ -129,8 +138,7 @@ def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
             velocity[name] = models[name](batch.x, sigma, batch.rows)
-    policy = batch.dynamics.transition(batch.x, velocity["policy"], batch.schedule, batch.step, batch.scale)
-    return Replayed(batch, velocity, policy)
+    return Replayed(batch, velocity, batch.transition(velocity["policy"]))
 
 
 def velocity_of(mean: Tensor, x: Tensor, batch: EdgeBatch, scale: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Gate(Protocol):
 
     @property
     def tightest(self) -> float:
-        """The scale against which a first-update log ratio is judged."""
+        """The narrowest side of the range in which a ratio is free."""
         ...
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated: ...

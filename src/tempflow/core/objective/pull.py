@@ -31,7 +31,12 @@ class Pull(Protocol):
 
     @property
     def keeps_mean(self) -> bool:
-        """Whether it needs the means that edges were drawn from."""
+        """Whether it reads the batch's `mean`."""
+        ...
+
+    @property
+    def keeps_peers(self) -> bool:
+        """Whether it reads the batch's `peers`."""
         ...
 
     def check(self, dynamics: Dynamics) -> None:
@@ -62,6 +67,7 @@ class Divergence:
     form: KLForm = "exact"
     name = "kl"
     keeps_mean = False
+    keeps_peers = False
     weight_sets = ("reference",)
 
     def __post_init__(self) -> None:
@@ -99,12 +105,14 @@ class Imitation:
     """mean (v_θ(x) − sg V*)²: V* is the velocity predicted in the rollout at the same step of the group's best path.
 
     Dynamic-TreeRPO's layer-wise supervised term (its weights ω_t are not known; here they are 1). It is 0 on the best
-    path itself before an update. Needs the edges' means and `peers`. Raises ValueError for a bad coefficient.
+    path itself before an update, but for the rollout's rounding. Needs `peers`. Raises ValueError for a coefficient
+    that is negative or not finite.
     """
 
     coefficient: float
     name = "imitation"
-    keeps_mean = True
+    keeps_mean = False
+    keeps_peers = True
     weight_sets = ()
 
     def __post_init__(self) -> None:

@@ -166,12 +166,17 @@ class PolicyRatio:
 
     @property
     def keeps_mean(self) -> bool:
-        """Whether the rollout must keep the means that edges were drawn from."""
+        """Whether it reads the batch's `mean`."""
         return self.ratio.keeps_mean or any(p.keeps_mean for p in self._pulls)
 
     @property
+    def keeps_peers(self) -> bool:
+        """Whether it reads the batch's `peers`."""
+        return any(p.keeps_peers for p in self._pulls)
+
+    @property
     def tightest_clip(self) -> float:
-        """The scale against which a first-update log ratio is judged."""
+        """The narrowest side of the range in which a ratio is free."""
         return self.gate.tightest
 
     def check(self, dynamics: Dynamics) -> None:

@@ -1,0 +1,98 @@
+"""Old log-probs: how the policy that drew some edges sees them, by a forward in the very batch that trains them.
+
+A rollout batches its rows otherwise than training does, and half precision rounds by the batch. So the rollout's own
+log-prob is off by more than a published clip, before any weight has moved. It is not used as the old one; it is only
+compared with it (`roundings`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tempflow.core.distribution import Gaussian, mean_dims, upcast
+from tempflow.core.objective.edges import EdgeBatch, Predict
+
+SIGMAS = 4.0
+"""How many standard deviations a healthy difference may lie out: of 10⁴ edges one does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Old:
+    """The edges of one batch as the policy that drew them has them.
+
+    log_prob  [B], of the children
+    mean      [B, *S], what they were drawn from; None where the objective does not read it
+    gap       [B], how far the rollout's log-prob is from this one (`roundings`)
+    """
+
+    log_prob: Tensor
+    mean: Tensor | None
+    gap: Tensor
+
+
+@torch.no_grad()
+def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool) -> Old:
+    """velocity [B, *S], of that policy at the batch's parent states; `batch.log_prob` is the rollout's.
+
+    rounding: the relative rounding error of a velocity, as for `roundings`.
+    """
+    velocity = velocity.detach()
+    law = batch.transition(velocity)
+    log_prob = law.log_prob(batch.y)
+    gap = roundings(batch, velocity, law, log_prob, rounding)
+    return Old(log_prob, law.mean if keeps_mean else None, gap)
+
+
+def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tensor, rounding: float) -> Tensor:
+    """The least error of the velocities, in units of `rounding` times their root mean square, by which the batch's
+    log-prob may differ from `log_prob` so much, [B].
+
+    An error e of the mean, in stds, changes the mean log-density of D elements by −mean(e·z) − mean(e²)/2. z is
+    independent of e, so the first part has standard deviation rms(e)/√D. With κ the answer and d = |b|·rms(v)·rounding
+    / S the error of one rounding, κ is the root of |Δ| = SIGMAS·κd/√D + (κd)²/2. d also counts the rounding of the
+    arithmetic itself, and |Δ| is what is left beyond that of the sum.
+    """
+    arithmetic = torch.finfo(law.mean.dtype).eps / 2
+    _, b, std = (c.to(law.mean) for c in batch.dynamics.coefficients(batch.schedule, batch.step, batch.scale))
+    error = (rounding * b.abs() * _rms(velocity) + arithmetic * _rms(batch.y)) / std
+    excess = (log_prob - batch.log_prob.to(log_prob)).abs() - 4 * arithmetic * (1 + log_prob.abs())
+    excess = torch.where(excess <= 0, 0.0, excess)  # a NaN stays one
+    spread = SIGMAS / math.sqrt(velocity[0].numel())
+    return 2 * excess / (error * (spread + (spread**2 + 2 * excess).sqrt()))
+
+
+def rounding_of(eps: float, guidance: float) -> float:
+    """The relative rounding error of a velocity that is computed in numbers `eps` apart at 1: their unit roundoff,
+    which guidance g takes g and g − 1 times from two predictions."""
+    return eps / 2 * math.hypot(guidance, guidance - 1)
+
+
+def told(velocity: Tensor, at: Tensor, predict: Predict) -> Predict:
+    """`predict` that need not compute again what it said at the states `at`."""
+
+    def answer(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        return velocity if x is at else predict(x, sigma, rows)
+
+    return answer
+
+
+def detached(predict: Predict) -> Predict:
+    """`predict` without gradients to anything, on the path that training takes.
+
+    Adapters and torch choose kernels and batches by whether gradients are recorded, and these round differently. So it
+    is asked as the policy is, and what it says is cut off.
+    """
+
+    def answer(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return predict(x, sigma, rows).detach()
+
+    return answer
+
+
+def _rms(t: Tensor) -> Tensor:
+    return mean_dims(upcast(t).square()).sqrt()
