@@ -99,7 +99,7 @@ class RunCost:
 
 def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
-    algorithm, prompts = config.algorithm.build(), config.data.prompts_per_iteration
+    algorithm, prompts = config.algorithm.build().seeded(config.seed), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
     edges = algorithm.draws is None
     means, peers = edges and algorithm.edge_objective.keeps_mean, edges and algorithm.edge_objective.keeps_peers

@@ -57,6 +57,7 @@ TOYS: dict[str, Toy] = {
     "ddpo": Toy(),
     # the step, the ratio, and credit along and across the latent
     "flow_cps": Toy({"noise_level": 0.8}),
+    "flow_dppo": Toy({"noisy_steps": 3, "first_steps": 5, "threshold": 1e-2}, iterations=60),
     "grpo_guard": Toy({"weight": "equalised"}),
     "gcpo": Toy({"sizes": (1, 2, 2), "share": 1.0}),
     "otca": Toy({"noise_level": 0.6}),
@@ -73,7 +74,7 @@ TOYS: dict[str, Toy] = {
     "sol_rl": Toy({"pool": 24, "draft_steps": 3}, iterations=35),
     "e2po": Toy({"noises": 3, "conditions": 4}),
     "awm": Toy({"steps": 8}),
-    "advantage_flow": Toy(),
+    "advantage_flow": Toy({"pairs": 4}),
     "v_grpo": Toy(repeat=4),
     # by initial noises alone its points come to lie on each other, short of the corner, and nothing is left to compare
     "elbo_pg": Toy({"steps": 4, "rollout": "sde", "scale": "group"}, iterations=40),
