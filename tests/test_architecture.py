@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "stats": set(),
     "report": {"stats"},
     "export": {"config", "models", "train"},
-    "doctor": {"config", "data", "models"},
+    "doctor": {"config", "data", "models", "train"},
     "train": {
         "core",
         "data",
