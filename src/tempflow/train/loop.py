@@ -206,8 +206,9 @@ def _setting(
     size = (config.model.height, config.model.width)
     model.noise_shape(size)
     trainable = Trainable(model.network)
-    base = trainable.state() if config.model.start else None  # else training starts from it, and a set copies that
+    base = None  # where training starts from the base, a set copies that
     if config.model.start:
+        base = trainable.state()
         begun = given(config.model.start, "model.start")
         check_kind(begun, config.model.training)
         lora = begun.lora_for(model)
@@ -287,7 +288,8 @@ def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str
     if which == "start":
         return WeightSet(trainable, Frozen())
     held = given(which, "model.reference")
-    return WeightSet(trainable, Frozen(), started(held, trainable, base, held.lora_for(model)))
+    untrained = trainable.state() if base is None else base  # nothing was started from
+    return WeightSet(trainable, Frozen(), started(held, trainable, untrained, held.lora_for(model)))
 
 
 def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[Patient]:

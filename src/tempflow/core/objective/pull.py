@@ -121,6 +121,7 @@ class ToRollout:
     log_ratio: LogRatio
     name = "rollout_kl"
     weight_sets = ()
+    keeps_peers = False
 
     def __post_init__(self) -> None:
         _check("rollout_kl", self.coefficient)
