@@ -37,10 +37,13 @@ def check_new(folder: Path, write: bool = True) -> None:
 
 
 def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
-    """What can be told without work: raises ValueError where the folder is not a run's own, where the run would write
-    over its own model, and where it was given objects in Python that are not `given` now."""
+    """What can be told without work.
+
+    Raises CheckpointError where there is no run; ValueError where the folder is not a run's own, where the run would
+    write over its own model, and where it was given objects in Python that are not `given` now.
+    """
     if not (folder / "config.yaml").is_file() and not (folder / checkpoint.FOLDER).is_dir():
-        return  # no run at all: said when its checkpoint is looked for
+        checkpoint.newest(folder)  # no run at all: raises, naming what is there
     if kind_of(folder) != RUN:
         raise ValueError(
             f"resume: {str(folder)!r} has no {MARKER} of a run, so nothing is written there; nearest valid: a folder "
