@@ -48,7 +48,9 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         for name in ("train", "validation", "test"):
-            album(root / name)
+            lines = album(root / name).read_text().splitlines()
+            kept = [{k: v for k, v in json.loads(line).items() if k != "image"} for line in lines]
+            (root / name / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         for place in ("base", "start", "dino"):
             for file in ("transformer/model.safetensors", "transformer/config.json", "README.md"):
                 (root / place / file).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ class World:
     def identity(self, settings: Config | None = None) -> Identity:
         settings = settings or self.config()
         algorithm = settings.algorithm.build()
-        return identity(settings, algorithm, loop._sources(settings, None, None), {})
+        return identity(settings, algorithm, loop._sources(settings, None, None, algorithm.reads), {})
 
     def saved(self) -> None:
         """What a run writes at its start."""

@@ -59,25 +59,26 @@ def test_a_run_learns_what_it_is_shown(name: str, pairs: Path, tmp_path: Path) -
 
 
 @every
-def test_a_resumed_run_ends_as_the_whole_one(name: str, pairs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_the_whole_one(
+    name: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = go(tmp_path / "whole", pairs, name).folder
 
     class Killed(BaseException):
         pass
 
-    class Dies(Fake):
+    encode, reads = Fake.encode_media, list[int]()
+
+    def dies(*given: Any) -> torch.Tensor:
         """After the checkpoint of iteration 2, in the middle of iteration 4."""
+        reads.append(1)
+        if len(reads) == 3 * 4 + 2:
+            raise Killed
+        return encode(*given)
 
-        reads = 0
-
-        def encode_media(self, *given: Any) -> torch.Tensor:
-            self.reads += 1
-            if self.reads == 3 * 4 + 2:
-                raise Killed
-            return super().encode_media(*given)
-
-    with pytest.raises(Killed):
-        go(tmp_path / "part", pairs, name, Dies())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Fake, "encode_media", dies)
+        go(tmp_path / "part", pairs, name)
     assert len(lines(tmp_path / "part", "metrics.jsonl")) == 3
     part = go(tmp_path / "part", pairs, name, resume=True).folder
     for file in (*LINES, "model/model.safetensors"):
@@ -151,24 +152,27 @@ def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
         train(settings, model=Fake(), reward=brightness, quiet=True)
 
 
-def test_a_picture_that_breaks_while_training_stops_the_run_and_it_goes_on(pairs: Path, tmp_path: Path) -> None:
+def test_a_picture_that_breaks_while_training_stops_the_run_and_it_goes_on(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never a score of 0, never another picture in its place."""
     whole = go(tmp_path / "whole", pairs, "sft").folder
     kept = (pairs.parent / "0_chosen.png").read_bytes()
 
-    class Cuts(Fake):
-        reads = 0
+    encode, reads = Fake.encode_media, list[int]()
 
-        def encode_media(self, *given: Any) -> torch.Tensor:
-            self.reads += 1
-            if self.reads == 12:
-                for file in pairs.parent.glob("*_chosen.png"):
-                    file.with_suffix(".kept").write_bytes(file.read_bytes())
-                    file.write_bytes(file.read_bytes()[:40])
-            return super().encode_media(*given)
+    def cuts(*given: Any) -> torch.Tensor:
+        reads.append(1)
+        if len(reads) == 12:
+            for file in pairs.parent.glob("*_chosen.png"):
+                file.with_suffix(".kept").write_bytes(file.read_bytes())
+                file.write_bytes(file.read_bytes()[:40])
+        return encode(*given)
 
-    with pytest.raises(ValueError, match=r"image '\d_chosen\.png': no picture that can be read"):
-        go(tmp_path / "run", pairs, "sft", Cuts())
+    with monkeypatch.context() as patch:
+        patch.setattr(Fake, "encode_media", cuts)
+        with pytest.raises(ValueError, match=r"image '\d_chosen\.png': no picture that can be read"):
+            go(tmp_path / "run", pairs, "sft")
     for file in pairs.parent.glob("*.kept"):
         file.rename(file.with_suffix(".png"))
     assert (pairs.parent / "0_chosen.png").read_bytes() == kept

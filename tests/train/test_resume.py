@@ -185,7 +185,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(GuardError, match=r"could not be written: .*No space left.*tempflow train --resume"):
+        with pytest.raises(GuardError, match=r"could not be written: .*No space left.*resume=True"):
             go(tmp_path / "toy")
     assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
-from tempflow.data.prompts import SHAPES, Prompt
+from tempflow.data.prompts import SHAPES, Prompt, source_path
 from tempflow.folder import PIPELINE
 from tempflow.models import local_folder
 from tempflow.rewards import Patient
@@ -153,8 +153,8 @@ def identity(
     else:
         contents["model.path"] = _pipeline(local_folder(config.model.path, config.model.revision))
     for field, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
-        if where and Path(where).exists():
-            contents[field] = _any(Path(where))
+        if where and Path(where).expanduser().exists():
+            contents[field] = _any(Path(where).expanduser())
     if algorithm.judge is not None:
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
@@ -167,6 +167,7 @@ def identity(
 def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
     """Of the prompts with their metadata, and of the files beside them that the metadata name."""
     source = str(dict(config.data).get(name.removeprefix("data."), ""))
+    root = Path() if not source or source.startswith(SHAPES) else source_path(source).parent
     said, named = hashlib.sha256(), set[str]()
     for prompt in prompts:
         parts = {field.name: _plain(getattr(prompt, field.name)) for field in fields(prompt)}
@@ -174,7 +175,7 @@ def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
         if not source.startswith(SHAPES):
             named.update(_texts(prompt.metadata))
     found = {"prompts": said.hexdigest()}
-    files = {text: path for text in named if _there(path := Path(source).parent / text, Path.is_file)}
+    files = {text: path for text in named if _there(path := root / text, Path.is_file)}
     if files:
         found["files that they name"] = hashlib.sha256(json.dumps(_digests(files), sort_keys=True).encode()).hexdigest()
     return found
