@@ -71,6 +71,10 @@ def test_shapes_prompts_are_balanced_by_kind():
     assert kinds is not None and len(set(kinds)) == 6
     for part in stream(5, prompts, 12, 0):
         assert set(Counter(kinds[i] for i in part).values()) == {2}
+    assert strata_of([Prompt("a", {"tag": "x"}), Prompt("b", {"kind": "y", "tag": "z"})]) == [
+        "x",
+        "y",
+    ]  # as GenEval has it
     mixed = [*prompts[:5], Prompt("no kind")]
     assert strata_of(mixed) is None
     assert sorted(prompts_for(0, mixed, 6, 0)) == list(range(6))

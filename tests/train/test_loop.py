@@ -21,6 +21,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import evaluate, fixed_prompts
 from tempflow.models import resolved_dtype
 from tempflow.rewards import from_function
+from tempflow.train import loop
 from tempflow.train.guards import GuardError
 from tempflow.train.loop import Run, train
 from tempflow.train.records import plain
@@ -379,3 +380,26 @@ def test_a_runs_records_name_the_dtype_that_auto_meant(tmp_path: Path) -> None:
     chosen = config(tmp_path / "toy", iterations=1, model={"dtype": "auto", "height": 2, "width": 2})
     run = train(chosen, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
     assert load_config(run.folder / "config.yaml").model.dtype == resolved_dtype("auto", "cpu") != "auto"
+
+
+def test_it_says_how_prompts_are_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = [{"prompt": "a", "tag": "x"}, {"prompt": "b", "tag": "y"}, {"prompt": "c"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {**dict.fromkeys(("train", "validation", "test"), str(tmp_path / "p.jsonl")), "prompts_per_iteration": 4}
+    settings = config(tmp_path / "run", data=data, evaluation={"validation_prompts": 7, "test_prompts": 2})
+    sets = loop._prompt_sets(settings, loop._sources(settings, None, None, ()), said.append)
+    assert [p.text for p in sets["validation"]] == ["a", "b", "c"] * 2 + ["a"]
+    assert said == [
+        "data.validation: 7 are drawn of 3 prompts: each comes 2 to 3 times",
+        "data.test: 2 of 3 prompts are used",
+        "data.train: 4 prompts an iteration of 3 prompts: each comes 1 to 2 times",
+        "data.train: 1 of 3 prompts have no kind, so draws are not balanced by it",
+    ]
+    said.clear()
+    few = settings.replace(iterations=1, data=settings.data.model_copy(update={"prompts_per_iteration": 2}))
+    loop._prompt_sets(few, loop._sources(few, ["a", "b", "c"], None, ()), said.append)
+    assert said[-1] == "data.train: 1 iterations draw 2 of 3 prompts"
+    with pytest.raises(ValueError, match=r'prompts\[0\]: "image" would change what is drawn'):
+        loop._sources(few, [{"prompt": "a", "image": "a.png"}], None, ())
+    assert loop._sources(few, [{"prompt": "a", "image": "a.png"}], None, ("image",))["prompts"]

@@ -114,7 +114,7 @@ def test_an_evaluation_leaves_broken_pictures_out_and_says_so(place: str, value:
     rows = report.table().splitlines()
     assert rows[-2] == "spy: 1 of 6 scores failed; its mean is of the other 5"
     assert re.match(rf"1 of 6 pictures are none: {SAYS[place]}", rows[-1])
-    assert whole.broken == () and "failed" not in whole.table()
+    assert whole.faults == [] and "failed" not in whole.table()
 
 
 @pytest.mark.parametrize("place", SAYS)
@@ -308,3 +308,15 @@ def test_an_advantage_that_is_not_finite_moves_no_weight(field: str, value: floa
         check_credit(spoilt, 1)
     left_out = replace(spoilt.advantage, ok=spoilt.advantage.ok & column.isfinite())
     check_credit(replace(spoilt, advantage=left_out), 1)
+
+
+def test_diversity_is_of_pictures_alone() -> None:
+    """A broken one is black, and far from all others."""
+    how = {**FIXED, "samples_per_prompt": 3}
+    prompts = [Prompt(p) for p in PROMPTS]
+    broken, whole = (evaluate(m, prompts, [from_function(brightness)], **how) for m in (Broken("network"), Fake()))
+    assert broken.diversity is not None and whole.diversity is not None
+    slot = PROMPTS.index(BAD)
+    rest = [n for n in range(6) if n != slot]
+    assert math.isnan(broken.diversity[slot]) and torch.equal(broken.diversity[rest], whole.diversity[rest])
+    assert broken.to_json()["diversity"]["mean"] == pytest.approx(float(whole.diversity[rest].mean()))

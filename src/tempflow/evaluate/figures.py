@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.models.finite import told
 from tempflow.stats import Interval, interval
 
 
@@ -25,8 +26,8 @@ class Report:
     kinds               the task kind of each row
     gold                names of the rewards that the model was not trained on
     diversity           float64 [prompts]: mean feature distance between a prompt's pictures
-                        (`diversity.within_groups`); None with one picture a prompt
-    broken              a line for each way in which pictures were not finite; their scores are failed
+                        (`diversity.within_groups`), NaN with fewer than two that are any; None with one drawn a prompt
+    broken              LongTensor [N], which rows are no pictures and why (`models.finite`); None: all are
 
     Raises ValueError for a gold name that is no reward's, naming the nearest, and for rows that don't share out.
     """
@@ -40,7 +41,7 @@ class Report:
     gold: tuple[str, ...] = ()
     samples_per_prompt: int = 1
     diversity: Tensor | None = None
-    broken: tuple[str, ...] = ()
+    broken: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in self.gold:
@@ -98,6 +99,11 @@ class Report:
         """Pictures that at least one reward failed on."""
         return int((~self.scores.ok).any(1).sum())
 
+    @property
+    def faults(self) -> list[str]:
+        """A line for each way in which pictures are none."""
+        return [] if self.broken is None else told(self.broken, self.prompts)
+
     def valid(self, name: str) -> int:
         """Of how many pictures `mean` is the mean."""
         return int(self.scores.ok[:, self.scores.names.index(name)].sum())
@@ -153,7 +159,7 @@ class Report:
             count, valid = len(self.scores), self.valid(name)
             if valid < count:
                 lines.append(f"{name}: {count - valid} of {count} scores failed; its mean is of the other {valid}")
-        return "\n".join([*lines, *self.broken])
+        return "\n".join([*lines, *self.faults])
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
@@ -167,8 +173,14 @@ class Report:
     def _diversity(self, distance: np.ndarray) -> tuple[float, Interval, dict[str, float]]:
         """Mean over prompts, its 95 % interval, and means by kind."""
         kinds, clusters = self.kinds[:: self.samples_per_prompt], self._clusters[:: self.samples_per_prompt]
-        by_kind = {kind: float(distance[rows].mean()) for kind, rows in _places(kinds).items()}
-        return float(distance.mean()), interval(distance, strata=kinds, clusters=clusters), by_kind
+        by_kind = {kind: _mean(distance[rows]) for kind, rows in _places(kinds).items()}
+        return _mean(distance), interval(distance, strata=kinds, clusters=clusters), by_kind
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are known; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _places(kinds: Sequence[str]) -> dict[str, list[int]]:

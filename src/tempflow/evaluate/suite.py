@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.folder import check, claim
-from tempflow.models.finite import Decoded, NotFiniteError, decoded, encoded, told
+from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.protocol import Model, Predict, Size
 from tempflow.perception.diversity import features, within_groups
 from tempflow.rewards import score_all
@@ -184,9 +185,17 @@ def evaluate(
         seed,
         tuple(gold),
         samples_per_prompt,
-        within_groups(torch.cat(seen), torch.tensor(groups))[1] if seen else None,
-        tuple(told(torch.cat(broken), [prompts[n - first].text for n in groups])),
+        _diversity(torch.cat(seen), torch.cat(broken) == WHOLE, torch.tensor(groups) - first) if seen else None,
+        torch.cat(broken),
     )
+
+
+def _diversity(seen: Tensor, ok: Tensor, groups: Tensor) -> Tensor:
+    """float64 [prompts]: the mean distance between a prompt's pictures, of those that are any."""
+    found = torch.full((int(groups.max()) + 1,), math.nan, dtype=torch.float64)
+    numbers, distance = within_groups(seen[ok], groups[ok])
+    found[numbers] = distance
+    return found
 
 
 def evaluate_path(

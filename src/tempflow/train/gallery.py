@@ -53,10 +53,12 @@ class Gallery:
         value, ok = (world.gather(t, counts) for t in (part.scores.value, part.scores.ok))
         kinds = tuple(p.kind for p in prompts)
         scores = Scores(value, ok, part.scores.names)
-        for line in part.broken:
+        broken = None if part.broken is None else world.gather(part.broken, counts)
+        report = replace(part, scores=scores, prompts=tuple(p.text for p in prompts), kinds=kinds, broken=broken)
+        for line in report.faults:
             self.say(f"warn: {line}")
         check_look(self.judges, scores, self.say, training)
-        return replace(part, scores=scores, prompts=tuple(p.text for p in prompts), kinds=kinds)
+        return report
 
     def yardstick(self, prompts: Mapping[str, Sequence[Prompt]]) -> Yardstick | None:
         """The untrained model with the guidance that suits it best on validation, and its test report."""

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "prepare_model", "train"]
 
+Given = Sequence[str | Prompt | Mapping[str, object]]
+"""Prompts as objects: `data.prompts.as_prompts` reads them."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,8 +57,8 @@ def train(
     *,
     model: Model | None = None,
     reward: Reward | Callable | Sequence[Reward | Callable] | None = None,
-    prompts: Sequence[str | Prompt] | None = None,
-    test_prompts: Sequence[str | Prompt] | None = None,
+    prompts: Given | None = None,
+    test_prompts: Given | None = None,
     algorithm: Algorithm | None = None,
     quiet: bool = False,
     resume: bool = False,
@@ -280,8 +283,8 @@ def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callab
 
 def _sources(
     config: Config,
-    prompts: Sequence[str | Prompt] | None,
-    test_prompts: Sequence[str | Prompt] | None,
+    prompts: Given | None,
+    test_prompts: Given | None,
     reads: Sequence[str],
 ) -> dict[str, Sequence[Prompt]]:
     """All prompts, by the field or the argument that they come from.
