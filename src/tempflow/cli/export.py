@@ -22,8 +22,9 @@ class ExportOptions(Strict):
         default="best", description="best on validation, as it was last, or the average"
     )
     checkpoint: int | None = Field(default=None, ge=0, description="an iteration that has a checkpoint")
-    form: Literal["lora", "merged"] | None = Field(
-        default=None, description="a LoRA or a whole pipeline folder (default: as the run trained)"
+    form: Literal["lora", "peft", "merged"] | None = Field(
+        default=None,
+        description="a LoRA for diffusers, one as a PEFT folder, or a whole pipeline (default: as the run trained)",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="of the files (default: what the run computed in)"

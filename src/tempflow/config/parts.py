@@ -31,14 +31,16 @@ class ModelConfig(Strict):
         default="full", description="train all of the network, or a LoRA on its attention"
     )
     start: str = Field(
-        default="", description="a run's folder, whose best weights training starts from; empty = the model as it is"
+        default="",
+        description="what training starts from: a run's folder (its best weights) or a LoRA (diffusers, PEFT, kohya or "
+        "ComfyUI form), which is trained on, or with full training merged; empty = the model as it is",
     )
     reference: str = Field(
         default="base",
         min_length=1,
-        description="what the KL holds to: 'base' (the model as it is), 'start', or a run's folder (its best weights)",
+        description="what the KL holds to: 'base' (the model as it is), 'start', or a run's folder or a LoRA as above",
     )
-    lora_rank: int = Field(default=32, ge=1, description="rank of the LoRA")
+    lora_rank: int = Field(default=32, ge=1, description="rank of a fresh LoRA; one that is started from keeps its own")
     lora_alpha: int = Field(default=64, ge=1, description="alpha of the LoRA; it is scaled by alpha / rank")
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tempflow.config import OWN_REWARD, Config, load_config
 from tempflow.models import HUB_ID, load
-from tempflow.models.lora import LORA_FILE, load_lora, lora_file
+from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
+from tempflow.models.lora_files import PICKLED, load_lora, lora_file
 from tempflow.models.protocol import Size
 from tempflow.models.sd3 import SD3
 from tempflow.rewards import names
@@ -62,7 +63,7 @@ def find(what: str, base: str = "") -> Source:
     pipeline = what == "shapes" or (place / PIPELINE_FILE).is_file()
     if not pipeline and (place / CONFIG_FILE).is_file():
         return _run(place, base)
-    if not pipeline and (place.suffix == ".safetensors" or any(place.glob("*.safetensors"))):
+    if not pipeline and _looks_like_lora(place):
         return _lora(place, base)
     if base:
         raise ValueError(f"base: {base!r} is for a LoRA, and {what!r} is none; nearest valid: no base")
@@ -72,7 +73,7 @@ def find(what: str, base: str = "") -> Source:
 
 
 def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu") -> SD3:
-    """The source's model, frozen. Raises what `models.load` and `models.lora.load_lora` raise."""
+    """The source's model, frozen. Raises what `models.load` and `models.lora_files.load_lora` raise."""
     model = load(source.base, revision=source.revision, dtype=dtype, device=device)
     if source.lora is not None:
         load_lora(model, source.lora)
@@ -138,10 +139,19 @@ def _run(run: Path, base: str) -> Source:
     )
 
 
+def _looks_like_lora(place: Path) -> bool:
+    """A weights' file, or a folder of such: also a pickled one, to be told what is wrong with it."""
+    weights = (".safetensors", *PICKLED)
+    return place.suffix in weights or any(place.glob("*.safetensors")) or (place / "adapter_config.json").is_file()
+
+
 def _lora(place: Path, base: str) -> Source:
     if not place.exists():
         raise ValueError(f"{str(place)!r} is no file; {_near(place) or _offer()}")
-    file = lora_file(place)
+    try:
+        file = lora_file(place)
+    except ValueError as error:
+        raise ValueError(f"lora: {error}") from error
     if base:
         return Source(base, lora=file)
     run = next((p for p in (place.parent, place.parent.parent) if (p / CONFIG_FILE).is_file()), None)
@@ -151,9 +161,10 @@ def _lora(place: Path, base: str) -> Source:
 
 def _near(place: Path) -> str:
     """A hint: the source inside `place`, or the one beside it with the likeliest name; "" where there is none."""
+    signs = (PIPELINE_FILE, CONFIG_FILE, LORA_FILE, ADAPTER_FILE)
     for folder in (place, place.parent):
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        known = [str(p) for p in inside if any((p / f).is_file() for f in (PIPELINE_FILE, CONFIG_FILE, LORA_FILE))]
+        known = [str(p) for p in inside if any((p / sign).is_file() for sign in signs)]
         if known:
             return f"nearest valid: {get_close_matches(str(place), known, n=1, cutoff=0.0)[0]!r}"
     return ""

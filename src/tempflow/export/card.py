@@ -23,12 +23,19 @@ USUAL_TOKENS = 256
 
 @dataclass(frozen=True)
 class Export:
-    """What a card is about: the folder's name, its form and dtype, and which weights, if not the ones measured."""
+    """What a card is about: the folder's name, its form and dtype, which weights, if not the ones measured, and the
+    ranks of a LoRA's layers (empty for full training)."""
 
     name: str
     form: str
     dtype: str
     unmeasured: str | None
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it needs the base beside it."""
+        return self.form in ("lora", "peft")
 
 
 def card(run: Path, config: Config, export: Export) -> str:
@@ -90,15 +97,15 @@ def _front_matter(config: Config, name: str, form: str) -> str:
         **_licence_fields(config, name),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["tempflow", config.algorithm.name] + (["lora"] if form == "lora" else []),
+        "tags": ["tempflow", config.algorithm.name] + (["lora"] if form != "merged" else []),
     }
     if HUB_ID.fullmatch(config.model.path) and not Path(config.model.path).exists():
         fields |= {"base_model": config.model.path}
-        fields |= {"base_model_relation": "adapter" if form == "lora" else "finetune"}
+        fields |= {"base_model_relation": "adapter" if form != "merged" else "finetune"}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
-def _base_name(config: Config) -> str:
+def base_name(config: Config) -> str:
     """As given for a hub id and `shapes`; of a folder its name alone, as its place says nothing elsewhere."""
     path = config.model.path
     return path if HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).name
@@ -126,18 +133,28 @@ def _rewards(config: Config, summary: Mapping[str, Any] | None) -> str:
 
 def _origin(run: Path, config: Config, export: Export) -> str:
     m, summary = config.model, _summary(run)
-    trained = f"a LoRA of rank {m.lora_rank}, alpha {m.lora_alpha}" if m.training == "lora" else "the whole network"
+    trained = f"a LoRA of {_ranks(config, export)}" if m.training == "lora" else "the whole network"
+    if m.start:
+        trained += f", from {Path(m.start).name}"
     if export.form == "merged" and m.training == "lora":
         trained += ", merged into the base"
     revision = f" at {m.revision}" if m.revision else ""
     lines = [
-        f"- base: {_base_name(config)}{revision}",
+        f"- base: {base_name(config)}{revision}",
         f"- trained: {trained}, by `{config.algorithm.name}` with tempflow, in {m.dtype}",
         f"- {_taught_by(config)}: {_rewards(config, summary)}",
         f"- length: {_length(config, summary, export)}",
         f"- these files: {export.dtype}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ranks(config: Config, export: Export) -> str:
+    """Rank and alpha of the LoRA that was trained, which may be another's (`model.start`)."""
+    scale, ranks = config.model.lora_alpha / config.model.lora_rank, export.ranks or (config.model.lora_rank,)
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}, alpha {scale * ranks[0]:g}"
+    return f"ranks {', '.join(map(str, ranks))} and scale {scale:g}"
 
 
 def _length(config: Config, summary: Mapping[str, Any] | None, export: Export) -> str:
@@ -171,15 +188,19 @@ def _number(value: float | None) -> str:
 def _usage(config: Config, export: Export) -> str:
     """Lines that draw a picture as the run's evaluation did, by diffusers alone."""
     imports = ["import torch", "from diffusers import DiffusionPipeline"]
-    base = json.dumps(_base_name(config))
-    if export.form == "lora" and config.model.path == "shapes":
+    base = json.dumps(base_name(config))
+    if export.adapter and config.model.path == "shapes":
         imports, base = [*imports, "from tempflow.models import shapes_folder"], "shapes_folder()"
     revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
     dtype = f"torch_dtype=torch.{export.dtype}"
-    if export.form == "lora":
+    if export.adapter:
+        peft = export.form == "peft"
+        name = json.dumps(export.name)
+        imports = [*imports, "from peft import PeftModel"] if peft else imports
+        put = f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name})"
         loading = [
             f"pipe = DiffusionPipeline.from_pretrained({base}, {dtype}{revision})",
-            f"pipe.load_lora_weights({json.dumps(export.name)})",
+            put if peft else f"pipe.load_lora_weights({name})",
         ]
     else:
         loading = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(export.name)}, {dtype})"]

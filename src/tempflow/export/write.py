@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,30 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tempflow.config import Config, load_config
-from tempflow.export.card import Export, base_file, card, licence
+from tempflow.export.card import Export, base_file, base_name, card, licence
 from tempflow.folder import check
 from tempflow.models import DTYPES, load
-from tempflow.models.lora import LORA_FILE, PREFIX
+from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
 from tempflow.models.quiet import quiet
 
-Form = Literal["lora", "merged"]
+Form = Literal["lora", "peft", "merged"]
 Which = Literal["best", "policy", "ema"]
-
-"""How diffusers' LoRA files name the network that they belong to."""
-
-LORA_NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-"""With the adapter's name in a checkpoint (`….lora_A.default.weight`), without it in a file."""
 
 LICENCE_TEXTS = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt")
 SMALL_FILES = 16 << 20
 """Bytes allowed for tokenizers and configurations, when disk space is checked."""
-
-Lora = Mapping[str, tuple[Tensor, Tensor]]
-"""Layer name → A [rank, in] and scale·B [out, rank], float32."""
 
 
 def export_run(
@@ -53,9 +44,10 @@ def export_run(
     weights     "best" on validation, the "policy" as it was last, or its average "ema"
     checkpoint  an iteration that has a checkpoint, whose "best" is what the run evaluates by. None: a finished run's
                 best weights come from `run`/model, a stopped run's from its best checkpoint, others from the newest
-    form        "lora": one file for `pipe.load_lora_weights(to)`, the scale multiplied into B. "merged": a pipeline
-                folder for `from_pretrained(to)`; of a LoRA run it holds W + scale·B·A, summed in float32. None: "lora"
-                for a LoRA run, "merged" for one that trained fully
+    form        "lora": one file for `pipe.load_lora_weights(to)`, the scale multiplied into B. "peft": the same LoRA as
+                `PeftModel.from_pretrained(pipe.transformer, to)` reads it. "merged": a pipeline folder for
+                `from_pretrained(to)`; of a LoRA run it holds W + scale·B·A, summed in float32. None: "lora" for a LoRA
+                run, "merged" for one that trained fully
     dtype       "float32" or "bfloat16"; None: the one that the run computed and was judged in
 
     Raises ValueError for a folder that holds no run, weights or a checkpoint that it does not have, a form that does
@@ -68,11 +60,17 @@ def export_run(
     check(to, None, "to")
     source = _source(run, weights, checkpoint)
     with _finished(to) as partial:
-        if form == "lora":
-            _write_lora(_lora(source, config, weights), partial, dtype)
+        lora = _lora(source, config, weights) if config.model.training == "lora" else {}
+        if form == "merged":
+            _write_pipeline(source, config, weights, lora, partial, dtype)
         else:
-            _write_pipeline(source, config, weights, partial, dtype)
-        _write_papers(run, config, partial, Export(to.name, form, dtype, _unmeasured(source, weights)))
+            _check_space(partial, lora_bytes(lora, DTYPES[dtype]))
+            if form == "peft":
+                write_peft(lora, partial, base_name(config), DTYPES[dtype])
+            else:
+                write_lora(lora, partial, DTYPES[dtype])
+        ranks = tuple(sorted(set(ranks_of(lora).values())))
+        _write_papers(run, config, partial, Export(to.name, form, dtype, _unmeasured(source, weights), ranks))
     return to
 
 
@@ -91,8 +89,8 @@ def run_config(run: Path) -> Config:
 def _form(config: Config, form: Form | None) -> Form:
     if config.model.training == "lora":
         return form or "lora"
-    if form == "lora":
-        raise ValueError("form: 'lora', but this run trained the whole network; nearest valid: 'merged'")
+    if form in ("lora", "peft"):
+        raise ValueError(f"form: {form!r}, but this run trained the whole network; nearest valid: 'merged'")
     return "merged"
 
 
@@ -138,31 +136,15 @@ def _tensors(source: Path, weights: Which) -> dict[str, Tensor]:
 
 # -------------------------------------------------------------------------------------------------------------- writing
 def _lora(source: Path, config: Config, weights: Which) -> Lora:
-    if source.name == "model":
-        return _paired(load_file(source / LORA_FILE), 1.0)  # `save` has multiplied the scale in
-    return _paired(_tensors(source, weights), config.model.lora_alpha / config.model.lora_rank)
+    try:
+        if source.name == "model":
+            return paired(load_file(source / LORA_FILE), 1.0)  # `save` has multiplied the scale in
+        return paired(_tensors(source, weights), config.model.lora_alpha / config.model.lora_rank)
+    except ValueError as error:
+        raise ValueError(f"run: {error}") from error
 
 
-def _paired(tensors: Mapping[str, Tensor], scale: float) -> Lora:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        found = LORA_NAME.fullmatch(name.removeprefix(PREFIX))
-        if found is None:
-            raise ValueError(f"run: {name!r} is no weight of a LoRA; was config.yaml changed after the run?")
-        sides.setdefault(found["layer"], {})[found["side"]] = value.float()
-    return {layer: (pair["A"], pair["B"] * scale) for layer, pair in sides.items()}
-
-
-def _write_lora(lora: Lora, folder: Path, dtype: str) -> None:
-    tensors: dict[str, Tensor] = {}
-    for layer, (a, b) in lora.items():
-        for side, value in (("A", a), ("B", b)):
-            tensors[f"{PREFIX}{layer}.lora_{side}.weight"] = value.to(DTYPES[dtype]).contiguous()
-    _check_space(folder, sum(t.nbytes for t in tensors.values()))
-    save_file(tensors, folder / LORA_FILE, metadata={"format": "pt"})
-
-
-def _write_pipeline(source: Path, config: Config, weights: Which, folder: Path, dtype: str) -> None:
+def _write_pipeline(source: Path, config: Config, weights: Which, lora: Lora, folder: Path, dtype: str) -> None:
     m = config.model
     if m.training == "full" and source.name == "model":
         model = load(str(source), dtype=dtype)
@@ -170,22 +152,14 @@ def _write_pipeline(source: Path, config: Config, weights: Which, folder: Path, 
         model = load(m.path, revision=m.revision, dtype=dtype)
         _replace(model.network, _tensors(source, weights))
     else:
-        lora = _lora(source, config, weights)  # before gigabytes are loaded
         model = load(m.path, revision=m.revision)
-        merge(model.network, lora)
+        try:
+            merge(model.network, lora)
+        except ValueError as error:
+            raise ValueError(f"run: {error}") from error
         model.pipe.to(DTYPES[dtype])
     _check_space(folder, _bytes(model.pipe))
     model.save(str(folder))
-
-
-@torch.no_grad()
-def merge(network: nn.Module, lora: Lora) -> None:
-    """W ← W + scale·B·A for each layer of `lora`, in the network's own dtype (float32 to lose nothing).
-
-    Raises ValueError for a layer that the network does not have.
-    """
-    for layer, (a, b) in lora.items():
-        _parameter(network, f"{layer}.weight").add_(b @ a)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
+from tempflow.models.folder import FAMILIES, check_family, check_folder
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
 
-FAMILIES = {"StableDiffusion3Pipeline": "Stable Diffusion 3 / 3.5 (and the embedded `shapes`)"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
@@ -63,9 +62,10 @@ def load(path: str, *, revision: str | None = None, dtype: str = "float32", devi
 
     `dtype` may be "auto" (`resolved_dtype`).
 
-    Raises ValueError for a dtype that is not float32 or bfloat16, a folder that is no pipeline (naming the nearest
-    folder that is one), a hub id that cannot be had or a pipeline class without an adapter; ImportError with the
-    command to run when diffusers is missing; OSError when a file of the pipeline is missing or broken.
+    Raises ValueError, naming the field and what would do, for a dtype that is not float32 or bfloat16, a folder that is
+    no pipeline, a hub id that cannot be had, a pipeline class without an adapter, a scheduler that cannot be honoured,
+    and a file of the pipeline that is missing, damaged or pickled; ImportError with the command to run when diffusers
+    is missing.
     """
     dtype = resolved_dtype(dtype, device)
     if dtype not in DTYPES:
@@ -81,7 +81,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
     local = path == "shapes" or folder.exists() or not HUB_ID.fullmatch(path)
     if local:
-        _check_folder(path, folder)
+        check_folder(path, folder)
         return folder
     _check_libraries()
     return _download(path, revision)
@@ -95,27 +95,6 @@ def _check_libraries() -> None:
         raise ImportError("models need diffusers and transformers: pip install 'tempflow[diffusers]'") from error
 
 
-def _check_folder(path: str, folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        near = sorted(str(p.parent) for p in folder.parent.glob("*/model_index.json")) if folder.parent.is_dir() else []
-        close = difflib.get_close_matches(str(folder), near, n=1, cutoff=0.0)
-        hint = f"nearest pipeline folder: {close[0]}" if close else "'shapes' comes with the package"
-        if path == "shapes":
-            hint = "this copy of the package lacks its weights: scripts/pretrain_shapes.py makes them"
-        raise ValueError(f"model.path: {path!r} has no model_index.json, so it is no diffusers pipeline folder; {hint}")
-    try:
-        found = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model.path: {str(index)!r} names no pipeline class; write the folder anew") from error
-    _check_family(path, found)
-
-
-def _check_family(path: str, found: object) -> None:
-    if found not in FAMILIES:
-        raise ValueError(f"model.path: {path!r} is a {found}; supported are {', '.join(FAMILIES)}")
-
-
 def _download(path: str, revision: str | None) -> Path:
     """The snapshot folder of a hub id; its class is looked at before gigabytes travel."""
     try:
@@ -123,7 +102,7 @@ def _download(path: str, revision: str | None) -> Path:
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
             index: Any = StableDiffusion3Pipeline.load_config(path, revision=revision)
-        _check_family(path, index["_class_name"])
+        check_family(path, index["_class_name"])
         return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
     except OSError as error:
         raise ValueError(

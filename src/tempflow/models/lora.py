@@ -1,82 +1,201 @@
-"""LoRA files from disk, for drawing with them."""
+"""Low-rank updates of a network's layers (LoRA): put beside its weights, merged into them, read back, written."""
 
 from __future__ import annotations
 
-import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from tempflow.models.quiet import quiet
-from tempflow.models.sd3 import SD3
+LORA_FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."
+"""What diffusers calls a LoRA's file, and how that file names the network that a LoRA belongs to."""
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name that diffusers gives."""
+ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+"""The two files of a PEFT folder, and what stands before each of its names."""
 
-PREFIX = "transformer."
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
+ADAPTER = "default"
+"""The name that an adapter of ours has in peft's layers."""
 
 
-def lora_file(path: str | Path) -> Path:
-    """The LoRA's file: `path` itself, or in the folder `path` the one with diffusers' name, or the only *.safetensors.
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A layer's update: W + scale · b · a.
 
-    Raises ValueError where there is none, or several to choose from.
+    a      [rank, in], of a convolution [rank, in, height, width]
+    b      [out, rank], of a convolution [out, rank, 1, 1]
+    scale  alpha / rank, or what stands in its place
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return place
-    found = sorted(place.glob("*.safetensors")) if place.is_dir() else []
-    if place / LORA_FILE in found:
-        return place / LORA_FILE
-    if len(found) != 1:
-        there = (
-            f"it holds {', '.join(f.name for f in found)}; name one of them" if found else "it holds no .safetensors"
-        )
-        raise ValueError(f"lora: {str(path)!r} has no {LORA_FILE}; {there}")
-    return found[0]
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scaled_b(self) -> Tensor:
+        """scale · b in float32: beside it the update needs no scale."""
+        return self.b.float() * self.scale
+
+    def dense(self) -> Tensor:
+        """scale · b · a, float32, in the shape of the layer's weight."""
+        return (self.scaled_b.flatten(1) @ self.a.float().flatten(1)).view(self.b.shape[0], *self.a.shape[1:])
 
 
-def load_lora(model: SD3, path: str | Path) -> None:
-    """Adds the LoRA at `path`, a file or its folder, to `model` by diffusers' `load_lora_weights`, frozen.
+Lora = Mapping[str, Factors]
+"""Layer name → update."""
 
-    `SD3.save` has multiplied the scale into B, so a LoRA of ours means the same here; where the scale is a power of two
-    (64/32) even to the last bit. Raises ValueError for a file that is no LoRA, or one of another architecture.
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a linear layer or a convolution → shape of its weight."""
+
+
+def layer_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The layers of `network` that can have a LoRA; one that has is called as it is without."""
+    return {
+        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
+    }
+
+
+def ranks_of(lora: Lora) -> dict[str, int]:
+    """Layer name → rank."""
+    return {layer: factors.rank for layer, factors in lora.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- on a network
+def add_adapter(network: Any, ranks: Mapping[str, int], scale: float) -> None:
+    """Fresh peft layers on exactly the layers of `ranks`: a Gaussian, from torch's generator, and b zero.
+
+    `network`: of diffusers or transformers. They require gradients; nothing else changes.
     """
-    file = lora_file(path)
-    _check(model, file)
-    with quiet():
-        model.pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
-    model.network.requires_grad_(False).eval()
+    from peft import LoraConfig
+
+    usual, others = _usual_rank(ranks)
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        init_lora_weights="gaussian",
+        target_modules="|".join(map(re.escape, ranks)),  # whole names; those in a list would match by their ends too
+        rank_pattern=others,
+    )
+    network.add_adapter(config, ADAPTER)
+    for layer in ranks:
+        network.get_submodule(layer).scaling[ADAPTER] = scale
+    network.eval()
 
 
-def _check(model: SD3, file: Path) -> None:
-    """Names and shapes; diffusers itself passes over layers that it doesn't know."""
-    try:
-        with safe_open(str(file), "pt") as tensors:
-            shapes = {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"lora: {str(file)!r} is not safetensors ({error})") from error
-    ours = [key for key in shapes if key.startswith(PREFIX)]
-    alien = [key for key in shapes if ".lora" not in key or not key.startswith((PREFIX, *TEXT_ENCODERS))]
-    if alien or not ours:
-        raise ValueError(
-            f"lora: {str(file)!r} is no LoRA in diffusers' format: it has {(alien or [*shapes, 'no tensors'])[0]!r}; "
-            f"a tensor is called like '{PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight'"
-        )
-    weights = {name.removesuffix(".weight"): w for name, w in model.network.named_parameters() if w.ndim > 1}
-    for key in ours:
-        layer = key.removeprefix(PREFIX).partition(".lora")[0]
-        if layer not in weights:
-            near = difflib.get_close_matches(layer, weights, n=1, cutoff=0.0)
-            raise ValueError(f"lora: {layer!r} is no layer of {model.name}; nearest is {near[0]!r}: another base?")
-        outputs, inputs = weights[layer].shape[:2]
-        axis, width = (1, inputs) if ".lora_A" in key else (0, outputs)
-        if ".lora_A" in key or ".lora_B" in key:
-            _check_width(key, shapes[key], axis, int(width), model.name)
+def _usual_rank(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The rank that most layers have, and peft's pattern for each of the others."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    return usual, {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
 
 
-def _check_width(key: str, shape: list[int], axis: int, width: int, base: str) -> None:
-    if len(shape) != 2 or shape[axis] != width:
-        want = ["rank", "rank"]
-        want[axis] = str(width)
-        raise ValueError(f"lora: {key!r} is {shape}, but {base} needs [{', '.join(want)}] there: another base?")
+@torch.no_grad()
+def attach(network: nn.Module, lora: Lora) -> None:
+    """Puts `lora` beside the weights of `network`, frozen; it computes as peft does: W·x + scale · b·(a·x)."""
+    add_adapter(network, ranks_of(lora), 1.0)
+    for layer, factors in lora.items():
+        tuned: Any = network.get_submodule(layer)
+        tuned.lora_A[ADAPTER].weight.copy_(factors.a)
+        tuned.lora_B[ADAPTER].weight.copy_(factors.b)
+        tuned.scaling[ADAPTER] = factors.scale
+    network.requires_grad_(False)
+
+
+@torch.no_grad()
+def merge(network: nn.Module, lora: Lora) -> None:
+    """W ← W + scale · b · a for each layer of `lora`, in the network's own dtype (float32 to lose nothing).
+
+    Raises ValueError for a layer that the network does not have.
+    """
+    parameters = dict(network.named_parameters())
+    for layer, factors in lora.items():
+        if f"{layer}.weight" not in parameters:
+            raise ValueError(f"its weight '{layer}.weight' is not in the base model; is model.path still the same?")
+        parameters[f"{layer}.weight"].add_(factors.dense())
+
+
+def lora_of(network: nn.Module) -> dict[str, Factors]:
+    """The LoRA that `network` has beside its weights, in its own dtype; empty where there is none."""
+    found: dict[str, Factors] = {}
+    for layer, module in network.named_modules():
+        tuned: Any = module
+        if hasattr(module, "lora_A") and ADAPTER in tuned.lora_A:
+            a, b = tuned.lora_A[ADAPTER].weight, tuned.lora_B[ADAPTER].weight
+            found[layer] = Factors(a.detach(), b.detach(), tuned.scaling[ADAPTER])
+    return found
+
+
+def parameter_names(layer: str) -> tuple[str, str]:
+    """What a network's parameters a and b of `layer` are called."""
+    return f"{layer}.lora_A.{ADAPTER}.weight", f"{layer}.lora_B.{ADAPTER}.weight"
+
+
+TRAINED = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+"""With the adapter's name in a checkpoint (`….lora_A.default.weight`), without it in a file of ours."""
+
+
+def paired(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Factors]:
+    """A LoRA from a run's tensors by parameter name, all of one scale. Raises ValueError for a tensor of another kind,
+    or one without its partner."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        found = TRAINED.fullmatch(name.removeprefix(PREFIX))
+        if found is None:
+            raise ValueError(f"{name!r} is no weight of a LoRA; was config.yaml changed after the run?")
+        sides.setdefault(found["layer"], {})[found["side"]] = value.float()
+    for layer, pair in sides.items():
+        if len(pair) < 2:
+            raise ValueError(f"{layer!r} has only a half of its LoRA")
+    return {layer: Factors(pair["A"], pair["B"], scale) for layer, pair in sides.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def write_lora(lora: Lora, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes diffusers' form into `folder`. The scale is multiplied into b: a file without a scale means the same to
+    every reader, and one beside the weights is lost on some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_tensors(lora, PREFIX, dtype), folder / LORA_FILE, metadata={"format": "pt"})
+
+
+def write_peft(lora: Lora, folder: Path, base: str, dtype: torch.dtype = torch.float32) -> None:
+    """Writes PEFT's form into `folder`, for `PeftModel.from_pretrained(transformer, folder)`: every layer by its full
+    name, alpha equal to the rank, because the scale is multiplied into b here too. `base`: what the base is called."""
+    from peft import LoraConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    usual, others = _usual_rank(ranks_of(lora))
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        target_modules=list(lora),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    save_file(_tensors(lora, PEFT_PREFIX, dtype), folder / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def lora_bytes(lora: Lora, dtype: torch.dtype) -> int:
+    """Size of a LoRA's tensors in `dtype`."""
+    return sum(f.a.numel() + f.b.numel() for f in lora.values()) * dtype.itemsize
+
+
+def _tensors(lora: Lora, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer, factors in lora.items():
+        for side, value in (("A", factors.a), ("B", factors.scaled_b)):
+            tensors[f"{prefix}{layer}.lora_{side}.weight"] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    return tensors

@@ -169,7 +169,7 @@ def merged(network: nn.Module, state: Mapping[str, Tensor], name: str) -> Tensor
     weight = upcast(base)
     for adapter in tuned.active_adapters:
         down, up = (upcast(state[f"{layer}.lora_{side}.{adapter}.weight"]) for side in "AB")
-        weight = weight + tuned.scaling[adapter] * (up @ down)
+        weight = weight + tuned.scaling[adapter] * (up.flatten(1) @ down.flatten(1)).view_as(weight)
     return weight
 
 

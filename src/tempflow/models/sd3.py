@@ -16,8 +16,20 @@ from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
 from tempflow.models.attention import FusedForward
 from tempflow.models.finite import to_pictures
+from tempflow.models.folder import (
+    LOADING_FAULTS,
+    NEEDED,
+    cannot_load,
+    check_folder,
+    check_names,
+    check_scheduler,
+    readable_index,
+)
+from tempflow.models.lora import Lora, add_adapter, attach, layer_shapes, lora_of, write_lora
+from tempflow.models.lora_files import LoraFile, fit
 from tempflow.models.protocol import Conditioning, Predict, Size
 from tempflow.models.quiet import quiet
+from tempflow.models.sd3_names import original_names
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -45,30 +57,45 @@ T5_TOKENS = 256
 class SD3:
     """The adapter. Holds a loaded pipeline, all of it frozen and in eval mode until `train_fully` or `add_lora`.
 
-    `max_tokens` is T5's `max_sequence_length`. Latents and velocities keep to the pipeline's own arithmetic, so that an
-    ODE rollout equals `StableDiffusion3Pipeline.__call__`.
+    `max_tokens` is T5's `max_sequence_length`; a pipeline without T5 has that many zeros in its place. In float32 an
+    ODE rollout equals `StableDiffusion3Pipeline.__call__`. In bfloat16 it does not: the network computes in bfloat16,
+    but latents stay float32 here, where the pipeline rounds them after each step (2 to 5 % of their size was seen).
+
+    Raises ValueError for a scheduler that cannot be honoured, or a pipeline without a part that is needed.
     """
 
     def __init__(self, pipe: Any, name: str, licence: str, max_tokens: int) -> None:
         self.pipe, self.name, self.licence = pipe, name, licence
         self._max_tokens = max_tokens
-        self._lora_scale: float | None = None
         self._cache: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        for part in NEEDED:
+            if getattr(pipe, part) is None:
+                raise ValueError(f"model.path: {name!r} has no {part}; only T5 (text_encoder_3) may be missing")
+        check_scheduler(name, type(pipe.scheduler).__name__, pipe.scheduler.config)
+        for module in (pipe.vae, pipe.transformer, *self._text_encoders().values()):
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
     def load(cls, folder: Path, name: str, dtype: torch.dtype, device: str) -> SD3:
-        """Loads a pipeline folder, safetensors only, everything in `dtype` as diffusers does.
+        """Loads a pipeline folder, safetensors only, everything in `dtype` as diffusers does. Optional parts that its
+        index leaves out (T5) stay out.
 
-        Raises what diffusers raises on a broken folder (OSError for a missing file).
+        Raises ValueError for a folder that is not whole, or that cannot be honoured.
         """
-        with quiet():
+        absent = dict.fromkeys(check_folder(name, folder))
+        with quiet(), readable_index(folder) as place:
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-            pipe = StableDiffusion3Pipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
-        tokens = min(T5_TOKENS, pipe.tokenizer_3.model_max_length)
+            try:
+                pipe = StableDiffusion3Pipeline.from_pretrained(
+                    str(place), torch_dtype=dtype, use_safetensors=True, **absent
+                )
+            except LOADING_FAULTS as error:
+                raise ValueError(cannot_load(name, error)) from error
+        check_names(name, folder / "transformer", pipe.transformer)
+        check_names(name, folder / "vae", pipe.vae)
+        tokens = T5_TOKENS if pipe.tokenizer_3 is None else min(T5_TOKENS, pipe.tokenizer_3.model_max_length)
         return cls(pipe.to(device), name, licence_of(folder), tokens)
 
     @property
@@ -87,6 +114,11 @@ class SD3:
     def dtype(self) -> torch.dtype:
         """What the transformer computes in; latents stay float32."""
         return self.pipe.transformer.dtype
+
+    def _text_encoders(self) -> dict[str, nn.Module]:
+        """Those that the pipeline has, by the names of its parts."""
+        found = {name: getattr(self.pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        return {name: module for name, module in found.items() if module is not None}
 
     # ------------------------------------------------------------------------------------------------- conditions
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -114,7 +146,10 @@ class SD3:
         )
         pipe, clip = self.pipe, self.pipe.tokenizer_max_length
         both = _words(pipe.tokenizer, prompt, clip) | _words(pipe.tokenizer_2, prompt, clip)  # they share positions
-        words = torch.cat([both, _words(pipe.tokenizer_3, prompt, self._max_tokens)])
+        no_words = torch.zeros(self._max_tokens, dtype=torch.bool)
+        words = torch.cat(
+            [both, no_words if pipe.text_encoder_3 is None else _words(pipe.tokenizer_3, prompt, self._max_tokens)]
+        )
         return embeds[0].cpu(), pooled[0].cpu(), words
 
     def _rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -128,15 +163,16 @@ class SD3:
     def schedule(self, steps: int, size: Size) -> Schedule:
         """The grid of the folder's own scheduler, resolution-dependent shift included, as the pipeline sets it.
 
-        Raises ValueError for steps below 1 or a size that cannot be drawn.
+        Raises ValueError for steps below 1, a size that cannot be drawn, or a scheduler that gives no falling grid.
         """
         if steps < 1:
             raise ValueError(f"steps: {steps} is too small; the nearest valid value is 1")
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         _, height, width = self.noise_shape(size)
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        config = scheduler.config
+        config = self.pipe.scheduler.config
+        check_scheduler(self.name, type(self.pipe.scheduler).__name__, config)
+        scheduler = type(self.pipe.scheduler).from_config(config)
         if config.get("use_dynamic_shifting"):
             mu = calculate_shift(
                 (height // self._patch) * (width // self._patch),
@@ -148,7 +184,16 @@ class SD3:
             scheduler.set_timesteps(steps, mu=mu)
         else:
             scheduler.set_timesteps(steps)
-        return Schedule(scheduler.sigmas.float().clamp(max=1))  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
+        sigmas = scheduler.sigmas.float()
+        if sigmas[0] <= 1 + 1e-5:  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
+            sigmas = sigmas.clamp(max=1)
+        try:
+            return Schedule(sigmas)
+        except ValueError as error:
+            raise ValueError(
+                f"model.path: the scheduler of {self.name!r} gives no falling grid for {steps} steps ({error}); "
+                "nearest valid: other steps, or another scheduler/scheduler_config.json"
+            ) from error
 
     @property
     def _patch(self) -> int:
@@ -220,10 +265,10 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, x: Tensor, size: Size) -> Tensor:
-        """See `Model.decode`; equal to the pipeline's `output_type="pil"`, in parts that bound memory."""
-        vae = self.pipe.vae
+        """See `Model.decode`; in float32 equal to the pipeline's `output_type="pil"`, in parts that bound memory."""
+        vae, (scale, shift) = self.pipe.vae, self._scale_and_shift()
         parts = (
-            vae.decode((part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype), return_dict=False)[0]
+            vae.decode((part / scale + shift).to(vae.dtype), return_dict=False)[0]
             for part in x.split(_rows_at_once(size))
         )
         return to_pictures(parts)
@@ -232,7 +277,7 @@ class SD3:
     def encode_media(self, media: Tensor, size: Size) -> Tensor:
         """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior, shifted and scaled as the
         pipeline's decoding takes it back; in parts that bound memory."""
-        shape, vae = self.noise_shape(size), self.pipe.vae
+        shape, vae, (scale, shift) = self.noise_shape(size), self.pipe.vae, self._scale_and_shift()
         if media.dtype != torch.uint8 or media.shape[1:] != (*size, 3):
             raise ValueError(
                 f"media: {media.dtype} {list(media.shape)} must be torch.uint8 [B, {size[0]}, {size[1]}, 3]"
@@ -241,8 +286,14 @@ class SD3:
         for rows in torch.arange(len(media)).split(_rows_at_once(size)):
             image = media[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
             z = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
-            latents[rows.to(self.device)] = (z - vae.config.shift_factor) * vae.config.scaling_factor
+            latents[rows.to(self.device)] = (z - shift) * scale
         return latents
+
+    def _scale_and_shift(self) -> tuple[float, float]:
+        """The autoencoder's, where null means none (diffusers' own call fails on null)."""
+        config = self.pipe.vae.config
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+        return 1.0 if scale is None else scale, 0.0 if shift is None else shift
 
     # --------------------------------------------------------------------------------------------------- training
     def train_fully(self) -> None:
@@ -256,20 +307,39 @@ class SD3:
         Raises ValueError when rank or alpha is below 1, there is a LoRA already, or one of `targets` ends no linear
         layer's name.
         """
-        from peft import LoraConfig
-
-        transformer = self.pipe.transformer
         for name, value in (("lora rank", rank), ("lora alpha", alpha)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is too small; the nearest valid value is 1")
-        if self._lora_scale is not None:
+        if lora_of(self.network):
             raise ValueError("lora: the model has one already; load it afresh to add another")
-        _check_targets(transformer, targets)
-        transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-        )
-        transformer.eval()
-        self._lora_scale = alpha / rank
+        linear = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        _check_targets(linear, targets)
+        chosen = [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
+        self.add_lora_on(dict.fromkeys(chosen, rank), alpha / rank)
+
+    def add_lora_on(self, ranks: Mapping[str, int], scale: float) -> None:
+        """A fresh LoRA as `add_lora` makes it, on exactly the layers of `ranks`, each of its own rank."""
+        add_adapter(self.network, ranks, scale)
+
+    def fit_lora(self, file: LoraFile) -> dict[str, Lora]:
+        """What the file holds for each part of the pipeline ("transformer", "text_encoder" …), in its layers' names.
+
+        Raises ValueError, naming it, for a tensor that fits no layer.
+        """
+        components = {"transformer": self.network, **self._text_encoders()}
+        shapes = {part: layer_shapes(module) for part, module in components.items()}
+        return fit(file, shapes, original_names(shapes["transformer"]), self.name)
+
+    def attach_lora(self, lora: Mapping[str, Lora]) -> None:
+        """Puts a LoRA beside the weights of the parts that it is of, frozen. Prompts are encoded anew.
+
+        Raises ValueError where the transformer has a LoRA already.
+        """
+        if lora_of(self.network):
+            raise ValueError("the model has a LoRA already; load it afresh to add another")
+        for part, factors in lora.items():
+            attach(getattr(self.pipe, part), factors)
+        self._cache.clear()
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         """A LoRA as `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`, else the whole pipeline folder.
@@ -279,11 +349,12 @@ class SD3:
         """
         with quiet():
             transformer = self.pipe.transformer if network is None else network
-            if self._lora_scale is None:
+            lora = lora_of(transformer)
+            if lora:
+                write_lora(lora, Path(folder))
+            else:
                 pipe = type(self.pipe)(**{**self.pipe.components, "transformer": transformer})
                 pipe.save_pretrained(folder, safe_serialization=True)
-            else:
-                self.pipe.save_lora_weights(folder, _lora_layers(transformer, self._lora_scale))
         (Path(folder) / "licence.json").write_text(json.dumps({"licence": self.licence}) + "\n")
 
 
@@ -300,8 +371,7 @@ def _rows_at_once(size: Size) -> int:
     return max(1, min(VAE_ROWS, VAE_PIXELS // (size[0] * size[1])))
 
 
-def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+def _check_targets(linear: Sequence[str], targets: Sequence[str]) -> None:
     known = sorted({name.split(".", 2)[2] for name in linear if name.startswith("transformer_blocks.")})
     if not targets:
         raise ValueError(f"lora targets: the list is empty; there are {', '.join(known)}")
@@ -311,13 +381,6 @@ def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
             raise ValueError(
                 f"lora targets: {target!r} is no linear layer; nearest is {nearest!r} of {', '.join(known)}"
             )
-
-
-def _lora_layers(network: nn.Module, scale: float) -> dict[str, Tensor]:
-    from peft.utils import get_peft_model_state_dict
-
-    layers: Mapping[str, Tensor] = get_peft_model_state_dict(network)
-    return {name: value.float() * (scale if ".lora_B." in name else 1.0) for name, value in layers.items()}
 
 
 def licence_of(folder: Path) -> str:

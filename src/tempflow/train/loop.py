@@ -20,10 +20,10 @@ from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load, resolved_dtype
+from tempflow.models.lora import ranks_of
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import Patient, build, from_function, patient
 from tempflow.rewards.protocol import Reward
-from tempflow.train import checkpoint
 from tempflow.train.borrow import borrowed
 from tempflow.train.display import Display
 from tempflow.train.dist import SINGLE, World, join, leave
@@ -38,6 +38,7 @@ from tempflow.train.run import Run
 from tempflow.train.session import Session
 from tempflow.train.setting import Judge, Setting
 from tempflow.train.signals import asked
+from tempflow.train.start import check_kind, given, started, summary
 from tempflow.train.track import open_trackers
 from tempflow.train.weightsets import Trainable, WeightSet, frozen_copy
 
@@ -148,14 +149,24 @@ def _borrowed(config: Config, own: Identity, say: Callable[[str], None]) -> Look
 
 
 def prepare_model(config: Config, world: World = SINGLE) -> Model:
-    """Loads the model and marks what is trained. A sharded one is loaded in float32: its shards are the masters."""
+    """Loads the model and marks what is trained: where `model.start` is a LoRA, a LoRA on the layers of that.
+
+    A sharded one is loaded in float32: its shards are the masters. Raises ValueError for a start that does not fit.
+    """
     m = config.model
+    begun = given(m.start, "model.start") if m.start else None  # before gigabytes are loaded
+    if begun is not None:
+        check_kind(begun, m.training)
     dtype = "float32" if sharded(config, world) else m.dtype
     model = load(m.path, revision=m.revision, dtype=dtype, device=str(_device(config, None, world)))
     if m.training == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # LoRA's initial weights are a function of the run's seed
-            model.add_lora(m.lora_rank, m.lora_alpha)
+            lora = None if begun is None else begun.lora_for(model)
+            if lora is None:
+                model.add_lora(m.lora_rank, m.lora_alpha)
+            else:
+                model.add_lora_on(ranks_of(lora), m.lora_alpha / m.lora_rank)
     else:
         model.train_fully()
     return model
@@ -193,13 +204,16 @@ def _setting(
     trainable = Trainable(model.network)
     base = trainable.state() if config.model.start else None  # else training starts from it, and a set copies that
     if config.model.start:
-        trainable.load(checkpoint.best_weights(Path(config.model.start)))
-        say(f"start: best weights of {config.model.start}")
+        begun = given(config.model.start, "model.start")
+        check_kind(begun, config.model.training)
+        lora = begun.lora_for(model)
+        trainable.load(started(begun, trainable, base or {}, lora))
+        say(f"start: {summary(begun, lora, config.model.training)}")
     followers = Followers.of(algorithm, trainable)
     sets, reference, shards = dict(followers.sets), None, None
     if "reference" in algorithm.sets and "reference" not in sets:
         say(f"reference: {config.model.reference}")
-        sets["reference"] = reference = _reference(config.model.reference, trainable, base)
+        sets["reference"] = reference = _reference(config.model.reference, model, trainable, base)
     networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
     if sharded(config, world):
         if followers.sets:
@@ -263,12 +277,13 @@ def _judge(folder: str, model: Model, rows: int) -> Callable[[Conditioning], Jud
     return lambda condition: LatentJudge(bind(model, reward, condition), rows=rows)
 
 
-def _reference(which: str, trainable: Trainable, base: Mapping[str, Tensor] | None) -> WeightSet:
+def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str, Tensor] | None) -> WeightSet:
     if which == "base":
         return WeightSet(trainable, Frozen(), base)
     if which == "start":
         return WeightSet(trainable, Frozen())
-    return WeightSet(trainable, Frozen(), checkpoint.best_weights(Path(which)))
+    held = given(which, "model.reference")
+    return WeightSet(trainable, Frozen(), started(held, trainable, base or trainable.state(), held.lora_for(model)))
 
 
 def _rewards(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[Patient]:
