@@ -190,6 +190,18 @@ def test_an_export_draws_the_runs_own_latents_bit_by_bit(made, tmp_path: Path, t
     assert agree(draw(adapter, [PROMPT], **options), draw(run.model, [PROMPT], **options))
 
 
+def test_a_peft_folder_draws_the_same_latents(made, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = made("lora", "float32")
+    export_run(run.folder, tmp_path / "out", form="peft")
+    names = {"adapter_config.json", "adapter_model.safetensors", "licence.json", "README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= names
+    pipe = plain(shapes_folder(), "float32")
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "out")).eval()
+    assert agree(euler(pipe), run.latents())
+
+
 def test_merging_is_the_sum_in_float32_and_diffusers_own_fusing_agrees(made, tmp_path: Path) -> None:
     run = made("lora", "float32")
     export_run(run.folder, tmp_path / "out", form="merged")
@@ -316,8 +328,9 @@ def refused(run: Path, to: Path, **options: object) -> str:
 
 
 def test_a_full_run_has_no_lora(made, tmp_path: Path) -> None:
-    message = refused(made("full", "float32").folder, tmp_path / "out", form="lora")
-    assert message == "form: 'lora', but this run trained the whole network; nearest valid: 'merged'"
+    for form in ("lora", "peft"):
+        message = refused(made("full", "float32").folder, tmp_path / "out", form=form)
+        assert message == f"form: {form!r}, but this run trained the whole network; nearest valid: 'merged'"
     assert not (tmp_path / "out").exists()
 
 

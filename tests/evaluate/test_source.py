@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tempflow.cli.judge import EvalOptions, chosen, run_eval
 from tempflow.config import Config, to_yaml
 from tempflow.evaluate.source import Settings, Source, check_rewards, find, settings
+from tempflow.models import load
 from tempflow.models.lora import LORA_FILE
 from tempflow.recipes.shapes import shapes_flow
 from tempflow.train.loop import Run, train
@@ -60,6 +61,30 @@ def test_a_runs_evaluation_is_its_own(tmp_path: Path, training: str, dtype: str)
     }
     assert (told["count"], told["steps"], told["guidance"], told["seed"]) == (12, 3, 1.5, 77)
     assert report.gold == ("shapes_strict",) and report.scores.names == ("shapes", "shapes_strict", "reward")
+
+
+def test_a_peft_folder_is_evaluated(tmp_path: Path) -> None:
+    """As flow_grpo and DiffusionNFT write them; a pickled one is told what to do."""
+    lora = tmp_path / "checkpoint-9" / "lora"
+    lora.mkdir(parents=True)
+    name, width = (
+        "base_model.model.transformer_blocks.0.attn.to_q",
+        load("shapes").network.config.caption_projection_dim,
+    )
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, width), f"{name}.lora_B.weight": torch.ones(width, 4)}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    options = {"count": 2, "steps": 1, "rewards": ("jpeg_compressibility",)}
+    changed = run_eval(EvalOptions(what=str(lora), base="shapes", **options))
+    plain = run_eval(EvalOptions(what="shapes", **options))
+    assert changed.values("jpeg_compressibility").tolist() != plain.values("jpeg_compressibility").tolist()
+    with pytest.raises(ValueError, match=f"nearest valid: '{lora}'"):
+        find(str(lora.parent), "shapes")
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    with pytest.raises(
+        ValueError, match=r"^lora: '.*adapter_model.bin' is a pickle, .*; only safetensors are read here"
+    ):
+        find(str(lora), "shapes")
 
 
 # ---------------------------------------------------------------------------------------------------- folders by hand

@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "LoCon": ({**PAIR, "lora_unet_x.lora_mid.weight": ONE}, "is not read: a Tucker decomposition"),
     "full difference": ({**PAIR, "diffusion_model.x.diff": ONE}, "is not read: a full difference of weights"),
     "biases": ({**PAIR, f"{Q}.lora_B.bias": ONE}, "lora_B.bias', which is not read: a LoRA with biases"),
-    "whole weights": ({"transformer_blocks.0.attn.to_q.weight": ONE}, "not read: a tensor is called like 'transformer."),
+    "whole weights": ({"transformer_blocks.0.attn.to_q.weight": ONE}, "a tensor is called like 'transformer."),
     "something else": ({**PAIR, "note": ONE}, "it has 'note', which is not read"),
     "no partner": ({A: PAIR[A]}, f"'{Q}' has no lora_B"),
     "an alpha alone": ({**PAIR, "lora_unet_x.alpha": ONE}, "'lora_unet_x' has no lora_A"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -16,7 +15,8 @@ from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
-from tempflow.models import FAMILIES, HUB_ID, shapes_folder
+from tempflow.models import HUB_ID, shapes_folder
+from tempflow.models.folder import check_folder, read_index
 from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.models.sd3 import LORA_TARGETS, licence_of
 from tempflow.train.resume import check_new
@@ -34,7 +34,7 @@ OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4
 def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> list[Check]:
     """Every check of a configuration. `environment`: the process's, for the hub's settings."""
     folder = model_folder(config)
-    checks = [model_check(config, folder, offline=is_offline(environment))]
+    checks = [model_check(config, folder, offline=is_offline(environment)), *start_check(config)]
     checks += [licence_check("model", config.model.path, licence_of(folder) if folder else "unknown")]
     for reward in config.rewards:
         licence = notes[reward.name][1] if reward.name in notes else "unknown"
@@ -82,10 +82,26 @@ def model_check(config: Config, folder: Path | None, offline: bool) -> Check:
     if folder is None:
         advice = "give a folder with model_index.json, or 'shapes'"
         return Check("model", "fails", f"{path} is no pipeline folder", advice)
-    found = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    if found not in FAMILIES:
-        return Check("model", "fails", f"{path} is a {found}", f"supported: {', '.join(FAMILIES)}")
+    try:
+        found = read_index(path, folder)["_class_name"]
+        check_folder(path, folder)
+    except ValueError as error:
+        fault, _, advice = str(error).removeprefix("model.path: ").rpartition("; ")
+        return Check("model", "fails", fault, advice)
     return Check("model", "ok", f"{path}, a {found}")
+
+
+def start_check(config: Config) -> list[Check]:
+    """Whether what `model.start` names can be read; nothing where it names nothing."""
+    if not config.model.start:
+        return []
+    from tempflow.train.start import check_kind, given
+
+    try:
+        check_kind(given(config.model.start, "model.start"), config.model.training)
+    except (ValueError, OSError) as error:
+        return [Check("model.start", "fails", str(error), "a run's folder, or a LoRA's file or folder")]
+    return [Check("model.start", "ok", config.model.start)]
 
 
 def licence_check(kind: str, name: str, licence: str) -> Check:

@@ -275,8 +275,8 @@ class SD3:
 
     @torch.no_grad()
     def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior, shifted and scaled as the
-        pipeline's decoding takes it back; in parts that bound memory."""
+        """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one), shifted
+        and scaled as the pipeline's decoding takes it back; in parts that bound memory."""
         shape, vae, (scale, shift) = self.noise_shape(size), self.pipe.vae, self._scale_and_shift()
         if media.dtype != torch.uint8 or media.shape[1:] != (*size, 3):
             raise ValueError(
@@ -285,7 +285,8 @@ class SD3:
         latents = torch.empty(len(media), *shape, device=self.device)
         for rows in torch.arange(len(media)).split(_rows_at_once(size)):
             image = media[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            z = vae.encode(image.to(vae.dtype)).latent_dist.mode().float()
+            encoded = vae.encode(image.to(vae.dtype))
+            z = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents).float()
             latents[rows.to(self.device)] = (z - shift) * scale
         return latents
 

@@ -123,6 +123,10 @@ def _load(path: str, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"path: {path!r} is no folder, and as a hub id it cannot be had ({error})") from error
+    except ValueError as error:  # transformers advises an argument here that we do not have
+        own = "trust_remote_code" in str(error)
+        why = "it brings code of its own, which is never run here" if own else " ".join(str(error).split())[:300]
+        raise ValueError(f"path: {path!r} cannot be loaded: {why}; nearest valid: {' or '.join(FAMILIES)}") from error
     if config.model_type not in FAMILIES:
         raise ValueError(f"path: {path!r} is a {config.model_type!r}; nearest valid: {' or '.join(FAMILIES)}")
     from tempflow.models.quiet import quiet
