@@ -221,6 +221,10 @@ def a_shard_gone(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+def a_variant(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+
+
 def own_code(folder: Path) -> None:
     (folder / "mine.py").write_text("raise SystemExit('run')")
     edited(folder / "model_index.json", transformer=["mine", "Mine"])
@@ -240,7 +244,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a tensor gone": (without_one, "lacks 'proj_out.weight' in transformer (1 of its tensors); get it again"),
     "a tensor more": (with_another, "has an unknown 'extra.weight' in transformer (1 of its tensors)"),
     "another width": (of_another_width, "cannot be loaded: "),
-    "a shard gone": (a_shard_gone, "lost.safetensors' is missing; get it again"),
+    "a shard gone": (a_shard_gone, "lost.safetensors' is missing; "),
+    "a variant alone": (a_variant, "is missing; there is diffusion_pytorch_model.fp16.safetensors, which is not read"),
     "a part gone": (lambda folder: shutil.rmtree(folder / "vae"), "lacks the folder vae (AutoencoderKL); get it again"),
     "no configuration": (no_json, "vae/config.json' cannot be read ("),
     "code of its own": (own_code, "brings code of its own for transformer (mine.Mine), which is never run here"),

@@ -118,7 +118,8 @@ def tensor_names(folder: Path, stem: str) -> set[str]:
     for file in files or [whole]:
         if not file.is_file():
             pickled = sorted(p.name for p in folder.glob("*.bin"))
-            hint = "get it again"
+            others = sorted(p.name for p in folder.glob("*.safetensors"))
+            hint = f"there is {others[0]}, which is not read; get it by this name" if others else "get it again"
             if pickled:
                 hint = (
                     f"{pickled[0]} is a pickle, which is not read: where you trust it, load the pipeline by diffusers "

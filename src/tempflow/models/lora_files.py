@@ -212,6 +212,7 @@ HARMLESS = {
     "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_dropout",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
+    "qalora_group_size", "megatron_core",
 }  # fmt: skip
 """Fields that are read, or that change nothing about what finished weights compute."""
 
@@ -333,8 +334,8 @@ def _layers(tensors: Mapping[str, Tensor]) -> list[Raw]:
     adapters: set[str] = set()
     for name, value in tensors.items():
         match = TENSOR.fullmatch(name)
-        kind = next((kind for sign, kind in OTHER_KINDS.items() if sign in name), None)
-        if match is None or (kind and not match["side"] and not match["way"] and not match["alpha"]):
+        if match is None:
+            kind = next((kind for sign, kind in OTHER_KINDS.items() if sign in name), None)
             why = f"{kind}; {MERGE_IT}" if kind else f"a tensor is called like '{EXAMPLE}'"
             raise ValueError(f"it has {name[:100]!r}, which is not read: {why}")
         side = "alpha" if match["alpha"] else {"A": "a", "down": "a"}.get(match["side"] or match["way"], "b")

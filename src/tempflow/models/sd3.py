@@ -275,8 +275,8 @@ class SD3:
 
     @torch.no_grad()
     def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one), shifted
-        and scaled as the pipeline's decoding takes it back; in parts that bound memory."""
+        """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one),
+        shifted and scaled as the pipeline's decoding takes it back; in parts that bound memory."""
         shape, vae, (scale, shift) = self.noise_shape(size), self.pipe.vae, self._scale_and_shift()
         if media.dtype != torch.uint8 or media.shape[1:] != (*size, 3):
             raise ValueError(
