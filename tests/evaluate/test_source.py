@@ -126,7 +126,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("shape", "", "'shape' is no pipeline, run or LoRA; nearest valid: 'pipe'"),
     ("empty", "", "'empty' is no pipeline, run or LoRA; nearest valid: 'pipe'"),
     ("runs/first/config.yaml", "", "is no pipeline, run or LoRA; nearest valid: 'runs/first/model'"),
-    ("weights.pt", "", "'weights.pt' is no pipeline, run or LoRA"),
+    ("weights.pt", "", "lora: .weights.pt. is a pickle, which may run code when it is read; only safetensors"),
     ("none.safetensors", "", "'none.safetensors' is no file"),
     ("shapes", "shapes", "base: 'shapes' is for a LoRA, and 'shapes' is none; nearest valid: no base"),
     ("runs/first", "shapes", "base: 'shapes' is for a LoRA, and 'runs/first' trained all of it"),

@@ -388,11 +388,7 @@ def test_it_says_how_prompts_are_used(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = {**dict.fromkeys(("train", "validation", "test"), str(tmp_path / "p.jsonl")), "prompts_per_iteration": 4}
     settings = config(tmp_path / "run", data=data, evaluation={"validation_prompts": 7, "test_prompts": 2})
-<<<<<<< HEAD
-    sets = loop._prompt_sets(settings, None, None, (), said.append)
-=======
     sets = loop._prompt_sets(settings, loop._sources(settings, None, None, ()), said.append)
->>>>>>> w/data
     assert [p.text for p in sets["validation"]] == ["a", "b", "c"] * 2 + ["a"]
     assert said == [
         "data.validation: 7 are drawn of 3 prompts: each comes 2 to 3 times",
@@ -402,16 +398,8 @@ def test_it_says_how_prompts_are_used(tmp_path: Path) -> None:
     ]
     said.clear()
     few = settings.replace(iterations=1, data=settings.data.model_copy(update={"prompts_per_iteration": 2}))
-<<<<<<< HEAD
-    loop._prompt_sets(few, ["a", "b", "c"], None, (), said.append)
-    assert said[-1] == "data.train: 1 iterations draw 2 of 3 prompts"
-    with pytest.raises(ValueError, match=r'prompts\[0\]: "image" would change what is drawn'):
-        loop._prompt_sets(few, [{"prompt": "a", "image": "a.png"}], None, (), said.append)
-    assert loop._prompt_sets(few, [{"prompt": "a", "image": "a.png"}], None, ("image",), said.append)
-=======
     loop._prompt_sets(few, loop._sources(few, ["a", "b", "c"], None, ()), said.append)
     assert said[-1] == "data.train: 1 iterations draw 2 of 3 prompts"
     with pytest.raises(ValueError, match=r'prompts\[0\]: "image" would change what is drawn'):
         loop._sources(few, [{"prompt": "a", "image": "a.png"}], None, ())
     assert loop._sources(few, [{"prompt": "a", "image": "a.png"}], None, ("image",))["prompts"]
->>>>>>> w/data

@@ -16,7 +16,7 @@ from tempflow.data.prompts import load_prompts
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
 from tempflow.models import HUB_ID, shapes_folder
-from tempflow.models.folder import check_folder, read_index
+from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.models.sd3 import LORA_TARGETS, licence_of
 from tempflow.train.resume import check_new

@@ -66,7 +66,8 @@ def find(what: str, base: str = "") -> Source:
     if not pipeline and _looks_like_lora(place):
         return _lora(place, base)
     if base:
-        raise ValueError(f"base: {base!r} is for a LoRA, and {what!r} is none; nearest valid: no base")
+        inside = _near(place) if place.is_dir() and not pipeline else ""
+        raise ValueError(f"base: {base!r} is for a LoRA, and {what!r} is none; {inside or 'nearest valid: no base'}")
     if not pipeline and (place.exists() or not HUB_ID.fullmatch(what) or _near(place)):
         raise ValueError(f"{what!r} is no pipeline, run or LoRA; {_near(place) or _offer()}")
     return Source(what)

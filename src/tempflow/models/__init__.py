@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tempflow.models.folder import FAMILIES, check_family, check_folder
+from tempflow.models.pipeline_folder import FAMILIES, check_family, check_folder
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3

@@ -16,7 +16,9 @@ from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
 from tempflow.models.attention import FusedForward
 from tempflow.models.finite import to_pictures
-from tempflow.models.folder import (
+from tempflow.models.lora import Lora, add_adapter, attach, layer_shapes, lora_of, write_lora
+from tempflow.models.lora_files import LoraFile, fit
+from tempflow.models.pipeline_folder import (
     LOADING_FAULTS,
     NEEDED,
     cannot_load,
@@ -25,8 +27,6 @@ from tempflow.models.folder import (
     check_scheduler,
     readable_index,
 )
-from tempflow.models.lora import Lora, add_adapter, attach, layer_shapes, lora_of, write_lora
-from tempflow.models.lora_files import LoraFile, fit
 from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3_names import original_names

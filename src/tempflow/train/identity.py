@@ -27,6 +27,7 @@ from tempflow.config import Config
 from tempflow.data.prompts import SHAPES, Prompt, source_path
 from tempflow.folder import PIPELINE
 from tempflow.models import local_folder
+from tempflow.models.lora import ADAPTER_CONFIG
 from tempflow.rewards import Patient
 from tempflow.rewards.function import FunctionReward
 from tempflow.train import checkpoint
@@ -153,8 +154,9 @@ def identity(
     else:
         contents["model.path"] = _pipeline(local_folder(config.model.path, config.model.revision))
     for field, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
-        if where and Path(where).expanduser().exists():
-            contents[field] = _any(Path(where).expanduser())
+        place = Path(where).expanduser()
+        if where and place.exists():
+            contents[field] = _any(place) | _beside(place)
     if algorithm.judge is not None:
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
@@ -218,6 +220,12 @@ def _any(path: Path) -> Digests:
         return _pipeline(path)
     files = [f for f in sorted(path.rglob("*")) if f.suffix in READ and f.is_file()]
     return _digests({f.relative_to(path).as_posix(): f for f in files if not f.name.startswith(".")})
+
+
+def _beside(path: Path) -> Digests:
+    """Of what gives a LoRA its scale: PEFT's configuration beside a file."""
+    config = path.parent / ADAPTER_CONFIG
+    return _digests({config.name: config}) if path.is_file() and config.is_file() else {}
 
 
 def _latent_reward(where: str) -> Path:

@@ -1,0 +1,221 @@
+"""A pipeline's folder, looked at before gigabytes are loaded: what it is of, whether it is whole and can be honoured.
+
+Each fault is one line with the field `model.path`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+INDEX = "model_index.json"
+FAMILIES = {"StableDiffusion3Pipeline": "Stable Diffusion 3 / 3.5 (and the embedded `shapes`)"}
+LIBRARIES = ("diffusers", "transformers")
+OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
+"""Parts of the pipeline that may be null; SD 3 without its T5 is drawn with zeros in T5's place."""
+
+NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Library → what the weights' file of one of its networks is called."""
+
+EULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def read_index(path: str, folder: Path) -> dict[str, Any]:
+    """The folder's model_index.json. Raises ValueError where there is none, or for a pipeline that has no adapter."""
+    index = folder / INDEX
+    if not index.is_file():
+        near = sorted(str(p.parent) for p in folder.parent.glob(f"*/{INDEX}")) if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(str(folder), near, n=1, cutoff=0.0)
+        hint = f"nearest pipeline folder: {close[0]}" if close else "'shapes' comes with the package"
+        if path == "shapes":
+            hint = "this copy of the package lacks its weights: scripts/pretrain_shapes.py makes them"
+        raise ValueError(f"model.path: {path!r} has no {INDEX}, so it is no diffusers pipeline folder; {hint}")
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))
+        found = told["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path: {str(index)!r} names no pipeline class; write the folder anew") from error
+    check_family(path, found)
+    return told
+
+
+def check_family(path: str, found: object) -> None:
+    """Raises ValueError for a pipeline class without an adapter."""
+    if isinstance(found, list):
+        raise ValueError(_own_code(path, "the pipeline", found))
+    if found not in FAMILIES:
+        raise ValueError(f"model.path: {path!r} is a {found}; supported are {', '.join(FAMILIES)}")
+
+
+def check_folder(path: str, folder: Path) -> tuple[str, ...]:
+    """Looks at every part that the pipeline needs, at headers only. Returns the optional parts that it lacks.
+
+    Raises ValueError for a part that is missing, damaged, pickled or of code of its own, and for a scheduler that
+    cannot be honoured.
+    """
+    index = read_index(path, folder)
+    for name, told in index.items():
+        if isinstance(told, list) and told and told[0] is not None and told[0] not in LIBRARIES:
+            raise ValueError(_own_code(path, name, told))
+    parts = {name: _part(index, name) for name in (*NEEDED, *OPTIONAL)}
+    for name in NEEDED:
+        if parts[name] is None:
+            others = "only text_encoder_3 and tokenizer_3 (T5) may be null"
+            raise ValueError(f"model.path: {path!r} has no {name} in its {INDEX}; {others}")
+    if parts["text_encoder_3"] and not parts["tokenizer_3"]:
+        raise ValueError(
+            f"model.path: {path!r} has a text_encoder_3 and no tokenizer_3; nearest valid: both or neither"
+        )
+    for name, part in parts.items():
+        if part is not None:
+            _check_part(path, folder / name, *part)
+    return tuple(name for name in OPTIONAL if parts[name] is None)
+
+
+def _part(index: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """Library and class of a part; None where the index says null, in any of the ways that are met."""
+    told = index.get(name)
+    return None if not isinstance(told, list) or len(told) != 2 or None in told else (told[0], told[1])
+
+
+def _own_code(path: str, name: str, told: list[Any]) -> str:
+    code = ".".join(map(str, told))[:80]
+    return (
+        f"model.path: {path!r} brings code of its own for {name} ({code}), which is never run here; "
+        f"nearest valid: a folder whose parts are all of {' and '.join(LIBRARIES)}"
+    )
+
+
+def _check_part(path: str, folder: Path, library: str, kind: str) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"model.path: {path!r} lacks the folder {folder.name} ({kind}); get it again")
+    if folder.name == "scheduler":
+        check_scheduler(path, kind, _json(folder / "scheduler_config.json"))
+    elif not folder.name.startswith(("tokenizer", "feature_extractor")):
+        _json(folder / "config.json")
+        tensor_names(folder, WEIGHTS[library])
+
+
+def tensor_names(folder: Path, stem: str) -> set[str]:
+    """Names of the tensors in a network's safetensors files, by their headers. Raises ValueError for a file that is
+    missing, damaged or pickled."""
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.is_file() and not whole.is_file():
+        told = _json(index).get("weight_map")
+        files = [folder / Path(str(name)).name for name in sorted(set(told.values()))] if isinstance(told, dict) else []
+    else:
+        files = [whole]
+    names: set[str] = set()
+    for file in files or [whole]:
+        if not file.is_file():
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            others = sorted(p.name for p in folder.glob("*.safetensors"))
+            hint = f"there is {others[0]}, which is not read; get it by this name" if others else "get it again"
+            if pickled:
+                hint = (
+                    f"{pickled[0]} is a pickle, which is not read: where you trust it, load the pipeline by diffusers "
+                    "and write it by save_pretrained(FOLDER, safe_serialization=True)"
+                )
+            raise ValueError(f"model.path: {str(file)!r} is missing; {hint}")
+        try:
+            with safe_open(str(file), "pt") as tensors:
+                names |= set(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"model.path: {str(file)!r} is no safetensors, or damaged ({error}); get it again"
+            ) from error
+    return names
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ValueError(f"model.path: {str(file)!r} {problem}; get it again") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"model.path: {str(file)!r} is no mapping of fields; get it again")
+    return told
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+LOADING_FAULTS = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError,
+)  # fmt: skip
+"""What the libraries are known to raise over a folder that they cannot load."""
+
+
+def cannot_load(path: str, error: Exception) -> str:
+    """One line about what diffusers or transformers raised, without advice that does not hold here."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        text = "it brings code of its own, which is never run here"
+    return f"model.path: {path!r} cannot be loaded: {text[:300]} ({type(error).__name__})"
+
+
+@contextmanager
+def readable_index(folder: Path) -> Iterator[Path]:
+    """`folder` itself, or, where its index says a plain null for a part, a folder of links whose index says what
+    diffusers can read."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if None not in index.values():
+        yield folder
+        return
+    with TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        for entry in folder.resolve().iterdir():
+            if entry.name != INDEX:
+                (place / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
+        told = {name: value for name, value in index.items() if value is not None}
+        (place / INDEX).write_text(json.dumps(told), encoding="utf-8")
+        yield place
+
+
+def check_names(path: str, folder: Path, network: nn.Module) -> None:
+    """Raises ValueError where the files' tensors are not those of the network, which diffusers fills in at random."""
+    there = tensor_names(folder, WEIGHTS["diffusers"])
+    wanted = set(network.state_dict())
+    if any(old in name for name in there for old in OLD_NAMES):
+        return  # diffusers itself renames these
+    for names, problem in ((wanted - there, "lacks"), (there - wanted, "has an unknown")):
+        if names:
+            raise ValueError(
+                f"model.path: {path!r} {problem} {sorted(names)[0]!r} in {folder.name} ({len(names)} of its tensors); "
+                "get it again"
+            )
+
+
+OLD_NAMES = (".query.", ".key.", ".value.", ".proj_attn.")
+"""What attention layers of older autoencoders are called."""
+
+
+# ------------------------------------------------------------------------------------------------------------ scheduler
+CANNOT = {
+    "stochastic_sampling": "its steps draw noise of their own, and an ODE step is walked here",
+    "invert_sigmas": "its σ run from 0 to 1, and those walked here from 1 to 0",
+}
+"""Settings of the Euler scheduler that change more than the σ grid; every other one is in the grid that it gives."""
+
+
+def check_scheduler(path: str, kind: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming class and setting, for a scheduler whose samples would not be the pipeline's."""
+    if kind != EULER:
+        raise ValueError(
+            f"model.path: {path!r} has the scheduler {kind!r}, whose steps are not those walked here; nearest valid: "
+            f"{EULER!r} in its {INDEX} and scheduler/scheduler_config.json"
+        )
+    for setting, why in CANNOT.items():
+        if config.get(setting):
+            raise ValueError(
+                f"model.path: {path!r} has a {EULER} with {setting} {config[setting]!r}: {why}; "
+                f"nearest valid: {setting} false in scheduler/scheduler_config.json"
+            )
