@@ -73,13 +73,13 @@ FILES: dict[str, Callable[[Path], Path]] = {
 }
 FOLDER_VERBS = {
     "train": ["train", "shapes_flow", "--output"],
-    "sample": ["sample", "--prompt", "a red circle", "--out"],
+    "sample": ["sample", "--prompt", "a red circle", "--output"],
     "eval": ["eval", "--count", "1", "--pictures"],
-    "export": ["export", "RUN", "--to"],
+    "export": ["export", "RUN", "--output"],
 }
 FILE_VERBS = {
-    "report": ["report", "RUN", "--out"],
-    "eval": ["eval", "--count", "1", "--out"],
+    "report": ["report", "RUN", "--output"],
+    "eval": ["eval", "--count", "1", "--output"],
     "doctor": ["doctor", "--json"],
 }
 
@@ -155,7 +155,9 @@ def test_a_folder_is_taken_that_is_new_empty_or_ones_own(tmp_path: Path) -> None
         text(claim(tmp_path / name, "run") / "notes.txt")
         assert folder.kind_of(tmp_path / name) == "run"
     check(tmp_path / "new", "run")
-    with pytest.raises(ValueError, match=r"to: '.*new' is not empty; nearest valid: '.*new-2' \(it holds notes.txt\)"):
+    with pytest.raises(
+        ValueError, match=r"output: '.*new' is not empty; nearest valid: '.*new-2' \(it holds notes.txt\)"
+    ):
         check(tmp_path / "new", None, "to")
     claim(claim(tmp_path / "abandoned", "pictures"), "run")  # nothing is in it but the mark
 
