@@ -224,7 +224,7 @@ def test_a_fault_names_its_source(tmp_path, capsys, text, options, message):
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["cost", str(tmp_path / "mine.yaml"), *options.split()]) == 2
     err = capsys.readouterr().err
-    assert message.format(file=cut(str(tmp_path / "mine.yaml"))) in err and err.count("\n") == 1
+    assert message.format(file=cut(str(tmp_path / "mine.yaml"), 160)) in err and err.count("\n") == 1
 
 
 def test_many_faults_are_a_line_each_and_not_too_many(tmp_path, capsys):

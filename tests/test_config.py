@@ -95,7 +95,7 @@ WRONG = [
     ({"rewards": [{"name": "os:system"}]}, "rewards.0.name: 'os:system': a configuration names known rewards only"),
     ({"evaluation": {"metric": "strict"}}, "evaluation.metric: 'strict' is no known reward; nearest valid: 'shapes_st"),
     ({"data": {"train": "shapes:trian"}}, "data.train: 'shapes:trian' names no split of the shapes world; nearest"),
-    ({"data": {"test": "a.csv"}}, "data.test: 'a.csv' is neither 'shapes:SPLIT' nor a .txt or .jsonl file"),
+    ({"data": {"test": "a.pdf"}}, "data.test: 'a.pdf' is neither 'shapes:SPLIT' nor a .txt, .jsonl,"),
     # what takes several fields
     ({"rewards": []}, "rewards: [] leaves nothing to learn from; nearest valid: [{name: shapes}]"),
     ({"rewards": [{"name": "shapes"}] * 2}, "rewards: 'shapes' is named twice"),

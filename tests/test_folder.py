@@ -155,9 +155,7 @@ def test_a_folder_is_taken_that_is_new_empty_or_ones_own(tmp_path: Path) -> None
         text(claim(tmp_path / name, "run") / "notes.txt")
         assert folder.kind_of(tmp_path / name) == "run"
     check(tmp_path / "new", "run")
-    with pytest.raises(
-        ValueError, match=r"output: '.*new' is not empty; nearest valid: '.*new-2' \(it holds notes.txt\)"
-    ):
+    with pytest.raises(ValueError, match=r"to: '.*new' is not empty; nearest valid: '.*new-2' \(it holds notes.txt\)"):
         check(tmp_path / "new", None, "to")
     claim(claim(tmp_path / "abandoned", "pictures"), "run")  # nothing is in it but the mark
 

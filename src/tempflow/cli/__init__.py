@@ -47,13 +47,13 @@ VERBS = {
 EXHAUSTED = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENOMEM", "EMFILE", "ENFILE")
 """What the machine is short of, or broken, whatever the input."""
 
-WORD, LINE = 160, 600
-"""Characters of a word, a path for example, and of a line on the error stream."""
+LINE = 600
+"""Characters of a line on the error stream."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line; the exit status: 0, 1 where a run or the machine failed, 2 for bad input, 128 + the number of
-    the signal that ended it (130 after Ctrl-C, 143 after SIGTERM, 129 where the terminal went).
+    """Runs a command line; the exit status: 0, 1 where a run or the machine failed, 2 for bad input, 128 + the number
+    of the signal that ended it (130 after Ctrl-C, 143 after SIGTERM, 129 where the terminal went).
 
     Whatever happens is told in a line, but where a traceback is asked for: then it is raised.
     """
@@ -88,10 +88,10 @@ def fail(message: str, status: int = 2) -> int:
     """Tells what is wrong, a line a fault, none longer than a few lines of a screen; returns the status."""
     import re
 
-    from tempflow.names import cut
+    from tempflow.names import PATH, cut
 
     for line in message.splitlines() or [""]:
-        short = re.sub(rf"\S{{{WORD},}}", lambda word: cut(word[0], WORD), line)
+        short = re.sub(rf"\S{{{PATH},}}", lambda word: cut(word[0], PATH), line)
         print(f"tempflow: {cut(short, LINE - 11)}", file=sys.stderr)
     return status
 

@@ -146,7 +146,7 @@ def _check_outputs(options: EvalOptions) -> None:
     output = Path(options.output)
     if options.output and (output.is_dir() or not output.parent.is_dir()):
         fits = f"{output.stem or 'eval'}.json"
-        raise ValueError(f"output: {shown(options.output)} is no place for a file; nearest valid: {shown(fits)}")
+        raise ValueError(f"output: {options.output!r} is no place for a file; nearest valid: {fits!r}")
     if options.output:
         check_file(output)
     if options.pictures:

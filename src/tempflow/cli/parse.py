@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic.fields import FieldInfo
 
 from tempflow.cli.options import assign, flag, help_text, read, wants_help
-from tempflow.names import SCREEN, cut, nearest
+from tempflow.names import PATH, SCREEN, cut, nearest
 from tempflow.strict import ConfigError, Strict, leaves, shown, validated
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _tree(source: str) -> tuple[dict[str, Any], str | None]:
         return RECIPES[source]().model_dump(mode="json"), None
     path = Path(source[: 16 * SCREEN]).expanduser()
     if source.endswith(SUFFIXES) or os.sep in source or _is_file(path):
-        return read_config(source), cut(source)
+        return read_config(source), cut(source, PATH)
     beside = next((str(path.with_suffix(s)) for s in SUFFIXES if _is_file(path.with_suffix(s))), None)
     plain = source.removeprefix("shapes_").replace("-", "_")
     moved = RENAMED.get(source) or next((n for n in RECIPES if n.startswith(f"leaderboard_{plain}")), None)
@@ -180,4 +180,4 @@ def writing(field: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{field}: {shown(str(path))} cannot be written ({error.strerror or error})") from error
+        raise ValueError(f"{field}: {cut(str(path), PATH)!r} cannot be written ({error.strerror or error})") from error

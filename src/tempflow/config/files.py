@@ -11,6 +11,7 @@ import yaml
 
 from tempflow.config.tree import Config
 from tempflow.data.prompts import nearest_file
+from tempflow.names import PATH
 from tempflow.strict import MAX_DEPTH, MAX_VALUES, ConfigError, cut, shown, validated
 
 MAX_YAML_BYTES = 2**20
@@ -97,7 +98,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises ConfigError for a file that is missing (naming the nearest existing one), cannot be read, or is no mapping.
     """
     file = Path(path).expanduser()
-    name = cut(str(file))
+    name = cut(str(file), PATH)
     try:
         if not file.is_file():
             raise ConfigError(f"{name} is no file; {nearest_file(file, ('.yaml', '.yml'))}")
@@ -129,7 +130,7 @@ def load_config(path: str | Path) -> Config:
     try:
         return parse_config(given)
     except ConfigError as error:
-        name = cut(str(Path(path).expanduser()))
+        name = cut(str(Path(path).expanduser()), PATH)
         raise ConfigError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error
 
 
