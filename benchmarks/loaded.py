@@ -30,7 +30,7 @@ def seconds(a: argparse.Namespace, waiting: Mapping[str, str], busy: int) -> lis
     shutil.rmtree(a.out, ignore_errors=True)
     words = [
         "train",
-        "shapes_tempflow",
+        "shapes_demo",
         "--output",
         str(a.out),
         "--threads",
@@ -38,8 +38,8 @@ def seconds(a: argparse.Namespace, waiting: Mapping[str, str], busy: int) -> lis
         "--model.dtype",
         "float32",
     ]
-    words += ["--iterations", str(a.iterations + 1), "--data.prompts_per_iteration", str(a.prompts)]
-    words += ["--evaluation.every", "0", "--evaluation.validation_prompts", "6", "--evaluation.test_prompts", "6"]
+    words += ["--iterations", str(a.iterations + 1), "--data.prompts-per-iteration", str(a.prompts)]
+    words += ["--evaluation.every", "0", "--evaluation.validation-prompts", "6", "--evaluation.test-prompts", "6"]
     words += ["--checkpoint.every", "1000"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]

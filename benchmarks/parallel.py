@@ -33,9 +33,9 @@ def seconds(out: Path, ranks: int, mode: str, iterations: int, prompts: int) -> 
             "-m",
             "tempflow.cli",
         ),
-        *("train", "shapes_tempflow", "--output", str(folder), "--iterations", str(iterations), "--threads", "1"),
-        *("--data.prompts_per_iteration", str(prompts), "--parallel.mode", mode, "--model.dtype", "float32"),
-        *("--evaluation.every", "0", "--evaluation.validation_prompts", "12", "--evaluation.test_prompts", "12"),
+        *("train", "shapes_demo", "--output", str(folder), "--iterations", str(iterations), "--threads", "1"),
+        *("--data.prompts-per-iteration", str(prompts), "--parallel.mode", mode, "--model.dtype", "float32"),
+        *("--evaluation.every", "0", "--evaluation.validation-prompts", "12", "--evaluation.test-prompts", "12"),
         *("--checkpoint.every", "1000"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

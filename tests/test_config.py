@@ -43,7 +43,7 @@ WRONG = [
     ({"foo": 1}, "foo: unknown field; there are name, seed, iterations"),
     ({"iteration": 1}, "iteration: unknown field; did you mean 'iterations'?"),
     (alg(sedes=2), "algorithm.sedes: unknown field; did you mean 'seeds'?"),
-    (alg(group=2), "algorithm.group: unknown field; did you mean 'std_group'?"),
+    (alg(group=2), "algorithm.group: unknown field; did you mean 'branches'?"),
     (alg("flow_grpo", seeds=2), "algorithm.seeds: unknown field"),
     ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat: unknown field; did you mean 'learning_rate'?"),
     ({"rewards": [{"nam": "shapes"}]}, "rewards.0.nam: unknown field; did you mean 'name'?"),
@@ -87,7 +87,7 @@ WRONG = [
     (alg("tempflow_grp"), "algorithm.name: 'tempflow_grp' is no known algorithm; nearest valid: 'tempflow_grpo'"),
     (alg(weight="noise"), "algorithm.weight: 'noise' is not one of noise_aware, uniform, rectified; nearest valid: "),
     (alg("flow_grpo", kl_form="exac"), "algorithm.kl_form: 'exac' is not one of exact, drift, velocity"),
-    ({"device": "gpu"}, "device: 'gpu' is no device; nearest valid: 'cpu'"),
+    ({"device": "gpu"}, "device: 'gpu' is no device; nearest valid: 'cuda'"),
     ({"device": "cuda:x"}, "device: 'cuda:x' is no device; nearest valid: 'cuda"),
     ({"name": "a b/c"}, "name: 'a b/c' names a folder too"),
     ({"name": "../up"}, "nearest valid: 'up'"),
@@ -95,7 +95,7 @@ WRONG = [
     ({"rewards": [{"name": "os:system"}]}, "rewards.0.name: 'os:system': a configuration names known rewards only"),
     ({"evaluation": {"metric": "strict"}}, "evaluation.metric: 'strict' is no known reward; nearest valid: 'shapes_st"),
     ({"data": {"train": "shapes:trian"}}, "data.train: 'shapes:trian' names no split of the shapes world; nearest"),
-    ({"data": {"test": "a.csv"}}, "data.test: 'a.csv' is neither 'shapes:SPLIT' nor a .txt or .jsonl file"),
+    ({"data": {"test": "a.pdf"}}, "data.test: 'a.pdf' is neither 'shapes:SPLIT' nor a .txt, .jsonl,"),
     # what takes several fields
     ({"rewards": []}, "rewards: [] leaves nothing to learn from; nearest valid: [{name: shapes}]"),
     ({"rewards": [{"name": "shapes"}] * 2}, "rewards: 'shapes' is named twice"),
@@ -292,7 +292,8 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
 def test_every_algorithm_has_a_recipe_on_shapes():
     """Those that start from pictures on disk have no row on the leaderboard."""
     assert {entry.algorithm["name"] for entry in ENTRIES} == ALGORITHMS.keys() - {"diffusion_dpo", "sft"}
-    named = {recipe().algorithm.name for name, recipe in RECIPES.items() if name.startswith("shapes_")}
+    ours = [recipe for name, recipe in RECIPES.items() if name.startswith(("leaderboard_", "shapes_"))]
+    named = {recipe().algorithm.name for recipe in ours}
     assert named == ALGORITHMS.keys()
 
 

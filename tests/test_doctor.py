@@ -250,7 +250,7 @@ def test_extras_that_a_configuration_needs() -> None:
 
 def test_the_precision_of_drafts() -> None:
     def drafting(precision: str) -> Config:
-        algorithm = RECIPES["shapes_sol_rl"]().algorithm.model_dump() | {"draft_precision": precision}
+        algorithm = RECIPES["leaderboard_sol_rl"]().algorithm.model_dump() | {"draft_precision": precision}
         return small(algorithm=algorithm)
 
     assert run.draft_checks(small(), "cpu") == []
@@ -278,7 +278,7 @@ def test_the_size_of_a_lora_is_pefts() -> None:
 
 
 def test_what_a_full_run_writes() -> None:
-    base = RECIPES["shapes_tempflow"]()
+    base = RECIPES["shapes_demo"]()
     tensors = load_file(shapes_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     assert base.optimizer.ema_decay > 0

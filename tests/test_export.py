@@ -26,7 +26,7 @@ from tempflow.export import write as export_write
 from tempflow.models import SD3, load, shapes_folder
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import licence_of
-from tempflow.recipes.shapes import shapes_lora, shapes_tempflow
+from tempflow.recipes.shapes import shapes_demo, shapes_lora
 from tempflow.train import checkpoint
 
 PROMPT, STEPS, SIZE, TOKENS = "a red circle", 3, (32, 32), 10
@@ -35,7 +35,7 @@ NOISE = Noise(seed=11)
 
 # ---------------------------------------------------------------------------------------------------------- small runs
 def configured(training: str, dtype: str, folder: Path, alpha: int = 16) -> Config:
-    base = (shapes_lora if training == "lora" else shapes_tempflow)()
+    base = (shapes_lora if training == "lora" else shapes_demo)()
     model = base.model.model_dump() | {"dtype": dtype, "lora_rank": 8, "lora_alpha": alpha}
     return Config.model_validate(base.model_dump() | {"model": model, "output": str(folder)})
 
@@ -470,7 +470,7 @@ def test_the_cards_lines_run(made, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # -------------------------------------------------------------------------------------------------------- command line
 def test_the_verb(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made("lora", "float32").folder
-    assert export_verb([str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert export_verb([str(run), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     assert load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").popitem()[1].dtype == torch.bfloat16
 
@@ -478,10 +478,10 @@ def test_the_verb(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     "words,message",
     [
-        ([], "run: none given; nearest valid: tempflow export runs/NAME --to FOLDER"),
-        (["runs/a/"], "to: none given; nearest valid: --to runs/a-export"),
-        (["runs/a", "--to", "b", "--checkpoint", "-1"], "checkpoint: -1 must be ≥ 0; nearest valid: 0"),
-        (["runs/a", "--to", "b"], "run: 'runs/a' has no config.yaml"),
+        ([], "run: none given; nearest valid: tempflow export runs/NAME --output FOLDER"),
+        (["runs/a/"], "output: none given; nearest valid: --output runs/a-export"),
+        (["runs/a", "--output", "b", "--checkpoint", "-1"], "checkpoint: -1 must be ≥ 0; nearest valid: 0"),
+        (["runs/a", "--output", "b"], "run: 'runs/a' has no config.yaml"),
     ],
 )
 def test_wrong_lines(words: list[str], message: str) -> None:

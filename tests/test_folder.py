@@ -73,13 +73,13 @@ FILES: dict[str, Callable[[Path], Path]] = {
 }
 FOLDER_VERBS = {
     "train": ["train", "shapes_flow", "--output"],
-    "sample": ["sample", "--prompt", "a red circle", "--out"],
+    "sample": ["sample", "--prompt", "a red circle", "--output"],
     "eval": ["eval", "--count", "1", "--pictures"],
-    "export": ["export", "RUN", "--to"],
+    "export": ["export", "RUN", "--output"],
 }
 FILE_VERBS = {
-    "report": ["report", "RUN", "--out"],
-    "eval": ["eval", "--count", "1", "--out"],
+    "report": ["report", "RUN", "--output"],
+    "eval": ["eval", "--count", "1", "--output"],
     "doctor": ["doctor", "--json"],
 }
 

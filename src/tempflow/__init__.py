@@ -87,6 +87,8 @@ importlib.import_module("tempflow.train").__class__ = _TrainRoom
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("tempflow")
     if name in _HOMES:
         return importlib.import_module(_HOMES[name]).__dict__[name]
     if name in _ROOMS:

@@ -33,6 +33,8 @@ class RunCost:
     stored_nodes        most states that an iteration keeps for training
     state_bytes         bytes of one state; None where the model's folder is not here to say
     validation, test    forwards of one validation, and of one test (there is one before and one after)
+    looked_at           pictures of all validations and tests, a yardstick's included
+    looked_rows         rows of the network for them; guidance doubles these
     """
 
     iterations: int
@@ -47,6 +49,8 @@ class RunCost:
     state_bytes: int | None
     validation: int
     test: int
+    looked_at: int
+    looked_rows: int
 
     @property
     def forwards(self) -> int:
@@ -128,7 +132,20 @@ def run_cost(config: Config) -> RunCost:
         state_bytes=None if shape is None else STATE_BYTES * math.prod(shape),
         validation=evaluation.validation_prompts * evaluation.steps,
         test=evaluation.test_prompts * evaluation.steps,
+        looked_at=sum(pictures for pictures, _ in _looks(config)),
+        looked_rows=sum(pictures * evaluation.steps * (1 + (g != 1)) for pictures, g in _looks(config)),
     )
+
+
+def _looks(config: Config) -> list[tuple[int, float]]:
+    """Pictures and guidance of everything that is looked at: validations and the test before, between and after, and
+    what the untrained model shows by each guidance of a yardstick."""
+    evaluation = config.evaluation
+    between = (config.iterations - 1) // evaluation.every if evaluation.every else 0
+    looks = [(evaluation.validation_prompts, evaluation.guidance)] * (2 + between)
+    looks += [(evaluation.test_prompts, evaluation.guidance)] * 2
+    looks += [(evaluation.validation_prompts, guidance) for guidance in evaluation.yardstick]
+    return looks + [(evaluation.test_prompts, guidance) for guidance in evaluation.yardstick[-1:]]
 
 
 @lru_cache(maxsize=512)

@@ -202,8 +202,8 @@ def test_a_reward_without_a_name_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_said_first(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"out: .* is no place for a file; nearest valid: 'x.json'"):
-        run_eval(EvalOptions(out=str(tmp_path / "no" / "x.json")))
+    with pytest.raises(ValueError, match=r"output: .* is no place for a file; nearest valid: 'x.json'"):
+        run_eval(EvalOptions(output=str(tmp_path / "no" / "x.json")))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"pictures: .* is a file; nearest valid"):
         run_eval(EvalOptions(pictures=str(tmp_path / "file")))
@@ -211,7 +211,7 @@ def test_what_cannot_be_written_is_said_first(tmp_path: Path) -> None:
 
 def test_figures_and_pictures_are_written(tmp_path: Path) -> None:
     options = EvalOptions(
-        count=2, steps=1, samples_per_prompt=2, out=str(tmp_path / "o.json"), pictures=str(tmp_path / "grids")
+        count=2, steps=1, samples_per_prompt=2, output=str(tmp_path / "o.json"), pictures=str(tmp_path / "grids")
     )
     report = run_eval(options)
     told = json.loads((tmp_path / "o.json").read_text())

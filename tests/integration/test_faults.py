@@ -137,7 +137,7 @@ MODEL = [
     Fault(
         "NaN from the model in training",
         forward("update 3", lambda out: out * NAN),
-        (r"iteration 3: non_finite: the loss is nan. No weight was changed", r"--guards.non_finite.action", GO_ON),
+        (r"iteration 3: non_finite: the loss is nan. No weight was changed", r"--guards.non-finite.action", GO_ON),
     ),
     Fault(
         "infinite gradient",

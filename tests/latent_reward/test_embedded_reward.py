@@ -52,7 +52,7 @@ def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on() -> None:
 
 
 def test_its_recipe_runs(tmp_path) -> None:
-    whole = RECIPES["shapes_drm_grpo"]().model_dump()
+    whole = RECIPES["leaderboard_drm_grpo"]().model_dump()
     whole |= {"iterations": 1, "output": str(tmp_path / "run"), "threads": 1}
     whole["algorithm"] |= {"chains": 1, "candidates": 3, "steps": 4}
     whole["data"] |= {"prompts_per_iteration": 2}

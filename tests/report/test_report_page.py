@@ -121,10 +121,10 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (a / "report.html").is_file() and str(a / "report.html") in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     assert report_verb([str(a), str(b)]) == 0 and (tmp_path / "report.html").is_file()
-    assert report_verb([str(a), "--out", str(tmp_path / "new" / "x.html")]) == 0
+    assert report_verb([str(a), "--output", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").is_file()
-    with pytest.raises(ValueError, match=r"out: .*nearest valid: '.*metrics\.html'"):
-        report_verb([str(a), "--out", str(a / "metrics.jsonl")])
+    with pytest.raises(ValueError, match=r"output: .*nearest valid: '.*metrics\.html'"):
+        report_verb([str(a), "--output", str(a / "metrics.jsonl")])
     with pytest.raises(ValueError, match="none given"):
         report_verb([])
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tempflow.cli.parse import parse
+from tempflow.cli.parse import configured
 from tempflow.config.guards import GuardsConfig
 from tempflow.rewards import from_function
-from tempflow.strict import ConfigError, Strict, validated
+from tempflow.strict import ConfigError, validated
 from tempflow.train import guards
 from tempflow.train.guards import Alarm, GuardError, NonFiniteError
 from tempflow.train.signals import Signals
@@ -290,17 +290,13 @@ def test_stop_stops(guard: str) -> None:
 
 @pytest.mark.parametrize("guard", CASES)
 def test_the_flags_that_a_message_names_are_those_of_the_command_line(guard: str) -> None:
-    class Holder(Strict):
-        guards: GuardsConfig = watched()
-
     message = play(watched(), CASES[guard][0])[-1].message
     flags = re.findall(r"--guards\.\S+", message)
-    assert flags == [f"--guards.{guard}.{flags[0].split('.')[-1]}", f"--guards.{guard}.action"]
-    base = Holder()
-    section = base.model_dump()["guards"][guard]
-    field = flags[0].split(".")[-1]
-    given = parse(base, "train", [flags[0], str(section[field]), flags[1], "stop"])
-    assert Holder.model_validate(given).guards == watched(**{guard: {"action": "stop"}})
+    option, field = f"--guards.{guard}".replace("_", "-"), flags[0].split(".")[-1]
+    assert flags == [f"{option}.{field}", f"{option}.action"]
+    value = watched().model_dump()[guard][field]
+    made = configured("train", ["demo", "--algorithm.kl", "1", flags[0], str(value), flags[1], "stop"])
+    assert made.guards == GuardsConfig.model_validate({guard: {"action": "stop", field: value}})
 
 
 @pytest.mark.parametrize("guard", CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from tempflow.algorithms.advantage_flow import advantage_flow
@@ -47,6 +46,7 @@ from tempflow.algorithms.sol_rl import sol_rl
 from tempflow.algorithms.tempflow_grpo import tempflow_grpo
 from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.algorithms.vipo import vipo
+from tempflow.names import nearest
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "advantage_flow": advantage_flow,
@@ -150,5 +150,5 @@ def find(name: str) -> Callable[..., Algorithm]:
     others = entry_points(group=ENTRY_POINTS)
     if name in others.names:
         return others[name].load()
-    nearest = get_close_matches(name, [*ALGORITHMS, *others.names], n=1, cutoff=0.0)[0]
-    raise ValueError(f"name: {name!r} is no known algorithm; nearest valid: {nearest!r}")
+    meant = nearest(name, [*ALGORITHMS, *others.names])
+    raise ValueError(f"name: {name[:80]!r} is no known algorithm; nearest valid: {meant}")

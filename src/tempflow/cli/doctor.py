@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-from tempflow.cli.parse import fail
+from tempflow.cli import fail
 from tempflow.doctor.check import Check, failed, table, to_json
 from tempflow.doctor.libraries import library_checks
 from tempflow.folder import check_file, write_json
-
-if TYPE_CHECKING:
-    from tempflow.config import Config
 
 USAGE = """usage: tempflow doctor [RECIPE | config.yaml] [--field value …] [--json FILE]
 
@@ -23,7 +19,7 @@ folder and disk space. Changes nothing. The status is 1 if a check fails. The fi
 
 def doctor_verb(args: Sequence[str]) -> int:
     words, file = _without_json(list(args))
-    if words and words[0] in ("-h", "--help"):
+    if not words[1:] and {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     if file == "":
@@ -35,7 +31,10 @@ def doctor_verb(args: Sequence[str]) -> int:
 
     Console().print(table(checks))
     if file is not None:
-        write_json(file, to_json(checks), "json")
+        from tempflow.cli.parse import writing
+
+        with writing("json", file):
+            write_json(file, to_json(checks), "json")
     return 1 if failed(checks) else 0
 
 
@@ -51,7 +50,7 @@ def _checks(words: Sequence[str]) -> list[Check]:
     from tempflow.doctor.run import draft_checks, needed_extras, run_checks
     from tempflow.models import resolved_dtype
 
-    config: Config = configured("doctor", words)
+    config = configured("doctor", words)
     device = _device(config.device)
     return [
         *library_checks(needed_extras(config, REWARD_NOTES, device)),

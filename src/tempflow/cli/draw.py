@@ -7,34 +7,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
-from tempflow.cli.parse import device_of, parse
-from tempflow.strict import Strict, validated
+from tempflow.cli.options import POSITIONAL, parse
+from tempflow.cli.parse import writing
+from tempflow.strict import Strict
 
 
 class SampleOptions(Strict):
     """Draw a picture of each prompt, without noise on the way."""
 
-    path: Annotated[str, tyro.conf.Positional] = Field(
-        default="shapes", description="'shapes', a pipeline folder, or a hub id"
-    )
+    path: Annotated[str, POSITIONAL] = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     prompt: Annotated[tuple[str, ...], Field(strict=False)] = Field(default=(), description="texts to draw")
     prompts: str = Field(default="", description="more of them: shapes:SPLIT, a file or a folder of texts")
-    count: int | None = Field(default=None, ge=1, description="pictures, of the prompts in turn (one of each)")
-    steps: int = Field(default=10, ge=1, description="sampler steps")
+    count: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="pictures, of the prompts in turn (one of each)"
+    )
+    steps: int = Field(default=10, ge=1, le=1000, description="sampler steps")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     seed: int = Field(default=0, description="of the noise")
-    height: int = Field(default=32, ge=1, description="pixels")
-    width: int = Field(default=32, ge=1, description="pixels")
+    height: int = Field(default=32, ge=1, le=16_384, description="pixels")
+    width: int = Field(default=32, ge=1, le=16_384, description="pixels")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
-    out: str = Field(default="samples", min_length=1, description="folder for the pictures")
+    output: str = Field(default="samples", min_length=1, description="folder for the pictures")
 
 
 def sample_verb(args: Sequence[str]) -> int:
-    options = validated(SampleOptions, parse(SampleOptions(), "sample", args))
-    for path in run_sample(options):
+    for path in run_sample(parse(SampleOptions, "sample", args)):
         print(path)
     return 0
 
@@ -54,14 +53,17 @@ def run_sample(options: SampleOptions) -> list[Path]:
     if shares := shared_out(chosen, pool):
         print(f"prompts: {shares}", file=sys.stderr)
     from tempflow.evaluate.suite import sample_path
+    from tempflow.models import resolved_device
 
-    return sample_path(
-        options.path,
-        [prompt.text for prompt in chosen],
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        size=(options.height, options.width),
-        device=device_of(options.device),
-        out=Path(options.out),
-    )
+    device = resolved_device(options.device)
+    with writing("output", options.output):
+        return sample_path(
+            options.path,
+            [prompt.text for prompt in chosen],
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+            size=(options.height, options.width),
+            device=device,
+            out=Path(options.output),
+        )

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from pydantic import Field
 
-from tempflow.cli.parse import parse
-from tempflow.strict import ConfigError, Strict, validated
+from tempflow.cli.options import POSITIONAL, parse
+from tempflow.strict import ConfigError, Strict, cut
 
 
 class ExportOptions(Strict):
     """Write a run's weights as a folder that plain diffusers loads, with licence and model card."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(default="", description="the run's folder")
-    to: str = Field(default="", description="the folder to write; new or empty")
+    run: Annotated[str, POSITIONAL] = Field(default="", description="the run's folder")
+    output: str = Field(default="", description="the folder to write; new or empty")
     weights: Literal["best", "policy", "ema"] = Field(
         default="best", description="best on validation, as it was last, or the average"
     )
@@ -32,16 +31,17 @@ class ExportOptions(Strict):
 
 
 def export_verb(args: Sequence[str]) -> int:
-    options = validated(ExportOptions, parse(ExportOptions(), "export", args))
+    options = parse(ExportOptions, "export", args)
     if not options.run:
-        raise ConfigError("run: none given; nearest valid: tempflow export runs/NAME --to FOLDER")
-    if not options.to:
-        raise ConfigError(f"to: none given; nearest valid: --to {options.run.rstrip('/')}-export")
+        raise ConfigError("run: none given; nearest valid: tempflow export runs/NAME --output FOLDER")
+    if not options.output:
+        fits = f"{options.run.rstrip('/')}-export"
+        raise ConfigError(f"output: none given; nearest valid: --output {cut(fits)}")
     from tempflow.export import export_run
 
     folder = export_run(
         Path(options.run),
-        Path(options.to),
+        Path(options.output),
         weights=options.weights,
         checkpoint=options.checkpoint,
         form=options.form,

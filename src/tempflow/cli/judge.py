@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
 from pydantic import Field
 
-from tempflow.cli.parse import device_of, parse
-from tempflow.strict import Strict, validated
+from tempflow.cli.options import POSITIONAL, parse
+from tempflow.cli.parse import writing
+from tempflow.strict import Strict, shown
 
 if TYPE_CHECKING:
     from tempflow.data.prompts import Prompt
@@ -29,30 +29,33 @@ class EvalOptions(Strict):
     """Score a model: fixed prompts, fixed noise, deterministic sampling. What is None is as the run's own test was, for
     a run; else as in brackets."""
 
-    what: Annotated[str, tyro.conf.Positional] = Field(
+    what: Annotated[str, POSITIONAL] = Field(
         default="shapes", description="'shapes', a run's folder, a pipeline folder, a hub id, or a LoRA (with --base)"
     )
     base: str = Field(default="", description="what a LoRA is laid on: 'shapes', a pipeline folder or a hub id")
     prompts: str | None = Field(default=None, description="shapes:SPLIT, a file or a folder of texts (shapes:test)")
-    count: int | None = Field(default=None, ge=1, description="how many prompts; task kinds in turn (504)")
-    samples_per_prompt: int = Field(default=1, ge=1, description="pictures of each; from 2 their diversity is told")
+    count: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="how many prompts; task kinds in turn (504)"
+    )
+    samples_per_prompt: int = Field(
+        default=1, ge=1, le=10_000, description="pictures of each; from 2 their diversity is told"
+    )
     rewards: Names = Field(default=(), description="what scores them (shapes_strict)")
     gold: Names = Field(default=(), description="more rewards, marked as not trained on")
-    steps: int | None = Field(default=None, ge=1, description="sampler steps (10)")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="sampler steps (10)")
     guidance: float | None = Field(default=None, ge=1, description="classifier-free guidance (1 = none)")
     seed: int | None = Field(default=None, description="of the noise (1234)")
-    height: int | None = Field(default=None, ge=1, description="pixels (32)")
-    width: int | None = Field(default=None, ge=1, description="pixels (32)")
+    height: int | None = Field(default=None, ge=1, le=16_384, description="pixels (32)")
+    width: int | None = Field(default=None, ge=1, le=16_384, description="pixels (32)")
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="to compute in (float32)")
     device: str | None = Field(default=None, description="auto, cpu, mps, cuda or cuda:N (cpu)")
     rows: int | None = Field(default=None, ge=1, description="most rows of a forward (96)")
-    out: str = Field(default="", description="file for the figures as JSON")
+    output: str = Field(default="", description="file for the figures as JSON")
     pictures: str = Field(default="", description=f"folder for grid.png: the first {GRID} prompts")
 
 
 def eval_verb(args: Sequence[str]) -> int:
-    options = validated(EvalOptions, parse(EvalOptions(), "eval", args))
-    report, shares = _judged(options)
+    report, shares = _judged(parse(EvalOptions, "eval", args))
     print(report.table())
     print(f"{report.steps} steps, guidance {report.guidance:g}, seed {report.seed}; [95 % bootstrap intervals]")
     if shares:
@@ -81,11 +84,13 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
     how = chosen(options, settings(source))
     reads = () if source.config is None else source.config.algorithm.build().reads
     rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts, uses=reads)
-    device = device_of(how.device)
     import torch
 
     from tempflow.evaluate.source import load_source
     from tempflow.evaluate.suite import evaluate, fixed_prompts
+    from tempflow.models import resolved_device
+
+    device = resolved_device(how.device)
 
     if how.threads is not None:
         torch.set_num_threads(how.threads)
@@ -115,7 +120,7 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
     trained = usual.total or {}
     for name in options.gold:
         if name in trained:
-            raise ValueError(f"gold: {name!r} is what this run trained on; nearest valid: --rewards {name}")
+            raise ValueError(f"gold: {shown(name)} is what this run trained on; nearest valid: --rewards {name}")
     rewards = tuple(dict.fromkeys((*(options.rewards or usual.rewards), *options.gold)))
     untrained = {name for name in rewards if name not in trained} if usual.total is not None else {*options.gold}
     given = {
@@ -138,23 +143,25 @@ def _check_outputs(options: EvalOptions) -> None:
     from tempflow.evaluate.suite import FOLDER
     from tempflow.folder import check, check_file
 
-    out, pictures = Path(options.out), Path(options.pictures)
-    if options.out and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"out: {options.out!r} is no place for a file; nearest valid: '{out.stem or 'eval'}.json'")
-    if options.out:
-        check_file(out, "out")
+    output = Path(options.output)
+    if options.output and (output.is_dir() or not output.parent.is_dir()):
+        fits = f"{output.stem or 'eval'}.json"
+        raise ValueError(f"output: {options.output!r} is no place for a file; nearest valid: {fits!r}")
+    if options.output:
+        check_file(output)
     if options.pictures:
-        check(pictures, FOLDER, "pictures")
+        check(options.pictures, FOLDER, "pictures")
 
 
 def _write(options: EvalOptions, how: Settings, report: Report) -> None:
     from tempflow.folder import write_json
     from tempflow.train.records import plain
 
-    if options.out:
+    if options.output:
         told = {"what": options.what, "base": options.base or None, "prompts": how.prompts, "dtype": how.dtype}
         told |= {"height": how.size[0], "width": how.size[1], **report.to_json()}
-        write_json(options.out, plain(told), "out")
+        with writing("output", options.output):
+            write_json(options.output, plain(told))
 
 
 def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Sequence[Prompt]) -> None:
@@ -173,4 +180,5 @@ def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Seque
         rows=how.rows,
         samples_per_prompt=options.samples_per_prompt,
     )
-    grid(media, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")
+    with writing("pictures", options.pictures):
+        grid(media, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tempflow.cli.parse import fail
+from tempflow.cli import fail
+from tempflow.names import cut
 
 
 def algorithms_verb(args: Sequence[str]) -> int:
@@ -53,7 +54,7 @@ def _first_line(described: object) -> str:
 def _list(verb: str, args: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """Prints a table; such a verb takes no arguments but --help."""
     if args and args[0] not in ("-h", "--help"):
-        return fail(f"{verb}: {args[0]!r} is one argument too many; nearest valid: tempflow {verb}")
+        return fail(f"{verb}: {cut(args[0])!r} is one argument too many; nearest valid: tempflow {verb}")
     if args:
         print(f"usage: tempflow {verb}\n\nLists the {verb} by {', '.join(columns)}.")
         return 0

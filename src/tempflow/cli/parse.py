@@ -1,138 +1,183 @@
-"""From words of the command line to validated options; faults are explained in our own words."""
+"""The configuration that a command line means: a recipe or a file, with options laid over it."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
-from pydantic import BaseModel
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+from pydantic.fields import FieldInfo
 
-from tempflow.strict import ConfigError, Strict
+from tempflow.cli.options import assign, flag, help_text, read, wants_help
+from tempflow.names import PATH, SCREEN, cut, nearest
+from tempflow.strict import ConfigError, Strict, leaves, shown, validated
 
 if TYPE_CHECKING:
     from tempflow.config import Config
 
-DEFAULT_RECIPE = "demo"
+DEFAULT_RECIPE, SUFFIXES = "demo", (".yaml", ".yml")
+
+RENAMED = {"shapes_tempflow": "shapes_demo"}
+"""Recipes that are called otherwise now."""
+
+Own = TypeVar("Own", bound=Strict)
 
 
-def fail(message: str, status: int = 2) -> int:
-    for line in message.splitlines():
-        print(f"tempflow: {line}", file=sys.stderr)
-    return status
-
-
-def _as_mapping(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Lets tyro read the flags of a model's fields but not build it: its faults are then explained in our own words."""
-    if not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
-        return None
-    defaults = dict(info.default)
-    fields = [
-        StructFieldSpec(
-            name=name,
-            type=Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,  # type: ignore
-            default=defaults[name],
-            helptext=field.description,
-        )
-        for name, field in info.type.model_fields.items()
-    ]
-    return StructConstructorSpec(instantiate=dict, fields=tuple(fields))
-
-
-def parse(base: Strict, verb: str, args: Sequence[str]) -> Mapping[str, Any]:
-    """The fields of `base` with the flags in `args` laid over them, not yet validated."""
-    args = _lists_joined(base, args)
-    registry = ConstructorRegistry()
-    registry.struct_rule(_as_mapping)
-    parsed: Any = tyro.cli(
-        type(base), prog=f"tempflow {verb}", default=base, args=args, use_underscores=True, registry=registry
-    )
-    return parsed
-
-
-def _lists_joined(base: Strict, args: Sequence[str]) -> list[str]:
-    """`--prompt a --prompt b` as `--prompt a b`: of a list that is given in parts tyro would keep the last alone."""
-    lists, words, own = set(_list_fields(base)), list[str](), dict[str, list[str]]()
-    current: list[str] | None = None
-    for word in args:
-        name, equals, value = word.partition("=")
-        field = name.removeprefix("--").replace("-", "_") if word.startswith("--") else None
-        if field is None:
-            (words if current is None else current).append(word)
-        elif field in lists:
-            current = own.setdefault(field, [])
-            current += [value] if equals else []
-        else:
-            current = None
-            words.append(word)
-    return words + [word for field, values in own.items() for word in (f"--{field}", *values)]
-
-
-def _list_fields(base: BaseModel) -> Iterator[str]:
-    """Dotted names of the fields that hold a list of plain values."""
-    for name, value in base:
-        if isinstance(value, BaseModel):
-            yield from (f"{name}.{inner}" for inner in _list_fields(value))
-        elif isinstance(value, tuple) and not any(isinstance(item, BaseModel) for item in value):
-            yield name
+class NoOptions(Strict):
+    """Every field of a configuration is an option."""
 
 
 def configured(verb: str, args: Sequence[str]) -> Config:
-    """The configuration that `[RECIPE | config.yaml] [--field value …]` means.
+    """The configuration that `[RECIPE | config.yaml] [--field value …]` means, for a verb without further options."""
+    return configured_with(NoOptions, verb, args)[0]
 
-    `--algorithm.name` takes another algorithm, with its own defaults. Raises ConfigError.
+
+def configured_with(own: type[Own], verb: str, args: Sequence[str], source: str = "") -> tuple[Config, Own]:
+    """The configuration that `[RECIPE | config.yaml] [--field value …]` means, and the verb's own options.
+
+    own     model of the options that the verb has beside a configuration's fields
+    source  the recipe or file that is meant where none is named
+
+    Options and file are one configuration, checked once, as a whole; `--algorithm.name` takes another algorithm, with
+    its own defaults. Prints help and raises SystemExit where that is asked for. Raises ConfigError; where there are two
+    sources, each line names the one that is at fault.
     """
-    from tempflow.config import parse_config
+    from tempflow.config import Config, parse_config
 
-    named = bool(args) and not args[0].startswith("-")
-    base = base_config(args[0] if named else DEFAULT_RECIPE)
-    rest = list(args[1:] if named else args)
-    other = _value(rest, "--algorithm.name")
-    if other is not None and other != base.algorithm.name:
-        base = parse_config({**base.model_dump(), "algorithm": {"name": other}})
-    given = dict(parse(base, verb, rest))
-    if given["output"] == f"runs/{base.name}":  # not chosen but derived: derive it anew, the name may be another
-        given["output"] = ""
-    return parse_config(given)
+    place = _source_place(args, own)
+    named = place is not None
+    source = args[place] if place is not None else source or DEFAULT_RECIPE
+    rest = [word for n, word in enumerate(args) if n != place]
+    tree, file = _tree(source)
+    _take_algorithm(tree, rest, file)
+    fields = leaves(own) | leaves(Config, tree)
+    if wants_help(rest):
+        print(_help(verb, source, tree, fields, own))
+        raise SystemExit(0)
+    values = read(f"{verb} {source}" if named else verb, rest, fields, _values(tree))
+    mine = validated(own, {path: value for path, value in values.items() if path in own.model_fields})
+    given = {path: value for path, value in values.items() if path not in own.model_fields}
+    if tree.get("output") == f"runs/{tree.get('name')}":  # not chosen but derived: derive it anew, from the name
+        tree["output"] = ""
+    try:
+        for path, value in given.items():
+            assign(tree, path, value)
+        return parse_config(tree), mine
+    except ConfigError as error:
+        raise _located(error, file, given) from error
 
 
-def _value(args: Sequence[str], flag: str) -> str | None:
-    """What follows `flag`, as its own word or behind an equals sign."""
+def _source_place(args: Sequence[str], own: type[Strict]) -> int | None:
+    """Where in the words the recipe or file is named: in front, or after options and their values."""
+    from tempflow.recipes import RECIPES
+
+    alone = {flag(name) for name, field in own.model_fields.items() if field.annotation is bool}
+    place = 0
+    while place < len(args):
+        word = args[place]
+        if not word.startswith("-"):
+            return place if place == 0 or word in RECIPES or word.endswith(SUFFIXES) else None
+        place += 1 if "=" in word or word in alone else 2
+    return None
+
+
+def _located(error: ConfigError, file: str | None, given: Collection[str]) -> ConfigError:
+    """The faults with the source of each in front, where there are two: the file, or options laid over it."""
+    if file is None:
+        return error
+
+    def source(line: str) -> str:
+        path = line.partition(":")[0] + "."
+        said = any(path.startswith(f"{option}.") or f"{option}.".startswith(path) for option in given)
+        return "command line" if said else file
+
+    return ConfigError("\n".join(f"{source(line)}: {line}" for line in str(error).splitlines()))
+
+
+def _take_algorithm(tree: dict[str, Any], args: Sequence[str], file: str | None) -> None:
+    """Another algorithm by `--algorithm.name` takes the place of the tree's, without what was set for that.
+
+    Raises ConfigError where the algorithm is not known, on which all its fields depend.
+    """
+    from tempflow.config import algorithm_config
+
+    old = tree.get("algorithm")
+    before = old.get("name") if isinstance(old, Mapping) else None
+    other = value_of(args, "--algorithm.name")
+    if other is not None and other != before:
+        tree["algorithm"] = {"name": other}
+    name = before if other is None else other
+    if isinstance(name, str):
+        try:
+            algorithm_config(name)
+        except ValueError as error:
+            raise _located(
+                ConfigError(f"algorithm.{error}"), file, ["algorithm"] if other is not None else []
+            ) from None
+
+
+def value_of(args: Sequence[str], option: str) -> str | None:
+    """What follows `option`, as its own word or behind an equals sign."""
     for place, word in enumerate(args):
-        if word == flag and place + 1 < len(args):
+        if word == option and place + 1 < len(args):
             return args[place + 1]
-        if word.startswith(f"{flag}="):
+        if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None
 
 
-def base_config(source: str) -> Config:
-    """A recipe by name, or the configuration in a YAML file. Raises ConfigError naming the nearest."""
-    from tempflow.config import load_config
+def _tree(source: str) -> tuple[dict[str, Any], str | None]:
+    """A recipe's fields, or what a YAML file says; and the file's name. Raises ConfigError naming the nearest."""
+    from tempflow.config import read_config
     from tempflow.recipes import RECIPES
 
     if source in RECIPES:
-        return RECIPES[source]()
-    if source.endswith((".yaml", ".yml")) or os.sep in source or Path(source).is_file():
-        return load_config(source)
-    close = get_close_matches(source, list(RECIPES), n=1, cutoff=0.0)[0]
-    raise ConfigError(f"{source!r} is neither a recipe nor a .yaml file; nearest valid: {close!r}")
+        return RECIPES[source]().model_dump(mode="json"), None
+    path = Path(source[: 16 * SCREEN]).expanduser()
+    if source.endswith(SUFFIXES) or os.sep in source or _is_file(path):
+        return read_config(source), cut(source, PATH)
+    beside = next((str(path.with_suffix(s)) for s in SUFFIXES if _is_file(path.with_suffix(s))), None)
+    plain = source.removeprefix("shapes_").replace("-", "_")
+    moved = RENAMED.get(source) or next((n for n in RECIPES if n.startswith(f"leaderboard_{plain}")), None)
+    hint = repr(beside or moved) if beside or moved else nearest(source, RECIPES)
+    raise ConfigError(f"{shown(source)} is neither a recipe nor a .yaml file; nearest valid: {hint}")
 
 
-def device_of(name: str) -> str:
-    """`name`, with "auto" resolved. Raises ValueError for a device that is not here."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r}, but torch sees no CUDA device; nearest valid: 'cpu'")
+def _is_file(path: Path) -> bool:
     try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise ValueError(f"device: {name!r} is no device; nearest valid: 'cpu'") from error
+        return path.is_file()
+    except (OSError, ValueError):  # longer than any file's name, or with a zero byte
+        return False
+
+
+def _help(verb: str, source: str, tree: Mapping[str, Any], fields: Mapping[str, FieldInfo], own: type[Strict]) -> str:
+    """All options of a verb over that recipe or file."""
+    from tempflow.algorithms import find
+
+    algorithm = tree.get("algorithm")
+    name = algorithm.get("name") if isinstance(algorithm, Mapping) else None
+    what = (find(name).__doc__ or "").strip().partition("\n")[0] if name else "no algorithm yet"
+    about = f"{own.__doc__} Values are those of {source}. {name}: {what} --algorithm.name takes another, whose fields "
+    about += f"`tempflow {verb} {source} --algorithm.name NAME --help` lists."
+    return help_text(f"tempflow {verb} [RECIPE | config.yaml]", about, fields, _values(tree))
+
+
+def _values(tree: object, above: str = "") -> dict[str, Any]:
+    """Dotted path -> value, for whatever is in a tree of mappings and lists."""
+    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    found: dict[str, Any] = {}
+    for key, value in parts:
+        found[f"{above}{key}"] = value
+        found |= _values(value, f"{above}{key}.")
+    return found
+
+
+@contextmanager
+def writing(field: str, path: str | Path) -> Iterator[None]:
+    """Around the writing of what `field` names. Raises ValueError, naming both, where the disk does not take it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{field}: {cut(str(path), PATH)!r} cannot be written ({error.strerror or error})") from error

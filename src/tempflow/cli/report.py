@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
-from tempflow.cli.parse import parse
-from tempflow.strict import Strict, validated
+from tempflow.cli.options import POSITIONAL, parse
+from tempflow.cli.parse import writing
+from tempflow.strict import Strict
 
 
 class ReportOptions(Strict):
     """Write one self-contained HTML page about one run, or about several side by side."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, Field(strict=False)] = Field(
+    runs: Annotated[tuple[str, ...], POSITIONAL, Field(strict=False)] = Field(
         default=(), description="folders that `tempflow train` wrote"
     )
-    out: str = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
+    output: str = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
 
 
 def report_verb(args: Sequence[str]) -> int:
-    options = validated(ReportOptions, parse(ReportOptions(), "report", args))
-    print(f"wrote {run_report(options)}")
+    print(f"wrote {run_report(parse(ReportOptions, 'report', args))}")
     return 0
 
 
@@ -34,4 +33,6 @@ def run_report(options: ReportOptions) -> Path:
 
     folders = [Path(run) for run in options.runs]
     usual = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    return write_report(folders, Path(options.out) if options.out else usual)
+    output = Path(options.output) if options.output else usual
+    with writing("output", output):
+        return write_report(folders, output)

@@ -2,64 +2,59 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempflow.cli import TRACEBACK
-from tempflow.cli.parse import configured, fail
-from tempflow.strict import ConfigError
+from pydantic import Field
+
+from tempflow.cli import fail
+from tempflow.cli.parse import configured_with, value_of
+from tempflow.strict import ConfigError, Strict
 
 if TYPE_CHECKING:
     from tempflow.config import Config
 
 
+class TrainOptions(Strict):
+    """Train; every field of a configuration is an option."""
+
+    resume: str | None = Field(
+        default=None, min_length=1, description="a run's folder: go on from its newest whole checkpoint"
+    )
+    allow_changes: bool = Field(
+        default=False, description="with --resume: with another configuration than the run was started with"
+    )
+
+
+class CostOptions(Strict):
+    """What a run will take, before it starts; every field of a configuration is an option."""
+
+    measure: bool = Field(
+        default=False, description="measure this machine for about ten seconds, and estimate the time with that"
+    )
+
+
 def train_verb(args: Sequence[str]) -> int:
     """Trains, or goes on with a run: `--resume RUN`, with `--allow-changes` where its configuration may differ."""
-    rest = list(args)
-    run = _taken(rest, "--resume")
-    allow = "--allow-changes" in rest
-    if allow:
-        rest.remove("--allow-changes")
-    if allow and run is None:
-        return fail("--allow-changes: nothing is resumed; nearest valid: --resume RUN --allow-changes")
-    if run is not None and (not rest or rest[0].startswith("-")):
-        rest = [str(Path(run) / "config.yaml"), *rest]
-    config = configured("train", rest)
-    if run is not None:
-        config = config.replace(output=run)
+    run = value_of(args, "--resume")
+    config, options = configured_with(TrainOptions, "train", args, str(Path(run) / "config.yaml") if run else "")
+    if options.allow_changes and options.resume is None:
+        return fail("allow_changes: nothing is resumed; nearest valid: --resume RUN --allow-changes")
+    if options.resume is not None:
+        config = config.replace(output=options.resume)
     _check_prompts(config)
     from tempflow.train.guards import GuardError
     from tempflow.train.interrupt import Interrupted
     from tempflow.train.loop import train
 
     try:
-        train(config, resume=run is not None, allow_changes=allow)
+        train(config, resume=options.resume is not None, allow_changes=options.allow_changes)
     except GuardError as error:
         return fail(str(error), 1)
     except Interrupted as stop:
         return int(str(stop.code))
-    except RuntimeError as error:  # as torch says that memory is short
-        if os.environ.get(TRACEBACK):
-            raise
-        return fail(f"{type(error).__name__}: {error}", 1)
     return 0
-
-
-def _taken(args: list[str], flag: str) -> str | None:
-    """The value of `flag`, which is taken out of `args` with it; None where it is not given.
-
-    Raises ConfigError for a flag without a value.
-    """
-    for place, word in enumerate(args):
-        if word.startswith(f"{flag}="):
-            return args.pop(place).partition("=")[2]
-        if word == flag:
-            if place + 1 == len(args):
-                raise ConfigError(f"{flag}: the run's folder is missing; nearest valid: {flag} runs/demo")
-            return args.pop(place) and args.pop(place)
-    return None
 
 
 def _check_prompts(config: Config) -> None:
@@ -75,10 +70,15 @@ def _check_prompts(config: Config) -> None:
 
 
 def cost_verb(args: Sequence[str]) -> int:
-    config = configured("cost", args)
+    config, options = configured_with(CostOptions, "cost", args)
     from rich.console import Console
 
     from tempflow.cost import run_cost
 
-    Console().print(run_cost(config).table())
+    cost = run_cost(config)
+    Console().print(cost.table())
+    if options.measure:
+        from tempflow.measure import measured
+
+        Console().print(measured(config).table(cost))
     return 0

@@ -4,7 +4,7 @@ Every message names the field, the value and the nearest valid one.
 """
 
 from tempflow.config.algorithm import AlgorithmConfig, algorithm_config
-from tempflow.config.files import MAX_YAML_BYTES, load_config, parse_config, to_yaml
+from tempflow.config.files import MAX_YAML_BYTES, load_config, parse_config, read_config, to_yaml
 from tempflow.config.guards import GuardsConfig
 from tempflow.config.parts import (
     OWN_REWARD,
@@ -38,5 +38,6 @@ __all__ = [
     "algorithm_config",
     "load_config",
     "parse_config",
+    "read_config",
     "to_yaml",
 ]

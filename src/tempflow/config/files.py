@@ -8,25 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
-from tempflow.algorithms import ALGORITHMS
-from tempflow.config.algorithm import algorithm_config
 from tempflow.config.tree import Config
 from tempflow.data.prompts import nearest_file
-from tempflow.strict import ConfigError, validated
+from tempflow.names import PATH
+from tempflow.strict import MAX_DEPTH, MAX_VALUES, ConfigError, cut, shown, validated
 
 MAX_YAML_BYTES = 2**20
+TOO_MANY = f"holds more than {MAX_VALUES:,} values; a configuration has about a hundred"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number, as people mean it, and refuses a key given twice."""
+    """Safe YAML that reads 1e-4 as a number, as people mean it, and refuses a key given twice.
+
+    It stops reading where there is more than a configuration can hold, so that no file takes long.
+    """
+
+    nodes = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        if self.nodes > MAX_VALUES:
+            raise ConfigError(TOO_MANY)
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"is nested deeper than {MAX_DEPTH}; a configuration has four levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(key.value)} is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 
 
@@ -35,38 +52,86 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str) -> Any:
+    """What YAML says: mappings, lists, texts, numbers, dates. Raises ConfigError, on one line, where it says nothing.
+
+    Text whose aliases unfold to more than `MAX_VALUES` values is refused before it is unfolded.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _unfolded(node) > MAX_VALUES:
+            raise ConfigError(TOO_MANY)
+        return loader.construct_document(node)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: 2026-13-45, a number of 5 000 digits
+        raise ConfigError(f"is not YAML: {cut(str(error), 160)}") from error
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
+    """How many values a document has once every alias is written out; a part that holds itself has no end."""
+    sizes = {} if sizes is None else sizes
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES + 1  # while it is being counted: who meets it now is inside it
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        sizes[id(node)] = 1 + sum(_unfolded(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 def parse_config(given: Any) -> Config:
     """A mapping, as YAML has it, to a `Config`. Raises ConfigError, a line for each fault."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"a configuration is a mapping of fields, not {type(given).__name__}; start with 'name: …'")
-    return validated(Config, given, _narrowed(given.get("algorithm")))
+    return validated(Config, given)
 
 
-def _narrowed(given: Any) -> dict[str, type[BaseModel]]:
-    """Which algorithm's fields a faulty configuration meant, as far as it can be told."""
-    name = given.get("name") if isinstance(given, Mapping) else None
-    return {"algorithm": algorithm_config(name)} if isinstance(name, str) and name in ALGORITHMS else {}
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a YAML file of at most 1 MiB says, not yet a `Config`.
+
+    Raises ConfigError for a file that is missing (naming the nearest existing one), cannot be read, or is no mapping.
+    """
+    file = Path(path).expanduser()
+    name = cut(str(file), PATH)
+    try:
+        if not file.is_file():
+            raise ConfigError(f"{name} is no file; {nearest_file(file, ('.yaml', '.yml'))}")
+        size = file.stat().st_size
+        if size > MAX_YAML_BYTES:
+            raise ConfigError(f"{name} has {size} bytes; a configuration has at most {MAX_YAML_BYTES}")
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror})") from error
+    try:
+        given = read_yaml(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not YAML: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name} {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror})") from error
+    if not isinstance(given, dict):
+        what = f"a configuration is a mapping of fields, not {type(given).__name__}; start with 'name: …'"
+        raise ConfigError(f"{name}: {what}")
+    return given
 
 
 def load_config(path: str | Path) -> Config:
     """The configuration in a YAML file of at most 1 MiB, read as data only.
 
-    Raises ConfigError for a missing file (naming the nearest existing one), broken YAML, or fields that are not valid.
+    Raises ConfigError for what `read_config` refuses, and for fields that are not valid.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"{file} is no file; {nearest_file(file, ('.yaml', '.yml'))}")
-    size = file.stat().st_size
-    if size > MAX_YAML_BYTES:
-        raise ConfigError(f"{file} has {size} bytes; a configuration has at most {MAX_YAML_BYTES}")
-    try:
-        given = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    given = read_config(path)
     try:
         return parse_config(given)
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
+        name = cut(str(Path(path).expanduser()), PATH)
+        raise ConfigError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error
 
 
 def to_yaml(config: Config) -> str:

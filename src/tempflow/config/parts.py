@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tempflow.data.prompts import check_source
-from tempflow.strict import Strict, nearest
+from tempflow.strict import Strict, nearest, shown
 
 OWN_REWARD = "reward"
 """The metric that means the run's own first reward, also where that was given to `tempflow.train` as an object."""
@@ -24,8 +24,8 @@ class ModelConfig(Strict):
         default="float32",
         description="what the network computes in; auto: bfloat16 where hardware does it",
     )
-    height: int = Field(default=32, ge=1, description="pixels")
-    width: int = Field(default=32, ge=1, description="pixels")
+    height: int = Field(default=32, ge=1, le=16_384, description="pixels")
+    width: int = Field(default=32, ge=1, le=16_384, description="pixels")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance in rollout and training; 1 = none")
     training: Literal["full", "lora"] = Field(
         default="full", description="train all of the network, or a LoRA on its attention"
@@ -40,13 +40,17 @@ class ModelConfig(Strict):
         min_length=1,
         description="what the KL holds to: 'base' (the model as it is), 'start', or a run's folder or a LoRA as above",
     )
-    lora_rank: int = Field(default=32, ge=1, description="rank of a fresh LoRA; one that is started from keeps its own")
-    lora_alpha: int = Field(default=64, ge=1, description="alpha of the LoRA; it is scaled by alpha / rank")
+    lora_rank: int = Field(
+        default=32, ge=1, le=16_384, description="rank of a fresh LoRA; one that is started from keeps its own"
+    )
+    lora_alpha: int = Field(
+        default=64, ge=1, le=1_000_000, description="alpha of the LoRA; it is scaled by alpha / rank"
+    )
 
     @model_validator(mode="after")
     def _revision_of_hub_only(self) -> ModelConfig:
         if self.revision is not None and self.path == "shapes":
-            raise ValueError(f"revision: {self.revision!r} is for hub ids, 'shapes' has none; nearest valid: null")
+            raise ValueError(f"revision: {shown(self.revision)} is for hub ids, 'shapes' has none; nearest valid: null")
         return self
 
 
@@ -57,7 +61,7 @@ class DataConfig(Strict):
     train: str = Field(default="shapes:train", description="prompts to train on")
     validation: str = Field(default="shapes:validation", description="prompts that choose the best weights")
     test: str = Field(default="shapes:test", description="prompts of the reported figures")
-    prompts_per_iteration: int = Field(default=8, ge=1, description="prompts drawn for an iteration")
+    prompts_per_iteration: int = Field(default=8, ge=1, le=100_000, description="prompts drawn for an iteration")
 
     @field_validator("train", "validation", "test")
     @classmethod
@@ -92,9 +96,11 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
     updates_per_iteration: int = Field(
-        default=1, ge=1, description="optimizer steps; each takes its share of the edges"
+        default=1, ge=1, le=100_000, description="optimizer steps; each takes its share of the edges"
     )
-    warmup_iterations: int = Field(default=0, ge=0, description="iterations over which the learning rate rises from 0")
+    warmup_iterations: int = Field(
+        default=0, ge=0, le=1_000_000, description="iterations over which the learning rate rises from 0"
+    )
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="decay of the average weights that are evaluated; 0 = off"
     )
@@ -104,9 +110,9 @@ class EvaluationConfig(Strict):
     """Deterministic sampling of fixed prompts from fixed noise, by the average weights if there are any."""
 
     every: int = Field(default=10, ge=0, description="iterations between validations; 0 = only at the end")
-    validation_prompts: int = Field(default=120, ge=1, description="pictures of a validation")
-    test_prompts: int = Field(default=504, ge=1, description="pictures of the test before and after")
-    steps: int = Field(default=10, ge=1, description="sampler steps")
+    validation_prompts: int = Field(default=120, ge=1, le=1_000_000, description="pictures of a validation")
+    test_prompts: int = Field(default=504, ge=1, le=1_000_000, description="pictures of the test before and after")
+    steps: int = Field(default=10, ge=1, le=1_000, description="sampler steps")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     seed: int = Field(default=1234, description="seed of the noise")
     yardstick: Annotated[tuple[float, ...], Field(strict=False)] = Field(
@@ -167,8 +173,8 @@ def _check_reward(name: str, extra: tuple[str, ...]) -> None:
     known = (*extra, *names())
     if ":" in name:
         raise ValueError(
-            f"{name!r}: a configuration names known rewards only, never code; pass your function to tempflow.train, "
-            f"or register it as an entry point; nearest valid: {nearest(name, known)}"
+            f"{shown(name)}: a configuration names known rewards only, never code; pass your function to "
+            f"tempflow.train, or register it as an entry point; nearest valid: {nearest(name, known)}"
         )
     if name not in known:
-        raise ValueError(f"{name!r} is no known reward; nearest valid: {nearest(name, known)}")
+        raise ValueError(f"{shown(name)} is no known reward; nearest valid: {nearest(name, known)}")

@@ -20,7 +20,7 @@ from tempflow.config.parts import (
     RewardConfig,
 )
 from tempflow.config.track import TrackConfig
-from tempflow.strict import Strict, nearest
+from tempflow.strict import Strict, nearest, shown
 
 
 class Config(Strict):
@@ -28,12 +28,16 @@ class Config(Strict):
 
     name: str = Field(description="what the run is called; letters, digits, '.', '_', '-'")
     seed: int = Field(default=0, description="of all noise and prompt draws")
-    iterations: int = Field(ge=1, description="how many; each is a rollout, its scores and the updates from them")
+    iterations: int = Field(
+        ge=1, le=1_000_000, description="how many; each is a rollout, its scores and the updates from them"
+    )
     output: str = Field(default="", description="folder for what the run writes (default: runs/NAME)")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
-    threads: int | None = Field(default=None, ge=1, description="torch threads (default: torch's own choice)")
-    rollout_rows: int = Field(default=96, ge=1, description="most rows of a forward in sampling and evaluation")
-    train_rows: int = Field(default=96, ge=1, description="edges of a training micro-batch")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="torch threads (default: torch's own choice)")
+    rollout_rows: int = Field(
+        default=96, ge=1, le=1_000_000, description="most rows of a forward in sampling and evaluation"
+    )
+    train_rows: int = Field(default=96, ge=1, le=1_000_000, description="edges of a training micro-batch")
     algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(to_algorithm)] = Field(
         description="how weights are trained (`tempflow algorithms` lists them)"
     )
@@ -77,7 +81,9 @@ class Config(Strict):
     def _plain_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
-            raise ValueError(f"{name!r} names a folder too: letters, digits, '.', '_', '-'; nearest valid: {plain!r}")
+            raise ValueError(
+                f"{shown(name)} names a folder too: letters, digits, '.', '_', '-'; nearest valid: {shown(plain)}"
+            )
         return name
 
     @field_validator("device")
@@ -85,7 +91,7 @@ class Config(Strict):
     def _known_device(cls, device: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
             options = ("auto", "cpu", "mps", "cuda", "cuda:0")
-            raise ValueError(f"{device!r} is no device; nearest valid: {nearest(device, options)}")
+            raise ValueError(f"{shown(device)} is no device; nearest valid: {nearest(device, options)}")
         return device
 
     @field_validator("rewards")
@@ -96,7 +102,7 @@ class Config(Strict):
             raise ValueError("[] leaves nothing to learn from; nearest valid: [{name: shapes}]")
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"{twice[0]!r} is named twice; nearest valid: once, with the weights' sum")
+            raise ValueError(f"{shown(twice[0])} is named twice; nearest valid: once, with the weights' sum")
         if all(reward.weight == 0 for reward in rewards):
             raise ValueError("all weights are 0, which leaves nothing to learn from; nearest valid: a weight of 1.0")
         return rewards
@@ -105,7 +111,7 @@ class Config(Strict):
     def _gold_is_not_trained(self) -> Config:
         both = [name for name in self.evaluation.gold if name in self.reward_weights]
         if both:
-            raise ValueError(f"evaluation.gold: {both[0]!r} is trained on; nearest valid: a reward that is not")
+            raise ValueError(f"evaluation.gold: {shown(both[0])} is trained on; nearest valid: a reward that is not")
         return self
 
     @model_validator(mode="after")

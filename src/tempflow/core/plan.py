@@ -18,6 +18,11 @@ from tempflow.core.cost import Cost
 Carry = Literal["ode", "candidate"]
 """How a chain goes on where several successors were drawn."""
 
+MAX_EDGES = 1_000_000
+"""Of one prompt's forest: what lists in memory can hold, and hundreds of times what any method grows."""
+
+MAX_STEPS = 10_000
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -311,6 +316,10 @@ def _grow(steps: int, start: tuple[int, ...], rule: Callable[[int, bool], Sequen
         children: list[tuple[int, bool]] = []
         for node, trunk in front:
             for shoot in rule(i, trunk):
+                if len(shoots) == MAX_EDGES:
+                    raise _invalid(
+                        "steps", steps, f"at step {i} a prompt has {MAX_EDGES} edges", "fewer steps or branches"
+                    )
                 children.append((roots + len(shoots), shoot.trunk))
                 parent.append(node)
                 step.append(i)
@@ -378,6 +387,8 @@ def _invalid(field: str, value: object, why: str, nearest: object) -> ValueError
 def _at_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise _invalid(name, value, f"must be at least {low}", low)
+    if value > (most := MAX_STEPS if name == "steps" else MAX_EDGES):
+        raise _invalid(name, value, f"must be at most {most}", most)
 
 
 def _between(name: str, value: int, low: int, high: int) -> None:

@@ -57,7 +57,7 @@ def export_run(
     config = run_config(run)
     form = _form(config, form)
     dtype = _dtype(dtype or config.model.dtype)
-    check(to, None, "to")
+    check(to, None, "output")
     source = _source(run, weights, checkpoint)
     with _finished(to) as partial:
         lora = _lora(source, config, weights) if config.model.training == "lora" else {}
@@ -184,8 +184,8 @@ def _check_space(folder: Path, size: int) -> None:
     free, need = shutil.disk_usage(folder).free, size + SMALL_FILES
     if free < need:
         raise ValueError(
-            f"to: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; nearest valid: a folder on another "
-            "disk (bfloat16 is half of float32, and a LoRA is far smaller than a pipeline)"
+            f"output: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; nearest valid: a folder on "
+            "another disk (bfloat16 is half of float32, and a LoRA is far smaller than a pipeline)"
         )
 
 

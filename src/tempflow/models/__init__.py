@@ -14,6 +14,7 @@ from tempflow.models.pipeline_folder import FAMILIES, check_family, check_folder
 from tempflow.models.protocol import Conditioning, Model, Predict, Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
+from tempflow.names import nearest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,6 +30,7 @@ __all__ = [
     "Size",
     "load",
     "local_folder",
+    "resolved_device",
     "resolved_dtype",
     "shapes_folder",
 ]
@@ -37,6 +39,28 @@ __all__ = [
 def shapes_folder() -> Path:
     """Where the embedded pipeline lies."""
     return Path(str(resources.files("tempflow"))) / "shapes" / "weights"
+
+
+def resolved_device(name: str) -> str:
+    """`name` itself, once it is known to be here; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ValueError, naming the nearest device that is here, for one that is not.
+    """
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: {name[:40]!r} is no device; nearest valid: 'auto'") from error
+    if device.type == "cuda" and not cuda:
+        build = "" if torch.version.cuda else ", and this torch is built for CPUs alone"
+        raise ValueError(f"device: {name!r}, but torch sees no CUDA device{build}; nearest valid: 'cpu'")
+    if device.type == "cuda" and (device.index or 0) >= cuda:
+        raise ValueError(f"device: {name!r}, but there are {cuda} CUDA devices; nearest valid: 'cuda:{cuda - 1}'")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device: {name!r}, but torch sees no MPS device; nearest valid: 'cpu'")
+    return name
 
 
 def resolved_dtype(dtype: str, device: str) -> str:
@@ -69,8 +93,9 @@ def load(path: str, *, revision: str | None = None, dtype: str = "float32", devi
     """
     dtype = resolved_dtype(dtype, device)
     if dtype not in DTYPES:
-        nearest = difflib.get_close_matches(dtype, DTYPES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}; nearest is {nearest!r}")
+        raise ValueError(
+            f"model.dtype: {dtype[:40]!r} is not one of {', '.join(DTYPES)}; nearest is {nearest(dtype, DTYPES)}"
+        )
     folder = local_folder(path, revision)
     _check_libraries()
     return SD3.load(folder, path, DTYPES[dtype], device)

@@ -9,25 +9,25 @@ from tempflow.config import Config
 from tempflow.recipes.every import ENTRIES, Entry, recipe
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
-from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.shapes import demo, shapes_demo, shapes_flow, shapes_lora
 
 
 def _named(entry: Entry) -> Callable[[], Config]:
     def build() -> Config:
         return recipe(entry)
 
-    build.__name__ = f"shapes_{entry.name}"
+    build.__name__ = f"leaderboard_{entry.name}"
     build.__doc__ = ALGORITHMS[entry.algorithm["name"]].__doc__  # its first line says what it is
     return build
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
-    "shapes_tempflow": shapes_tempflow,
+    "shapes_demo": shapes_demo,
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
     "sd35_medium_tempflow": sd35_medium_tempflow,
-    **{f"shapes_{entry.name}": _named(entry) for entry in ENTRIES},
+    **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
 }
@@ -36,9 +36,9 @@ __all__ = [
     "RECIPES",
     "demo",
     "sd35_medium_tempflow",
+    "shapes_demo",
     "shapes_diffusion_dpo",
     "shapes_flow",
     "shapes_lora",
     "shapes_sft",
-    "shapes_tempflow",
 ]

@@ -1,4 +1,4 @@
-"""How every algorithm is set on `shapes`: one table for recipes (`tempflow train shapes_NAME`) and the leaderboard.
+"""How every algorithm is set on `shapes`: one table for the leaderboard and its recipes (leaderboard_NAME).
 
 Settings are chosen from what each method is, not tuned; an iteration has about 1 500 counted forwards. What a recipe
 leaves out has its paper's default.
@@ -191,7 +191,7 @@ def recipe(entry: Entry) -> Config:
     """The entry as a run of about half a million forwards."""
     return Config.model_validate(
         {
-            "name": f"shapes-{entry.name.replace('_', '-')}",
+            "name": f"leaderboard-{entry.name.replace('_', '-')}",
             "iterations": 300,
             "algorithm": dict(entry.algorithm),
             "rollout_rows": 192,

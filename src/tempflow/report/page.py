@@ -69,9 +69,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     page of ours; ImportError with the command to run where jinja2 is missing.
     """
     if out.suffix not in (".html", ".htm"):
-        raise ValueError(f"out: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
-    check_file(out, "out")
-    return write_file(out, render(read_runs(folders), datetime.now().astimezone()), "out")
+        raise ValueError(f"output: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
+    check_file(out, "output")
+    return write_file(out, render(read_runs(folders), datetime.now().astimezone()), "output")
 
 
 def render(runs: Sequence[RunData], now: datetime) -> str:

@@ -70,8 +70,14 @@ class Display:
         """A line that stays, and stays one line however narrow the console is."""
         self.console.print(line, soft_wrap=True, markup=False)
 
+    def doing(self, what: str) -> None:
+        """What takes its time now, before there is an iteration to show."""
+        self._bar.update(self._task, note=what)
+        if not self.console.is_terminal:
+            self.say(f"{self.name} {what} …")
+
     def advance(self, iteration: int, metrics: Mapping[str, float], evaluation: Mapping[str, Any]) -> None:
-        """One iteration is done; without a terminal every evaluated or tenth one prints a line."""
+        """One iteration is done; without a terminal every evaluated one prints a line, and ten or more others do."""
         rewards = " ".join(
             f"{k.removeprefix('reward/')} {v:.3f}" for k, v in metrics.items() if k.startswith("reward/")
         )
@@ -79,7 +85,9 @@ class Display:
         learnt = f"reward {rewards}" if rewards else f"loss {metrics['loss']:.4g}"  # given samples have no reward
         note = f"{learnt} | validation {scores} | grad {metrics['grad_norm']:.3f}"
         self._bar.update(self._task, completed=iteration, note=note)
-        if not self.console.is_terminal and (iteration % 10 == 0 or evaluation["iteration"] == iteration):
+        if not self.console.is_terminal and (
+            iteration % min(10, max(1, self.iterations // 10)) == 0 or evaluation["iteration"] == iteration
+        ):
             self.say(f"{self.name} {iteration}/{self.iterations}  {note}")
 
     def summary(self, run: Run) -> None:

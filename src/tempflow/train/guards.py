@@ -342,7 +342,8 @@ class _Look:
     ) -> Alarm:
         """The alarm; the state then holds that it spoke."""
         assert action != "off"
-        flags = f"--guards.{name}.{field} or --guards.{name}.action" if name != "idle" else "--guards.idle"
+        option = f"--guards.{name}".replace("_", "-")
+        flags = f"{option}.{field} or {option}.action" if name != "idle" else option
         spoke = self.state["spoke"].get(name)
         silent = spoke is not None and self.iteration - spoke < self.config.repeat
         if not silent:

@@ -19,7 +19,7 @@ from tempflow.core.follow import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import load, resolved_dtype
+from tempflow.models import load, resolved_device, resolved_dtype
 from tempflow.models.lora import ranks_of
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import Patient, build, from_function, patient
@@ -174,11 +174,6 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
     else:
         model.train_fully()
     return model
-
-
-def resolved_device(name: str) -> str:
-    """ "auto" is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _device(config: Config, model: Model | None, world: World) -> torch.device:

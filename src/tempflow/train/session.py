@@ -107,6 +107,7 @@ class Session:
     def _run(self) -> Run:
         if self.looks is None:
             test = self.prompts["test"]
+            self.display.doing(f"test of the untrained model, {len(test)} pictures")
             self.looks = Looks(
                 self.gallery.look(test, "test", training=False),
                 self.gallery.drawn(test[:GRID]),
@@ -332,6 +333,7 @@ class Session:
         """After: the test once more, pictures, summary."""
         assert self.best is not None
         test = self.prompts["test"]
+        self.display.doing(f"test of the trained model, {len(test)} pictures")
         after, grid_after = self.gallery.look(test, "test", training=True), self.gallery.drawn(test[:GRID])
         run = Run(
             folder=self.records.folder,
