@@ -156,7 +156,7 @@ def identity(
     for field, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
         place = Path(where).expanduser()
         if where and place.exists():
-            contents[field] = _any(place) | _beside(place)
+            contents[field] = {**_any(place), **_beside(place)}
     if algorithm.judge is not None:
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
