@@ -408,7 +408,7 @@ def before(name: str, text: bytes, message: str) -> Fault:
 
 PROMPT = [
     before("prompt line: no JSON", b'{"prompt": "a', r"not JSON \(.*a line looks like"),
-    before("prompt line: no prompt", b'{"promt": "a"}', r"no \"prompt\"; did you mean 'promt'\?"),
+    before("prompt line: no prompt", b'{"promt": "a"}', r"no \"prompt\", but 'promt'; nearest valid"),
     before("prompt line: no text", b'{"prompt": 3}', r"\"prompt\" is 3; it must be a text"),
     before("prompt line: no object", b"[1, 2]", r"a JSON list, not an object"),
     before("prompt line: not UTF-8", b'{"prompt": "caf\xe9"}', r"not UTF-8"),
