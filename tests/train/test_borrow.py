@@ -46,7 +46,12 @@ def test_a_borrowed_test_is_the_one_it_would_have_made(
     alone = train(tiny(tmp_path / "alone", seed=5), quiet=True)
     looked = list[bool]()
     look = session.Gallery.look
-    monkeypatch.setattr(session.Gallery, "look", lambda g, p, training: looked.append(training) or look(g, p, training))
+
+    def seen(*args: Any, training: bool) -> Any:
+        looked.append(training)
+        return look(*args, training=training)
+
+    monkeypatch.setattr(session.Gallery, "look", seen)
     mine = train(tiny(tmp_path / "mine", seed=5, before=str(first.folder)), quiet=True)
     assert all(looked) and looked  # never untrained
     assert written(mine, "samples.json") == written(alone, "samples.json")
