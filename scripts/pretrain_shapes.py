@@ -458,7 +458,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of states and logs")
     parser.add_argument("--init", type=Path, help="a pipeline folder whose weights are the start")
     parser.add_argument("--to", type=Path, default=Path("runs/weights"), help="new folder that `ship` writes")
-    parser.add_argument("--guidance", type=float, default=1.6, help="what `distill` builds in")
+    parser.add_argument("--guidance", type=float, default=2.0, help="what `distill` builds in")
     parser.add_argument("--shift", type=float, default=3.0, help="the scheduler's shift")
     for name, kind in (("steps", int), ("batch", int), ("peak", float), ("save-every", int), ("judged", int)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's, in every stage that runs")
