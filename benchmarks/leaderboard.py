@@ -95,7 +95,7 @@ class Board:
                 "before": self.untrained().output,
             },
         }
-        algorithm = parse_config(fields).algorithm.build()
+        algorithm = parse_config(fields).algorithm.build().seeded(seed)
         iterations = affordable(algorithm, entry.prompts, self.budget, trained=entry.trained)
         fields["evaluation"] |= {"every": max(1, round(iterations / 5))}
         return parse_config(fields | {"iterations": iterations})

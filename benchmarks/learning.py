@@ -58,7 +58,8 @@ def config(method: str, rate: float, seed: int, budget: int, out: Path, dtype: s
             "seed": 4321,
         },
     }
-    return parse_config(fields | {"iterations": affordable(parse_config(fields).algorithm.build(), prompts, budget)})
+    algorithm = parse_config(fields).algorithm.build().seeded(seed)
+    return parse_config(fields | {"iterations": affordable(algorithm, prompts, budget)})
 
 
 def best_rate(method: str, out: Path) -> float:

@@ -321,7 +321,7 @@ def final(a: argparse.Namespace, name: str, algorithm: Mapping, free: int, seed:
         "optimizer": {**OPTIMIZER, "learning_rate": a.rate, "warmup_iterations": 5},
         "evaluation": {**EVALUATION, "validation_prompts": a.validation, "test_prompts": a.test},
     }
-    built = parse_config(fields).algorithm.build()
+    built = parse_config(fields).algorithm.build().seeded(seed)
     iterations = affordable(built, a.final_prompts, a.budget, free=free * a.final_prompts)
     warm = min(5, iterations - 1)
     optimizer = {**fields["optimizer"], "warmup_iterations": warm}

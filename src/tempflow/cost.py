@@ -95,7 +95,7 @@ class RunCost:
 
 def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
-    algorithm, prompts = config.algorithm.build(), config.data.prompts_per_iteration
+    algorithm, prompts = config.algorithm.build().seeded(config.seed), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
     means = algorithm.draws is None and algorithm.edge_objective.keeps_mean
     for iteration in range(config.iterations):

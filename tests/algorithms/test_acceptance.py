@@ -22,6 +22,7 @@ from tempflow.algorithms import (
     ddpo,
     flash_grpo,
     flow_cps,
+    flow_dppo,
     flow_grpo,
     flow_grpo_fast,
     gcpo,
@@ -95,7 +96,7 @@ def blind(algorithm: Algorithm) -> Algorithm:
 def test_groups_without_spread_bear_no_gradient(name: str) -> None:
     if name == "perceptual_entropy, pcvae":
         pytest.skip("its bonus is the path's log p, which is never flat")
-    judge = {"judge": judging(lambda x, sigma, rows: sigma + rows)} if name == "drm_grpo" else {}
+    judge = {"judge": judging(lambda x, sigma, rows: sigma + rows)} if name.startswith("drm_grpo") else {}
     check_no_spread(blind(FAMILY[name](4)), **judge)
 
 
@@ -127,6 +128,7 @@ GROUP_STD: dict[str, tuple[int, Algorithm]] = {
     "flow_grpo": (POPULATION, flow_grpo(4, 6, std="group", eps=0.0)),
     "flow_grpo_fast": (POPULATION, flow_grpo_fast(4, 6, 2, std="group", eps=0.0)),
     "flow_cps": (POPULATION, flow_cps(4, 6, std="group", eps=0.0)),
+    "flow_dppo": (POPULATION, flow_dppo(4, 6, 2, std="group", eps=0.0)),
     "grpo_guard": (POPULATION, grpo_guard(4, 6, std="group", eps=0.0)),
     "flash_grpo": (POPULATION, flash_grpo(4, 6, std="group", eps=0.0)),
     "ddpo": (POPULATION, ddpo(4, 6, eps=0.0)),

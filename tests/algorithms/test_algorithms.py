@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 import numpy as np
 import pytest
 import torch
+from fake import Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_checks import second
@@ -21,6 +22,7 @@ from tempflow.algorithms import (
     find,
     flash_grpo,
     flow_cps,
+    flow_dppo,
     flow_grpo,
     flow_grpo_fast,
     gcpo,
@@ -80,7 +82,7 @@ def test_cost_formulas(steps, seeds, branches, data):
 def test_drawn_steps_change_with_the_iteration_only_and_cover_all():
     algorithm = tempflow_grpo(branch_steps=3)
     assert algorithm.plan(4, 0) is algorithm.plan(4, 11)
-    drawn = [some_steps("tempflow_grpo", i, 3, 9) for i in range(300)]
+    drawn = [some_steps("tempflow_grpo", 0, i, 3, 9) for i in range(300)]
     assert len(set(drawn)) > 60
     share = np.bincount([i for steps in drawn for i in steps], minlength=9) / 300
     assert share.sum() == pytest.approx(3) and np.all(np.abs(share - 1 / 3) < 0.1)
@@ -118,7 +120,8 @@ def test_defaults_are_the_papers():
             {"steps": 10, "group": 24, "window": 3, "kind": "cps", "clip": 1e-5, "std": "global"},
         ),
         (flow_cps, {"steps": 10, "group": 24, "noise_level": 0.8, "log_prob": "unscaled", "kl": 0.0, "std": "global"}),
-        (grpo_guard, {"steps": 10, "group": 24, "kind": "flow", "clip": 2e-6, "kl": 0.0, "std": "global"}),
+        (grpo_guard, {"steps": 10, "group": 24, "kind": "flow", "clip": 2e-6, "kl": 0.0, "std": "group"}),
+        (flow_dppo, {"steps": 10, "group": 16, "noisy_steps": 3, "threshold": 1e-5, "scaled": True, "std": "global"}),
         (dance_grpo, {"steps": 16, "group": 12, "fraction": 0.6, "keep": None, "noise_level": 0.3, "clip": 1e-4}),
         (mix_grpo, {"steps": 25, "window": 4, "every": 25, "stride": 1, "noise_level": 0.7, "clip": 1e-4, "kl": 0.0}),
         (mix_grpo_flash, {"steps": 25, "every": 20, "compress": 0.4, "second_order": True, "clip": 1e-4, "kl": 0.0}),
@@ -206,10 +209,11 @@ def test_one_branch_at_one_step_reduces_to_a_window_of_one():
     assert part.cost() == other.cost()
     assert part.stochastic == other.stochastic and part.trained == other.trained and part.step == other.step
     ours = tempflow_grpo(steps=4, seeds=6, branches=1, branch_steps=1, std_group="prompt", clip=0.02, kl=0.1)
+    seeded = ours.seeded(Bench().setting.seed)
     fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=3, kind="sde", noise_level=0.7, clip=0.02, kl=0.1)
 
     def same_step(iteration: int, slot: int) -> plan.Plan:
-        grown = ours.plan(iteration, slot)
+        grown = seeded.plan(iteration, slot)
         return plan.one_step(4, 6, grown.step[grown.stochastic.index(True)])
 
     # the same noises by identity, and the only weight left is 1 but for rounding

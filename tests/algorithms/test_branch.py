@@ -137,7 +137,8 @@ def test_the_pruned_steps_slide_towards_the_noise_and_stop() -> None:
 
     assert pruned(0) == pruned(29) == {15, 16, 17}
     assert pruned(30) == {14, 15, 16} and pruned(60) == {13, 14, 15}
-    assert pruned(179) == {10, 11, 12} and pruned(180) == pruned(10_000) == {9, 10, 11}  # the last split is at 9
+    assert pruned(179) == {10, 11, 12} and pruned(180) == pruned(209) == {9, 10, 11}
+    assert pruned(210) == pruned(10_000) == {8, 9, 10}  # the last split is at 9
     assert algorithm.plan(30, 0) is algorithm.plan(59, 4)
     early = branch_grpo(prune_steps=(15,), prune_every=1, prune_stop=3).plan(10_000, 0)
     assert 3 not in steps(early, "trained") and len(steps(early, "trained")) == 18

@@ -35,18 +35,18 @@ def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options:
 
 
 def test_plan_and_cost() -> None:
-    grown = plan.candidates(5, 2, 3)
+    grown = plan.candidates(5, 2, 3, "candidate")
     assert grown.cost() == plan.Cost(forwards=2 * 5, leaves=2, trained_edges=2 * 3 * 4)
     goes_on = [grown.child_index[e] for e in range(len(grown.parent)) if grown.roots + e in grown.parent]
     assert sum(grown.stochastic) == 24 and goes_on == [0] * 8
-    chain = plan.candidates(5, 2, 2)
+    chain = plan.candidates(5, 2, 2, "candidate")
     only_first = [e for e, n in enumerate(chain.child_index) if n == 0]
     assert len(only_first) == 2 * 5  # what goes on is a plain chain
 
 
 def test_a_chain_of_first_candidates_is_flow_grpos_chain() -> None:
     """The same noise by identity: the candidates beside it change nothing."""
-    ours = bench().collect()
+    ours = bench(carry="candidate").collect()
     from tempflow.algorithms import flow_grpo
 
     theirs = Bench(algorithm=flow_grpo(steps=4, group=2, clip=0.02, kl=0.0)).collect()

@@ -20,10 +20,16 @@ from loop_checks import (
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.gcpo import gcpo
+from tempflow.core.dynamics import FlowSDE
+from tempflow.core.objective.edges import EdgeBatch
+from tempflow.core.objective.gate import Clip
 from tempflow.core.objective.ratio import ChunkRatio, clipped
 from tempflow.core.plan import Cost
+from tempflow.core.rollout import skeleton
+from tempflow.core.schedule import linear, sd3
 from tempflow.core.stepwise import RelativeChange
 from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks, leaf_of, whole_path
+from tempflow.core.weight import uniform
 from tempflow.train.lessons import lessons
 from tempflow.train.step import credit
 
@@ -125,6 +131,58 @@ def test_adaptive_chunks_come_from_the_rollouts_own_l1rel() -> None:
     assert torch.equal(unit >= 0, edges.trained) and len(unit[unit >= 0].unique()) >= 2 * 4 * len(PROMPTS)
 
 
+# ------------------------------------------------------------------------------------- what the code offers beside
+def test_reweighting_is_the_codes_by_the_chunks_middle_step() -> None:
+    """√((T − m)/m), m = start + size // 2: of T 17 and (2, 3, 4, 7) the steps 1, 3, 7 and 12."""
+    algorithm = gcpo(reweight=True)
+    forest = skeleton([algorithm.plan(0, 0)], range(1))
+    found = algorithm.weight(forest, sd3(17), algorithm.dynamics).double()
+    want = [4.0] * 2 + [2.1602468994692867] * 3 + [1.1952286093343936] * 4 + [0.6454972243679028] * 7
+    by_step = [found[forest.edges.step == i] for i in range(16)]
+    torch.testing.assert_close(torch.stack([v[0] for v in by_step]), torch.tensor(want, dtype=torch.float64))
+    assert all(bool((v == v[0]).all()) for v in by_step)
+    assert gcpo().weight is uniform
+    plain, heavy = gradient(small(sizes=(2, 2))), gradient(small(sizes=(2, 2), reweight=True))
+    assert float((heavy - plain).abs().max()) > 1e-3 * float(plain.abs().max())
+
+
+def test_the_right_clip_is_its_own() -> None:
+    gate = gcpo(clip_high=8e-5).objective.gate
+    assert (gate.low, gate.high) == (5e-5, 8e-5) and gcpo().objective.gate == Clip(5e-5, 5e-5)
+
+
+def test_the_kl_to_the_rollouts_policy_is_k3_of_a_chunks_ratio() -> None:
+    """e^(old − new) − 1 − (old − new) of the chunk's mean log-probs, once a chunk, outside the clip."""
+    g = torch.Generator().manual_seed(0)
+    x, y, v, old = (torch.randn(4, 2, 3, generator=g, dtype=torch.float64) for _ in range(4))
+    y, step, unit = x + 0.3 * y, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    grid, dynamics, one = linear(4), FlowSDE(0.7), torch.ones(4, dtype=torch.float64)
+    was = dynamics.transition(x, old, grid, step, one).log_prob(y)
+    batch = EdgeBatch(x, y, step, one, step, was, one * 0, one, grid, dynamics, unit=unit)
+    loss = gcpo(rollout_kl=0.7).objective({"policy": lambda *_: v}, batch)
+    d = (was - dynamics.transition(x, v, grid, step, one).log_prob(y)).view(2, 2).mean(1)
+    want = 0.7 * (d.exp() - 1 - d).mean()
+    assert float(want) > 1e-4
+    torch.testing.assert_close(loss.value, want)
+    torch.testing.assert_close(loss.metrics["rollout_kl"], (d.exp() - 1 - d).repeat_interleave(2))
+    check_first_ratio(small(rollout_kl=1.0))
+    assert torch.equal(gradient(small(rollout_kl=5.0)), gradient(small()))  # 0 where the policy has not moved
+    assert not torch.equal(second(small(rollout_kl=5.0)), second(small()))
+
+
+def test_weighted_draws_go_by_the_paths_own_change() -> None:
+    """torch.multinomial over each picture's own chunk weights: where its latent changes most, it draws most."""
+    forest = skeleton([gcpo(steps=5, group=400, sizes=(2, 2)).plan(0, 0)], range(1))
+    leaf, step = leaf_of(forest), forest.edges.step
+    early = leaf % 2 == 0
+    change = torch.where((step < 2) == early, 9.0, 1.0)
+    forest = replace(forest, edges=replace(forest.edges, traits={"l1rel": change}))
+    unit = FixedChunks((2, 2), ChunkSampler(0.5, weighted=True))(forest, 0)
+    first = (unit >= 0) & (step == 0)
+    assert float(first[early & (step == 0)].double().mean()) == pytest.approx(0.9, abs=0.06)
+    assert float(first[~early & (step == 0)].double().mean()) == pytest.approx(0.1, abs=0.06)
+
+
 def test_bad_arguments() -> None:
     check_errors(
         gcpo,
@@ -137,6 +195,9 @@ def test_bad_arguments() -> None:
             ({"largest": 0}, "largest: 0 must be at least 1; nearest valid: 1"),
             ({"share": 0.0}, "share: 0.0 must be in (0, 1]"),
             ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0; 0.7 is usual"),
+            ({"reweight": True, "sizes": None}, "reweight: needs sizes whose first is 2 at least, not None"),
+            ({"reweight": True, "sizes": (1, 15)}, "reweight: needs sizes whose first is 2 at least, not (1, 15)"),
+            ({"rollout_kl": -1.0}, "rollout_kl: -1.0 must be finite and ≥ 0"),
             ({"clip": -1.0}, "clip: -1.0 must be finite and above 0; 5e-05 is usual"),
             ({"kl": -1.0}, "kl: -1.0 must be"),
             ({"advantage_clip": 0.0}, "advantage_clip: 0.0 must be finite and above 0"),

@@ -80,7 +80,7 @@ def test_the_window_goes_the_released_way(
     order: str, size: int, end: int, tau: int, stride: int, roll_back: bool
 ) -> None:
     slide = Slide(size, end, order, tau, stride, roll_back)  # pyright: ignore
-    assert [slide.at(m) for m in range(300)] == released(order, 300, size, end, tau, stride, roll_back)
+    assert [slide.at(0, m) for m in range(300)] == released(order, 300, size, end, tau, stride, roll_back)
 
 
 def test_a_cycle_covers_every_step_and_overflow_rolls_back_or_stays() -> None:

@@ -52,6 +52,7 @@ def test_kept_pictures_come_from_the_ends_of_the_pool_and_from_the_same_noises()
         model.predictor(model.encode(PROMPTS), 1.0),
         Noise(setting.seed, 0),
         shape=(2, 2, 2),
+        solver=setting.algorithm.solver,
     )
     pool = everything.nodes[everything.leaves.node].view(len(PROMPTS), 12, -1)
     kept = experience.forest.nodes[experience.forest.edges.child].view(len(PROMPTS), 4, -1)

@@ -43,7 +43,7 @@ def test_fast_with_a_full_window_is_flow_grpo() -> None:
 def test_flash_at_a_single_step_is_a_window_of_one() -> None:
     """All prompts at one step, so that rectified weights are 1: Flow-GRPO-Fast with Flash's dynamics, bit for bit."""
     flash = flash_grpo(steps=4, group=6, first_steps=1, clip=0.02)
-    fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=1, clip=0.02)
+    fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=1, log_prob="density", clip=0.02)
     assert flash.plan(0, 0) == fast.plan(0, 0)
     check_same_runs(flash, replace(fast, dynamics=flash.dynamics))
     drawn = flash_grpo(steps=4, group=6, first_steps=3, clip=0.02)

@@ -57,6 +57,7 @@ TOYS: dict[str, Toy] = {
     "ddpo": Toy(),
     # the step, the ratio, and credit along and across the latent
     "flow_cps": Toy({"noise_level": 0.8}),
+    "flow_dppo": Toy({"noisy_steps": 3, "first_steps": 5, "threshold": 1e-2}, iterations=60),
     "grpo_guard": Toy({"weight": "equalised"}),
     "gcpo": Toy({"sizes": (1, 2, 2), "share": 1.0}),
     "otca": Toy({"noise_level": 0.6}),

@@ -25,6 +25,7 @@ from tempflow.algorithms.e2po import e2po
 from tempflow.algorithms.elbo_pg import elbo_pg
 from tempflow.algorithms.flash_grpo import flash_grpo
 from tempflow.algorithms.flow_cps import flow_cps
+from tempflow.algorithms.flow_dppo import flow_dppo
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast
 from tempflow.algorithms.gcpo import gcpo
@@ -66,6 +67,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "elbo_pg": elbo_pg,
     "flash_grpo": flash_grpo,
     "flow_cps": flow_cps,
+    "flow_dppo": flow_dppo,
     "flow_grpo": flow_grpo,
     "flow_grpo_fast": flow_grpo_fast,
     "gcpo": gcpo,

@@ -8,7 +8,7 @@ and hold the policy near a slow average of itself. Up to 24 times faster than Fl
     log p       −t/p·((m + 1e-10)^p − 1e-10^p), m = mean (v − v*)², p = ¼         (surrogate.GeneralHuber, "ghuber")
     loss        mean of max(−A·ρ, −A·clip(ρ, 1 ± clip)) + kl·mean (v − v_ref)² + ema_kl·mean (v − v_ema)²
     pairs       `pairs` strata of the sampler's t, one each, the same for the whole iteration; fresh ε
-    ema         ema ← d·ema + (1−d)·policy after each iteration, d = min(0.3, 0.001·i)            (follow.Ramp)
+    ema         ema ← d·ema + (1−d)·policy after each iteration, d = min(0.3, 0.001·i), i from 1  (follow.Ramp)
 
 On-policy ρ is exactly 1, so that clip does nothing and nothing but `ema_kl` bounds a negative A. `off_policy`: the
 average samples and gives the old log p.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Generic, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,36 @@ class Observation(Protocol):
 Units = Callable[[Forest, int], Tensor]
 """(whole forest, iteration) -> LongTensor [E]: edges with equal numbers share a chunk; −1 is left out this time."""
 
+Of = TypeVar("Of")
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class Seeded(Protocol):
+    """A part of an algorithm that draws: which steps, where a window is, which chunks."""
+
+    def seeded(self, seed: int) -> Self:
+        """The same, drawing from that seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[Of, Result]):
+    """`of`(seed, iteration, …) as a function of (iteration, …): the plan or the grid of an algorithm that draws it.
+
+    The seed is 0 until `Algorithm.seeded` says the run's.
+    """
+
+    of: Callable[[int, int, Of], Result]
+    seed: int = 0
+
+    def __call__(self, iteration: int, of: Of) -> Result:
+        return self.of(self.seed, iteration, of)
+
+    def seeded(self, seed: int) -> Self:
+        """The same, drawing from that seed."""
+        return replace(self, seed=seed)
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -54,7 +84,8 @@ class Algorithm:
 
     name         what records call it
     steps        T, sampler steps of a rollout; where samples are given, of the grid that `draws` may take times from
-    plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans
+    plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans. What
+                 it draws it draws from the run's seed, if it is `Seeded`, as `Drawn` is; so do `grid` and `units`
     credit       scores -> advantages, of edges; of leaves where `draws` is given
     objective    the loss of a batch of edges; of leaves where `draws` is given
     dynamics     the stochastic edges' step; None: the rollout draws no noise
@@ -153,6 +184,12 @@ class Algorithm:
         assert self.draws is not None
         return cast(LeafObjective, self.objective)
 
+    def seeded(self, seed: int) -> Algorithm:
+        """The same, whose plan, grid and units draw from the run's seed; until then they draw from 0."""
+        parts = {"plan": self.plan, "grid": self.grid, "units": self.units}
+        drawing = {name: part.seeded(seed) for name, part in parts.items() if isinstance(part, Seeded)}
+        return replace(self, **drawing) if drawing else self
+
     def rule(self, name: str) -> Rule:
         """How that weight set follows the policy."""
         return self.weight_sets.get(name, Frozen())
@@ -245,9 +282,6 @@ def one_of(field: str, value: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"{field}: {value!r} is not one of {listed}; nearest valid: {options[0]!r}")
 
 
-def some_steps(name: str, iteration: int, count: int, among: int) -> tuple[int, ...]:
-    """`count` of the steps 0 … among − 1, ascending, drawn anew each iteration; the same for all its prompts.
-
-    A function of name and iteration alone, so runs that differ in their seed still train the same steps.
-    """
-    return tuple(sorted(Stream(0, f"{name}.steps").permutation((iteration,), among)[:count]))
+def some_steps(name: str, seed: int, iteration: int, count: int, among: int) -> tuple[int, ...]:
+    """`count` of the steps 0 … among − 1, ascending, drawn anew each iteration; the same for all its prompts."""
+    return tuple(sorted(Stream(seed, f"{name}.steps").permutation((iteration,), among)[:count]))

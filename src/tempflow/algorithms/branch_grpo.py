@@ -17,12 +17,12 @@ every step an advantage of its own; edges that teach little are pruned from trai
 Cost for a prompt, n_i = trees·branches^(splits before i): Σ n_i forwards, n_T leaves, Σ n_{i+1} trained edges over the
 noisy steps but the pruned; width pruning comes after the plan's count. At the defaults 203, 16, 202.
 
-Defaults: Fredreic1849/BranchGRPO (train_branchgrpo_flux.py and its script read in source, sure): T 20, η 0.3, splits
-0, 3, 6, 9, split noise 4, clip 1e-3, eps 1e-8, advantages clipped at 5, slide interval 30. On purpose unlike the code,
-which draws split children with 4·std but scores them with std (not their density, and four times its gradient); trains
-the last step too, whose noise nobody sees as x̂0 is decoded (here it is deterministic); prunes width *inside* a last
-branch, whose edges all have one value (here as the paper says); and with `use_group` gives inner edges no advantage.
-Its mixed mode is noise at the first `noisy_window` steps and at splits: its window never moves at T 20.
+Defaults: Fredreic1849/BranchGRPO (train_branchgrpo_flux.py and its script read in source, sure): T 20, η 0.3, splits 0,
+3, 6, 9, split noise 4, clip 1e-3, eps 1e-8, advantages clipped at 5, slide interval 30, stop at step 8 (its depth 9
+counts the child's). On purpose unlike the code, which draws split children with 4·std but scores them with std (not
+their density, and four times its gradient); trains the last step too, whose noise nobody sees as x̂0 is decoded (here
+it is deterministic); prunes width *inside* a last branch, whose edges all have one value (here as the paper says); and
+with `use_group` gives inner edges no advantage. Its mixed mode's window (`noisy_window`) never moves at T 20.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def branch_grpo(
             children's log-probabilities; or the prompt's "leaves" are, and an edge has their mean advantage.
         prune_steps: steps that are not trained.
         prune_every: iterations after which these move a step towards the noise; None: they stay.
-        prune_stop: where the first of them stops, between 0 and where it starts; None: at the last split.
+        prune_stop: where the first of them stops, between 0 and where it starts; None: a step before the last split.
         width: leaves that are trained: "all", of each last split the best ("branch"), or the "extremes".
         width_keep: share of a prompt's leaves that are its extremes.
         clip: ratio clip below and above 1.
@@ -129,8 +129,8 @@ def branch_grpo(
 
 
 def _pruned(tree: _Tree, prune: tuple[int, ...], every: int | None, stop: int | None, iteration: int) -> frozenset[int]:
-    furthest = max(tree.splits, default=0) if stop is None else stop
-    moved = min(iteration // every, max(0, min(prune) - furthest)) if prune and every else 0
+    furthest = max(tree.splits, default=0) - 1 if stop is None else stop
+    moved = min(iteration // every, max(0, min(prune) - max(furthest, 0))) if prune and every else 0
     return frozenset(i - moved for i in prune)
 
 

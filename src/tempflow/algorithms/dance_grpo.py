@@ -17,14 +17,14 @@ the full group's, as selection comes after the rewards. At the defaults 192, 12,
 
 Defaults: XueZeyue/DanceGRPO, scripts/finetune/finetune_flux_grpo.sh (read in source, sure): T 16, η 0.3, group 12,
 fraction 0.6, clip 1e-4, advantages clipped at 5, eps 1e-8, no KL, shift 3. HunyuanVideo: η 0.25, group 24, keep 8,
-shift 5. The code shares one noise per rank; here it is one per prompt. The drawn steps do not depend on the run's seed.
+shift 5. The code shares one noise per rank; here it is one per prompt.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
 from tempflow.core import plan
 from tempflow.core.credit import Credit, GroupZScore
 from tempflow.core.dynamics import DanceSDE
@@ -77,7 +77,7 @@ def dance_grpo(
     return Algorithm(
         name="dance_grpo",
         steps=steps,
-        plan=partial(_plan, steps, group, count, shared_noise),
+        plan=Drawn(partial(_plan, steps, group, count, shared_noise)),
         dynamics=DanceSDE(noise_level),
         credit=credit,
         objective=clipped(clip, clip, kl, "exact"),
@@ -93,14 +93,14 @@ def trained_steps(fraction: float, among: int) -> int:
     return count
 
 
-def _plan(steps: int, group: int, count: int, shared_noise: bool, iteration: int, slot: int) -> plan.Plan:
+def _plan(steps: int, group: int, count: int, shared_noise: bool, seed: int, iteration: int, slot: int) -> plan.Plan:
     if count == steps - 1:  # every chain trains all of them: one plan for all
-        return _chains(steps, group, count, shared_noise, 0, 0)
-    return _chains(steps, group, count, shared_noise, iteration, slot)
+        return _chains(steps, group, count, shared_noise, 0, 0, 0)
+    return _chains(steps, group, count, shared_noise, seed, iteration, slot)
 
 
 @lru_cache(maxsize=512)
-def _chains(steps: int, group: int, count: int, shared_noise: bool, iteration: int, slot: int) -> plan.Plan:
-    draws = Stream(0, "dance_grpo.steps")
+def _chains(steps: int, group: int, count: int, shared_noise: bool, seed: int, iteration: int, slot: int) -> plan.Plan:
+    draws = Stream(seed, "dance_grpo.steps")
     own = [draws.permutation((iteration, slot, chain), steps - 1)[:count] for chain in range(group)]
     return plan.chains(steps, own, stochastic=range(steps - 1), shared_noise=shared_noise)

@@ -10,15 +10,17 @@ pairing, is needed.
                 loss that fades as the order is learned                              (preference.GroupPreference)
     clip        a sample leaves the gradient once exp(m_old − m) > 1 + clip with A > 0, or < 1 − clip with A < 0
     pairs       the first int(0.6·T) t of the sampler's grid, all of them; ε common to a prompt's group
-    old         a fast average of the policy, its decay min(0.3, 0.001·i)                   (follow.Ramp)
+    old         a fast average of the policy, its decay min(0.3, 0.001·i), i from 0         (follow.Ramp)
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 144 pairs, each a forward of policy, reference and old. A
 micro-batch never splits a group at one pair: 24 forwards.
 
-Defaults: the method's contribution to Flow-Factory, trainers/dgpo.py and its arguments (read in source, sure): beta 100
-to the starting model (2000 to old), fraction 0.6, no KL, shared noise, old 0.3 by 0.001. Its class has clip 1e-4, its
-examples 1e-3 … 5e-2; ours is 1e-2. T 10 and G 24 are our reading. Not here: after 200 steps its rollouts come from an
-average of the policy; there the group's mean divides by the configured size, here by the valid samples'.
+Defaults: Luo-Yihong/DGPO, config/dgpo.py and train_sd3_dgpo.py, and Flow-Factory's trainers/dgpo.py (read in source,
+sure): T 10, beta 100 to the starting model (2000 to old), no KL, shared noise, old 0.3 by 0.001, its counter raised
+after the blend. The repository's clip is 5e-2, with 1e-2 and 1e-3 named as steadier; ours is 1e-2. G 24 is our reading.
+It trains 4 t of the noisiest 7, drawn for each iteration; here the noisiest 6 are trained, all of them. Not here: after
+200 steps its rollouts come from the average; there the group's mean divides by the configured size, here by the valid
+samples'.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def dgpo(
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=advantage_clip),
         objective=objective,
         draws=Draws(first_times(steps, fraction), 2, 2 if share_noise else None),
-        weight_sets={"old": Ramp(0, 0.001, old_hold)} if "old" in objective.weight_sets else {},
+        weight_sets={"old": Ramp(1, 0.001, old_hold)} if "old" in objective.weight_sets else {},
     )
 
 

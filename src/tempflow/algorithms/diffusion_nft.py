@@ -4,20 +4,20 @@ Claim. Reinforcement needs no likelihoods, no trajectories and no noisy sampler:
 re-noise them, and regress the velocity so that a blend of policy and old policy fits the good ones, and its reflection
 about the old policy fits the bad ones. Up to 25 times fewer training steps than Flow-GRPO (abstract).
 
-    sampler     a lagged copy of the policy ("old"), `group` ODE samples a prompt, no guidance
+    sampler     a lagged copy of the policy ("old"), `group` ODE samples a prompt by DPM-Solver++(2M), no guidance
     advantage   A = clip((R − mean of the prompt) / (std of all scores + eps), ±advantage_max)
     optimality  r = A/(2·advantage_max) + ½ in [0, 1]; `mode` may look at one sign only
     pairs       x_t = (1−t)·x0 + t·ε at int(0.99·T) of the sampler's own t in random order, fresh ε
     loss        mean of advantage_max·(r·ℓ⁺ + (1−r)·ℓ⁻)/mix_beta + kl·mean (v − v_ref)², with ℓ± the x0 errors of
                 v± = v_old ± mix_beta·(v − v_old), each over its own detached mean |error|   (matching.NegativeAware)
-    old         old ← η·old + (1−η)·policy after each iteration, η of update i by `lag`     (follow.Ramp)
+    old         old ← η·old + (1−η)·policy after each iteration, η of update i ≥ 1 by `lag`  (follow.Ramp)
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 216 pairs, each a forward of policy, old and reference.
 
-Defaults: config/base.py, config/nft.py, scripts/train_nft_sd3.py (read in source, sure): T 10, G 24, β 1 (OCR and many
-rewards 0.1), M 5, KL 1e-4 (named train.beta there), lag "type1" (OCR "type2"), global std, eps 1e-4. The code's rollout
-is a two-step solver ("dpm2"); Euler walks here unless `solver` says so. Its η counts optimizer steps, ours counts
-iterations (it does one of the former in the latter). Not here: evaluation EMA and optimizer, which are the run's.
+Defaults: config/base.py, config/nft.py, scripts/train_nft_sd3.py (read in source, sure): T 10, solver "dpm2", G 24, β 1
+(OCR and many rewards 0.1), M 5, KL 1e-4 (named train.beta there), lag "type1" (OCR "type2"), global std, eps 1e-4. Its
+η counts optimizer steps, ours counts iterations (it does one of the former in the latter). Not here: evaluation EMA and
+optimizer, which are the run's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ LAGS = {
     "type2": Ramp(75, 0.0075, 0.999),
     "type3": Ramp(10, 0.01, 0.5),
 }
-"""How the old policy follows, by the codes' names: "type0" is the policy as it is, "type2" nearly stands still late."""
+"""How the old policy follows, by the names of DiffusionNFT's code, and "type3" of "Rethinking the design space":
+"type0" is the policy as it is, "type2" nearly stands still late."""
 
 
 def diffusion_nft(
@@ -58,7 +59,7 @@ def diffusion_nft(
     kl: float = 1e-4,
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
-    solver: SolverName = "euler",
+    solver: SolverName = "dpm2",
 ) -> Algorithm:
     """DiffusionNFT (arXiv 2509.16117): fit good samples, and bad ones by reflection about the old policy.
 
@@ -73,7 +74,7 @@ def diffusion_nft(
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
         eps: added to the standard deviation.
-        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
+        solver: walks the rollout: the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), or "euler".
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -34,7 +34,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import Dynamics, FlowSDE
@@ -106,7 +106,7 @@ def dynamic_treerpo(
     return Algorithm(
         name="dynamic_treerpo",
         steps=steps,
-        plan=partial(_plan, steps, trees, slide, branches, growth),
+        plan=Drawn(partial(_plan, steps, trees, slide, branches, growth)),
         dynamics=FlowSDE(noise_level),
         credit=BestPath(Standing(FromLeaves(leaves))),
         weight=per_path,
@@ -123,8 +123,10 @@ def per_path(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
     return count / count[forest.edges.trained].mean()
 
 
-def _plan(steps: int, trees: int, slide: Slide, branches: int, growth: float, iteration: int, slot: int) -> plan.Plan:
-    return _tree(steps, trees, slide.at(iteration), branches, growth)
+def _plan(
+    steps: int, trees: int, slide: Slide, branches: int, growth: float, seed: int, iteration: int, slot: int
+) -> plan.Plan:
+    return _tree(steps, trees, slide.at(seed, iteration), branches, growth)
 
 
 @lru_cache(maxsize=256)

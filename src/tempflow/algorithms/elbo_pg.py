@@ -17,9 +17,9 @@ samples are as good as noisy ones at half the cost (GenEval 0.95 in 90 GPU-hours
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 216 pairs, each a forward of policy, old and reference.
 
-Defaults: src/utils, config/sd3.py, scripts/sd3 (read in source, sure): ODE T 10, G 24, gain 0.1, KL 1e-4, lag "type1",
-which samples too; "sde" is Flow-GRPO's step (40 steps there). The proximal kinds need A of the size of δ, 1e-2 … 1e-1:
-with a standard deviation their δ is lost. epg has no lower bound where A < 0.
+Defaults: src/utils, config/sd3.py, scripts/sd3 (read in source, sure): ODE by "dpm2", T 10, G 24, gain 0.1, KL 1e-4,
+lag "type1", which samples too; "sde" is Flow-GRPO's step (40 steps there), which no solver walks. The proximal kinds
+need A of the size of δ, 1e-2 … 1e-1: with a standard deviation their δ is lost. epg has no lower bound where A < 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def elbo_pg(
     kl: float = 1e-4,
     kl_form: Divergence = "velocity",
     lag: Lag = "type1",
-    solver: SolverName = "euler",
+    solver: SolverName = "dpm2",
 ) -> Algorithm:
     """ELBO policy gradients ("Rethinking the design space"): objective × likelihood estimate × sampler.
 
@@ -81,7 +81,7 @@ def elbo_pg(
         kl: weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "velocity", or an estimate from the likelihoods: "k1", "k2", "k3", or the code's "k3_reversed".
         lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
-        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
+        solver: walks the rollout: the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), or "euler".
 
     Raises ValueError naming the argument, its value and a valid one.
     """

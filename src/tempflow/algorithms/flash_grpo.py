@@ -13,7 +13,7 @@ Cost for a prompt: group·T forwards, group leaves, group trained edges.
 Defaults: config/dgx.py `wan2_1_flash` (read in source, sure): T 20, steps from the first 10, clip 1e-3, standard
 deviation of all scores, no KL, advantages clipped at 5. Group 8 is our reading of an ambiguous comment. The weight is
 computed, not tabulated, and has mean 1 over the distinct steps trained; the code's mean runs over samples, which is the
-same where the iteration's prompts spread evenly over steps. Runs of other seeds have the same steps.
+same where the iteration's prompts spread evenly over steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import LinearSDE
@@ -67,7 +67,7 @@ def flash_grpo(
     return Algorithm(
         name="flash_grpo",
         steps=steps,
-        plan=partial(_plan, steps, group, among),
+        plan=Drawn(partial(_plan, steps, group, among)),
         dynamics=LinearSDE(),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.rectified,
@@ -75,8 +75,8 @@ def flash_grpo(
     )
 
 
-def _plan(steps: int, group: int, among: int, iteration: int, slot: int) -> plan.Plan:
-    return _one_step(steps, group, Stream(0, "flash_grpo.step").integers((iteration, slot), among, 1)[0])
+def _plan(steps: int, group: int, among: int, seed: int, iteration: int, slot: int) -> plan.Plan:
+    return _one_step(steps, group, Stream(seed, "flash_grpo.step").integers((iteration, slot), among, 1)[0])
 
 
 @lru_cache(maxsize=256)

@@ -20,13 +20,13 @@ Cost for a prompt at the defaults: 240 forwards, 24 leaves, 216 trained edges.
 Defaults: level 0.8 (the official code's; "works without tuning"; read in source, sure), no KL and clip 1e-5 with the
 unscaled log-prob, of its FLUX and SD 3 fast configurations (sure). That they serve at all steps at once, and 1e-4
 (Flow-GRPO's) the density's ratio, is our choice. T, group, eps and advantage clip are Flow-GRPO's. `flow_grpo_fast` is
-the same step in a short window, with the density's ratio.
+the same step in a short window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ from tempflow.core.dynamics import CPS
 from tempflow.core.objective.edges import Replayed
 from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import StepRatio, clipped
+
+LogProbForm = Literal["unscaled", "density"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def flow_cps(
     steps: int = 10,
     group: int = 24,
     noise_level: float = 0.8,
-    log_prob: Literal["unscaled", "density"] = "unscaled",
+    log_prob: LogProbForm = "unscaled",
     clip: float | None = None,
     kl: float = 0.0,
     kl_form: KLForm = "exact",
@@ -78,7 +80,7 @@ def flow_cps(
     """
     plan = chains_plan(steps, group, None, noisy_last=False)
     one_of("std", std, ("global", "group"))
-    one_of("log_prob", log_prob, ("unscaled", "density"))
+    one_of("log_prob", log_prob, get_args(LogProbForm))
     positive("noise_level", noise_level, 0.8)
     unscaled = log_prob == "unscaled"
     bound = positive_or("clip", clip, 1e-5 if unscaled else 1e-4)

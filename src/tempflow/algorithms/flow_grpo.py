@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, positive, some_steps
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -110,15 +110,21 @@ def chains_plan(
     if train_steps is not None and not 1 <= train_steps <= most:
         nearest = min(max(train_steps, 1), most)
         raise ValueError(f"train_steps: {train_steps} must be in 1 … {most}; nearest valid: {nearest}")
-    every = train_steps is None or train_steps == most
-    return partial(_plan, steps, group, None if every else train_steps, most, shared_noise, noisy_last)
+    if train_steps is None or train_steps == most:
+        return partial(_every, steps, group, tuple(range(most)), shared_noise, noisy_last)
+    return Drawn(partial(_some, steps, group, train_steps, most, shared_noise, noisy_last))
 
 
-def _plan(
-    steps: int, group: int, count: int | None, most: int, shared: bool, noisy_last: bool, iteration: int, slot: int
+def _every(
+    steps: int, group: int, train: tuple[int, ...], shared: bool, noisy_last: bool, iteration: int, slot: int
 ) -> plan.Plan:
-    train = tuple(range(most)) if count is None else some_steps("flow_grpo", iteration, count, most)
     return _chains(steps, group, train, shared, noisy_last)
+
+
+def _some(
+    steps: int, group: int, count: int, most: int, shared: bool, noisy_last: bool, seed: int, iteration: int, slot: int
+) -> plan.Plan:
+    return _chains(steps, group, some_steps("flow_grpo", seed, iteration, count, most), shared, noisy_last)
 
 
 @lru_cache(maxsize=256)

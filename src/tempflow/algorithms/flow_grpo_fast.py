@@ -5,24 +5,26 @@ training forwards (README of yifan123/flow_grpo). CPS keeps the noise level of a
 
     step       CPS: S = σ'·sin(noise_level·π/2); "sde": Flow-GRPO's
     window     `window` consecutive steps of 0 … `window_end` − 1, its start drawn per iteration and prompt, so that
-               the members of a group differ by their noise and never by their steps; runs of other seeds have the
-               same starts
+               the members of a group differ by their noise and never by their steps
+    log_prob   "unscaled": log r = mean (y − μ_old)² − mean (y − μ)², as the official CPS code has it, 2S² times the
+               density's (`flow_cps` says why it matters); "density": the step's own
     advantage, loss   as Flow-GRPO
 
 Cost for a prompt: group·T forwards, group leaves, group·window trained edges. With `shared_prefix` (the README's
 original form) one ODE prefix is paid for by the whole group: start + 1 + group·(T − 1 − start) forwards.
 
-Defaults: config/grpo.py `*_fast*` and train_sd3_fast.py (read in source, sure): CPS 0.8, window 3 in 0 … T/2, clip
-1e-5, no KL, group 24, T 10. Whether the start is drawn so that the window ends inside the range: our reading. The
-official CPS code drops 1/(2S²) from the log-density; here it is the true one, so clips are not comparable.
+Defaults: config/grpo.py `*_fast*` and train_sd3_fast.py (read in source, sure): CPS 0.8 with its unscaled log-prob, and
+the density's for the SDE, window 3 in 0 … T/2, its start drawn so that it ends inside, clip 1e-5, no KL, group 24, T
+10.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, positive_or
+from tempflow.algorithms.flow_cps import LogProbForm, UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
@@ -38,6 +40,7 @@ def flow_grpo_fast(
     shared_prefix: bool = False,
     kind: Literal["cps", "sde"] = "cps",
     noise_level: float | None = None,
+    log_prob: LogProbForm | None = None,
     clip: float = 1e-5,
     kl: float = 0.0,
     std: Literal["global", "group"] = "global",
@@ -50,11 +53,13 @@ def flow_grpo_fast(
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other.
         window: noisy steps; all but the sampler's last are trained.
-        window_end: (keep it below T − 1 with "cps": into an SD3 grid's tiny last σ its density's gradient is tens of
-            times the other steps') the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window.
+        window_end: the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window. With "cps" and
+            "density" keep it below T − 1: into an SD3 grid's tiny last σ the gradient is tens of times the others'.
         shared_prefix: one initial noise and ODE prefix for the group, which fans out where the window starts.
         kind: "cps", or "sde" for Flow-GRPO's step.
         noise_level: of the kind, for "cps" in (0, 1]; None: 0.8 for "cps", 0.7 for "sde".
+        log_prob: "unscaled" for the official CPS code's log ratio, "density" for the true one, 1/(2S²) times it, for
+            which clips are larger; None: "unscaled" for "cps", "density" for "sde".
         clip: ratio clip below and above 1.
         kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
@@ -69,6 +74,7 @@ def flow_grpo_fast(
     positive("clip", clip, 1e-5)
     one_of("kind", kind, ("cps", "sde"))
     level = positive_or("noise_level", noise_level, 0.8 if kind == "cps" else 0.7)
+    form = _form(kind, log_prob)
     one_of("std", std, ("global", "group"))
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
@@ -83,16 +89,25 @@ def flow_grpo_fast(
     return Algorithm(
         name="flow_grpo_fast",
         steps=steps,
-        plan=partial(_plan, steps, group, window, end, shared_prefix),
+        plan=Drawn(partial(_plan, steps, group, window, end, shared_prefix)),
         dynamics=CPS(level) if kind == "cps" else FlowSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
         weight=weight.uniform,
-        objective=clipped(clip, clip, kl, "exact"),
+        objective=clipped(clip, clip, kl, "exact", UnscaledRatio() if form == "unscaled" else None),
     )
 
 
-def _plan(steps: int, group: int, size: int, end: int, shared: bool, iteration: int, slot: int) -> plan.Plan:
-    start = Stream(0, "flow_grpo_fast.window").integers((iteration, slot), end - size + 1, 1)[0]
+def _form(kind: str, given: LogProbForm | None) -> LogProbForm:
+    """The form of the log-prob. Raises ValueError for an unknown one, or one that the kind of step has not."""
+    form = given or ("unscaled" if kind == "cps" else "density")
+    one_of("log_prob", form, get_args(LogProbForm))
+    if form == "unscaled" and kind != "cps":
+        raise ValueError(f"log_prob: 'unscaled' is of the step \"cps\", not {kind!r}; nearest valid: 'density'")
+    return form
+
+
+def _plan(steps: int, group: int, size: int, end: int, shared: bool, seed: int, iteration: int, slot: int) -> plan.Plan:
+    start = Stream(seed, "flow_grpo_fast.window").integers((iteration, slot), end - size + 1, 1)[0]
     return _window(steps, group, start, size, shared)
 
 

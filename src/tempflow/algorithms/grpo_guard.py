@@ -17,9 +17,10 @@ the point). On `shapes` (6 steps, noise 0.9: S from 1.0 down to .5) 1e-2 becomes
 
 Cost for a prompt: as Flow-GRPO; at the defaults 240 forwards, 24 leaves, 216 trained edges.
 
-Defaults: clip 2e-6 (verl-omni's docs/algo/grpo_guard.md; second-hand: the authors' own configuration is not known). The
-formulas were read in three re-implementations (verl-omni, TeleBoost, Pref-GRPO; good). The rest is Flow-GRPO's for SD
-3.5; "dance" with noise 0.3 is DanceGRPO's step, whose last one is by ODE here.
+Defaults: config/grpo_guard.py and scripts/train_sd3_GRPO_Guard.py of a fork of flow_grpo (read in source, sure): T 10,
+G 24, clip 2e-6 (OCR, GenEval; 4e-6 for PickScore), standard deviation of the group, no KL, loss over Δ; learning rate
+1e-4, which is the run's. Noise 0.7, eps and the advantage's bound are Flow-GRPO's. "dance", with DanceGRPO's noise 0.3,
+is in TeleBoost and Pref-GRPO (re-implementations, good); its last step is by ODE here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def grpo_guard(
     clip: float = 2e-6,
     clip_high: float | None = None,
     kl: float = 0.0,
-    std: Literal["global", "group"] = "global",
+    std: Literal["global", "group"] = "group",
     eps: float = 1e-4,
     advantage_clip: float | None = 5.0,
 ) -> Algorithm:

@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive
 from tempflow.core import plan
 from tempflow.core.credit import Credit, GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -83,7 +83,7 @@ def mix_grpo(
     return Algorithm(
         name="mix_grpo",
         steps=steps,
-        plan=partial(_plan, steps, group, slide, shared_noise),
+        plan=Drawn(partial(_plan, steps, group, slide, shared_noise)),
         dynamics=FlowSDE(noise_level),
         credit=group_credit(group, rewards, eps, advantage_clip),
         objective=clipped(clip, clip, kl, "exact"),
@@ -102,8 +102,8 @@ def group_credit(group: int, rewards: Rewards, eps: float, clip: float | None) -
     return PerReward(each, clip=clip, restandardise=rewards == "gdpo", eps=eps)
 
 
-def _plan(steps: int, group: int, slide: Slide, shared_noise: bool, iteration: int, slot: int) -> plan.Plan:
-    return window_plan(steps, group, slide.at(iteration), shared_noise)
+def _plan(steps: int, group: int, slide: Slide, shared_noise: bool, seed: int, iteration: int, slot: int) -> plan.Plan:
+    return window_plan(steps, group, slide.at(seed, iteration), shared_noise)
 
 
 @lru_cache(maxsize=256)

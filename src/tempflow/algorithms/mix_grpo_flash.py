@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
 from tempflow.algorithms.mix_grpo import Rewards, group_credit, window_plan
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -91,12 +91,12 @@ def mix_grpo_flash(
     return Algorithm(
         name="mix_grpo_flash",
         steps=steps,
-        plan=partial(_plan, steps, group, slide, compress, shared_noise),
+        plan=Drawn(partial(_plan, steps, group, slide, compress, shared_noise)),
         dynamics=FlowSDE(noise_level),
         credit=group_credit(group, rewards, eps, advantage_clip),
         objective=clipped(clip, clip, kl, "exact"),
         solver=DPMSolver2() if second_order else None,
-        grid=partial(_grid, slide, compress, shift),
+        grid=Drawn(partial(_grid, slide, compress, shift)),
     )
 
 
@@ -105,15 +105,17 @@ def _points(steps: int, last: int, compress: float) -> int:
     return max(int((steps - last) * compress + 1e-9), 2)
 
 
-def _plan(steps: int, group: int, slide: Slide, compress: float, shared_noise: bool, iteration: int, slot: int) -> Plan:
-    inside = slide.at(iteration)
+def _plan(
+    steps: int, group: int, slide: Slide, compress: float, shared_noise: bool, seed: int, iteration: int, slot: int
+) -> Plan:
+    inside = slide.at(seed, iteration)
     return window_plan(inside[-1] + _points(steps, inside[-1], compress), group, inside, shared_noise)
 
 
-def _grid(slide: Slide, compress: float, shift: float, iteration: int, grid: Schedule) -> Schedule:
+def _grid(slide: Slide, compress: float, shift: float, seed: int, iteration: int, grid: Schedule) -> Schedule:
     if compress == 1:
         return grid
-    last = slide.at(iteration)[-1]
+    last = slide.at(seed, iteration)[-1]
     sigma = grid.sigmas.double()
     start = sigma[last + 1] / (shift - (shift - 1) * sigma[last + 1])
     u = start * torch.linspace(1, 0, _points(grid.steps, last, compress), dtype=torch.float64, device=sigma.device)

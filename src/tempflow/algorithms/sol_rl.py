@@ -9,12 +9,14 @@ DiffusionNFT on the latter. A draft only has to rank; it never becomes a target.
     redraw      the same noises in `steps` ODE steps by the lagged policy; *these* pictures' rewards count
     advantage   mean over the kept pictures of the prompt, std of all kept ones
     loss, old   DiffusionNFT's                                                            (algorithms.diffusion_nft)
+    lag         "type3" here is this code's own: η = lag_hold·min(i/lag_steps, 1) at update i
 
 Cost for a prompt: pool·draft_steps + group·T forwards, pool + group pictures; pairs as DiffusionNFT. At the defaults
 576 + 240 forwards, 96 + 24 pictures, 216 pairs.
 
-Defaults: configs/sol_rl/sana.py (read in source, sure): pool 96, group 24, drafts of 6 steps, 10 in full, best and
-worst, the rest DiffusionNFT's. The code drafts in NVFP4 (TransformerEngine); here `draft_precision` is "full" unless
+Defaults: configs/sol_rl/sana.py, train_utils.return_decay (read in source, sure): pool 96, group 24, drafts of 6 steps,
+10 in full, best and worst, lag "type1", the rest DiffusionNFT's. "type3" has no numbers there; lag_hold 0.9 is a table
+of the paper's (second-hand). The code drafts in NVFP4 (TransformerEngine); here `draft_precision` is "full" unless
 told, so that a draft saves by fewer steps alone. A cheap copy of the sampler is made anew each iteration, LoRA merged
 (models.precision); float8 and nvfp4 go through torchao, need a GPU that has them, and have not been run by us.
 The ranking needs a deterministic sampler, which this is; `draft/kendall` in the metrics says how well drafts rank the
@@ -27,8 +29,9 @@ from dataclasses import replace
 from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, at_least
-from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft
+from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged
 from tempflow.core.draft import Choice, Draft, Precision
+from tempflow.core.follow import Ramp
 
 
 def sol_rl(
@@ -40,6 +43,8 @@ def sol_rl(
     mix_beta: float = 1.0,
     advantage_max: float = 5.0,
     lag: Lag = "type1",
+    lag_steps: int | None = None,
+    lag_hold: float = 0.9,
     fraction: float = 0.99,
     kl: float = 1e-4,
     std: Literal["global", "group"] = "global",
@@ -57,6 +62,8 @@ def sol_rl(
         mix_beta: β of DiffusionNFT.
         advantage_max: M, where |A| is clipped and the optimality reaches 0 or 1.
         lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
+        lag_steps: for "type3": iterations in which its decay rises to lag_hold.
+        lag_hold: for "type3": the decay that it stays at, in (0, 1].
         fraction: share of the sampler's t that are trained, int(T·fraction) of them.
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all kept scores of the iteration; "group": of the prompt's own.
@@ -71,10 +78,20 @@ def sol_rl(
         group=group,
         mix_beta=mix_beta,
         advantage_max=advantage_max,
-        lag=lag,
         fraction=fraction,
         kl=kl,
         std=std,
         eps=eps,
     )
-    return replace(base, name="sol_rl", draft=Draft(pool, draft_steps, choice, draft_precision))
+    old = _ramp(lag_steps, lag_hold) if lag == "type3" else lagged(lag)
+    draft = Draft(pool, draft_steps, choice, draft_precision)
+    return replace(base, name="sol_rl", draft=draft, weight_sets={"old": old})
+
+
+def _ramp(steps: int | None, hold: float) -> Ramp:
+    if steps is None:
+        raise ValueError("lag_steps: None, and 'type3' rises over a number of iterations; nearest valid: 100")
+    at_least("lag_steps", steps, 1)
+    if not 0 < hold <= 1:
+        raise ValueError(f"lag_hold: {hold} is a decay, in (0, 1]; 0.9 is usual")
+    return Ramp(0, hold / steps, hold)

@@ -15,10 +15,11 @@ way round: noise early on decides most of the picture, the gradient is largest l
 Cost for a prompt at the defaults: seeds·(T−1) + seeds·branches·T(T−1)/2 = 1116 forwards, 216 leaves, 216 trained edges.
 
 Defaults are those of the official code for SD 3.5 (config/dgx.py, train_sd3_pr.py; read in source, sure): 10 steps,
-4 seeds of 6 branches, noise 0.7 (0.9 FLUX, 1.2 Qwen-Image), clip 1e-4, exact KL with β 0.004 for GenEval (0.001
-PickScore, 0.004 FLUX with HPSv3, 0 Qwen-Image), population std, eps 1e-4, advantages clipped at 5, seed groups (the
-paper also shows prompt and batch groups). `branch_steps` is ours. Under guidance that code's gradient also goes through
-the prediction without a prompt; here, as in Flow-GRPO's newer code, it does not.
+4 seeds of 6 branches, noise 0.7 (0.9 FLUX, 1.2 Qwen-Image), exact KL with β 0.004 for GenEval (0.001 PickScore, 0.004
+FLUX with HPSv3, 0 Qwen-Image), population std, eps 1e-4, seed groups (the paper also shows prompt and batch groups).
+Clip 1e-4 and the advantages' bound 5 are in no line of theirs: they are flow_grpo's config/base.py, on which theirs is
+built and whose copy there we have not seen (likely). `branch_steps` is ours. Under guidance that code's gradient also
+goes through the prediction without a prompt; here, as in Flow-GRPO's newer code, it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, positive, some_steps
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -88,7 +89,7 @@ def tempflow_grpo(
     return Algorithm(
         name="tempflow_grpo",
         steps=steps,
-        plan=partial(_plan, steps, seeds, branches, branch_steps),
+        plan=Drawn(partial(_plan, steps, seeds, branches, branch_steps)),
         dynamics=FlowSDE(noise_level),
         credit=_credit(std_group, seeds, branches, eps, advantage_clip),
         weight=WEIGHTS[weight],
@@ -107,10 +108,10 @@ def _credit(std_group: StdGroup, seeds: int, branches: int, eps: float, clip: fl
     return GroupZScore(by=("prompt", "step"), scale="batch" if std_group == "batch" else "group", eps=eps, clip=clip)
 
 
-def _plan(steps: int, seeds: int, branches: int, branch_steps: int | None, iteration: int, slot: int) -> plan.Plan:
-    if branch_steps is None or branch_steps == steps - 1:
+def _plan(steps: int, seeds: int, branches: int, count: int | None, seed: int, iteration: int, slot: int) -> plan.Plan:
+    if count is None or count == steps - 1:
         return _forest(steps, seeds, branches, None)
-    return _forest(steps, seeds, branches, some_steps("tempflow_grpo", iteration, branch_steps, steps - 1))
+    return _forest(steps, seeds, branches, some_steps("tempflow_grpo", seed, iteration, count, steps - 1))
 
 
 @lru_cache(maxsize=256)

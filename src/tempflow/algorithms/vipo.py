@@ -32,7 +32,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, some_steps
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, positive_or, some_steps
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -125,7 +125,7 @@ def vipo(
     return Algorithm(
         name="vipo",
         steps=steps,
-        plan=partial(_plan, steps, group, trained),
+        plan=Drawn(partial(_plan, steps, group, trained)),
         dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
         credit=Mapped(inner),
         objective=clipped(clip, clip, kl, "exact", PositionRatio() if ratio == "position" else RegionRatio()),
@@ -133,8 +133,8 @@ def vipo(
     )
 
 
-def _plan(steps: int, group: int, trained: int, iteration: int, slot: int) -> plan.Plan:
-    return _chains(steps, group, some_steps("vipo", iteration, trained, steps - 1))
+def _plan(steps: int, group: int, trained: int, seed: int, iteration: int, slot: int) -> plan.Plan:
+    return _chains(steps, group, some_steps("vipo", seed, iteration, trained, steps - 1))
 
 
 @lru_cache(maxsize=256)

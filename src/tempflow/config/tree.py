@@ -112,7 +112,7 @@ class Config(Strict):
     def _fits(self) -> Config:
         algorithm = self.algorithm.build()
         self.guards.check(algorithm.name, algorithm.objective.weight_sets)
-        cost = algorithm.cost(0, self.data.prompts_per_iteration)
+        cost = algorithm.seeded(self.seed).cost(0, self.data.prompts_per_iteration)
         updates = self.optimizer.updates_per_iteration
         if updates > cost.trained_edges:
             raise ValueError(

@@ -41,7 +41,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Ema:
-    """Warmed-up average: min(rate, (1+n)/(10+n)) (DiffusionNFT's and Flow-GRPO's evaluation weights)."""
+    """Warmed-up average: min(rate, (1+n)/(10+n)), n from 1 (DiffusionNFT's and Flow-GRPO's evaluation weights)."""
 
     rate: float
     moves = True
@@ -52,10 +52,12 @@ class Ema:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Old policy of the forward-process family: 0 for `flat` updates, then `slope` a step up to `hold`.
+    """Old policy of the forward-process family: min(slope·(i − flat), hold) at update i, and 0 up to i = flat.
 
     DiffusionNFT's types (scripts/train_nft_sd3.py): 0 is Ramp(0, 0, 0), 1 is Ramp(0, .001, .5), 2 is
-    Ramp(75, .0075, .999); "type 3" of "Rethinking the design space" is Ramp(10, .01, .5). i counts from 0.
+    Ramp(75, .0075, .999); "type 3" of "Rethinking the design space" is Ramp(10, .01, .5). The codes of DiffusionNFT,
+    AWM, CRD and "Rethinking" raise their counter before they blend, so i is 1 at the first update; DGPO's raises it
+    after, which is one more in `flat` (read in source, sure).
     """
 
     flat: int
@@ -64,4 +66,4 @@ class Ramp:
     moves = True
 
     def decay(self, update: int) -> float:
-        return min(max(0.0, self.slope * (update - 1 - self.flat)), self.hold)
+        return min(max(0.0, self.slope * (update - self.flat)), self.hold)

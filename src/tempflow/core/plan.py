@@ -11,8 +11,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal, get_args
 
 from tempflow.core.cost import Cost
+
+Carry = Literal["ode", "candidate"]
+"""How a chain goes on where several successors were drawn."""
 
 
 @dataclass(frozen=True)
@@ -264,20 +268,24 @@ def tree(
     return _grow(steps, _starts("roots", roots, False), lambda i, _: rule[i])
 
 
-def candidates(steps: int, roots: int, count: int) -> Plan:
-    """Chains that draw `count` successors at every step but the last, of which the first goes on (DRM, §13).
+def candidates(steps: int, roots: int, count: int, carry: Carry = "ode") -> Plan:
+    """Chains that draw `count` successors at every step but the last (DRM, §13).
 
-    All successors are trained, each by a score of its own (a latent reward's). They are drawn alike, so that going on
-    from the first is going on from any. The last step is an ODE step, and its end is scored, to look at.
-    Cost: roots·T forwards, roots leaves, roots·count·(T − 1) trained edges.
+    All successors are trained, each by a score of its own (a latent reward's), and end there. The chain itself goes on
+    by `carry`: "ode" an ODE step, after its noisy siblings; or "candidate", the first of these, which are drawn alike,
+    so that it is going on from any. The last step is an ODE step, and its end is scored, to look at. Cost: roots·T
+    forwards, roots leaves, roots·count·(T − 1) trained edges. Raises ValueError for another `carry`.
     """
     _at_least("steps", steps, 2)
     _at_least("count", count, 2)
-    noisy = [_Shoot(True, True, trunk=n == 0) for n in range(count)]
-    last = [_Shoot(False, False, trunk=True)]
+    if carry not in get_args(Carry):
+        raise _invalid("carry", carry, "names no way to go on", "'ode'")
+    goes_on = [_Shoot(False, False, trunk=True)]
+    noisy = [_Shoot(True, True, trunk=carry == "candidate" and n == 0) for n in range(count)]
+    shoots = noisy if carry == "candidate" else noisy + goes_on
 
     def rule(i: int, trunk: bool) -> list[_Shoot]:
-        return [] if not trunk else noisy if i < steps - 1 else last
+        return [] if not trunk else shoots if i < steps - 1 else goes_on
 
     return _grow(steps, _starts("roots", roots, False), rule)
 

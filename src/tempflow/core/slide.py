@@ -89,10 +89,10 @@ class Slide:
             return math.ceil(self.every * math.exp(-DECAY * max(0, start - THRESHOLD)))
         return self.every
 
-    def at(self, iteration: int) -> range:
-        """Its steps in that iteration, never none. The draws of "random" do not depend on a run's seed."""
+    def at(self, seed: int, iteration: int) -> range:
+        """Its steps in that iteration, never none. Only "random" reads the seed."""
         if self.order == "random":
-            start = Stream(0, "slide.window").integers((iteration,), len(self.starts), 1)[0]
+            start = Stream(seed, "slide.window").integers((iteration,), len(self.starts), 1)[0]
             return range(start, start + self.size)
         stays = [self.stay(start) for start in self.starts]
         left = iteration % sum(stays) if self.roll_back else min(iteration, sum(stays) - 1)

@@ -83,8 +83,8 @@ class DPMSolver2:
 
     The error is of order Δ² where steps shrink in λ; on a grid even in σ they do not near σ = 0, and it is Δ²·log(1/Δ).
 
-    MixGRPO-Flash (its released settings) walks the steps outside its window so.  DiffusionNFT's "dpm2" is of this kind:
-    second-order multistep in λ, first and last step of order 1; whether it is the midpoint form is not checked.
+    MixGRPO-Flash (its released settings) walks the steps outside its window so, and DiffusionNFT's "dpm2" is the same
+    midpoint form, its first and last step of order 1 (both read in source, sure).
     """
 
     @property

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ class ChunkSampler:
     """Some of a path's K chunks, drawn for every path and iteration: max(1, ⌊share·K⌋), without replacement.
 
     share     1 takes all
-    weighted  a chunk is drawn with probability ∝ the mean over its steps of the iteration's signal (so the next one
-              among those left); else all alike
-    name      of the stream of draws; they do not depend on the run's seed
+    weighted  a chunk is drawn with probability ∝ the mean over its steps of the path's own signal (so the next one
+              among those left), as GCPO's code does; else all alike
+    name      of the stream of draws
+    seed      the run's; 0 until `seeded` says it
 
     Raises ValueError for a share outside (0, 1].
     """
@@ -54,6 +56,7 @@ class ChunkSampler:
     share: float = 1.0
     weighted: bool = False
     name: str = "gcpo.chunks"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.share) and 0 < self.share <= 1):
@@ -69,7 +72,7 @@ class ChunkSampler:
         if keep == len(weight):
             return torch.ones_like(weight, dtype=torch.bool)
         # The largest u^(1/w) are a draw without replacement by w (Efraimidis and Spirakis, 2006).
-        u = Stream(0, self.name).uniform([identity], (len(weight),))[0]
+        u = Stream(self.seed, self.name).uniform([identity], (len(weight),))[0]
         key = u.log() / weight if self.weighted else u.log()
         return torch.zeros_like(weight, dtype=torch.bool).index_fill(0, key.topk(keep).indices, True)
 
@@ -80,7 +83,7 @@ class FixedChunks:
 
     sizes    steps of each chunk
     sampler  which of them are trained
-    signal   the edge trait whose mean by step weighs chunks, where the sampler is weighted
+    signal   the edge trait that weighs chunks, where the sampler is weighted
 
     Raises ValueError for sizes below 1 or none at all; when called, where they do not add up, for edges with another
     number of leaves than one, or without the trait that is asked for.
@@ -94,6 +97,10 @@ class FixedChunks:
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes: {self.sizes} must be chunks of at least one step; nearest valid: (1,)")
 
+    def seeded(self, seed: int) -> Self:
+        """The same, drawing from that seed."""
+        return replace(self, sampler=replace(self.sampler, seed=seed))
+
     def __call__(self, forest: Forest, iteration: int) -> Tensor:
         """LongTensor [E]: a chunk's number; −1 for untrained edges and for chunks that were not drawn."""
         place, length = _places(forest)
@@ -102,8 +109,7 @@ class FixedChunks:
                 f"sizes: {self.sizes} add up to {sum(self.sizes)}, but a path has {length} trained steps; "
                 f"nearest valid: {_fitted(self.sizes, length)}"
             )
-        weight = signal_by_place(forest, place, self.signal) if self.sampler.weighted else torch.ones(length)
-        return _numbered(forest, iteration, place, self.sizes, weight.double(), self.sampler)
+        return _numbered(forest, iteration, place, self.sizes, self.signal, self.sampler)
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,15 @@ class AdaptiveChunks:
         if self.largest < 1:
             raise ValueError(f"largest: {self.largest} must be at least 1; nearest valid: 1")
 
+    def seeded(self, seed: int) -> Self:
+        """The same, drawing from that seed."""
+        return replace(self, sampler=replace(self.sampler, seed=seed))
+
     def __call__(self, forest: Forest, iteration: int) -> Tensor:
         """LongTensor [E]: a chunk's number; −1 for untrained edges and for chunks that were not drawn."""
         place, _ = _places(forest)
-        weight = signal_by_place(forest, place, self.signal)
-        return _numbered(forest, iteration, place, cuts([float(w) for w in weight], self.largest), weight, self.sampler)
+        sizes = cuts([float(w) for w in signal_by_place(forest, place, self.signal)], self.largest)
+        return _numbered(forest, iteration, place, sizes, self.signal, self.sampler)
 
 
 def cuts(signal: Sequence[float], largest: int, order: int = 1) -> tuple[int, ...]:
@@ -164,20 +174,24 @@ def _turns(difference: Sequence[float]) -> list[int]:
 def signal_by_place(forest: Forest, place: Tensor, name: str) -> Tensor:
     """Mean of an edge trait over the iteration's paths at each place of a path, float64 [length], on the CPU.
 
-    At least 1e-12, so that it can weigh draws. Values that are not finite (of paths that broke) take no part. Raises
-    ValueError where the trait is missing or not one number per edge.
+    Values that are not finite (of paths that broke) take no part. Raises ValueError where the trait is missing or not
+    one number per edge.
     """
-    if name not in forest.edges.traits:
-        raise ValueError(f"signal: edges have no trait {name!r}; observe it, as by core.stepwise.RelativeChange()")
-    value = forest.edges.traits[name]
-    if value.shape != place.shape:
-        raise ValueError(f"signal: {name!r} has shape {list(value.shape)}; nearest valid: [{len(place)}]")
+    value = _signal(forest, name)
     used = (place >= 0) & value.isfinite()
     nothing = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
     total = nothing.index_add(0, place[used], value[used].double())
-    mean = total / nothing.index_add(0, place[used], torch.ones_like(value[used].double())).clamp(min=1)
-    # where no path is sound nothing is trained, and any positive weight will do
-    return mean.clamp(min=1e-12)
+    return total / nothing.index_add(0, place[used], torch.ones_like(value[used].double())).clamp(min=1)
+
+
+def _signal(forest: Forest, name: str) -> Tensor:
+    """The trait, [E] on the CPU."""
+    if name not in forest.edges.traits:
+        raise ValueError(f"signal: edges have no trait {name!r}; observe it, as by core.stepwise.RelativeChange()")
+    value = forest.edges.traits[name]
+    if value.shape != (len(forest.edges),):
+        raise ValueError(f"signal: {name!r} has shape {list(value.shape)}; nearest valid: [{len(forest.edges)}]")
+    return value
 
 
 def _places(forest: Forest) -> tuple[Tensor, int]:
@@ -202,12 +216,11 @@ def _places(forest: Forest) -> tuple[Tensor, int]:
 
 
 def _numbered(
-    forest: Forest, iteration: int, place: Tensor, sizes: Sequence[int], signal: Tensor, sampler: ChunkSampler
+    forest: Forest, iteration: int, place: Tensor, sizes: Sequence[int], signal: str, sampler: ChunkSampler
 ) -> Tensor:
     """The chunks that the sampler takes of each path, numbered by their first edge: chunks of one are edges as such."""
     leaf, chunks = leaf_of(forest), len(sizes)
     chunk_at = torch.repeat_interleave(torch.arange(chunks), torch.tensor(sizes))
-    weight = torch.zeros(chunks, dtype=torch.float64).index_add(0, chunk_at, signal) / torch.tensor(sizes)
     chunk = torch.where(place >= 0, chunk_at[place], -1)
     code = (leaf * chunks + chunk)[place >= 0]
     edge = torch.arange(len(place))
@@ -216,12 +229,18 @@ def _numbered(
     number = edge.new_full(edge.shape, -1).index_put((place >= 0,), first_edge[code])
     if sampler.count(chunks) == chunks:
         return number
+    weight = torch.ones(len(forest.leaves) * chunks, dtype=torch.float64)
+    if sampler.weighted:
+        # a path that broke is not trained, and any positive weight will do for it
+        change = _signal(forest, signal)[place >= 0].double().nan_to_num(0.0, 0.0, 0.0)
+        weight = torch.zeros_like(weight).index_add(0, code, change).clamp(min=1e-12)
+    weight = weight.view(-1, chunks) / torch.tensor(sizes)
     prompt = [int(slot) for slot in forest.leaves.prompt]
     first: dict[int, int] = {}  # leaf of each prompt
     taken = torch.stack(
         [
             # a leaf is named by its place in its prompt, so that a draw does not depend on the prompts before
-            sampler.taken(weight, (iteration, slot, n - first.setdefault(slot, n)))
+            sampler.taken(weight[n], (iteration, slot, n - first.setdefault(slot, n)))
             for n, slot in enumerate(prompt)
         ]
     )

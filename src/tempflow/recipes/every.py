@@ -84,6 +84,13 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     # the official code's log-prob, without 1/(2S²): the true one is all last step on this grid
     Entry("flow_cps", {"name": "flow_cps", "log_prob": "unscaled", "std": "group", **_FLOW, "noise_level": 0.8}),
+    # two updates, as published: at a first one nothing has diverged
+    Entry(
+        "flow_dppo",
+        {"name": "flow_dppo", "group": 12, "std": "group", **_less("clip", "kl"), "threshold": 1e-4},
+        16,
+        optimizer=_TWO,
+    ),
     # the normalised ratio is S times the plain one, and S is about .75 here
     Entry("grpo_guard", {"name": "grpo_guard", "kind": "flow", "std": "group", **_FLOW, "clip": 7e-3}),
     Entry("gcpo", {"name": "gcpo", "sizes": (1, 2, 2), "share": 1.0, "shared_noise": False, **_FLOW}),

@@ -71,7 +71,7 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What stays the same over a run.
+    """What stays the same over a run. Its algorithm draws from its seed.
 
     sets       the networks of the weight sets beside the policy that the algorithm asks for, by name
     world      the ranks that share the run; each needs a prompt of every iteration
@@ -110,6 +110,7 @@ class Setting:
     learned: Learned = field(default_factory=Learned)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
         asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
         if asked != (self.drafter is not None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")

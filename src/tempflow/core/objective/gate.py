@@ -28,6 +28,11 @@ class Gate(Protocol):
         """The scale against which a first-update log ratio is judged."""
         ...
 
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether it reads the columns "mean_gap", mean (μ − μ_old)² of an edge's step, and "std", S; [B] each."""
+        ...
+
     def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated: ...
 
 
@@ -44,6 +49,7 @@ class Clip:
     low: float = 1e-4
     high: float = 1e-4
     sensitivity: float = 0.0
+    keeps_mean = False
 
     def __post_init__(self) -> None:
         for name, value in (("clip_low", self.low), ("clip_high", self.high)):
@@ -83,6 +89,7 @@ class Truncate:
 
     low: float = 1.0
     high: float = 1e-4
+    keeps_mean = False
 
     def __post_init__(self) -> None:
         for name, value in (("clip_low", self.low), ("clip_high", self.high)):
@@ -114,6 +121,7 @@ class SoftGate:
 
     positive: float = 1e4
     negative: float = 1.05e4
+    keeps_mean = False
 
     def __post_init__(self) -> None:
         for name, value in (("positive", self.positive), ("negative", self.negative)):
@@ -140,7 +148,41 @@ class Score:
     """
 
     tightest = 1e-2
+    keeps_mean = False
 
     def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated:
         nothing = torch.zeros_like(log_ratio, requires_grad=False)
         return Gated(-advantage * log_ratio, nothing, nothing)
+
+
+@dataclass(frozen=True)
+class DivergenceMask:
+    """Flow-DPPO (arXiv 2606.11025): −A·r, but 0 for an edge that is far and goes on: κ ≥ `threshold`, A·(r − 1) > 0.
+
+    κ = mean (μ − μ_old)²/(2S²) is the KL of the step's two Gaussians, a mean over latent elements, with S = 1 unless
+    `scaled`. An edge that comes back, whose ratio is on the other side of 1, always has its gradient, however far it
+    is. Read in UniRL's FlowDPPO, sure: δ 1e-5, scaled. Raises ValueError for a threshold that is not finite and
+    positive.
+    """
+
+    threshold: float = 1e-5
+    scaled: bool = True
+    keeps_mean = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            raise ValueError(f"threshold: {self.threshold} must be finite and above 0; 1e-5 is usual")
+
+    @property
+    def tightest(self) -> float:
+        return self.threshold
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated:
+        loss = -advantage * log_ratio.exp()
+        with torch.no_grad():
+            divergence = columns["mean_gap"].to(log_ratio) / 2
+            if self.scaled:
+                divergence = divergence / columns["std"].to(log_ratio).square()
+            far = divergence >= self.threshold
+            blocked = far & (advantage * log_ratio > 0)  # log r has the sign of r − 1
+        return Gated(torch.where(blocked, 0.0, loss), blocked.float(), far.float())

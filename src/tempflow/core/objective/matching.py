@@ -106,11 +106,12 @@ class SignedLeastSquares:
     over free functions (λ = 0) is the exact velocity of q ∝ (γ + A)·π_old.
 
     `form`: "sum" as above; "target" κ·‖x̂0 − sg y‖² with y = (A·x0 + γ·x̂0_old + λ·x̂0_ref)/κ, of the same gradient,
-    rounds better, and its value is never negative: regression to a detached target, beyond old where A < 0.
-    `adaptive`: divide each sample by sg max(mean |x̂0 − x0|, 1e-5); whether the paper does is not known.
+    rounds better, and its value is never negative: regression to a detached target, beyond old where A < 0. `concave`
+    lets κ reach 0 and below, where there is no such target: the form is then the sum, which has no lower bound.
+    `adaptive`: divide each sample by sg max(mean |x̂0 − x0|, 1e-5), as DiffusionNFT and not as the paper does.
 
-    γ 1.1 or 1−A with |A| ≤ 1, λ 1e-3: as MeanFlowAdvantage (eq. 2) quotes and uses it; second-hand, exact mathematics.
-    Raises ValueError for an unknown form or anchor, numbers that are negative or not finite, or κ that can reach 0.
+    γ 1.1 or 1−A with |A| ≤ 1, λ 1e-3: the paper's (arXiv 2605.26013, Eq. 5–7; sure). Raises ValueError for an unknown
+    form or anchor, numbers that are negative or not finite, or κ that can reach 0 without `concave`.
     """
 
     gamma: float = 1.1
@@ -118,6 +119,7 @@ class SignedLeastSquares:
     reference: float = 1e-3
     advantage_max: float = 1.0
     form: Form = "target"
+    concave: bool = False
     adaptive: bool = False
     penalties: tuple[Penalty, ...] = ()
 
@@ -130,10 +132,11 @@ class SignedLeastSquares:
             raise ValueError(f"anchor: {self.anchor!r} is not one of {', '.join(get_args(Anchor))}")
         if self.form not in get_args(Form):
             raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Form))}")
-        if self.anchor == "constant" and not self.gamma + self.reference > self.advantage_max:
+        least = self.advantage_max - self.reference
+        if self.anchor == "constant" and not self.concave and not self.gamma > least:
             raise ValueError(
                 f"gamma: {self.gamma} leaves a sample of advantage −{self.advantage_max} without a minimum; "
-                f"nearest valid: above {self.advantage_max - self.reference:g}"
+                f"nearest valid: above {least:g}, or `concave` to run it all the same"
             )
 
     @property
@@ -161,7 +164,7 @@ class SignedLeastSquares:
         at = noised(models, self.weight_sets, batch)
         parts = self._parts(at, at.by_draw(batch.advantage))
         x0 = x0_of_velocity(at.x, at.policy, at.t)
-        if self.form == "sum":
+        if self.form == "sum" or self.concave:
             loss = torch.stack([weight * square_error(x0, target) for weight, target in parts]).sum(0)
         else:
             curvature = torch.stack([weight for weight, _ in parts]).sum(0)

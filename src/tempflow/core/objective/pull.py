@@ -1,4 +1,4 @@
-"""Terms beside the policy ratio: KL to the reference in six forms, and the pull to the group's best path."""
+"""Terms beside the policy ratio: KL to the reference in six forms, KL to the rollout's policy, the best path's pull."""
 
 from __future__ import annotations
 
@@ -92,6 +92,43 @@ class Divergence:
         if self.form == "k2":
             return mean_dims(d.square() / 2)
         return mean_dims((-d).expm1() + d)
+
+
+class LogRatio(Protocol):
+    """log r of a replayed batch, [B]: a form of the ratio (`ratio.Ratio`)."""
+
+    @property
+    def keeps_mean(self) -> bool: ...
+
+    def __call__(self, at: Replayed) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ToRollout:
+    """k3 to the policy that rolled out, e^(−log r) − 1 + log r, of that form of the ratio: GCPO's code has it of a
+    chunk's.
+
+    0 at the first update, where r = 1, and so is its gradient. Raises ValueError for a bad coefficient.
+    """
+
+    coefficient: float
+    log_ratio: LogRatio
+    name = "rollout_kl"
+    weight_sets = ()
+
+    def __post_init__(self) -> None:
+        _check("rollout_kl", self.coefficient)
+
+    @property
+    def keeps_mean(self) -> bool:
+        return self.log_ratio.keeps_mean
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Any dynamics will do."""
+
+    def __call__(self, at: Replayed) -> Tensor:
+        log_ratio = self.log_ratio(at)
+        return (-log_ratio).expm1() + log_ratio
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class PolicyRatio:
     @property
     def keeps_mean(self) -> bool:
         """Whether the rollout must keep the means that edges were drawn from."""
-        return self.ratio.keeps_mean or any(p.keeps_mean for p in self._pulls)
+        return self.gate.keeps_mean or self.ratio.keeps_mean or any(p.keeps_mean for p in self._pulls)
 
     @property
     def tightest_clip(self) -> float:
@@ -186,7 +186,8 @@ class PolicyRatio:
         """
         at = replay(models, self.weight_sets, batch)
         log_ratio = self.ratio(at)
-        gated = self.gate(log_ratio, self.ratio.advantage(batch, log_ratio), batch.columns)
+        columns = {**batch.columns, **_moved(at)} if self.gate.keeps_mean else batch.columns
+        gated = self.gate(log_ratio, self.ratio.advantage(batch, log_ratio), columns)
         loss = batch.weight * _flat(gated.loss)
         metrics = {
             "log_ratio_abs": _flat(log_ratio.detach().abs()),
@@ -212,6 +213,12 @@ def clipped(
     Raises ValueError for a clip or kl that is negative or not finite, and for an unknown form.
     """
     return PolicyRatio(Clip(clip_low, clip_high), ratio or StepRatio(), (Divergence(kl, kl_form),))
+
+
+def _moved(at: Replayed) -> dict[str, Tensor]:
+    """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a gate's columns."""
+    gap = (at.policy.mean.detach() - at.batch.drawn_from()).square()
+    return {"mean_gap": mean_dims(gap), "std": at.policy.std}
 
 
 def _flat(values: Tensor) -> Tensor:
