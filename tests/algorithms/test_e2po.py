@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict
 from tempflow.train import session, step
-from tempflow.train.conditions import Learned, perturbed
+from tempflow.train.conditions import Learned, moved_conditions, perturbed
 from tempflow.train.loop import train
 from tempflow.train.step import credit
 
@@ -139,13 +138,14 @@ def test_guidance_contrasts_with_an_empty_prompt_that_is_not_perturbed(guidance:
     model, given = Fake(), small(fade=1.0).conditions
     assert given is not None
     condition = model.encode(PROMPTS)
-    offsets = Learned().of(condition, given, 5)
+    offsets = Learned().of(model, PROMPTS, given, 5)
+    moved = moved_conditions(model, condition, offsets)
     x, sigma = torch.randn(18, 2, 2, 2, generator=torch.Generator().manual_seed(1)), torch.full((18,), 0.75)
     with torch.no_grad():
-        found = perturbed(model, condition, offsets, given.strength, guidance)(x, sigma, torch.arange(18))
+        found = perturbed(model, condition, moved, given.strength, guidance)(x, sigma, torch.arange(18))
         own = condition.tensors["embeds"].repeat_interleave(3, 0)
-        moved = own + 0.75 * torch.cat([o.delta for o in offsets])
-        v, base = model.network(x, sigma, moved[:, 0]), model.network(x, sigma, torch.zeros(18, 2))
+        told = own + 0.75 * torch.cat([o.delta["text"] for o in offsets])
+        v, base = model.network(x, sigma, told[:, 0]), model.network(x, sigma, torch.zeros(18, 2))
     torch.testing.assert_close(found, base + guidance * (v - base))
     metrics = Bench(Fake(), small(), guidance=guidance).iterate()
     assert metrics["updates"] == 1 and metrics["grad_norm"] > 0
@@ -204,26 +204,26 @@ def test_batches_and_chunks_of_prompts_do_not_matter(monkeypatch: pytest.MonkeyP
 def test_offsets_are_the_prompts_own_whatever_stands_beside_it() -> None:
     model, conditions = Fake(), small().conditions
     assert conditions is not None
-    together = Learned().of(model.encode(PROMPTS), conditions, 5)
+    together = [o.delta["text"] for o in Learned().of(model, PROMPTS, conditions, 5)]
     for prompt, want in zip(PROMPTS, together, strict=True):
-        (alone,) = Learned().of(model.encode([prompt]), conditions, 5)
-        assert torch.equal(alone.delta, want.delta)
+        (alone,) = Learned().of(model, [prompt], conditions, 5)
+        assert torch.equal(alone.delta["text"], want)
     again = Learned()
-    twice = [again.of(model.encode([PROMPTS[2], PROMPTS[0], PROMPTS[2]]), conditions, 5) for _ in range(2)]
+    twice = [again.of(model, [PROMPTS[2], PROMPTS[0], PROMPTS[2]], conditions, 5) for _ in range(2)]
     for offsets in twice:
-        assert [torch.equal(o.delta, together[n].delta) for o, n in zip(offsets, (2, 0, 2), strict=True)] == [True] * 3
-    (other,) = Learned().of(model.encode([PROMPTS[0]]), conditions, 6)
-    assert not torch.equal(other.delta, together[0].delta)
+        assert all(torch.equal(o.delta["text"], together[n]) for o, n in zip(offsets, (2, 0, 2), strict=True))
+    (other,) = Learned().of(model, [PROMPTS[0]], conditions, 6)
+    assert not torch.equal(other.delta["text"], together[0])
 
 
 def test_kept_offsets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempflow.train.conditions.KEPT_BYTES", 3 * 2 * 4 * 2)  # two prompts of [3, 1, 2] floats
     learned, model, conditions = Learned(), Fake(), small().conditions
     assert conditions is not None
-    want = Learned().of(model.encode(PROMPTS), conditions, 5)
+    want = Learned().of(model, PROMPTS, conditions, 5)
     for _ in range(2):
-        found = learned.of(model.encode(PROMPTS), conditions, 5)
-        assert all(torch.equal(a.delta, b.delta) for a, b in zip(found, want, strict=True))
+        found = learned.of(model, PROMPTS, conditions, 5)
+        assert all(torch.equal(a.delta["text"], b.delta["text"]) for a, b in zip(found, want, strict=True))
     assert len(learned._kept) == 2
 
 
@@ -268,19 +268,16 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
         assert (whole / file).read_bytes() == (cut / file).read_bytes()
 
 
-def test_models_without_token_embeddings_are_refused() -> None:
+def test_models_that_do_not_show_what_enters_their_encoders_are_refused() -> None:
     class Bare(Fake):
-        def encode(self, prompts: Sequence[str]) -> Conditioning:
-            condition = super().encode(prompts)
-            return replace(condition, tensors={"c": condition.tensors["embeds"][:, 0]})
+        encode_inputs = None  # type: ignore[assignment]
 
-        def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
-            return lambda x, sigma, rows: x
-
-    with pytest.raises(
-        ValueError, match=r"conditions: the model encodes to \{'c': \[6, 2\]\}; nearest valid: one more"
-    ):
-        Bench(Bare(), small()).collect()
+    del Bare.encode_inputs
+    model = Fake()
+    shut = type("Shut", (), {k: getattr(model, k) for k in dir(model) if not k.startswith("__")} | {"name": "shut"})
+    del shut.encode_inputs
+    with pytest.raises(ValueError, match=r"conditions: the model 'shut' does not show what enters its text encoders"):
+        Learned().of(shut(), PROMPTS, small().conditions, 5)  # type: ignore[arg-type]
 
 
 def test_variants_need_conditions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +22,13 @@ def tokens(count: int = 6, width: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
-def learned(perturbation: Perturbation, given: Tensor, id: int = 0, movable: Tensor | None = None) -> Tensor:
-    mask = torch.ones_like(given, dtype=torch.bool) if movable is None else movable
-    return perturbation.offsets(given, mask, STREAM, (id,))
+def means(words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plainest encoder: a prompt is the mean of its words."""
+    return {name: given.mean(1) for name, given in words.items()}
+
+
+def learned(perturbation: Perturbation, given: Tensor, id: int = 0) -> Tensor:
+    return perturbation.offsets({"text": given}, means, STREAM, (id,))["text"]
 
 
 def cosines(given: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,13 +109,36 @@ def test_without_spread_it_stops_where_the_band_begins() -> None:
     assert torch.equal(learned(inside, given), learned(replace(inside, embed_steps=0), given))
 
 
-def test_the_first_is_the_prompts_own_and_what_is_not_movable_stays() -> None:
-    given, movable = tokens(), torch.ones(6, 32, dtype=torch.bool)
-    movable[2] = False
-    movable[:, 30:] = False
-    offsets = learned(USUAL, given, movable=movable)
-    assert offsets.shape == (4, 6, 32) and bool((offsets[0] == 0).all())
-    assert bool((offsets[1:, ~movable] == 0).all()) and bool((offsets[1:, movable] != 0).all())
+def test_the_first_is_the_prompts_own() -> None:
+    offsets = learned(USUAL, tokens())
+    assert offsets.shape == (4, 6, 32) and bool((offsets[0] == 0).all()) and bool((offsets[1:] != 0).all())
+
+
+def test_it_learns_through_the_encoder() -> None:
+    """Of an encoder that sees one direction of the first word alone, that is all that moves; the others keep their
+    noise. It is the encoder's own vectors that part, and keep their cosine."""
+    given, gaze = tokens(), torch.zeros(32)
+    gaze[:8] = 1
+
+    def first_word(words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"text": torch.tanh(words["text"][:, 0] * gaze)}
+
+    start = learned(replace(USUAL, embed_steps=0), given)
+    offsets = USUAL.offsets({"text": given}, first_word, STREAM, (0,))["text"]
+    moved = (offsets - start)[1:] != 0
+    assert bool(moved[:, 0, :8].all()) and not bool(moved[:, 1:].any()) and not bool(moved[:, 0, 8:].any())
+    said = first_word({"text": given + offsets})["text"]
+    assert float((torch.cosine_similarity(said[1:], said[:1]) - 0.85).abs().max()) < 0.02
+
+
+def test_every_encoder_has_offsets_and_a_loss_of_its_own() -> None:
+    """Two at once learn what each would alone but for their noise; one that sees no word learns nothing."""
+    a, b = tokens(), tokens(4, 16, seed=1)
+    both = USUAL.offsets({"a": a, "b": b, "none": a[:0]}, lambda w: means({"a": w["a"], "b": w["b"]}), STREAM, (0,))
+    assert torch.equal(both["a"], USUAL.offsets({"a": a}, means, STREAM, (0,))["a"])
+    assert both["b"].shape == (4, 4, 16) and both["none"].shape == (4, 0, 32)
+    anchor, _ = cosines(b, both["b"])
+    assert float((anchor - 0.85).abs().max()) < 2e-2
 
 
 def test_the_start_is_noise_in_each_tokens_root_mean_square() -> None:
@@ -132,7 +160,7 @@ def test_it_is_a_function_of_its_arguments() -> None:
     with torch.no_grad():
         assert torch.equal(learned(USUAL, given), want) and not want.requires_grad
     assert not torch.equal(learned(USUAL, given, 1), want)
-    other = USUAL.offsets(given, torch.ones_like(given, dtype=torch.bool), Stream(4, "test"), (0,))
+    other = USUAL.offsets({"text": given}, means, Stream(4, "test"), (0,))["text"]
     assert not torch.equal(other, want)
 
 
@@ -146,7 +174,6 @@ def test_nothing_to_learn() -> None:
     assert not learned(replace(USUAL, count=1), given).any()
     assert not learned(replace(USUAL, init=0.0, embed_steps=0), given).any()
     assert learned(USUAL, given[:0]).shape == (4, 0, 32)
-    assert not learned(USUAL, given, movable=torch.zeros_like(given, dtype=torch.bool)).any()
     two = learned(replace(USUAL, count=2), given)
     assert bool(two[1].any()) and bool(two.isfinite().all())
 

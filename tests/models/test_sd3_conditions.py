@@ -12,7 +12,7 @@ from worlds import World
 from tempflow import models
 from tempflow.core.perturb import Perturbation
 from tempflow.models import SD3, Conditioning
-from tempflow.train.conditions import Learned, blended, perturbed
+from tempflow.train.conditions import Learned, blended, moved_conditions, perturbed
 
 
 def encoded(adapter: SD3) -> list[list[str]]:
@@ -218,61 +218,114 @@ def test_guidance_needs_an_empty_prompt(world: World) -> None:
         assert torch.equal(v, world.adapter.predictor(condition, 1.0)(*states(world)))
 
 
-# ----------------------------------------------------------------------------------------------------------- content
+# ------------------------------------------------------------------------------------------- what enters the encoders
 WORDS = {
     "shapes": [("a red circle", 3), ("two squares", 2), ("a circle left of a blue cross", 7), ("", 0)],
     "tiny": [("a red cat on the house", 6), ("a small bird", 3), ("", 0)],
 }
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def test_content_is_the_prompts_words_in_every_encoders_part(world: World) -> None:
-    """By hand: a word is a token in both worlds; CLIP's part opens with a mark of the beginning, T5's does not."""
-    cases = WORDS["shapes" if "circle" in world.prompts[0] else "tiny"]
-    condition = world.adapter.encode([prompt for prompt, _ in cases])
-    embeds, content, clip = condition.tensors["embeds"], condition.content, world.plain.tokenizer_max_length
-    assert content is not None and content.shape == embeds.shape and content.dtype == torch.bool
-    for (prompt, count), mask in zip(cases, content, strict=True):
-        want = [1 <= place <= min(count, clip - 2) for place in range(clip)]
-        want += [place < count for place in range(world.tokens)]
-        assert mask.any(1).tolist() == want, prompt
-    widths = [m.config.hidden_size for m in (world.plain.text_encoder, world.plain.text_encoder_2)]
-    assert not content[:, :clip, sum(widths) :].any()  # zeros that widen CLIP's tokens to T5's
-    assert bool(content[0, 1, : sum(widths)].all()) and bool(content[0, clip].all())
-
-
-def test_content_does_not_depend_on_what_stands_beside_it(world: World) -> None:
-    together = world.adapter.encode(world.prompts).content
-    for row, prompt in enumerate(world.prompts):
-        alone = world.adapter.encode([prompt]).content
-        assert together is not None and alone is not None and torch.equal(alone[0], together[row])
+def test_content_is_the_prompts_words_for_every_encoder(world: World) -> None:
+    """By hand: a word is a token in both worlds; CLIP's tokens open with a mark of the beginning, T5's do not."""
+    clip = world.plain.tokenizer_max_length
+    for prompt, count in WORDS["shapes" if "circle" in world.prompts[0] else "tiny"]:
+        content = world.adapter.text_inputs(prompt).content
+        assert content.keys() == dict.fromkeys(ENCODERS).keys()
+        for name in ENCODERS[:2]:
+            assert content[name].tolist() == [1 <= place <= min(count, clip - 2) for place in range(clip)], prompt
+        assert content[ENCODERS[2]].tolist() == [place < count for place in range(world.tokens)], prompt
 
 
 def test_prompts_that_are_cut_are_content_up_to_the_cut(world: World) -> None:
-    content = world.adapter.encode(["a red " * 40]).content
-    clip = world.plain.tokenizer_max_length
-    assert content is not None
-    places = content[0].any(1).tolist()
-    assert places[:clip] == [False, *[True] * (clip - 2), False]
-    assert places[clip:] == [*[True] * (world.tokens - 1), False]
+    content, clip = world.adapter.text_inputs("a red " * 40).content, world.plain.tokenizer_max_length
+    assert content[ENCODERS[0]].tolist() == [False, *[True] * (clip - 2), False]
+    assert content[ENCODERS[2]].tolist() == [*[True] * (world.tokens - 1), False]
 
 
-@torch.no_grad()
-def test_perturbed_conditions_move_content_alone_and_the_picture(world: World) -> None:
-    given = Perturbation(3, 1.0, 0.5, 0.9, 0.05, 0.1, 20, 0.05)
+def test_a_prompts_own_tokens_give_its_own_condition(world: World) -> None:
+    """The pipeline's encoding, of a batch of two; and each encoder's vector is what the encoder itself says of it."""
+    prompt, pipe = world.prompts[0], world.plain
+    inputs = world.adapter.text_inputs(prompt)
+    for name, own in inputs.tokens.items():
+        encoder = getattr(pipe, name)
+        assert own.shape[1] == encoder.get_input_embeddings().weight.shape[1]
+    with torch.no_grad():
+        twice = {name: own.expand(2, *own.shape) for name, own in inputs.tokens.items()}
+        encoded = world.adapter.encode_inputs(prompt, twice)
+        ids = [
+            t([prompt], padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+            for t, n in (
+                (pipe.tokenizer, pipe.tokenizer_max_length),
+                (pipe.tokenizer_2, pipe.tokenizer_max_length),
+                (pipe.tokenizer_3, world.tokens),
+            )
+        ]
+        want = [pipe.text_encoder(ids[0]).text_embeds[0], pipe.text_encoder_2(ids[1]).text_embeds[0]]
+        want.append(pipe.text_encoder_3(ids[2])[0][0, inputs.content["text_encoder_3"]].mean(0))
+    own = world.adapter.encode([prompt]).tensors
+    for name, tensor in encoded.tensors.items():
+        for row in tensor:
+            torch.testing.assert_close(row, own[name][0], rtol=1e-5, atol=1e-5)
+    for name, vector in zip(ENCODERS, want, strict=True):
+        torch.testing.assert_close(encoded.vectors[name], vector.expand(2, -1), rtol=1e-5, atol=1e-5)
+    # nothing of it is left behind
+    again = models.load(str(world.folder)).encode([prompt]).tensors
+    assert all(torch.equal(again[name], own[name]) for name in own)
+
+
+def test_gradients_reach_what_enters_each_encoder_and_no_weight(world: World) -> None:
+    prompt = world.prompts[1]
+    inputs = world.adapter.text_inputs(prompt)
+    tokens = {name: own[None].clone().requires_grad_() for name, own in inputs.tokens.items()}
+    vectors = world.adapter.encode_inputs(prompt, tokens).vectors
+    for name in ENCODERS:
+        slopes = torch.autograd.grad(
+            vectors[name].square().sum(), list(tokens.values()), materialize_grads=True, retain_graph=True
+        )
+        assert [bool(s.any()) for s in slopes] == [other == name for other in ENCODERS]
+    assert not any(p.requires_grad for name in ENCODERS for p in getattr(world.adapter.pipe, name).parameters())
+
+
+def test_perturbed_words_move_what_the_encoders_say_and_the_picture(world: World) -> None:
+    given = Perturbation(3, 1.0, 0.5, 0.9, 0.05, 0.1, 12, 0.05)
     condition = world.adapter.encode(world.prompts)
-    offsets = Learned().of(condition, given, 7)
-    blend = blended(condition, offsets, 0.6)
-    assert blend.prompts[:4] == (world.prompts[0],) * 3 + (world.prompts[1],)
-    own = condition.tensors["embeds"].repeat_interleave(3, 0)
-    still = ~condition.content.repeat_interleave(3, 0)
-    still[::3] = True  # the first of a prompt is its own
-    assert torch.equal(blend.tensors["embeds"] != own, ~still)
-    assert torch.equal(blend.tensors["pooled"], condition.tensors["pooled"].repeat_interleave(3, 0))
-    assert blend.empty is condition.empty
+    offsets = Learned().of(world.adapter, world.prompts, given, 7)
+    moved = moved_conditions(world.adapter, condition, offsets)
+    assert moved.prompts[:4] == (world.prompts[0],) * 3 + (world.prompts[1],) and moved.empty is condition.empty
+    none, full = blended(condition, moved, 0.0), blended(condition, moved, 1.0)
+    for name, own in condition.tensors.items():
+        repeated = own.repeat_interleave(3, 0)
+        assert torch.equal(none.tensors[name], repeated) and torch.equal(full.tensors[name], moved.tensors[name])
+        assert torch.equal(moved.tensors[name][::3], own)  # the first of a prompt is its own
+        others = torch.arange(9) % 3 > 0
+        assert (moved.tensors[name] - repeated)[others].abs().flatten(1).max(1).values.min() > 1e-3  # pooled ones too
+    # CLIP's words are causal: what stands before the first word stays
+    clip = moved.tensors["embeds"][:, 0]
+    torch.testing.assert_close(clip, condition.tensors["embeds"][:, 0].repeat_interleave(3, 0), rtol=1e-5, atol=1e-5)
     for guidance in (1.0, 4.5):
-        predict = perturbed(world.adapter, condition, offsets, given.strength, guidance)
+        predict = perturbed(world.adapter, condition, moved, given.strength, guidance)
         x, sigma, _ = states(world)
-        plain = world.adapter.predictor(condition, guidance)(x, sigma, torch.tensor([0, 1, 2]))
-        clean = predict(x, sigma, torch.tensor([0, 3, 6]))
+        with torch.no_grad():
+            plain = world.adapter.predictor(condition, guidance)(x, sigma, torch.tensor([0, 1, 2]))
+            clean = predict(x, sigma, torch.tensor([0, 3, 6]))
+            other = predict(x, sigma, torch.tensor([1, 5, 8]))
         assert torch.equal(clean, plain)
-        assert (predict(x, sigma, torch.tensor([1, 5, 8])) - plain).abs().flatten(1).max(1).values.min() > 1e-4
+        assert (other - plain).abs().flatten(1).max(1).values.min() > 1e-4
+
+
+def test_offsets_are_learned_for_what_each_encoder_says(world: World) -> None:
+    """The learned vectors are as far from the prompt's own as asked, encoder by encoder, and apart from each other."""
+    given = Perturbation(3, 1.0, 0.5, 0.8, 0.05, 0.1, 60, 0.05)
+    (offsets,) = Learned().of(world.adapter, world.prompts[:1], given, 7)
+    inputs = world.adapter.text_inputs(world.prompts[0])
+    with torch.no_grad():
+        tokens = {
+            name: own + torch.zeros(3, *own.shape).index_copy(1, offsets.places[name], offsets.delta[name])
+            for name, own in inputs.tokens.items()
+        }
+        vectors = world.adapter.encode_inputs(world.prompts[0], tokens).vectors
+    for name, e in vectors.items():
+        cosine = torch.cosine_similarity(e[1:], e[:1])
+        assert float((cosine - 0.8).abs().max()) < 0.12, name
+        assert float(torch.cosine_similarity(e[1], e[2], 0)) < float(cosine.min()), name

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from tempflow.algorithms import Algorithm
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.train.setting import Judge
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
@@ -127,6 +127,14 @@ class Mixture:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         number = torch.tensor([PROMPTS.index(p) for p in prompts])
         return Conditioning(tuple(prompts), {"embeds": torch.eye(len(PROMPTS))[number, None]})
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        return TextInputs(
+            {"text": torch.eye(len(PROMPTS))[None, PROMPTS.index(prompt)]}, {"text": torch.ones(1).bool()}
+        )
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps)

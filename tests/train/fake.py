@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tempflow.config.guards import GuardsConfig
 from tempflow.core.follow import Ema, Frozen
 from tempflow.core.schedule import Schedule, linear
 from tempflow.data.prompts import Prompt
-from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
 from tempflow.train.drafter import Drafter
@@ -72,8 +72,16 @@ class Fake:
         return [network.get_submodule("mean")]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        rows = [[len(p) / 10, sum(c in "aeiou" for c in p) / 5] for p in prompts]
-        return Conditioning(tuple(prompts), {"embeds": torch.tensor(rows)[:, None]}, {"embeds": torch.zeros(1, 1, 2)})
+        embeds = torch.stack([self.text_inputs(p).tokens["text"] for p in prompts])
+        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": torch.zeros(1, 1, 2)})
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        """One token, which the encoder hands on as it is."""
+        token = torch.tensor([[len(prompt) / 10, sum(c in "aeiou" for c in prompt) / 5]])
+        return TextInputs({"text": token}, {"text": torch.ones(1, dtype=torch.bool)})
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps, 2.0)

@@ -1,12 +1,14 @@
-"""Several conditions of one prompt: offsets of its token embeddings that differ from each other and keep its sense.
+"""Several conditions of one prompt: offsets of the token embeddings that enter its text encoders, which make these say
+things that differ from each other and keep the prompt's sense.
 
 E²PO's first stage and its blend (arXiv 2605.15803, papers/trajectory §9, second-hand notes).  The flow is not asked:
-offsets are learned on the embeddings alone.
+offsets are learned through the frozen text encoders alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,9 @@ from torch.nn.functional import cosine_similarity
 
 from tempflow.core.distribution import upcast
 from tempflow.core.rng import Stream
+
+Encode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Content tokens [M, n, d] by encoder -> what each encoder makes of the prompt, [M, g]."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Perturbation:
             have no direction to part in
 
     `init` and `embed_rate` are in units of each token's root mean square, so that one number fits encoders of any
-    scale.  The loss and the blend are the notes'; f_φ (the mean over the content tokens), the unit, the optimizer and
-    every constant are ours.  Raises ValueError for a value out of range.
+    scale.  The loss, the blend and what is perturbed are the notes'; the unit, the optimizer and every constant are
+    ours, and so is that several encoders have offsets and a loss each.  Raises ValueError for a value out of range.
     """
 
     count: int
@@ -65,34 +70,48 @@ class Perturbation:
         """γ(σ) = clip((σ − (1 − ρ))/ρ, 0, 1), written so that γ(1) is exactly 1; 0 everywhere at ρ = 0."""
         return 0.0 if self.fade == 0 else min(1.0, max(0.0, 1 - (1 - sigma) / self.fade))
 
-    def offsets(self, tokens: Tensor, movable: Tensor, stream: Stream, id: tuple[int, ...]) -> Tensor:
-        """δ, [K, n, d] in float32 or better; the first is 0, and so is what is not movable.
+    def offsets(
+        self, tokens: Mapping[str, Tensor], encode: Encode, stream: Stream, id: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """δ by encoder, [K, n, d] in float32 or better; the first is 0.
 
-        tokens   [n, d], a prompt's content tokens; n may be 0
-        movable  bool [n, d], what of them may be moved
-        id       with `stream` and a condition's number it fixes the noise that its offset starts from
+        tokens  [n, d] by encoder: a prompt's content tokens as they enter it; n may be 0
+        encode  tokens [M, n, d] by encoder -> f_φ of them, [M, g] by encoder, with gradients
+        id      with `stream`, the encoder's place and a condition's number it fixes the noise that an offset starts
+        from
 
         One prompt at a time, without randomness but the stream's: a function of the arguments alone.
         """
-        tokens = upcast(tokens.detach())
-        learned = self.count - 1
-        if learned == 0 or not bool(movable.any()):
-            return tokens.new_zeros(self.count, *tokens.shape)
-        unit = ((tokens * movable).square().sum(1) / movable.sum(1).clamp(min=1)).sqrt()[:, None] * movable
-        drawn = stream.normal([(*id, k) for k in range(1, self.count)], tokens.shape)
-        moved = unit * self._learned(tokens, unit, drawn.to(tokens) * self.init)
-        return torch.cat([torch.zeros_like(moved[:1]), moved])
+        tokens = {name: upcast(given.detach()) for name, given in tokens.items()}
+        none = {name: given.new_zeros(self.count, *given.shape) for name, given in tokens.items()}
+        if self.count == 1 or not any(len(given) for given in tokens.values()):
+            return none
+        unit = {name: given.square().mean(1, keepdim=True).sqrt() for name, given in tokens.items()}
+        start = dict[str, Tensor]()
+        for place, (name, given) in enumerate(tokens.items()):
+            drawn = stream.normal([(*id, place, k) for k in range(1, self.count)], given.shape)
+            start[name] = drawn.to(given) * self.init
+        free = self._learned(tokens, unit, start, encode)
+        return {name: torch.cat([none[name][:1], unit[name] * free[name]]) for name in tokens}
 
-    def _learned(self, tokens: Tensor, unit: Tensor, start: Tensor) -> Tensor:
-        """Offsets in units, [K − 1, n, d], after all steps. A step has one length whatever the slope, so that the
-        number of conditions and the weights of the loss do not change how far it goes."""
-        free, anchor = start, tokens.mean(0)
+    def _learned(
+        self, tokens: Mapping[str, Tensor], unit: Mapping[str, Tensor], start: dict[str, Tensor], encode: Encode
+    ) -> dict[str, Tensor]:
+        """Offsets in units, [K − 1, n, d], after all steps. A step has one length whatever the slope, so that neither
+        the number of conditions nor the weights of the loss change how far it goes."""
+        if self.embed_steps == 0:
+            return start
+        with torch.no_grad():
+            anchor = {name: upcast(e[0]) for name, e in encode({n: given[None] for n, given in tokens.items()}).items()}
+        free = start
         for step in range(self.embed_steps):
             with torch.enable_grad():
-                free = free.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(self.loss((tokens + unit * free).mean(1), anchor), [free])
-            size = slope.square().mean((1, 2), keepdim=True).sqrt().clamp(min=torch.finfo(slope.dtype).tiny)
-            free = free.detach() - self.embed_rate * (1 - step / self.embed_steps) * slope / size
+                free = {name: value.detach().requires_grad_() for name, value in free.items()}
+                found = encode({name: tokens[name] + unit[name] * free[name] for name in tokens})
+                loss = torch.stack([self.loss(upcast(e), anchor[name]) for name, e in found.items()]).sum()
+                slopes = torch.autograd.grad(loss, list(free.values()), materialize_grads=True)
+            rate = self.embed_rate * (1 - step / self.embed_steps)
+            free = {n: value.detach() - rate * _even(s) for (n, value), s in zip(free.items(), slopes, strict=True)}
         return free
 
     def loss(self, embeddings: Tensor, anchor: Tensor) -> Tensor:
@@ -103,6 +122,12 @@ class Perturbation:
         if len(k) == 0:  # a single one differs from no other
             return held
         return held + self.spread * cosine_similarity(embeddings[k], embeddings[other], dim=1).mean()
+
+
+def _even(slope: Tensor) -> Tensor:
+    """The direction of each condition's slope, of root mean square 1."""
+    size = slope.square().mean((1, 2), keepdim=True).sqrt()
+    return slope / size.clamp(min=torch.finfo(slope.dtype).tiny)
 
 
 def _between(field: str, value: float, low: float, high: float) -> None:

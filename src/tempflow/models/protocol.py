@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,52 @@ class Conditioning:
     """What prompts were encoded to: named tensors [N, …], row n for prompt n, and the prompts for the record.
 
     `empty` holds the same tensors for the empty prompt, [1, …]: what guidance contrasts with (None: no guidance).
-    Token embeddings, where there are any, are called "embeds", [N, L, d]. `content`, bool [N, L, d], says which of them
-    stand for the prompt's own words, not for its beginning, its end or padding (None: all of them).
     """
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     empty: Mapping[str, Tensor] | None = None
-    content: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class TextInputs:
+    """One prompt as its text encoders take it in, by their names.
+
+    tokens   [L, d], the embedded tokens
+    content  bool [L], which of them stand for the prompt's own words, not for its beginning, its end or padding
+    """
+
+    tokens: Mapping[str, Tensor]
+    content: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What text encoders make of inputs: `tensors` as a `Conditioning`'s, [K, …]; `vectors` [K, g], each encoder's own
+    summary of the prompt, by its name."""
+
+    tensors: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]
+
+
+@runtime_checkable
+class EncodesInputs(Protocol):
+    """A model whose text encoders can be asked with other token embeddings than a prompt's own: E²PO wants this."""
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        """What enters the text encoders for that prompt."""
+        ...
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        """The prompt encoded with these token embeddings in place of its own, [K, L, d] by encoder, all of them given.
+
+        With gradients to them where gradients are enabled. The prompt's own give its own condition, up to what a batch
+        of another size rounds otherwise.
+        """
+        ...
 
 
 class Model(Protocol):

@@ -16,8 +16,9 @@ from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
 from tempflow.models.attention import FusedForward
 from tempflow.models.finite import to_pictures
-from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.models.quiet import quiet
+from tempflow.models.text_inputs import encode_inputs, text_inputs
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -53,7 +54,7 @@ class SD3:
         self.pipe, self.name, self.licence = pipe, name, licence
         self._max_tokens = max_tokens
         self._lora_scale: float | None = None
-        self._cache: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._cache: dict[str, tuple[Tensor, Tensor]] = {}
         for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -90,32 +91,33 @@ class SD3:
 
     # ------------------------------------------------------------------------------------------------- conditions
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """See `Model.encode`; the tensors are `embeds` [N, L, d] and `pooled` [N, p], in the transformer's dtype.
-
-        Content are the tokens of the prompt's words, in CLIP's part and in T5's, but for the zeros that widen CLIP's.
-        """
+        """See `Model.encode`; the tensors are `embeds` [N, L, d] and `pooled` [N, p], in the transformer's dtype."""
         for prompt in dict.fromkeys(("", *prompts)):
             if prompt not in self._cache:
                 self._cache[prompt] = self._encode_one(prompt)
-        tensors = self._rows(prompts)
-        words = torch.stack([self._cache[p][2] for p in prompts]).to(self.device)
-        content = words[:, :, None] & (tensors["embeds"] != 0)
-        condition = Conditioning(tuple(prompts), tensors, self._rows([""]), content)
+        condition = Conditioning(tuple(prompts), self._rows(prompts), self._rows([""]))
         for oldest in list(self._cache)[: max(0, len(self._cache) - CACHED_PROMPTS)]:
             del self._cache[oldest]
         return condition
 
     @torch.no_grad()
-    def _encode_one(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_one(self, prompt: str) -> tuple[Tensor, Tensor]:
         # One by one: in a batch the last bits would depend on its size, so on what an earlier call happened to leave in
         # the cache, and a resumed run would drift from an uninterrupted one.
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             [prompt], None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_tokens
         )
-        pipe, clip = self.pipe, self.pipe.tokenizer_max_length
-        both = _words(pipe.tokenizer, prompt, clip) | _words(pipe.tokenizer_2, prompt, clip)  # they share positions
-        words = torch.cat([both, _words(pipe.tokenizer_3, prompt, self._max_tokens)])
-        return embeds[0].cpu(), pooled[0].cpu(), words
+        return embeds[0].cpu(), pooled[0].cpu()
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        """See `EncodesInputs.text_inputs`: of both CLIPs and T5."""
+        return text_inputs(self.pipe, prompt, self._max_tokens)
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        """See `EncodesInputs.encode_inputs`; the tensors are on the model's device, in the transformer's dtype."""
+        encoded = encode_inputs(self.pipe, prompt, tokens, self._max_tokens)
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in encoded.tensors.items()}
+        return Encoded(tensors, encoded.vectors)
 
     def _rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         if not prompts:
@@ -285,15 +287,6 @@ class SD3:
             else:
                 self.pipe.save_lora_weights(folder, _lora_layers(transformer, self._lora_scale))
         (Path(folder) / "licence.json").write_text(json.dumps({"licence": self.licence}) + "\n")
-
-
-def _words(tokenizer: Any, prompt: str, length: int) -> Tensor:
-    """Bool [length]: which tokens are the prompt's own, as the pipeline has them tokenized."""
-    tokens = tokenizer(
-        prompt, padding="max_length", max_length=length, truncation=True, return_special_tokens_mask=True
-    )
-    real, special = torch.tensor(tokens["attention_mask"]), torch.tensor(tokens["special_tokens_mask"])
-    return real.bool() & ~special.bool()
 
 
 def _rows_at_once(size: Size) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,28 +14,30 @@ from tempflow.core.distribution import upcast
 from tempflow.core.perturb import Perturbation
 from tempflow.core.rng import Stream
 from tempflow.models.finite import NotFiniteError, encoded
-from tempflow.models.protocol import Conditioning, Model, Predict
+from tempflow.models.protocol import Conditioning, EncodesInputs, Model, Predict, TextInputs
 
 if TYPE_CHECKING:
     from tempflow.train.setting import Setting
 
 KEPT_BYTES = 1 << 30
-"""Of offsets that are kept for the next time; a prompt of 45 tokens takes 8 MiB at SD 3.5's width and 12 conditions."""
+"""Of offsets that are kept for the next time; a prompt of 45 tokens takes 12 MiB with SD 3.5's three encoders and 12
+conditions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """What is added to one prompt's embeddings.
+    """What is added to what enters one prompt's text encoders, by encoder.
 
-    tokens  LongTensor [n], the places of its content tokens
+    places  LongTensor [n], of its content tokens
     delta   [K, n, d], for each of its conditions; the first is 0
     """
 
-    tokens: Tensor
-    delta: Tensor
+    places: Mapping[str, Tensor]
+    delta: Mapping[str, Tensor]
 
-    def to(self, device: torch.device) -> Offsets:
-        return Offsets(self.tokens.to(device), self.delta.to(device))
+    @property
+    def nbytes(self) -> int:
+        return sum(delta.nbytes for delta in self.delta.values())
 
 
 class Learned:
@@ -45,59 +47,103 @@ class Learned:
     def __init__(self) -> None:
         self._kept: dict[tuple[Perturbation, int, str], Offsets] = {}
 
-    def of(self, condition: Conditioning, perturbation: Perturbation, seed: int) -> list[Offsets]:
-        """Every prompt's. Raises ValueError for a model without token embeddings."""
-        embeds = condition.tensors.get("embeds")
-        if embeds is None or embeds.dim() != 3:
-            named = {name: list(tensor.shape) for name, tensor in condition.tensors.items()}
-            raise ValueError(f"conditions: the model encodes to {named}; nearest valid: one more, 'embeds' [N, L, d]")
-        content = torch.ones_like(embeds, dtype=torch.bool) if condition.content is None else condition.content
-        keys = [(perturbation, seed, text) for text in condition.prompts]
-        for key, own, movable in zip(keys, embeds, content, strict=True):
+    def of(self, model: Model, prompts: Sequence[str], perturbation: Perturbation, seed: int) -> list[Offsets]:
+        """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
+        if not isinstance(model, EncodesInputs):
+            raise ValueError(
+                f"conditions: the model {model.name!r} does not show what enters its text encoders "
+                "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
+            )
+        keys = [(perturbation, seed, text) for text in prompts]
+        for key in keys:
             if key not in self._kept:
-                self._kept[key] = _learn(*key, own, movable)
-        offsets = [self._kept[key].to(embeds.device) for key in keys]
-        while len(self._kept) > 1 and sum(kept.delta.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+                self._kept[key] = _learn(model, *key)
+        offsets = [self._kept[key] for key in keys]
+        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
         return offsets
 
 
-def _learn(perturbation: Perturbation, seed: int, text: str, embeds: Tensor, movable: Tensor) -> Offsets:
-    """Of one prompt, [L, d]."""
-    tokens = movable.any(1).nonzero()[:, 0]
+def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, text: str) -> Offsets:
+    inputs = model.text_inputs(text)
+    places = {name: content.nonzero()[:, 0] for name, content in inputs.content.items()}
+
+    def encode(words: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return model.encode_inputs(text, _with_words(inputs, places, words)).vectors
+
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    stream = Stream(seed, "conditions.offset")
-    delta = perturbation.offsets(embeds[tokens], movable[tokens], stream, (number,)).cpu()
-    if not bool(delta.isfinite().all()):
-        raise NotFiniteError(
-            f"prompt {text[:60]!r}: the offsets of its conditions are not finite; nearest valid: float32"
-        )
-    return Offsets(tokens.cpu(), delta)
+    words = {name: inputs.tokens[name][place] for name, place in places.items()}
+    delta = perturbation.offsets(words, encode, Stream(seed, "conditions.offset"), (number,))
+    _check_finite(text, "what was learned as its offsets", delta)
+    return Offsets({n: p.cpu() for n, p in places.items()}, {n: d.cpu() for n, d in delta.items()})
+
+
+def _with_words(inputs: TextInputs, places: Mapping[str, Tensor], words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The prompt's tokens with others at the places of its words, [M, L, d] by encoder."""
+    return {
+        name: upcast(own).expand(len(words[name]), *own.shape).index_copy(1, places[name], words[name])
+        for name, own in inputs.tokens.items()
+    }
 
 
 def sampler(setting: Setting, perturbation: Perturbation, prompts: Sequence[str], first: int) -> Predict:
     """The predictor that rolls these prompts out, of which the first has slot `first`; rows are slot·K + k."""
     condition = encoded(setting.model, prompts)
-    offsets = setting.learned.of(condition, perturbation, setting.seed)
+    offsets = setting.learned.of(setting.model, prompts, perturbation, setting.seed)
     network = setting.sets.get(setting.algorithm.sampler)
-    predict = perturbed(setting.model, condition, offsets, perturbation.strength, setting.guidance, network)
+    moved = moved_conditions(setting.model, condition, offsets)
+    predict = perturbed(setting.model, condition, moved, perturbation.strength, setting.guidance, network)
     return lambda x, sigma, rows: predict(x, sigma, rows - first * perturbation.count)
+
+
+@torch.no_grad()
+def moved_conditions(model: Model, condition: Conditioning, offsets: Sequence[Offsets]) -> Conditioning:
+    """What the text encoders say with every prompt's offsets, [N·K, …]; the first of K, and all of a prompt without
+    words, is the prompt's own."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in condition.tensors}
+    for n, (prompt, offset) in enumerate(zip(condition.prompts, offsets, strict=True)):
+        own = {name: tensor[n : n + 1] for name, tensor in condition.tensors.items()}
+        count = len(next(iter(offset.delta.values())))
+        said = _said(model, prompt, offset) if any(bool(d.any()) for d in offset.delta.values()) else None
+        for name, tensor in own.items():
+            others = tensor.expand(count - 1, *tensor.shape[1:]) if said is None else said[name]
+            rows[name] += [tensor, others.to(tensor)]
+    prompts = tuple(p for p, o in zip(condition.prompts, offsets, strict=True) for _ in next(iter(o.delta.values())))
+    return replace(condition, prompts=prompts, tensors={name: torch.cat(parts) for name, parts in rows.items()})
+
+
+def _said(model: Model, prompt: str, offset: Offsets) -> Mapping[str, Tensor]:
+    """The conditions but the first, [K − 1, …]."""
+    assert isinstance(model, EncodesInputs)
+    inputs, words = model.text_inputs(prompt), dict[str, Tensor]()
+    places = {name: place.to(inputs.tokens[name].device) for name, place in offset.places.items()}
+    for name, delta in offset.delta.items():
+        own = upcast(inputs.tokens[name][places[name]])
+        words[name] = own + delta[1:].to(own)
+    said = model.encode_inputs(prompt, _with_words(inputs, places, words)).tensors
+    _check_finite(prompt, "what the text encoders say with offsets", said)
+    return said
+
+
+def _check_finite(prompt: str, what: str, tensors: Mapping[str, Tensor]) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise NotFiniteError(f"prompt {prompt[:60]!r}: {what} is not finite; nearest valid: float32")
 
 
 def perturbed(
     model: Model,
     condition: Conditioning,
-    offsets: Sequence[Offsets],
+    moved: Conditioning,
     strength: Callable[[float], float],
     guidance: float,
     network: nn.Module | None = None,
 ) -> Predict:
     """predict(x, sigma, rows) for states at one common σ; row n·K + k is the prompt n with its condition k.
 
+    moved     all N·K conditions, at full strength
     strength  σ -> γ
 
-    The empty prompt, which guidance contrasts with, and tensors other than "embeds" (a pooled embedding) stay as they
-    are.
+    The empty prompt, which guidance contrasts with, stays as it is.
     """
     held: tuple[float, Predict] | None = None
 
@@ -105,20 +151,18 @@ def perturbed(
         nonlocal held
         level = float(sigma[0])  # waits for the device, which a forward of a chunk outweighs by far
         if held is None or held[0] != level:  # a step comes in chunks of one σ: its conditions are made once
-            blend = blended(condition, offsets, strength(level))
+            blend = blended(condition, moved, strength(level))
             held = (level, model.predictor(blend, guidance, network=network))
         return held[1](x, sigma, rows)
 
     return predict
 
 
-def blended(condition: Conditioning, offsets: Sequence[Offsets], strength: float) -> Conditioning:
-    """C + γ·δ of every prompt and condition, [N·K, …]: the paper's γ·C_k + (1 − γ)·C."""
-    count = len(offsets[0].delta)
-    tensors = {name: tensor.repeat_interleave(count, 0) for name, tensor in condition.tensors.items()}
-    for n, offset in enumerate(offsets):
-        own = condition.tensors["embeds"][n, offset.tokens]
-        moved = upcast(own) + strength * offset.delta
-        tensors["embeds"][n * count : (n + 1) * count, offset.tokens] = moved.to(own.dtype)
-    prompts = tuple(prompt for prompt in condition.prompts for _ in range(count))
-    return replace(condition, prompts=prompts, tensors=tensors, content=None)
+def blended(condition: Conditioning, moved: Conditioning, strength: float) -> Conditioning:
+    """γ·C_k + (1 − γ)·C of every prompt and condition, [N·K, …], exactly C at 0 and C_k at 1."""
+    count = len(moved) // len(condition)
+
+    def mixed(name: str, own: Tensor) -> Tensor:
+        return torch.lerp(upcast(own).repeat_interleave(count, 0), upcast(moved.tensors[name]), strength).to(own.dtype)
+
+    return replace(moved, tensors={name: mixed(name, own) for name, own in condition.tensors.items()})
