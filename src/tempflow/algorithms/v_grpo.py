@@ -18,8 +18,8 @@ Cost for a prompt at the defaults: 960 forwards, 24 leaves; 96 pairs, each a for
 `clip` or `kl`). A micro-batch never splits a picture's pairs.
 
 Defaults: SD 3.5-M's first stage (arXiv 2604.23380; second-hand, with equations, confirmed by a port; the official code
-tang-bd/v-grpo was not read): T 40, G 24, 4 pairs, η 3, neither clip (6e-3 … 1e-2 where used) nor KL. Whether the standard deviation is the group's or the batch's is not known; ours is
-the group's.
+tang-bd/v-grpo was not read): T 40, G 24, 4 pairs, η 3, neither clip (6e-3 … 1e-2 where used) nor KL. Whether the
+standard deviation is the group's or the batch's is not known; ours is the group's.
 """
 
 from __future__ import annotations
