@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.train.setting import Judge
 
 PROMPTS = ("up", "down")
@@ -54,6 +54,12 @@ class Line:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(tuple(prompts), {"embeds": torch.eye(2)[[PROMPTS.index(p) for p in prompts], None]})
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        return TextInputs({"text": torch.eye(2)[None, PROMPTS.index(prompt)]}, {"text": torch.ones(1).bool()})
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         return linear(steps)

@@ -74,7 +74,7 @@ TOYS: dict[str, Toy] = {
     "sol_rl": Toy({"pool": 24, "draft_steps": 3}, iterations=35),
     "e2po": Toy({"noises": 3, "conditions": 4}),
     "awm": Toy({"steps": 8}),
-    "advantage_flow": Toy(),
+    "advantage_flow": Toy({"pairs": 4}),
     "v_grpo": Toy(repeat=4),
     # by initial noises alone its points come to lie on each other, short of the corner, and nothing is left to compare
     "elbo_pg": Toy({"steps": 4, "rollout": "sde", "scale": "group"}, iterations=40),

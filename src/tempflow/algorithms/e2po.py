@@ -1,11 +1,12 @@
 """E²PO: explore by perturbed prompts, train as if all pictures were the clean prompt's (arXiv 2605.15803, ICML 2026).
 
 Claim. Group methods stop learning when all members of a group look alike. Rather than by more initial noises, spread
-the group by other conditions: a few offsets of the prompt's embedding, learned to differ from each other and to keep
-its sense, steer the noisy part of sampling and fade out after it. Scores, advantages and loss never hear of them.
+the group by other conditions: a few offsets of the prompt's token embeddings, learned to differ from each other and to
+keep its sense, steer the noisy part of sampling and fade out after it. Scores, advantages and loss never hear of them.
 
-    conditions  C of the prompt, and E + δ_k on its content tokens for k < K, from minimising
-                λ_div·mean_{k<l} cos(e_k, e_l) + Σ_k |cos(e_k, e) − μ|_ε, the flow frozen   (core.perturb.Perturbation)
+    conditions  C of the prompt, and what the frozen text encoder says of E + δ_k, E its input embeddings and δ_k on
+                content tokens, for k < K, from minimising λ_div·mean_{k<l} cos(e_k, e_l) + Σ_k |cos(e_k, e) − μ|_ε of
+                the encoder's own vectors e_k, through it    (core.perturb.Perturbation, models.protocol.EncodesInputs)
     blend       C_k(σ) = γ(σ)·C_k + (1 − γ(σ))·C, γ = clip((σ − (1 − ρ))/ρ, 0, 1)
     rollout     G noises × K conditions by ODE, of the lagged policy                                     (plan.crossed)
     advantage   over all G·K pictures of the prompt, in which its conditions are not told apart
@@ -16,13 +17,14 @@ densities would not (our inference). With one condition, ρ = 0 or offsets of 0 
 K times.
 
 Cost for a prompt: G·K·T forwards, G·K pictures, pairs as DiffusionNFT; at the defaults 480, 48, 432. Learning δ takes
-no forward of the flow: `embed_steps` steps on K − 1 embeddings, once a prompt.
+no forward of the flow: `embed_steps` forwards and backwards of the text encoders on K − 1 rows, once a prompt.
 
-Source: second-hand notes; no code was found. By these: the loss, the blend, content tokens only, and (G, K) = (4, 12)
-to explore, (2, 4) where cost counts, (8, 3) for preference rewards. Not stated there, and here ours:
-λ_div, μ, ε, ρ, σ_init, f_φ (the mean of the content tokens), the optimizer, that K counts the clean condition, that a
-pooled embedding stays, that δ depends on seed and prompt text alone (so it is the same in every iteration). T and the
-base are DiffusionNFT's. Not a reproduction.
+Source: second-hand notes (likely); no code was found. By these: what is perturbed and through what it is learned, the
+loss, the blend, content tokens only, that K counts the clean condition, and (G, K) = (4, 12) to explore, (2, 4) where
+cost counts, (8, 3) for preference rewards. Not stated there, and here ours: λ_div, μ, ε, ρ, σ_init, the optimizer, that
+each of several encoders has offsets and a loss of its own (a T5, which has no vector of its own, the mean of what it
+says at the content tokens), that δ depends on seed and prompt text alone (so it is the same in every iteration). T and
+the base are DiffusionNFT's. Not a reproduction.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def e2po(
         noises: G, initial noises per prompt.
         conditions: K, conditions per prompt with its own; each noise is drawn with each. 1: DiffusionNFT.
         fade: ρ in [0, 1], the noisy part of sampling in which conditions differ, σ > 1 − ρ; unknown, ours.
-        spread: λ_div, weight of how alike the perturbed embeddings are; unknown, ours. Below (K−2)/(2(μ−ε)) they stay
-            in the band.
+        spread: λ_div, weight of how alike the perturbed vectors are; unknown, ours. Below (K−2)/(2(μ−ε)) they stay in
+            the band.
         target: μ, their cosine with the prompt's own; unknown, ours.
         band: ε, how far from the target costs nothing; unknown, ours.
         init: σ_init, where offsets start, in a token's root mean square; unknown, ours.
