@@ -35,7 +35,7 @@ def siblings(
     """The candidates that `drm_grpo` would compare, each at its σ and graded by its end, reached by ODE steps.
 
     predict     velocity of [B, *S] states, its rows being places in `prompts`
-    chains      of each prompt, ≥ 1; at every step but the last each draws `candidates` ≥ 2 and goes on from the first
+    chains      of each prompt, ≥ 1; at every step but the last each draws `candidates` ≥ 2 and goes on by an ODE step
     rows        states at once
 
     A group of the result is what is drawn from one state. Cost for a prompt of chains·T steps: chains·T forwards and
