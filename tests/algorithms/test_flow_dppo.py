@@ -57,7 +57,7 @@ def test_loss_and_gradient_against_the_published_mask(scaled: bool) -> None:
     was = dynamics.transition(x, old, grid, step, one)
     y, advantage = was.sample(z), draw(n, seed=5)
     batch = EdgeBatch(x, y, step, one, step, was.log_prob(y), advantage, one, grid, dynamics, mean=was.mean)
-    delta = 1e-3
+    delta = 1e-5
     loss = flow_dppo(threshold=delta, scaled=scaled).objective({"policy": lambda *_: v}, batch)
     (found,) = torch.autograd.grad(loss.value, [v])
 
@@ -68,11 +68,11 @@ def test_loss_and_gradient_against_the_published_mask(scaled: bool) -> None:
         mean, mean_old = a[e] * x[e] + b[e] * other[e], a[e] * x[e] + b[e] * old[e]
         log_ratio = (((y[e] - mean_old) ** 2 - (y[e] - mean) ** 2) / (2 * s[e] ** 2)).mean()
         divergence = ((mean - mean_old) ** 2).mean() / (2 * (s[e] ** 2 if scaled else 1))
-        drop = bool(divergence >= delta) and float(advantage[e] * (log_ratio.exp() - 1)) > 0
+        drop = bool(divergence >= delta) and float(advantage[e] * (log_ratio.detach().exp() - 1)) > 0
         dropped.append(drop)
         total = total + (0 if drop else -advantage[e] * log_ratio.exp())
     (want,) = torch.autograd.grad(total / n, [other])
-    assert 8 < sum(dropped) < n - 8
+    assert 3 < sum(dropped) < n - 3
     torch.testing.assert_close(loss.value, total / n)
     torch.testing.assert_close(found, want)
     assert loss.metrics["clip_fraction"].bool().tolist() == dropped

@@ -74,10 +74,7 @@ def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, text: st
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     words = {name: inputs.tokens[name][place] for name, place in places.items()}
     delta = perturbation.offsets(words, encode, Stream(seed, "conditions.offset"), (number,))
-    if not all(bool(d.isfinite().all()) for d in delta.values()):
-        raise NotFiniteError(
-            f"prompt {text[:60]!r}: the offsets of its conditions are not finite; nearest valid: float32"
-        )
+    _check_finite(text, "what was learned as its offsets", delta)
     return Offsets({n: p.cpu() for n, p in places.items()}, {n: d.cpu() for n, d in delta.items()})
 
 
@@ -123,7 +120,14 @@ def _said(model: Model, prompt: str, offset: Offsets) -> Mapping[str, Tensor]:
     for name, delta in offset.delta.items():
         own = upcast(inputs.tokens[name][places[name]])
         words[name] = own + delta[1:].to(own)
-    return model.encode_inputs(prompt, _with_words(inputs, places, words)).tensors
+    said = model.encode_inputs(prompt, _with_words(inputs, places, words)).tensors
+    _check_finite(prompt, "what the text encoders say with offsets", said)
+    return said
+
+
+def _check_finite(prompt: str, what: str, tensors: Mapping[str, Tensor]) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise NotFiniteError(f"prompt {prompt[:60]!r}: {what} is not finite; nearest valid: float32")
 
 
 def perturbed(
