@@ -33,11 +33,6 @@ class Gate(Protocol):
         """Whether it reads the columns "mean_gap", mean (μ − μ_old)² of an edge's step, and "std", S; [B] each."""
         ...
 
-    @property
-    def keeps_mean(self) -> bool:
-        """Whether it reads the columns "mean_gap", mean (μ − μ_old)² of an edge's step, and "std", S; [B] each."""
-        ...
-
     def __call__(self, log_ratio: Tensor, advantage: Tensor, columns: Mapping[str, Tensor]) -> Gated: ...
 
 
