@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where the tests were started by nohup
 
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",

@@ -17,7 +17,7 @@ FILES = [p for p in ALL if RUN in p.read_text()]
 def test_there_is_something_to_start() -> None:
     names = {p.name for p in FILES}
     assert len(names) > 15 and {"pretrain_shapes.py", "floor.py", "leaderboard.py"} <= names
-    imported = {"__init__.py", "catalog.py", "claims.py", "likelihood.py", "runs.py", "tricks.py"}
+    imported = {"__init__.py", "catalog.py", "claims.py", "likelihood.py", "pairs.py", "runs.py", "tricks.py"}
     assert {p.name for p in ALL} - names == imported
 
 

@@ -19,7 +19,7 @@ from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
-from tempflow.models.protocol import Conditioning, Predict
+from tempflow.models.protocol import Conditioning, Predict, TextInputs
 from tempflow.train import session, step
 from tempflow.train.conditions import Learned, moved_conditions, perturbed
 from tempflow.train.loop import train
@@ -302,11 +302,16 @@ def test_bad_arguments() -> None:
     )
 
 
-def test_offsets_belong_to_what_a_prompt_was_encoded_to() -> None:
-    """Another encoder, or a picture beside the text, makes another condition of one text."""
+def test_offsets_belong_to_what_enters_the_encoders() -> None:
+    """Another encoder, or a picture beside the text, has other inputs for one text."""
+
+    class Other(Fake):
+        def text_inputs(self, prompt: str) -> TextInputs:
+            own = super().text_inputs(prompt)
+            return replace(own, tokens={name: tokens + 1 for name, tokens in own.tokens.items()})
+
     learned, conditions = Learned(), small().conditions
-    condition = Fake().encode(PROMPTS[:1])
-    other = replace(condition, tensors={"embeds": condition.tensors["embeds"] + 1})
-    kept = [learned.of(c, conditions, 5)[0].delta for c in (condition, other, condition)]
-    assert torch.equal(kept[1], Learned().of(other, conditions, 5)[0].delta)
+    assert conditions is not None
+    kept = [learned.of(m, PROMPTS[:1], conditions, 5)[0].delta["text"] for m in (Fake(), Other(), Fake())]
+    assert torch.equal(kept[1], Learned().of(Other(), PROMPTS[:1], conditions, 5)[0].delta["text"])
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])

@@ -177,15 +177,15 @@ def test_other_sets_follow_their_rule_and_never_get_gradients(make: Callable[[],
         for name, kept in bench.followers.sets.items():
             decay = algorithm.weight_sets[name].decay(iteration + 1)
             want[name] = {n: decay * want[name][n] + (1 - decay) * now[n] for n in now}
-            for n, value in kept.state().items():
+            for n, value in kept.named().items():
                 torch.testing.assert_close(value, want[name][n])
             assert all(not v.requires_grad and v.grad is None for v in kept.values)
     if "reference" in algorithm.sets:
         view = bench.setting.sets["reference"]
         assert not list(view.parameters()), "a view owns no parameters"
         start = weights(Bench().model)
-        (held,) = view._weights  # type: ignore[attr-defined]
-        assert all(torch.equal(v, start[n]) for n, v in held.state().items())
+        (held,) = view.weights  # type: ignore[attr-defined]
+        assert all(torch.equal(v, start[n]) for n, v in held.named().items())
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on() -> None:
     pairs = pairs_of(rated, 0.1)
     reward = LatentReward.load(EMBEDDED)
     nearly_clean, noise = accuracy(bind(model, reward, model.encode(texts)), rated, pairs[::3], buckets=2)
-    assert nearly_clean.accuracy > 0.65 and nearly_clean.accuracy > noise.accuracy > 0.5
+    assert nearly_clean.accuracy > 0.6 and nearly_clean.accuracy > noise.accuracy > 0.5
 
 
 def test_its_recipe_runs(tmp_path) -> None:

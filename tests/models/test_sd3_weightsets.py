@@ -49,7 +49,7 @@ def test_asking_other_sets_leaves_the_policy_trainable_and_them_without_gradient
     models: dict[str, Predict] = {name: fresh.predictor(condition, 1.0, s.network()) for name, s in sets.items()}
     models["policy"] = fresh.predictor(condition, 1.0)
     start = {n: p.detach().clone() for n, p in fresh.network.named_parameters()}
-    reference = sets["reference"].state()
+    reference = {name: value.clone() for name, value in sets["reference"].named().items()}
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1)
     with_gradient = None
     for _ in range(2):
@@ -69,8 +69,8 @@ def test_asking_other_sets_leaves_the_policy_trainable_and_them_without_gradient
     now = dict(fresh.network.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in start.items() if n not in names), "the base stands still"
     assert any(not torch.equal(now[n], start[n]) for n in names)
-    assert all(torch.equal(v, reference[n]) for n, v in sets["reference"].state().items())
-    assert all(torch.equal(v, now[n]) for n, v in sets["old"].state().items())
+    assert all(torch.equal(v, reference[n]) for n, v in sets["reference"].named().items())
+    assert all(torch.equal(v, now[n]) for n, v in sets["old"].named().items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

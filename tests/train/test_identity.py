@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -71,7 +72,8 @@ class World:
     def identity(self, settings: Config | None = None) -> Identity:
         settings = settings or self.config()
         algorithm = settings.algorithm.build()
-        return identity(settings, algorithm, loop._sources(settings, None, None, algorithm.reads), {})
+        with patch("tempflow.train.identity.local_folder", lambda path, revision: Path(path)):  # no real pipeline
+            return identity(settings, algorithm, loop._sources(settings, None, None, algorithm.reads), {})
 
     def saved(self) -> None:
         """What a run writes at its start."""

@@ -63,7 +63,8 @@ def test_what_a_run_writes(finished: Run) -> None:
         assert told | {"loss", "grad_norm", "log_ratio_max", "log_ratio_abs", "clip_fraction"} <= line.keys()
         assert line["updates"] == 2
     assert metrics[-1]["forwards"] == finished.counter.forwards
-    assert metrics[-1]["forwards"] == metrics[-1]["rollout_forwards"] + metrics[-1]["train_forwards"]
+    parts = ("rollout_forwards", "train_forwards", "reference_forwards", "old_forwards")
+    assert metrics[-1]["forwards"] == sum(metrics[-1][part] for part in parts)
     assert len(lines(folder, "timings.jsonl")) == 8 + 5
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best_iteration"] == finished.best_iteration and summary["metric"] == "reward"

@@ -41,11 +41,12 @@ class Offsets:
 
 
 class Learned:
-    """Offsets that were learned, by prompt. Each is a function of the run's seed and the prompt alone: the same in
+    """Offsets that were learned, by prompt and what enters the encoders for it. Each is a function of the run's seed
+    and of these alone: the same in
     every iteration, slot, batch and rank, and after a resume. So they are kept, on the CPU, at most KEPT_BYTES."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Perturbation, int, str], Offsets] = {}
+        self._kept: dict[tuple[Perturbation, int, str, bytes], Offsets] = {}
 
     def of(self, model: Model, prompts: Sequence[str], perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
@@ -54,14 +55,23 @@ class Learned:
                 f"conditions: the model {model.name!r} does not show what enters its text encoders "
                 "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
             )
-        keys = [(perturbation, seed, text) for text in prompts]
+        keys = [(perturbation, seed, text, _digest(model.text_inputs(text).tokens)) for text in prompts]
         for key in keys:
             if key not in self._kept:
-                self._kept[key] = _learn(model, *key)
+                self._kept[key] = _learn(model, *key[:3])
         offsets = [self._kept[key] for key in keys]
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
         return offsets
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Of what the tensors hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, text: str) -> Offsets:
