@@ -156,7 +156,7 @@ def a_run(out: Path, mode: str, resume: bool, prompts: int = 5) -> None:
         "iterations": 3,
         "data": {"prompts_per_iteration": prompts},
         "parallel": {"mode": mode},
-        "optimizer": {"learning_rate": 0.02, "ema_decay": 0.5, "eps": 1e-3},
+        "optimizer": {"learning_rate": 0.02, "ema_decay": 0.5, "eps": 1e-3, "updates_per_iteration": 2},
         "algorithm": {"name": "tempflow_grpo", "steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.05},
     }
     settings = config(out, **options)
