@@ -118,7 +118,7 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
     given = patched.setting.algorithm.given
     if given is not None:
         file = album(out.parent / f"{out.name}_album_{world.rank}")
-        prompts = load_prompts(str(file))[:5]
+        prompts = load_prompts(str(file), uses=("chosen", "rejected", "image"))[:5]
         patched.setting = replace(patched.setting, pictures=Pictures.beside(str(file), given.keys, SIZE))
     experience = patched.collect(prompts=prompts)
     judged = credit(patched.setting, experience)
