@@ -118,7 +118,7 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
     given = patched.setting.algorithm.given
     if given is not None:
         file = album(out.parent / f"{out.name}_album_{world.rank}")
-        prompts = load_prompts(str(file), uses=patched.setting.algorithm.reads)[:5]
+        prompts = load_prompts(str(file), uses=("chosen", "rejected", "image"))[:5]
         patched.setting = replace(patched.setting, pictures=Pictures.beside(str(file), given.keys, SIZE))
     experience = patched.collect(prompts=prompts)
     judged = credit(patched.setting, experience)
@@ -156,7 +156,7 @@ def a_run(out: Path, mode: str, resume: bool, prompts: int = 5) -> None:
         "iterations": 3,
         "data": {"prompts_per_iteration": prompts},
         "parallel": {"mode": mode},
-        "optimizer": {"learning_rate": 0.02, "ema_decay": 0.5, "eps": 1e-3},
+        "optimizer": {"learning_rate": 0.02, "ema_decay": 0.5, "eps": 1e-3, "updates_per_iteration": 2},
         "algorithm": {"name": "tempflow_grpo", "steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.05},
     }
     settings = config(out, **options)

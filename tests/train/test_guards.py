@@ -124,7 +124,7 @@ def guidance_changes(bench: Bench) -> Callable[[], object]:
 def test_dropout_trips_the_first_ratio_guard(algorithm) -> None:  # type: ignore[no-untyped-def]
     bench = Bench(Fake(dropout=0.5), algorithm)
     before = weights(bench.model)
-    with pytest.raises(GuardError, match=r"iteration 1: first_ratio: .* roundings .* above the limit 16.*dropout"):
+    with pytest.raises(GuardError, match=r"iteration 1: first_ratio: .* roundings .* above the limit 12.*dropout"):
         bench.iterate()
     assert same(weights(bench.model), before)
     bench.model.network.eval()
@@ -236,7 +236,7 @@ SIX = [leaves()] * 6
 CASES: dict[str, tuple[list[Look], list[Look], float]] = {
     # guard: what trips it, its healthy neighbour, the limit
     "non_finite": (steps([False, True]), steps([False, False]), 0),
-    "first_ratio": (ratios([16.1]), ratios([15.9]), 16),
+    "first_ratio": (ratios([12.1]), ratios([11.9]), 12),
     "clip_fraction": (updates("clip_fraction", [0.1, 0.51]), updates("clip_fraction", [0.1, 0.49, 0.5]), 0.5),
     "zero_variance": (
         updates("zero_variance", [0.5] + [0.91] * 20),

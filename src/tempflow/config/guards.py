@@ -31,7 +31,7 @@ class FirstRatioGuard(Strict):
 
     action: WarnOrStop = Field(default="stop", description="what to do above the limit")
     limit: float = Field(
-        default=16.0,
+        default=12.0,
         ge=1,
         description="how far rollout and training may be apart, in roundings of a velocity in the model's dtype",
     )

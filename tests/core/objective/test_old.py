@@ -72,8 +72,9 @@ def test_nothing_lies_between_what_is_the_same_and_a_nan_is_one() -> None:
 
 
 def test_roundings_of_dtypes_and_guidance() -> None:
-    assert rounding_of(torch.finfo(torch.bfloat16).eps, 1.0) == 2**-8
-    assert rounding_of(torch.finfo(torch.float32).eps, 4.5) == pytest.approx(2**-24 * math.sqrt(4.5**2 + 3.5**2))
+    assert rounding_of(torch.finfo(torch.bfloat16).eps, 1.0) == 2**-8 + 2**-19
+    float32 = 2**-24 + 2**-19
+    assert rounding_of(torch.finfo(torch.float32).eps, 4.5) == pytest.approx(float32 * math.sqrt(4.5**2 + 3.5**2))
 
 
 def test_a_predictor_is_not_asked_twice_and_takes_the_path_of_training() -> None:

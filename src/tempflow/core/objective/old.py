@@ -19,6 +19,9 @@ from tempflow.core.objective.edges import EdgeBatch, Predict
 SIGMAS = 4.0
 """How many standard deviations a healthy difference may lie out: of 10⁴ edges one does."""
 
+SUMS = 2.0**-19
+"""What sums of some thousand terms lose in float32, in which all dtypes are added up: 32 of its unit roundoffs."""
+
 
 @dataclass(frozen=True, eq=False)
 class Old:
@@ -66,9 +69,9 @@ def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tenso
 
 
 def rounding_of(eps: float, guidance: float) -> float:
-    """The relative rounding error of a velocity that is computed in numbers `eps` apart at 1: their unit roundoff,
-    which guidance g takes g and g − 1 times from two predictions."""
-    return eps / 2 * math.hypot(guidance, guidance - 1)
+    """The relative rounding error of a velocity that is computed in numbers `eps` apart at 1: their unit roundoff and
+    that of float32 sums, which guidance g takes g and g − 1 times from two predictions."""
+    return (eps / 2 + SUMS) * math.hypot(guidance, guidance - 1)
 
 
 def told(velocity: Tensor, at: Tensor, predict: Predict) -> Predict:
