@@ -136,7 +136,8 @@ def test_without_sensitivity_and_pull_it_is_the_clipped_ratio_on_the_tree() -> N
         credit=replace(plain.credit.inner.inner, inner=GroupZScore(by=("prompt", "step"), unbiased=True, eps=1e-8)),  # pyright: ignore
     )
     torch.testing.assert_close(second(plain), second(bare), rtol=0, atol=0)
-    assert not torch.equal(second(tree(imitation=0.0)), second(plain))  # both leave 1, and clips differ
+    fast = {"rate": 0.05}  # ratios leave 1 by more than a clip
+    assert not torch.equal(second(tree(imitation=0.0), **fast), second(plain, **fast))
     assert not torch.allclose(gradient(replace(plain, weight=weight.uniform)), gradient(plain), rtol=1e-3)
 
 
