@@ -111,9 +111,9 @@ def test_only_the_best_and_the_worst_are_trained_with_the_full_groups_statistics
         for step in range(5):
             here = (experience.whole.edges.prompt == slot) & (experience.whole.edges.step == step)
             value = full.value[here]
-            want = (value == value.max()) | (value == value.min())
-            assert int(want.sum()) == 2 and torch.equal(few.live[here], want)
-            assert torch.equal(few.value[here][want], value[want])
+            live = few.live[here]  # pictures of few grey levels may tie
+            assert int(live.sum()) == 2 and set(value[live].tolist()) == {value.max().item(), value.min().item()}
+            assert torch.equal(few.value[here][live], value[live])
     check_counts(dance(fraction=1.0, keep=2), share=2 / 6)
 
 

@@ -1,4 +1,4 @@
-"""The first ratio in bfloat16: its benchmark at a tiny size, and each shipped recipe on a tiny pipeline of its family."""
+"""The first ratio in bfloat16: its benchmark at a tiny size, and every recipe on a tiny pipeline of its family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tempflow.train.setting import Clock, Counter
 from tempflow.train.step import collect
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares")]
-HELD, LIMIT = 8.0, 16.0
+HELD, LIMIT = 6.0, 12.0
 """Roundings: what healthy cells stay below, and where the guard stops."""
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tempflow.rewards import JPEGCompressibility, Reward, ShapesReward
+from tempflow.shapes import verify
 from tempflow.shapes.prompts import balanced
 from tempflow.shapes.render import scene
 from tempflow.shapes.verify import judge
@@ -45,6 +46,17 @@ def test_shapes_judges_the_picture_not_the_row() -> None:
     backwards = reward.score(MEDIA.flip(0), PROMPTS[::-1], META)
     assert torch.equal(whole.value, backwards.value.flip(0))
     assert len(reward.score(MEDIA[:0], [], [])) == 0
+
+
+def test_the_two_rewards_judge_a_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    monkeypatch.setattr(verify, "judge", lambda picture, spec: seen.append(picture.tobytes()) or judge(picture, spec))
+    media = MEDIA.clone()
+    media[1] = media[0]
+    for reward in (ShapesReward(), ShapesReward(graded=False), ShapesReward()):
+        reward.score(media, PROMPTS, META)
+    assert len(seen) == len(MEDIA)  # equal pictures of two prompts are two
+    assert ShapesReward().score(media[:1], PROMPTS[:1], META[:1]).value.item() == judge(PICTURES[0], SPECS[0]).graded
 
 
 def test_shapes_takes_media_that_are_views() -> None:

@@ -301,8 +301,6 @@ def test_guards_that_are_off_ask_for_nothing(monkeypatch: pytest.MonkeyPatch) ->
     x0, media, slot, ok = leaves(8, 2)
     measured = measure(x0, media, slot, ok, asked(guards))
     assert measured.failed.isfinite().all() and measured.diversity.isnan().all()
-    with pytest.raises(AssertionError):  # nothing is valid: the latents may be why
-        measure(x0, media, slot, ok & False, asked(guards))
     assert asked(GuardsConfig()) == FIGURES
     assert asked(GuardsConfig.model_validate({"artefacts": off})) == {"latent_rms", "diversity"}
 

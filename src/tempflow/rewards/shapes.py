@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from tempflow.core.scores import Scores
 from tempflow.rewards.protocol import Media, check_media
 from tempflow.shapes.prompts import by_prompt
+
+if TYPE_CHECKING:
+    from tempflow.shapes.prompts import Spec
+    from tempflow.shapes.verify import Verdict
 
 
 class ShapesReward:
@@ -48,6 +55,15 @@ class ShapesReward:
             if prompt not in known:
                 near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
-        verdicts = [self._judge(picture, known[p]) for picture, p in zip(media.numpy(), prompts, strict=True)]
+        verdicts = [
+            _verdict(self._judge, self._size, picture.tobytes(), p)
+            for picture, p in zip(media.numpy(), prompts, strict=True)
+        ]
         value = torch.tensor([v.graded if self.graded else float(v.strict) for v in verdicts]).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+@lru_cache(maxsize=1 << 12)
+def _verdict(judge: Callable[[np.ndarray, Spec], Verdict], size: int, picture: bytes, prompt: str) -> Verdict:
+    """The graded and the strict reward score the same pictures, one after the other: each picture is judged once."""
+    return judge(np.frombuffer(picture, dtype=np.uint8).reshape(size, size, 3), by_prompt()[prompt])

@@ -104,8 +104,7 @@ def measure(
 
     x0: final latents, float [N, *S], any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
     ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures depend on its
-    own leaves alone. Where no score is valid the latents are measured in any case: they may be why. Raises ValueError
-    where the lengths differ or there is no leaf.
+    own leaves alone. Raises ValueError where the lengths differ or there is no leaf.
     """
     given = {"media": len(media), "prompt": len(prompt), "ok": len(x0) if ok is None else len(ok)}
     for name, count in given.items():
@@ -115,11 +114,10 @@ def measure(
     rows, there = _sample(slot, leaves)
     looked = media[rows[there].to(media.device)].to(x0.device) if set(figures) - {"latent_rms"} else media[:0]
     unknown = torch.full((len(slots),), math.nan, dtype=torch.float64)
-    latents = "latent_rms" in figures or ok is None or not bool(ok.any())
     return Signals(
         slots,
         leaves,
-        _rms(x0, slot, leaves) if latents else unknown,
+        _rms(x0, slot, leaves) if "latent_rms" in figures else unknown,
         _distance(features(looked), there) if "diversity" in figures else unknown,
         _mean(high_frequency(looked), there) if "high_frequency" in figures else unknown,
         _mean(grid_share(looked, grid_period(x0.shape, media.shape)), there) if "grid" in figures else unknown,
