@@ -42,8 +42,8 @@ class Offsets:
 
 class Learned:
     """Offsets that were learned, by prompt and what enters the encoders for it. Each is a function of the run's seed
-    and of these alone: the same in
-    every iteration, slot, batch and rank, and after a resume. So they are kept, on the CPU, at most KEPT_BYTES."""
+    and of these alone: the same in every iteration, slot, batch and rank, and after a resume. So they are kept, on the
+    CPU, at most KEPT_BYTES."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Perturbation, int, str, bytes], Offsets] = {}

@@ -124,10 +124,6 @@ class WeightSet:
         """The values themselves by parameter name; `updates` is kept apart."""
         return dict(zip(self.trainable.names, self.values, strict=True))
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies by parameter name."""
-        return {n: v.clone() for n, v in self.named().items()}
-
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Puts back what `named` gave."""
