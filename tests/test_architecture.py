@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "algorithms": {"core", "perception", "names"},
     "perception": {"models"},
     "latent_reward": {"core", "models"},
-    "config": {"strict", "algorithms", "data", "rewards"},
+    "config": {"strict", "algorithms", "data", "rewards", "names"},
     "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
     "measure": {"config", "cost", "data", "rewards", "train"},
