@@ -12,7 +12,7 @@ from difflib import SequenceMatcher, get_close_matches
 SCREEN = 80
 """Characters of a value in a message, and of a name that is compared: the search is quadratic in them."""
 
-PATH = 300
+PATH = 240
 """Characters of a path in a message."""
 
 _RATE, _NAME, _OUTPUT = ("optimizer.learning_rate",), ("name",), ("output",)

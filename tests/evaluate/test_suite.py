@@ -173,7 +173,7 @@ def test_report_of_plain_prompts_has_one_row() -> None:
     "fields,message",
     [
         ({"gold": ("hrad",)}, "gold: 'hrad' is none of the rewards scored; nearest valid: 'hard'"),
-        ({"kinds": ("a",)}, "kinds has 1 entries; nearest valid: 4, one a picture"),
+        ({"kinds": ("a",)}, "kinds has 1 entries; nearest valid: 4, one per picture"),
         ({"samples_per_prompt": 3}, "samples_per_prompt: 3 does not divide 4 rows"),
         ({"samples_per_prompt": 2, "diversity": torch.zeros(4)}, "diversity has 4 entries; nearest valid: 2"),
     ],
