@@ -80,7 +80,7 @@ class MadeRun:
         torch.manual_seed(0)
         self.policy = Policy(self.config)
         self.model = self.policy.model
-        self.weights = {w: self.policy.changed(i, 0.3) for i, w in enumerate(("policy", "ema", "best"))}
+        self.weights = {w: self.policy.changed(i, 0.6) for i, w in enumerate(("policy", "ema", "best"))}
         folder.mkdir()
         files = (checkpoint.WEIGHTS, checkpoint.AVERAGE)
         first = dict(zip(files, (self.policy.changed(9, 0.3), self.weights["best"]), strict=True))
@@ -181,7 +181,7 @@ def test_an_export_draws_the_runs_own_latents_bit_by_bit(made, tmp_path: Path, t
     assert export_run(run.folder, to) == to
     pipe = plain(shapes_folder(), dtype, lora=to) if training == "lora" else plain(to, dtype)
     expected = run.latents()
-    assert (expected - base_latents(dtype)).abs().mean() > 0.01  # otherwise equality would say little
+    assert (expected - base_latents(dtype)).abs().mean() > 0.02  # otherwise equality would say little
     assert agree(euler(pipe), expected)
     if dtype == "float32":  # in bfloat16 the pipeline's call rounds the latents too
         assert agree(called(pipe), expected)

@@ -205,13 +205,16 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
     bench.trainable.zero_grad()
     others = taught.of(0, 0)  # this rank owns none of them
     experience.forest.nodes.fill_(math.nan)
-    learnt: list[Tensor] = []  # of the last one gradients reach the weights: times 0, NaN would stay NaN
-    bench.model.network.register_forward_pre_hook(
-        lambda module, given: learnt.append(given[0]) if torch.is_grad_enabled() else None
-    )
+    learnt: list[Tensor] = []  # states whose gradients reach the weights: times 0, NaN would stay NaN
+
+    def listen(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda grad: learnt.append(given[0]))
+
+    bench.model.network.register_forward_hook(listen)
     sums = accumulate(bench.setting, experience, given, others, 1.0, bench.trainable, may_pause=False)
     assert (sums.loss, sums.rows) == (0, 0) and not any(sums.largest.values())
-    assert bool(learnt[-1].isfinite().all())
+    assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
     assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())
     for master in bench.trainable.masters:
         assert master.grad is not None and bool((master.grad == 0).all())

@@ -244,13 +244,13 @@ def test_drms_candidates_hang_off_a_chain_of_ode_steps() -> None:
 def test_how_much_noisier_a_candidate_is_than_its_sigma(carry: Any) -> None:
     """Of one known picture: off an ODE chain only the step's own excess, √((σ' − S²/2σ)² + S²)/σ', in float64; down an
     SDE chain it adds up."""
-    picture, grid = torch.linspace(-1, 1, 4096), sd3(6)
+    picture, grid = torch.linspace(-1, 1, 1 << 18), sd3(6)
     a = drm_grpo(steps=6, noise_level=0.9, carry=carry)
 
     def known(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         return (x - picture) / sigma.view(-1, 1)
 
-    forest = rollout([a.plan(0, 0)], a.dynamics, grid, known, Noise(3), shape=(4096,))
+    forest = rollout([a.plan(0, 0)], a.dynamics, grid, known, Noise(3), shape=(1 << 18,))
     sigma = [float(s) for s in grid.sigmas.double()]
     for i in range(5):
         left = forest.nodes[forest.edges.child[forest.edges.step == i]] - (1 - sigma[i + 1]) * picture
@@ -260,4 +260,4 @@ def test_how_much_noisier_a_candidate_is_than_its_sigma(carry: Any) -> None:
         if carry == "ode":
             assert found == pytest.approx(own, rel=0.02)
         elif i > 1:
-            assert found > own * 1.01
+            assert found > own * 1.015

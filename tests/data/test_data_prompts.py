@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tempflow.data import files as module
-from tempflow.data.prompts import Prompt, as_prompts, check_source, load_prompts, shared_out, source_files
+from tempflow.data.prompts import Prompt, as_prompts, check_source, load_prompts, shared_out, source_path
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.shapes.prompts import SPLITS, specs
 
@@ -134,7 +134,6 @@ def test_a_folder_of_texts_is_a_prompt_a_file(tmp_path: Path) -> None:
         (folder / name).write_text(text)
     want = (Prompt("one", {"file": "1.txt"}), Prompt("two\nlines", {"file": "2.txt"}))
     assert load_prompts(str(folder)) == load_prompts(f"{folder}/") == want
-    assert source_files(str(folder)) == (folder / "1.txt", folder / "2.txt")
     (folder / "3.txt").touch()
     with pytest.raises(ValueError, match=r'3\.txt: "prompt" is \'\'; it must be a text that is not blank'):
         load_prompts(str(folder))
@@ -151,7 +150,7 @@ def test_another_key_and_the_users_home(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "p.txt").write_text("x")
     assert load_prompts("~/parti.tsv:Prompt") == (Prompt("a red circle", {"Category": "Abstract"}),)
     assert load_prompts("~/p.txt") == (Prompt("x"),)
-    assert source_files("~/parti.tsv:Prompt") == (tmp_path / "parti.tsv",) and source_files("shapes:test") == ()
+    assert source_path("~/parti.tsv:Prompt") == tmp_path / "parti.tsv"
 
 
 UNREADABLE = [

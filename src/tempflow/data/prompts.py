@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
+from tempflow.data.files import READERS, listed, nearest_file, records, short, suffix_of
 from tempflow.shapes.prompts import SPLITS, specs
 
 SHAPES = "shapes:"
@@ -115,11 +115,6 @@ def load_prompts(source: str, root: str | Path = ".", uses: Collection[str] = ()
 def source_path(source: str, root: str | Path = ".") -> Path:
     """The file or folder that a source names, "~" and "FILE:KEY" read. Of a split of `shapes` there is none."""
     return Path(root) / Path(_parts(source)[0]).expanduser()
-
-
-def source_files(source: str, root: str | Path = ".") -> tuple[Path, ...]:
-    """Every file that `load_prompts` reads; () for a split of `shapes`. Raises ValueError where one is missing."""
-    return () if source.startswith(SHAPES) else files_of(source_path(source, root))
 
 
 def as_prompts(given: object, uses: Collection[str] = ()) -> tuple[Prompt, ...]:

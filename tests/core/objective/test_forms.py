@@ -41,7 +41,7 @@ def new(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
 def grow(dynamics: Dynamics, group: int = 3) -> Forest:
     chains = P.chain(6, group, stochastic=range(5))
     return rollout(
-        [chains] * 2, dynamics, SCHEDULE.double(), old, Noise(7), shape=SHAPE, store_dtype=torch.float64, keep_mean=True
+        [chains] * 2, dynamics, SCHEDULE.double(), old, Noise(1), shape=SHAPE, store_dtype=torch.float64, keep_mean=True
     )
 
 
@@ -89,7 +89,7 @@ def test_ratio_norm_is_s_times_log_r_plus_its_bias(dynamics: Dynamics) -> None:
     s, moved = std_of(batch), (batch.drawn_from() - replayed.policy.mean).square().mean((1, 2, 3))
     want = s * (StepRatio()(replayed) + moved / (2 * s.square()))
     got = NormRatio()(replayed)
-    assert float(got.abs().min()) > 1e-9
+    assert float(got.abs().min()) > 1e-6
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
 
 
