@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from tempflow.data.files import READERS, listed, nearest_file, records, short, suffix_of
+from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
 from tempflow.shapes.prompts import SPLITS, specs
 
 SHAPES = "shapes:"
