@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from tempflow.cli import fail
 from tempflow.doctor.check import Check, failed, table, to_json
 from tempflow.doctor.libraries import library_checks
 from tempflow.folder import check_file, write_json
+from tempflow.names import cut
 
 USAGE = """usage: tempflow doctor [RECIPE | config.yaml] [--field value …] [--json FILE]
 
@@ -19,12 +21,17 @@ folder and disk space. Changes nothing. The status is 1 if a check fails. The fi
 
 def doctor_verb(args: Sequence[str]) -> int:
     words, file = _without_json(list(args))
+    words, again = _without_json(words)
     if not words[1:] and {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     if file == "":
         return fail("json: no file given; nearest valid: --json doctor.json")
+    if file is not None and again is not None:
+        both = f"{cut(file)} and {cut(again)}"
+        return fail(f"--json: is given twice, {both}; nearest valid: --json {cut(again)} alone")
     if file is not None:
+        file = str(Path(file).expanduser())
         check_file(file, "json")
     checks = _checks(words)
     from rich.console import Console

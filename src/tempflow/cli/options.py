@@ -65,9 +65,11 @@ def read(verb: str, args: Sequence[str], fields: Fields, usual: Mapping[str, Any
 
     usual  dotted path -> a value to show where one is missing
 
-    Raises ConfigError for an option that is none, has no value, or is given twice, and for an argument too many.
+    Raises ConfigError for an option that is none, has no value, or is given twice (a list may be, in parts), and for an
+    argument too many.
     """
     values: dict[str, Any] = {}
+    said: dict[str, str] = {}
     alone: list[str] = []
     words = list(args)
     while words:
@@ -83,11 +85,15 @@ def read(verb: str, args: Sequence[str], fields: Fields, usual: Mapping[str, Any
         if not texts or "" in texts:
             what = "is empty" if texts else "no value is given"
             raise ConfigError(f"{name}: {what}; nearest valid: {name} {_example(field, (usual or {}).get(path))}")
-        many = isinstance(values.get(path), list) and _is_list(field)
-        if path in values and not many:
-            raise ConfigError(f"{name}: is given twice; nearest valid: {name} {cut(texts[-1])} alone")
-        value = _value(texts, field)
-        values[path] = [*values[path], *value] if many and isinstance(value, list) else value
+        value, before, now = _value(texts, field), values.get(path), cut(" ".join(texts))
+        if isinstance(before, list) and isinstance(value, list) and before and value:
+            value = [*before, *value]
+        elif path in values:
+            raise ConfigError(f"{name}: is given twice, {said[path]} and {now}; nearest valid: {name} {now} alone")
+        inside = next((flag(given) for given in values if given.startswith(f"{path}.")), None)
+        if inside is not None:
+            raise ConfigError(f"{name}: would take back {inside} in front of it; nearest valid: {name} first")
+        values[path], said[path] = value, now
     return values | _alone(verb, alone, fields)
 
 
