@@ -9,11 +9,17 @@ import pytest
 import tempflow
 from tempflow import cli
 from tempflow.cli import main
+from tempflow.cli.draw import SampleOptions
+from tempflow.cli.export import ExportOptions
+from tempflow.cli.judge import EvalOptions
 from tempflow.cli.lists import REWARD_NOTES
 from tempflow.cli.options import parse
 from tempflow.cli.parse import configured
+from tempflow.cli.report import ReportOptions
+from tempflow.cli.train import TrainOptions
 from tempflow.config import Config, algorithm_config, load_config, to_yaml
 from tempflow.recipes import RECIPES
+from tempflow.strict import leaves, validated
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:
@@ -235,8 +241,6 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
     [["--prompt", "a", "--prompt", "b c"], ["--prompt", "a", "b c"], ["--prompt=a", "--seed", "3", "--prompt=b c"]],
 )
 def test_a_list_may_be_given_in_parts(words):
-    from tempflow.cli.draw import SampleOptions
-
     assert parse(SampleOptions, "sample", words).prompt == ("a", "b c")
 
 
@@ -253,6 +257,27 @@ def test_a_list_inside_a_configuration_may_be_given_in_parts():
     ]
     config = configured("train", words)
     assert (config.evaluation.yardstick, config.seed) == ((2.0, 4.0), 3)
+
+
+NO_PLACES = {"prompt", "rewards", "gold", "device"}
+"""Texts that name nothing on the disk."""
+
+
+@pytest.mark.parametrize("model", [TrainOptions, SampleOptions, EvalOptions, ExportOptions, ReportOptions])
+def test_home_is_read_in_every_option_that_may_name_a_place(model, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    fields = {name: field for name, field in leaves(model).items() if name not in NO_PLACES}
+    texts = [name for name, field in fields.items() if "str" in str(field.annotation)]
+    lists = [name for name in texts if "tuple" in str(fields[name].annotation)]
+    made = validated(model, {name: ["~/x"] if name in lists else "~/x" for name in texts})
+    assert texts and all(dict(made)[name] in ("/home/me/x", ("/home/me/x",)) for name in texts), made
+
+
+def test_doctor_reads_home_in_its_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("tempflow.cli.doctor._checks", lambda words: [])
+    assert main(["doctor", "--json=~/found.json"]) == 0
+    assert (tmp_path / "found.json").is_file()
 
 
 # -------------------------------------------------------------------------------------------------- public names

@@ -1,4 +1,5 @@
 import math
+from functools import reduce
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from tempflow import algorithms
 from tempflow.algorithms import ALGORITHMS, tempflow_grpo
+from tempflow.cli.options import assign
 from tempflow.config import Config, algorithm_config, load_config, parse_config, to_yaml
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
@@ -18,7 +20,7 @@ from tempflow.cost import latent_shape, run_cost
 from tempflow.data.prompts import load_prompts
 from tempflow.recipes import RECIPES
 from tempflow.recipes.every import ENTRIES
-from tempflow.strict import ConfigError
+from tempflow.strict import ConfigError, leaves
 
 LEAST = {"name": "run", "iterations": 20, "algorithm": {"name": "tempflow_grpo"}}
 
@@ -248,6 +250,33 @@ def test_a_third_party_s_algorithm_is_configured_by_its_signature(monkeypatch, t
         assert fault(**alg("my_grpo")).startswith("algorithm.noise: missing")
     finally:
         algorithm_config.cache_clear()
+
+
+NO_PLACES = (
+    "name",
+    "device",
+    "model.revision",
+    "evaluation.metric",
+    "evaluation.gold",
+    "track.project",
+    "algorithm.name",
+)
+"""Texts that name nothing on the disk."""
+
+
+@pytest.mark.parametrize("name", ["tempflow_grpo", "drm_grpo", "vipo", "perceptual_entropy"])
+def test_home_is_read_in_every_field_that_may_name_a_place(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    fields = leaves(Config, alg(name))
+    texts = [path for path, field in fields.items() if "str" in str(field.annotation)]
+    places = [path for path in texts if path not in NO_PLACES and not path.startswith("rewards.")]
+    assert {"output", "model.path", "model.start", "data.train", "evaluation.before"} <= {*places}
+    tree = {**LEAST, **alg(name)}
+    for path in places:
+        assign(tree, path, "~/p.txt")
+    made = parse_config(tree).model_dump()
+    for path in places:
+        assert reduce(dict.__getitem__, path.split("."), made) == "/home/me/p.txt", path
 
 
 # -------------------------------------------------------------------------------------------------------- files

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from reprlib import Repr
-from typing import Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -18,6 +19,7 @@ __all__ = [
     "MAX_FAULTS",
     "MAX_VALUES",
     "ConfigError",
+    "Place",
     "Strict",
     "cut",
     "leaves",
@@ -47,6 +49,10 @@ MAX_DEPTH, MAX_VALUES, MAX_TEXT, MAX_INT = 20, 10_000, 4096, 2**63 - 1
 _BRIEF = Repr()
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict, _BRIEF.maxset = 3, 4, 4, 4, 4
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = SCREEN
+
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A text that may name a place on the disk; "~" in it is the user's home, in a file as on the command line."""
 
 
 class ConfigError(ValueError):

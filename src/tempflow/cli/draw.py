@@ -11,15 +11,15 @@ from pydantic import Field
 
 from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
-from tempflow.strict import Strict
+from tempflow.strict import Place, Strict
 
 
 class SampleOptions(Strict):
     """Draw a picture of each prompt, without noise on the way."""
 
-    path: Annotated[str, POSITIONAL] = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
+    path: Annotated[Place, POSITIONAL] = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     prompt: Annotated[tuple[str, ...], Field(strict=False)] = Field(default=(), description="texts to draw")
-    prompts: str = Field(default="", description="more of them: shapes:SPLIT, a file or a folder of texts")
+    prompts: Place = Field(default="", description="more of them: shapes:SPLIT, a file or a folder of texts")
     count: int | None = Field(
         default=None, ge=1, le=1_000_000, description="pictures, of the prompts in turn (one of each)"
     )
@@ -29,7 +29,7 @@ class SampleOptions(Strict):
     height: int = Field(default=32, ge=1, le=16_384, description="pixels")
     width: int = Field(default=32, ge=1, le=16_384, description="pixels")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
-    output: str = Field(default="samples", min_length=1, description="folder for the pictures")
+    output: Place = Field(default="samples", min_length=1, description="folder for the pictures")
 
 
 def sample_verb(args: Sequence[str]) -> int:

@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tempflow.cli.options import POSITIONAL, parse
-from tempflow.strict import ConfigError, Strict, cut
+from tempflow.strict import ConfigError, Place, Strict, cut
 
 
 class ExportOptions(Strict):
     """Write a run's weights as a folder that plain diffusers loads, with licence and model card."""
 
-    run: Annotated[str, POSITIONAL] = Field(default="", description="the run's folder")
-    output: str = Field(default="", description="the folder to write; new or empty")
+    run: Annotated[Place, POSITIONAL] = Field(default="", description="the run's folder")
+    output: Place = Field(default="", description="the folder to write; new or empty")
     weights: Literal["best", "policy", "ema"] = Field(
         default="best", description="best on validation, as it was last, or the average"
     )

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
-from tempflow.strict import Strict, shown
+from tempflow.strict import Place, Strict, shown
 
 if TYPE_CHECKING:
     from tempflow.data.prompts import Prompt
@@ -29,11 +29,11 @@ class EvalOptions(Strict):
     """Score a model: fixed prompts, fixed noise, deterministic sampling. What is None is as the run's own test was, for
     a run; else as in brackets."""
 
-    what: Annotated[str, POSITIONAL] = Field(
+    what: Annotated[Place, POSITIONAL] = Field(
         default="shapes", description="'shapes', a run's folder, a pipeline folder, a hub id, or a LoRA (with --base)"
     )
-    base: str = Field(default="", description="what a LoRA is laid on: 'shapes', a pipeline folder or a hub id")
-    prompts: str | None = Field(default=None, description="shapes:SPLIT, a file or a folder of texts (shapes:test)")
+    base: Place = Field(default="", description="what a LoRA is laid on: 'shapes', a pipeline folder or a hub id")
+    prompts: Place | None = Field(default=None, description="shapes:SPLIT, a file or a folder of texts (shapes:test)")
     count: int | None = Field(
         default=None, ge=1, le=1_000_000, description="how many prompts; task kinds in turn (504)"
     )
@@ -50,8 +50,8 @@ class EvalOptions(Strict):
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="to compute in (float32)")
     device: str | None = Field(default=None, description="auto, cpu, mps, cuda or cuda:N (cpu)")
     rows: int | None = Field(default=None, ge=1, description="most rows of a forward (96)")
-    output: str = Field(default="", description="file for the figures as JSON")
-    pictures: str = Field(default="", description=f"folder for grid.png: the first {GRID} prompts")
+    output: Place = Field(default="", description="file for the figures as JSON")
+    pictures: Place = Field(default="", description=f"folder for grid.png: the first {GRID} prompts")
 
 
 def eval_verb(args: Sequence[str]) -> int:

@@ -10,16 +10,16 @@ from pydantic import Field
 
 from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
-from tempflow.strict import Strict
+from tempflow.strict import Place, Strict
 
 
 class ReportOptions(Strict):
     """Write one self-contained HTML page about one run, or about several side by side."""
 
-    runs: Annotated[tuple[str, ...], POSITIONAL, Field(strict=False)] = Field(
+    runs: Annotated[tuple[Place, ...], POSITIONAL, Field(strict=False)] = Field(
         default=(), description="folders that `tempflow train` wrote"
     )
-    output: str = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
+    output: Place = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
 
 
 def report_verb(args: Sequence[str]) -> int:

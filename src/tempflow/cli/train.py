@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tempflow.cli import fail
 from tempflow.cli.parse import configured_with, value_of
-from tempflow.strict import ConfigError, Strict
+from tempflow.strict import ConfigError, Place, Strict
 
 if TYPE_CHECKING:
     from tempflow.config import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TrainOptions(Strict):
     """Train; every field of a configuration is an option."""
 
-    resume: str | None = Field(
+    resume: Place | None = Field(
         default=None, min_length=1, description="a run's folder: go on from its newest whole checkpoint"
     )
     allow_changes: bool = Field(

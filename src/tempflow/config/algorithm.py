@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import Field, create_model, model_validator
 
 from tempflow.algorithms import ALGORITHMS, Algorithm, find
-from tempflow.strict import Strict, shown
+from tempflow.strict import Place, Strict, shown
 
 MOST, MOST_STEPS = 10_000, 1_000
 """Largest whole numbers that an algorithm may be given: all are counts of pictures, steps or iterations."""
@@ -66,9 +66,14 @@ def algorithm_config(name: str) -> type[AlgorithmConfig]:
 
 
 def _listable(hint: Any, most: int = MOST) -> Any:
-    """The type, in which a tuple may be given as a list (YAML knows no other) and whole numbers have a bound."""
+    """The type, in which a tuple may be given as a list (YAML knows no other) and whole numbers have a bound.
+
+    A text that is not one of a few is a path, or a name that no path can be taken for.
+    """
     if hint is int:
         return Annotated[int, Field(le=most)]
+    if hint is str:
+        return Place
     if get_origin(hint) is tuple:
         inner = tuple(part if part is ... else _listable(part, most) for part in get_args(hint))
         return Annotated[tuple[inner], Field(strict=False)]  # type: ignore[valid-type]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tempflow.data.prompts import check_source
-from tempflow.strict import Strict, nearest, shown
+from tempflow.strict import Place, Strict, nearest, shown
 
 OWN_REWARD = "reward"
 """The metric that means the run's own first reward, also where that was given to `tempflow.train` as an object."""
@@ -16,7 +16,7 @@ OWN_REWARD = "reward"
 class ModelConfig(Strict):
     """The generator, and what of it is trained."""
 
-    path: str = Field(
+    path: Place = Field(
         default="shapes", min_length=1, description="'shapes' (embedded), a diffusers pipeline folder, or a hub id"
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub id")
@@ -30,12 +30,12 @@ class ModelConfig(Strict):
     training: Literal["full", "lora"] = Field(
         default="full", description="train all of the network, or a LoRA on its attention"
     )
-    start: str = Field(
+    start: Place = Field(
         default="",
         description="what training starts from: a run's folder (its best weights) or a LoRA (diffusers, PEFT, kohya or "
         "ComfyUI form), which is trained on, or with full training merged; empty = the model as it is",
     )
-    reference: str = Field(
+    reference: Place = Field(
         default="base",
         min_length=1,
         description="what the KL holds to: 'base' (the model as it is), 'start', or a run's folder or a LoRA as above",
@@ -58,9 +58,9 @@ class DataConfig(Strict):
     """Where prompts come from: 'shapes:SPLIT', a .txt (a prompt a line), .jsonl, .json, .csv or .tsv file, or a folder
     of .txt files (docs/prompts.md)."""
 
-    train: str = Field(default="shapes:train", description="prompts to train on")
-    validation: str = Field(default="shapes:validation", description="prompts that choose the best weights")
-    test: str = Field(default="shapes:test", description="prompts of the reported figures")
+    train: Place = Field(default="shapes:train", description="prompts to train on")
+    validation: Place = Field(default="shapes:validation", description="prompts that choose the best weights")
+    test: Place = Field(default="shapes:test", description="prompts of the reported figures")
     prompts_per_iteration: int = Field(default=8, ge=1, le=100_000, description="prompts drawn for an iteration")
 
     @field_validator("train", "validation", "test")
@@ -125,7 +125,7 @@ class EvaluationConfig(Strict):
     metric: str = Field(
         default="shapes_strict", description=f"a reward's name, or '{OWN_REWARD}': the run's weighted sum"
     )
-    before: str = Field(
+    before: Place = Field(
         default="",
         description="folder of a run set alike, whose test of the untrained model is taken over; empty = tested anew",
     )

@@ -20,7 +20,7 @@ from tempflow.config.parts import (
     RewardConfig,
 )
 from tempflow.config.track import TrackConfig
-from tempflow.strict import Strict, nearest, shown
+from tempflow.strict import Place, Strict, nearest, shown
 
 
 class Config(Strict):
@@ -31,7 +31,7 @@ class Config(Strict):
     iterations: int = Field(
         ge=1, le=1_000_000, description="how many; each is a rollout, its scores and the updates from them"
     )
-    output: str = Field(default="", description="folder for what the run writes (default: runs/NAME)")
+    output: Place = Field(default="", description="folder for what the run writes (default: runs/NAME)")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
     threads: int | None = Field(default=None, ge=1, le=1024, description="torch threads (default: torch's own choice)")
     rollout_rows: int = Field(
