@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -199,6 +201,13 @@ def sealed(place: Path, said: str) -> Path:
     return place
 
 
+def later(file: Path) -> Path:
+    """A clock may be too coarse to tell a file's times apart."""
+    found = file.stat()
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+    return file
+
+
 def test_a_sealed_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     for said in ("one", "two"):
         put(sealed(tmp_path / ".fresh", said), tmp_path / "model")
@@ -211,6 +220,7 @@ def test_a_sealed_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     [
         ("model/notes.txt", lambda model: text(model / "notes.txt")),
         ("model/part/weights", lambda model: text(model / "part" / "weights", "changed by hand")),
+        ("model/part/weights", lambda model: later(text(model / "part" / "weights", "two"))),
         ("model/part/link", lambda model: link(model / "part" / "link", model.parent)),
         ("model/part/weights", lambda model: (model / MARKER).unlink()),
         ("model", lambda model: link(model, model.rename(model.with_name("moved")))),
@@ -226,6 +236,25 @@ def test_what_was_put_into_a_sealed_folder_keeps_it(name: str, act: Callable[[Pa
     with pytest.raises(ValueError, match=rf"{name} was not written by tempflow and is not replaced; move it away"):
         put(tmp_path / ".fresh", model)
     assert tree(tmp_path) == before
+
+
+def test_bytes_are_read_again_only_where_a_time_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sealed(tmp_path / "model", "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_sha256", works)
+        assert foreign(model) is None
+    assert foreign(Path(shutil.copytree(model, tmp_path / "copy"))) is None  # keeps times
+    later(model / "part" / "weights")
+    assert foreign(model) is None
+
+
+def test_a_seal_that_says_sizes_alone_holds(tmp_path: Path) -> None:
+    """As runs of older versions have it."""
+    model = sealed(tmp_path / "model", "one")
+    text(model / MARKER, json.dumps({"tempflow": "model", "files": {"part/weights": 3}}))
+    assert foreign(later(model / "part" / "weights").parents[1]) is None
+    text(model / "part" / "weights", "four")
+    assert foreign(model) == "model/part/weights"
 
 
 def test_a_file_of_ours_is_written_anew(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 replaces and deletes only what it wrote itself.
 
 A folder's mark is the file `.tempflow.json`, which names what the folder is: `{"tempflow": "run"}`. A sealed folder,
-one that is replaced as a whole, lists its files there too. A single file of ours says so in its first lines.
+one that is replaced as a whole, lists its files and their contents there too. A single file of ours says so in its
+first lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -100,19 +102,23 @@ def remove(path: str | Path, kind: str, field: str = "output") -> None:
 
 # ------------------------------------------------------------------------------------------------------- sealed folders
 def seal(folder: Path, kind: str) -> None:
-    """Marks a finished folder as one of `kind` and lists its files, so that `put` may take it away as a whole."""
-    _mark(folder, {"tempflow": kind, "files": dict(_files(folder))})
+    """Marks a finished folder as one of `kind` and lists its files, so that `put` may take it away as a whole.
+
+    Reads all of them once, for their sums.
+    """
+    _mark(folder, {"tempflow": kind, "files": {name: _noted(folder / name) for name in _files(folder)}})
 
 
 def foreign(path: Path) -> str | None:
-    """What in the way of `put` was not written by us: a path in the folder, or the folder itself; None: nothing is."""
+    """What in the way of `put` was not written by us, or was changed since: a path in the folder, or the folder itself;
+    None: nothing is."""
     if not os.path.lexists(path):
         return None
     if path.is_symlink() or not path.is_dir():
         return path.name
     ours = _marker(path).get("files")
     known = ours if isinstance(ours, dict) else {}
-    return next((f"{path.name}/{name}" for name, size in _files(path) if known.get(name) != size), None)
+    return next((f"{path.name}/{name}" for name in _files(path) if not _is_noted(path / name, known.get(name))), None)
 
 
 def put(fresh: Path, target: Path) -> None:
@@ -227,8 +233,8 @@ def _mark(folder: Path, said: dict[str, Any]) -> None:
     (folder / MARKER).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """(path inside the folder, bytes) of all files and links in it, its mark left out. Links are not followed."""
+def _files(folder: Path) -> Iterator[str]:
+    """Paths inside the folder of all files and links in it, its mark left out. Links are not followed."""
     for place, names, files in os.walk(folder):
         names.sort()
         linked = [name for name in names if Path(place, name).is_symlink()]
@@ -236,7 +242,33 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
             file = Path(place, name)
             inside = file.relative_to(folder).as_posix()
             if inside != MARKER:
-                yield inside, -1 if file.is_symlink() else file.stat().st_size
+                yield inside
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    """What a seal says of a file."""
+    found = file.lstat()
+    return {"bytes": found.st_size, "time": found.st_mtime_ns, "sha256": _sha256(file)}
+
+
+def _is_noted(file: Path, noted: object) -> bool:
+    """Whether a file is what the seal says of it. Its bytes are read only where its time is another, as in a copy.
+
+    Seals of old say a size alone.
+    """
+    if file.is_symlink():
+        return False
+    found = file.stat()
+    if not isinstance(noted, dict):
+        return found.st_size == noted
+    if found.st_size != noted.get("bytes"):
+        return False
+    return found.st_mtime_ns == noted.get("time") or _sha256(file) == noted.get("sha256")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_ours(file: Path) -> bool:
