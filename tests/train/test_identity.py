@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import Distribution, EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import pytest
 import torch
 from fake import PROMPTS, Fake, album, brightness, config, tempflow
 
+from tempflow import algorithms, rewards
 from tempflow.algorithms import flow_grpo
 from tempflow.cli import main
 from tempflow.config import Config
@@ -28,7 +30,7 @@ from tempflow.data.prompts import Prompt
 from tempflow.rewards import JPEGCompressibility, from_function
 from tempflow.train import borrow, checkpoint, loop
 from tempflow.train.guards import GuardError
-from tempflow.train.identity import Identity, described, go_on, identity, read_identity
+from tempflow.train.identity import Identity, changed_contents, described, go_on, identity, read_identity
 from tempflow.train.interrupt import Interrupted
 from tempflow.train.loop import train
 from tempflow.train.resume import resumable
@@ -310,6 +312,50 @@ def test_objects_are_told_apart_by_kind_name_and_settings() -> None:
     assert described(partial(darkness, prompts=3)) != described(partial(darkness, prompts=4))
     loop_of = lambda: loop_of  # closes over itself  # noqa: E731
     assert described(loop_of)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, version: str, value: str = "fake:brightness") -> None:
+    """A package with a reward and an algorithm."""
+    metadata = f"Name: theirs\nVersion: {version}\n"
+    package = type("Package", (Distribution,), {"read_text": lambda _, name: metadata, "locate_file": None})()
+    points = EntryPoints(
+        EntryPoint(name, value, group)._for(package)  # type: ignore[attr-defined]
+        for name, value, group in (
+            ("mine", value, "tempflow.rewards"),
+            ("my_grpo", "tempflow.algorithms:flow_grpo", "tempflow.algorithms"),
+        )
+    )
+    for module in (rewards, algorithms):
+        monkeypatch.setattr(module, "entry_points", points.select)
+
+
+@pytest.mark.parametrize("where", ["rewards", "gold", "metric"])
+def test_another_package_s_reward_and_algorithm_are_recorded(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, "1.2")
+    named = {"rewards": {"rewards": [{"name": "mine"}]}, "gold": {"evaluation": {"gold": ["mine"]}}}
+    named["metric"] = {"evaluation": {"metric": "mine"}}
+    settings = config(tmp_path, algorithm={"name": "my_grpo"}, **named[where])
+
+    def now(**given: object) -> Identity:
+        return identity(settings, settings.algorithm.build(), {}, given)
+
+    was = now()
+    assert was.plugins == {
+        "reward 'mine'": "theirs 1.2 (fake:brightness)",
+        "algorithm 'my_grpo'": "theirs 1.2 (tempflow.algorithms:flow_grpo)",
+    }
+    assert Identity(**json.loads(json.dumps(was.to_json()))) == was and not changed_contents(was, now())
+    assert ("reward 'mine'" in now(reward=brightness).plugins) == (where != "rewards")
+    assert "algorithm 'my_grpo'" not in now(algorithm=flow_grpo()).plugins
+    installed(monkeypatch, "1.3", "fake:darkness")
+    assert changed_contents(was, now()) == [
+        "algorithm 'my_grpo': theirs 1.2 (tempflow.algorithms:flow_grpo) → theirs 1.3 (tempflow.algorithms:flow_grpo)",
+        "reward 'mine': theirs 1.2 (fake:brightness) → theirs 1.3 (fake:darkness)",
+    ]
+    older = {key: value for key, value in was.to_json().items() if key != "plugins"}  # as runs from before have it
+    assert not changed_contents(Identity(**older), now())
 
 
 def named(argument: str, value: object) -> str:

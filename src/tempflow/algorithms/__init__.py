@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from tempflow.algorithms.advantage_flow import advantage_flow
 from tempflow.algorithms.awm import awm
@@ -140,6 +140,12 @@ __all__ = [
 ]
 
 
+def plugin(name: str) -> EntryPoint | None:
+    """The installed package's entry point for the algorithm of that name; None where it is ours, or unknown."""
+    found = entry_points(group=ENTRY_POINTS)
+    return found[name] if name not in ALGORITHMS and name in found.names else None
+
+
 def find(name: str) -> Callable[..., Algorithm]:
     """The algorithm of that name: ours, or an installed package's by the entry point group "tempflow.algorithms".
 
@@ -147,8 +153,8 @@ def find(name: str) -> Callable[..., Algorithm]:
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    others = entry_points(group=ENTRY_POINTS)
-    if name in others.names:
-        return others[name].load()
-    meant = nearest(name, [*ALGORITHMS, *others.names])
+    entry = plugin(name)
+    if entry is not None:
+        return entry.load()
+    meant = nearest(name, [*ALGORITHMS, *entry_points(group=ENTRY_POINTS).names])
     raise ValueError(f"name: {name[:80]!r} is no known algorithm; nearest valid: {meant}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ __all__ = [
     "from_function",
     "names",
     "patient",
+    "plugin",
     "score_all",
 ]
 
@@ -49,6 +50,12 @@ def names() -> tuple[str, ...]:
     return (*REWARDS, *sorted(set(entry_points(group=GROUP).names) - set(REWARDS)))
 
 
+def plugin(name: str) -> EntryPoint | None:
+    """The installed package's entry point that makes the reward of that name; None where ours does, or nothing."""
+    found = {} if name in REWARDS else {entry.name: entry for entry in entry_points(group=GROUP)}
+    return found.get(name)
+
+
 def build(name: str) -> Reward:
     """The reward of that name: one of `REWARDS`, or an installed package's entry point in the group "tempflow.rewards".
 
@@ -56,15 +63,15 @@ def build(name: str) -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name]()
-    plugins = {p.name: p for p in entry_points(group=GROUP)}
-    if name not in plugins:
+    entry = plugin(name)
+    if entry is None:
         started = [known for known in names() if name and known.startswith(name)]
         near = (started or get_close_matches(name, names(), n=1, cutoff=0.0))[0]
         raise ValueError(f"reward: {name!r} is unknown; did you mean {near!r}? Known: {', '.join(names())}")
-    reward = plugins[name].load()()
+    reward = entry.load()()
     if not isinstance(reward, Reward):
         raise RewardError(
-            f"entry point {plugins[name].value!r} of reward {name!r} made a {type(reward).__name__}; "
+            f"entry point {entry.value!r} of reward {name!r} made a {type(reward).__name__}; "
             "expected an object with name, groupwise and score(media, prompts, metadata)"
         )
     return reward

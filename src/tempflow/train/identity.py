@@ -1,7 +1,8 @@
 """What a run depends on, by content: its record, and what differs from it when the run is gone on with.
 
-Files are told apart by their sha256, whatever their paths. Objects given to `tempflow.train` are told apart by kind and
-name, and by their plain fields; prompts given so by their content, and a model by its weights.
+Files are told apart by their sha256, whatever their paths; rewards and algorithms of other packages by these packages'
+versions. Objects given to `tempflow.train` are told apart by kind and name, and by their plain fields; prompts given so
+by their content, and a model by its weights.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
+from tempflow import algorithms, rewards
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
 from tempflow.data.prompts import SHAPES, Prompt, source_path
@@ -54,10 +57,12 @@ class Identity:
 
     contents  field of the configuration, or argument of `tempflow.train` → digests by file or part
     objects   argument of `tempflow.train` → what was given, by kind and name
+    plugins   "reward 'NAME'", "algorithm 'NAME'" → the installed package that it comes from
     """
 
     contents: Mapping[str, Digests]
     objects: Mapping[str, str]
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,18 +95,21 @@ def changed_contents(was: Identity, now: Identity) -> list[str]:
         for name in {**was.objects, **now.objects}
         if was.objects.get(name) != now.objects.get(name)
     ]
-    for field in was.contents.keys() & now.contents.keys():
-        old, new = was.contents[field], now.contents[field]
+    for name in was.contents.keys() & now.contents.keys():
+        old, new = was.contents[name], now.contents[name]
         for part in sorted({*old, *new}):
             if old.get(part) != new.get(part):
                 a, b = (f"sha256 {d[part][:SHOWN]}…" if part in d else "not there" for d in (old, new))
-                lines.append(f"{field}: {part} was {a}, is now {b}")
+                lines.append(f"{name}: {part} was {a}, is now {b}")
+    for name in was.plugins.keys() & now.plugins.keys():
+        if was.plugins[name] != now.plugins[name]:
+            lines.append(f"{name}: {was.plugins[name]} → {now.plugins[name]}")
     return sorted(lines)
 
 
 def same_contents(was: Identity, now: Identity) -> tuple[str, ...]:
     """Fields whose content is recorded and has stayed, wherever it lies now."""
-    return tuple(field for field, digests in was.contents.items() if digests == now.contents.get(field))
+    return tuple(name for name, digests in was.contents.items() if digests == now.contents.get(name))
 
 
 def check_given(folder: Path, was: Identity, given: Iterable[str]) -> None:
@@ -153,17 +161,17 @@ def identity(
         contents["model"] = {"weights": _weights(getattr(given["model"], "network", None))}
     else:
         contents["model.path"] = _pipeline(local_folder(config.model.path, config.model.revision))
-    for field, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
+    for name, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
         place = Path(where).expanduser()
         if where and place.exists():
-            contents[field] = {**_any(place), **_beside(place)}
+            contents[name] = {**_any(place), **_beside(place)}
     if algorithm.judge is not None:
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
         for name, value in config.algorithm.model_dump().items():
             if isinstance(value, str) and value != algorithm.judge and _there(Path(value), Path.is_dir):
                 contents[f"algorithm.{name}"] = _any(Path(value))
-    return Identity(contents, {name: _named(name, value) for name, value in given.items()})
+    return Identity(contents, {name: _named(name, value) for name, value in given.items()}, _plugins(config, given))
 
 
 def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
@@ -181,6 +189,21 @@ def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
     if files:
         found["files that they name"] = hashlib.sha256(json.dumps(_digests(files), sort_keys=True).encode()).hexdigest()
     return found
+
+
+def _plugins(config: Config, given: Mapping[str, object]) -> dict[str, str]:
+    """Of other packages' rewards and algorithm that the configuration names and that nothing `given` stands in for."""
+    named = {*config.evaluation.gold, config.evaluation.metric, *(() if "reward" in given else config.reward_weights)}
+    found = {f"reward {name!r}": rewards.plugin(name) for name in sorted(named)}
+    if "algorithm" not in given:
+        found[f"algorithm {config.algorithm.name!r}"] = algorithms.plugin(config.algorithm.name)
+    return {name: _package(entry) for name, entry in found.items() if entry is not None}
+
+
+def _package(entry: EntryPoint) -> str:
+    """Name and version of the package that an entry point is of, and what it points to."""
+    package = "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+    return f"{package} ({entry.value})"
 
 
 def _texts(value: object) -> Iterator[str]:
