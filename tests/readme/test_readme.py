@@ -31,6 +31,22 @@ def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings: small letters, hyphens for spaces, nothing else."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_into_pages_lead_to_a_heading() -> None:
+    lost = [
+        f"{page.name}: {target}#{anchor}"
+        for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+        for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text())
+        if anchor not in anchors((page.parent / target) if target else page)
+    ]
+    assert not lost
+
+
 @pytest.mark.parametrize("verb", ["train", "cost", "eval", "sample", "algorithms", "models", "rewards"])
 def test_verbs_exist(verb: str) -> None:
     assert main([verb, "--help"]) == 0
