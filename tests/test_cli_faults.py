@@ -104,6 +104,7 @@ FAULTS = [
     ("train --data.train shapes:trian", "data.train: 'shapes:trian' names no split", "'shapes:train'"),
     ("train --data.test here.txt", "data.test: here.txt is no file", "holds no .txt"),
     (f"train --data.train {LONG}", "data.train: 'xxx", "nearest valid: at most 4,096"),
+    ("train --evaluation.before runs/gone", "evaluation.before: 'runs/gone' is no folder", "nearest valid: a run's"),
     ("train --name a/b", "name: 'a/b' names a folder too", "nearest valid: 'a-b'"),
     ("cost leaderboard_flow_cps --algorithm.group 1", "algorithm.group: 1 must be at least 2", ""),
     ("cost --optimizer.updates-per-iteration 99999", "optimizer.updates_per_iteration: 99999", "nearest valid: "),

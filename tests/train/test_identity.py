@@ -173,6 +173,14 @@ def test_what_does_not_matter_may_change_and_what_has_moved_is_the_same(world: W
     assert "model.path: " in world.refusal(settings)
 
 
+def test_a_folder_that_the_algorithm_names_is_missed_before_any_work(world: World) -> None:
+    (world.root / "dino").rename(world.root / "moved")
+    with pytest.raises(ValueError, match=r"algorithm.dino: '\S+/dino' is no folder; nearest valid: "):
+        world.identity()
+    named = world.config(algorithm={"name": "vipo", "steps": 4, "group": 4, "dino": "facebook/dinov2-small"})
+    assert "algorithm.dino" not in world.identity(named).contents
+
+
 def test_the_embedded_world_and_latent_reward_are_recorded() -> None:
     settings = config(Path("x"), algorithm={"name": "drm_grpo", "reward": "shapes"})
     found = identity(settings, settings.algorithm.build(), {}, {}).contents

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tempflow.cli import fail
 from tempflow.cli.parse import configured_with, value_of
-from tempflow.strict import ConfigError, Place, Strict
+from tempflow.strict import ConfigError, Place, Strict, shown
 
 if TYPE_CHECKING:
     from tempflow.config import Config
@@ -43,6 +43,8 @@ def train_verb(args: Sequence[str]) -> int:
         return fail("allow_changes: nothing is resumed; nearest valid: --resume RUN --allow-changes")
     if options.resume is not None:
         config = config.replace(output=options.resume)
+    elif config.evaluation.before and not Path(config.evaluation.before).is_dir():
+        raise ConfigError(f"evaluation.before: {shown(config.evaluation.before)} is no folder; nearest valid: a run's")
     _check_prompts(config)
     from tempflow.train.guards import GuardError
     from tempflow.train.interrupt import Interrupted

@@ -29,7 +29,7 @@ from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
 from tempflow.data.prompts import SHAPES, Prompt, source_path
 from tempflow.folder import PIPELINE
-from tempflow.models import local_folder
+from tempflow.models import HUB_ID, local_folder
 from tempflow.models.lora import ADAPTER_CONFIG
 from tempflow.rewards import Patient
 from tempflow.rewards.function import FunctionReward
@@ -154,7 +154,7 @@ def identity(
     given      the objects that `tempflow.train` was given, by argument
 
     Reads every byte of the files that the run depends on; those of a hub id are fetched first. Raises ValueError for a
-    model that is not there, OSError for a file that cannot be read.
+    model, or a folder that the algorithm names, that is not there, OSError for a file that cannot be read.
     """
     contents: dict[str, Digests] = {name: _prompts(name, config, listed) for name, listed in prompts.items()}
     if "model" in given:
@@ -169,8 +169,12 @@ def identity(
         contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
     if "algorithm" not in given:
         for name, value in config.algorithm.model_dump().items():
-            if isinstance(value, str) and value != algorithm.judge and _there(Path(value), Path.is_dir):
+            if not isinstance(value, str) or value == algorithm.judge:
+                continue
+            if _there(Path(value), Path.is_dir):
                 contents[f"algorithm.{name}"] = _any(Path(value))
+            elif os.sep in value and not HUB_ID.fullmatch(value):
+                raise ValueError(f"algorithm.{name}: {value!r} is no folder; nearest valid: one that is, or a hub id")
     return Identity(contents, {name: _named(name, value) for name, value in given.items()}, _plugins(config, given))
 
 
