@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake import PROMPTS, same, weights
+from fake import PROMPTS, Fake, TokenFake, same, weights
 from family import FAMILY
 from loop_checks import bench_of, check_counts, check_no_spread, constant, judging, partly_flat
 from torch import Tensor
@@ -39,7 +39,19 @@ from tempflow.train.step import credit
 
 FOLDER = Path(algorithms.__file__).parent
 EDGES = {name for name, make in ALGORITHMS.items() if make().draws is None}
-by_name = pytest.mark.parametrize("name", FAMILY)
+PICTURES_ALONE = {
+    "vipo": "a ratio at every position needs the latent's rows and columns",
+    "vipo, region": "its map has the latent's rows and columns",
+}
+"""Algorithms that no latent of tokens can have, and why."""
+
+on_both_shapes = pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(pytest.param(name, Fake, id=name) for name in FAMILY),
+        *(pytest.param(name, TokenFake, id=f"{name}, tokens") for name in FAMILY if name not in PICTURES_ALONE),
+    ],
+)
 
 
 def test_the_family_is_whole() -> None:
@@ -63,15 +75,21 @@ def test_an_error_names_the_argument_it_is_about(name: str) -> None:
                 ALGORITHMS[name](**{field: value})
 
 
-@by_name
-def test_forwards_are_the_costs(name: str) -> None:
-    check_counts(FAMILY[name](4))
+@pytest.mark.parametrize("name", PICTURES_ALONE)
+def test_what_needs_pictures_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=r"latents \[4, 2\] have no rows and columns"):
+        bench_of(FAMILY[name](4), model=TokenFake()).collect()
 
 
-@by_name
-def test_the_first_ratio_is_exactly_one(name: str) -> None:
+@on_both_shapes
+def test_forwards_are_the_costs(name: str, kind: type[Fake]) -> None:
+    check_counts(FAMILY[name](4), model=kind())
+
+
+@on_both_shapes
+def test_the_first_ratio_is_exactly_one(name: str, kind: type[Fake]) -> None:
     """To the last bit, whatever the batches are, as the training forward is its own measure."""
-    bench = bench_of(FAMILY[name](4), rollout_rows=11, train_rows=5, guidance=2.0)
+    bench = bench_of(FAMILY[name](4), rollout_rows=11, train_rows=5, guidance=2.0, model=kind())
     before = weights(bench.model)
     seen = bench.iterate()
     assert seen["log_ratio_max"] == 0
@@ -92,21 +110,21 @@ def blind(algorithm: Algorithm) -> Algorithm:
     return replace(algorithm, observe=seen)  # type: ignore[arg-type]
 
 
-@by_name
-def test_groups_without_spread_bear_no_gradient(name: str) -> None:
+@on_both_shapes
+def test_groups_without_spread_bear_no_gradient(name: str, kind: type[Fake]) -> None:
     if name == "perceptual_entropy, pcvae":
         pytest.skip("its bonus is the path's log p, which is never flat")
     judge = {"judge": judging(lambda x, sigma, rows: sigma + rows)} if name.startswith("drm_grpo") else {}
-    check_no_spread(blind(FAMILY[name](4)), **judge)
+    check_no_spread(blind(FAMILY[name](4)), model=kind(), **judge)
 
 
-@by_name
-def test_flat_groups_among_others_bear_none_either(name: str) -> None:
+@on_both_shapes
+def test_flat_groups_among_others_bear_none_either(name: str, kind: type[Fake]) -> None:
     """Prompts 0, 2, 4 are flat: the gradient is that of the others' edges alone, and only those are computed."""
     if name.startswith(("reinforce_pp", "perceptual_entropy, pcvae", "drm_grpo")):
         pytest.skip("compared across prompts, by log p, or by a judge: a prompt of equal rewards is not flat")
     algorithm = blind(FAMILY[name](4))
-    bench = bench_of(algorithm, reward=partly_flat, max_grad_norm=1e9)
+    bench = bench_of(algorithm, reward=partly_flat, max_grad_norm=1e9, model=kind())
     experience = bench.collect()
     given = credit(bench.setting, experience).advantage
     flat = experience.whole.edges.prompt % 2 == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, brightness, weights
+from fake import PROMPTS, Bench, Fake, TokenFake, brightness, weights
 from PIL import Image
 from torch import Tensor
 
@@ -122,10 +122,11 @@ def test_costs_of_the_papers_settings() -> None:
 
 
 @every
-def test_counted_forwards_are_the_cost(make: Callable[[], Algorithm]) -> None:
+@pytest.mark.parametrize("kind", [Fake, TokenFake])
+def test_counted_forwards_are_the_cost(make: Callable[[], Algorithm], kind: type[Fake]) -> None:
     """A rollout's N·T forwards, then pairs times weight sets, in batches no larger than allowed; ratios start at 1."""
     algorithm = make()
-    bench = Bench(algorithm=algorithm, train_rows=11, rollout_rows=13, max_grad_norm=1e9)
+    bench = Bench(kind(), algorithm, train_rows=11, rollout_rows=13, max_grad_norm=1e9)
     metrics = bench.iterate()
     cost, counter = algorithm.cost(0, len(PROMPTS)), bench.counter
     kept = next((n * len(PROMPTS) for k, n in SELECTING.items() if SMALL[k] is make), cost.trained_edges)

@@ -31,6 +31,9 @@ from tempflow.train.watcher import Watcher
 from tempflow.train.weightsets import Trainable, WeightSet
 
 SHAPE, SIZE = (2, 2, 2), (2, 2)
+TOKENS = (4, 2)
+"""The same latent as tokens [N, C], one for each pixel."""
+
 PROMPTS = ("a dim lamp", "the sun", "a candle at night", "fog", "an old torch", "snow")
 SPREAD = 0.5
 
@@ -38,8 +41,9 @@ SPREAD = 0.5
 class Velocity(nn.Module):
     """v = (x − x̂0)/σ, where x̂0 is the posterior mean of x0 ~ N(m, SPREAD²) and m = mean(condition)."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, shape: tuple[int, ...] = SHAPE) -> None:
         super().__init__()
+        self.shape = shape
         self.mean = nn.Linear(2, 8)
         self.drop = nn.Dropout(dropout)
         with torch.no_grad():
@@ -47,8 +51,8 @@ class Velocity(nn.Module):
             self.mean.bias.zero_()
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        m = self.drop(self.mean(condition)).view(-1, *SHAPE)
-        s = sigma.to(x.dtype).view(-1, 1, 1, 1)
+        m = self.drop(self.mean(condition)).view(-1, *self.shape)
+        s = sigma.to(x.dtype).view(-1, *[1] * len(self.shape))
         gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
         return (x - m - gain * (x - (1 - s) * m)) / s
 
@@ -57,9 +61,10 @@ class Fake:
     """Implements `models.protocol.Model`. `rows` lists the rows of every forward of the network, copies included."""
 
     name, licence = "fake", "Apache-2.0"
+    shape: tuple[int, ...] = SHAPE
 
     def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
-        self.network = Velocity(dropout).to(dtype)
+        self.network = Velocity(dropout, self.shape).to(dtype)
         self.dtype = dtype
         self.rows: list[int] = []
         self.network.register_forward_hook(lambda module, given, out: self.rows.append(len(out)))
@@ -89,7 +94,7 @@ class Fake:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         if size != SIZE:
             raise ValueError(f"height, width: {size} must be {SIZE}; nearest valid: {SIZE}")
-        return SHAPE
+        return self.shape
 
     def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
         module = self.network if network is None else network
@@ -116,6 +121,18 @@ class Fake:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = (self.network if network is None else network).state_dict()
         save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/model.safetensors")
+
+
+class TokenFake(Fake):
+    """Its states are tokens [B, N, C], as those of models that patch their latents before the sampler sees them."""
+
+    name, shape = "token fake", TOKENS
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        return super().decode(x.transpose(1, 2).unflatten(2, SIZE), size)
+
+    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+        return super().encode_media(media, size).flatten(2).transpose(1, 2).contiguous()
 
 
 def album(folder: Path, count: int = 6) -> Path:

@@ -1,0 +1,85 @@
+"""All that golden updates use of the library beyond its public calls, from where this revision or an older one has it.
+
+When a name moves, its new home goes in front of its line in HOMES and the old one stays behind, so that the revision
+before can still be driven. `tempflow.train`, `tempflow.Config` and the algorithms' names and arguments need no line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+HOMES = {
+    "Conditioning": ("tempflow.models.protocol",),
+    "Encoded": ("tempflow.models.protocol",),
+    "TextInputs": ("tempflow.models.protocol",),
+    "Schedule": ("tempflow.core.schedule",),
+    "linear": ("tempflow.core.schedule",),
+    "LatentReward": ("tempflow.latent_reward",),
+    "ALGORITHMS": ("tempflow.algorithms",),
+    "Surrogate": ("tempflow.core.surrogate",),
+}
+"""Each name's homes, the newest first."""
+
+LOSSES = ("tempflow.core.objective",)
+"""The package whose files the losses are in, the newest first."""
+
+SETS = {"policy": "weights", "average": "ema", "old": "set.old", "sampling": "set.sampling", "moving": "set.ema"}
+"""Weight sets, and their files in a checkpoint's folder `policy`."""
+
+
+def home(name: str) -> Any:
+    """The module that has that name here. Raises ImportError that says what to add."""
+    for module in HOMES[name]:
+        found = _found(module)
+        if hasattr(found, name):
+            return found
+    raise ImportError(f"{name}: is in none of {HOMES[name]}; add its new home to {__name__}.HOMES")
+
+
+def losses() -> set[type]:
+    """The dataclasses that losses are composed of, with those that carry a batch or a result."""
+    package = next(found for name in LOSSES if (found := _found(name)) is not None)
+    names = [f"{package.__name__}.{item.name}" for item in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(name) for name in names] + [home("Surrogate")]
+    return {
+        item
+        for module in modules
+        for item in vars(module).values()
+        if isinstance(item, type) and dataclasses.is_dataclass(item) and item.__module__ == module.__name__
+    }
+
+
+def _found(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(home(name), name)
+
+
+def weight_sets(run: Path, iteration: int) -> dict[str, dict[str, Tensor]]:
+    """The policy's weights after that iteration and those of all sets that move, by set and parameter.
+
+    Raises ValueError for a file that is not known, so that no set is forgotten.
+    """
+    names = {file: name for name, file in SETS.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for file in sorted((run / "checkpoints" / f"{iteration:06d}" / "policy").glob("*.safetensors")):
+        if file.stem == "optimizer":
+            continue
+        if file.stem not in names:
+            raise ValueError(f"{file.name}: is no weight set of {__name__}.SETS; nearest valid: add it there")
+        found[names[file.stem]] = load_file(file)
+    return found

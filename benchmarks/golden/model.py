@@ -1,0 +1,141 @@
+"""The tiny generator that golden updates train: eight latent elements, 88 weights, every result the same on any CPU.
+
+It computes in float64 where it is asked to: what the loop rounds to float32 then rounds alike whatever kernels the CPU
+has. It stands by itself, so that one copy of this file drives two revisions of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.golden.library import Conditioning, Encoded, Schedule, TextInputs, linear
+
+SHAPE, SIZE = (2, 2, 2), (2, 2)
+PROMPTS = ("a dim lamp", "the sun", "a candle at night", "fog")
+SPREAD = 0.5
+
+
+class Network(nn.Module):
+    """The velocity of Gaussian data around a trained mean of the prompt, bent by a trained mixing of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.mix = nn.Linear(2, 8), nn.Linear(8, 8, bias=False)
+        with torch.no_grad():
+            self.mean.weight.copy_(torch.linspace(-0.3, 0.3, 16).view(8, 2))
+            self.mean.bias.copy_(torch.linspace(0.1, -0.1, 8))
+            self.mix.weight.copy_(torch.linspace(0.2, -0.2, 64).view(8, 8).roll(3, 0))
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        m = self.mean(condition).view(-1, *SHAPE)
+        s = sigma.to(x.dtype).view(-1, 1, 1, 1)
+        gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
+        return (x - m - gain * (x - (1 - s) * m)) / s + torch.tanh(self.mix(x.flatten(1))).view(x.shape)
+
+
+class Generator:
+    """Implements `models.protocol.Model`, in float64 or float32."""
+
+    name, licence = "golden", "Apache-2.0"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.network, self.dtype, self.device = Network().to(dtype), dtype, torch.device("cpu")
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule("mean"), network.get_submodule("mix")]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        embeds = torch.stack([self.text_inputs(p).tokens["text"] for p in prompts])
+        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": torch.zeros(1, 1, 2)})
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        token = torch.tensor([[len(prompt) / 16, sum(c in "aeiou" for c in prompt) / 8]])
+        return TextInputs({"text": token}, {"text": torch.ones(1, dtype=torch.bool)})
+
+    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+        return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
+
+    def schedule(self, steps: int, size: Any) -> Schedule:
+        return linear(steps, 2.0)
+
+    def noise_shape(self, size: Any) -> tuple[int, ...]:
+        return SHAPE
+
+    def predictor(
+        self, condition: Conditioning, guidance: float, network: nn.Module | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        module = self.network if network is None else network
+        tokens = condition.tensors["embeds"][:, 0].to(self.dtype)
+
+        def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            v = module(x.to(self.dtype), sigma, tokens[rows])
+            if guidance == 1:
+                return v
+            base = module(x.to(self.dtype), sigma, torch.zeros_like(tokens[rows]))
+            return base + guidance * (v - base)
+
+        return predict
+
+    def decode(self, x: Tensor, size: Any) -> Tensor:
+        light = 127.5 + 40 * x.double().mean(1)  # eight bits a pixel are enough: float64 keeps them from tipping over
+        tint = x.double()[:, 0, ..., None] * torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
+        return (light[..., None] + tint).clamp(0, 255).round().to(torch.uint8).contiguous()
+
+    def encode_media(self, media: Tensor, size: Any) -> Tensor:
+        grey = (media.float().mean(-1) - 127.5) / 40
+        return torch.stack([grey, grey.flip(-1)], 1)
+
+    def save(self, folder: str, network: nn.Module | None = None) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = (self.network if network is None else network).state_dict()
+        save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/model.safetensors")
+
+
+def worth(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    """Light, whose pixels count differently, so that hardly two pictures are worth the same; the sun is to be dark."""
+    pixels = [list(image.convert("L").tobytes()) for image in images]
+    light = [sum(w * p for w, p in zip((1.0, 1.1, 1.23, 1.37), grey, strict=True)) / 1200 for grey in pixels]
+    return [-value if prompt == "the sun" else value for value, prompt in zip(light, prompts, strict=True)]
+
+
+def evenness(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    """A second reward, which pulls elsewhere."""
+    pixels = [list(image.convert("L").tobytes()) for image in images]
+    return [(min(grey) - max(grey)) / 255 for grey in pixels]
+
+
+def patchy(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    """Every fifth score fails, and fog is always worth the same."""
+    values = worth(images, prompts)
+    return [
+        None if number % 5 == 3 else 0.5 if prompt == "fog" else value
+        for number, (prompt, value) in enumerate(zip(prompts, values, strict=True))
+    ]
+
+
+def pictures(folder: Path) -> list[dict[str, str]]:
+    """Prompts that name pictures of their own, which it draws: a bright one chosen, a dark one rejected.
+
+    Pictures of prompts given as objects are looked for in the working directory.
+    """
+    lines: list[dict[str, str]] = []
+    for number, prompt in enumerate(PROMPTS):
+        line = {"prompt": prompt}
+        for key, low in (("chosen", 150), ("rejected", 60)):
+            line[key] = f"{number}_{key}.png"
+            shades = bytes(low + (31 * number + 17 * place) % 50 for place in range(12))
+            Image.frombytes("RGB", SIZE, shades).save(folder / line[key])
+        lines.append({**line, "image": line["chosen"]})
+    return lines
+
+
+def judged(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+    """A latent reward: how light the state is."""
+    return x.double().flatten(1).mean(1) * (1 + sigma.double())
