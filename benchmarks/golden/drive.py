@@ -129,7 +129,7 @@ def _fields(case: Case, rate: float, folder: Path) -> dict[str, object]:
         "rollout_rows": 16,
         "train_rows": 16,
         "algorithm": {"name": case.algorithm},  # the object that `built` gives takes its place
-        "model": {"height": 2, "width": 2, "guidance": case.guidance},
+        "model": {"height": 4, "width": 4, "guidance": case.guidance},
         "data": {"prompts_per_iteration": 3},
         "optimizer": {"updates_per_iteration": 2, **(case.optimizer or plain)},
         "evaluation": {"every": 0, "validation_prompts": 1, "test_prompts": 1, "steps": 1, "metric": "reward"},
