@@ -30,7 +30,7 @@ def seconds(a: argparse.Namespace, waiting: Mapping[str, str], busy: int) -> lis
     shutil.rmtree(a.out, ignore_errors=True)
     words = [
         "train",
-        "shapes_demo",
+        "shapes_tempflow",
         "--output",
         str(a.out),
         "--threads",

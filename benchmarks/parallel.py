@@ -33,7 +33,7 @@ def seconds(out: Path, ranks: int, mode: str, iterations: int, prompts: int) -> 
             "-m",
             "tempflow.cli",
         ),
-        *("train", "shapes_demo", "--output", str(folder), "--iterations", str(iterations), "--threads", "1"),
+        *("train", "shapes_tempflow", "--output", str(folder), "--iterations", str(iterations), "--threads", "1"),
         *("--data.prompts-per-iteration", str(prompts), "--parallel.mode", mode, "--model.dtype", "float32"),
         *("--evaluation.every", "0", "--evaluation.validation-prompts", "12", "--evaluation.test-prompts", "12"),
         *("--checkpoint.every", "1000"),

@@ -26,7 +26,7 @@ FILES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "samples.json", "be
 
 def command(folder: Path, iterations: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "tempflow.cli", "train", "shapes_demo", "--output", str(folder)),
+        *(sys.executable, "-m", "tempflow.cli", "train", "shapes_tempflow", "--output", str(folder)),
         *("--iterations", str(iterations), "--threads", "1", "--data.prompts-per-iteration", "2"),
         *("--checkpoint.every", "1", "--evaluation.every", "20", "--evaluation.validation-prompts", "12"),
         *("--evaluation.test-prompts", "12"),

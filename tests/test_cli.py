@@ -63,12 +63,12 @@ def test_every_verb_is_in_the_usage():
 
 # --------------------------------------------------------------------------------------------------- overrides
 def test_overrides_are_laid_over_a_recipe():
-    base = RECIPES["shapes_demo"]()
-    made = configured("train", ["shapes_demo"])
+    base = RECIPES["shapes_tempflow"]()
+    made = configured("train", ["shapes_tempflow"])
     assert made == base
     flags = "--algorithm.seeds 3 --algorithm.branch-steps None --optimizer.learning-rate 1e-3 --rewards.0.weight 2"
     made = configured(
-        "train", ["shapes_demo", *flags.split(), "--threads=2", "--seed", "-5", "--model.dtype", "bfloat16"]
+        "train", ["shapes_tempflow", *flags.split(), "--threads=2", "--seed", "-5", "--model.dtype", "bfloat16"]
     )
     expected = base.model_dump(mode="json")
     expected["algorithm"] |= {"seeds": 3, "branch_steps": None}
@@ -94,9 +94,9 @@ def test_the_default_is_the_demo_recipe():
 
 @pytest.mark.parametrize("flag", [["--algorithm.name", "flow_grpo"], ["--algorithm.name=flow_grpo"]])
 def test_another_algorithm_comes_with_its_own_defaults(flag):
-    made = configured("train", ["shapes_demo", *flag, "--algorithm.group", "6"])
+    made = configured("train", ["shapes_tempflow", *flag, "--algorithm.group", "6"])
     assert made.algorithm == algorithm_config("flow_grpo")(name="flow_grpo", group=6)
-    assert made.optimizer == RECIPES["shapes_demo"]().optimizer
+    assert made.optimizer == RECIPES["shapes_tempflow"]().optimizer
 
 
 def test_another_name_gives_another_folder_unless_one_is_chosen():

@@ -140,7 +140,7 @@ FAULTS = [
     ("export a --to x", "--to: no such option", "--output"),
     ("sample --guidance-scale 3", "--guidance-scale: no such option", "--guidance"),
     ("sample --num-inference-steps 3", "--num-inference-steps: no such option", "--steps"),
-    ("train shapes_tempflow", "'shapes_tempflow' is neither a recipe nor a .yaml file", "'shapes_demo'"),
+    ("train shapes_demo", "'shapes_demo' is neither a recipe nor a .yaml file", "'shapes_tempflow'"),
     ("train shapes_flow_cps", "'shapes_flow_cps' is neither a recipe nor", "'leaderboard_flow_cps'"),
     ("train vipo", "'vipo' is neither a recipe nor", "'leaderboard_vipo'"),
 ]

@@ -278,7 +278,7 @@ def test_the_size_of_a_lora_is_pefts() -> None:
 
 
 def test_what_a_full_run_writes() -> None:
-    base = RECIPES["shapes_demo"]()
+    base = RECIPES["shapes_tempflow"]()
     tensors = load_file(shapes_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     assert base.optimizer.ema_decay > 0

@@ -26,7 +26,7 @@ from tempflow.export import write as export_write
 from tempflow.models import SD3, load, shapes_folder
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import licence_of
-from tempflow.recipes.shapes import shapes_demo, shapes_lora
+from tempflow.recipes.shapes import shapes_lora, shapes_tempflow
 from tempflow.train import checkpoint
 
 PROMPT, STEPS, SIZE, TOKENS = "a red circle", 3, (32, 32), 10
@@ -35,7 +35,7 @@ NOISE = Noise(seed=11)
 
 # ---------------------------------------------------------------------------------------------------------- small runs
 def configured(training: str, dtype: str, folder: Path, alpha: int = 16) -> Config:
-    base = (shapes_lora if training == "lora" else shapes_demo)()
+    base = (shapes_lora if training == "lora" else shapes_tempflow)()
     model = base.model.model_dump() | {"dtype": dtype, "lora_rank": 8, "lora_alpha": alpha}
     return Config.model_validate(base.model_dump() | {"model": model, "output": str(folder)})
 

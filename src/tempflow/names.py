@@ -311,7 +311,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "ppo": ("ddpo",),
     "nft": ("diffusion_nft",),
     "dpo": ("online_dpo",),
-    "tempflow": ("tempflow_grpo", "shapes_demo"),
+    "tempflow": ("tempflow_grpo", "shapes_tempflow"),
     "tb": ("tensorboard",),
     "sum": ("merged",),
     "last": ("policy",),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tempflow.config import Config
 from tempflow.models import load
-from tempflow.recipes.shapes import shapes_demo, shapes_flow, shapes_lora
+from tempflow.recipes.shapes import shapes_flow, shapes_lora, shapes_tempflow
 from tempflow.train.loop import Run, train
 
 SMALL = {"every": 1, "validation_prompts": 6, "test_prompts": 12, "steps": 2, "metric": "shapes_strict"}
@@ -38,9 +38,9 @@ def small(config: Config, folder: Path, **fields: object) -> Config:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_with_one_seed_write_identical_files(tmp_path: Path, dtype: str) -> None:
-    model = shapes_demo().model.model_dump() | {"dtype": dtype}
+    model = shapes_tempflow().model.model_dump() | {"dtype": dtype}
     for name in "ab":
-        train(small(shapes_demo(), tmp_path / name, model=model), quiet=True)
+        train(small(shapes_tempflow(), tmp_path / name, model=model), quiet=True)
     for file in ("metrics.jsonl", "evaluation.jsonl", "samples.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -65,7 +65,7 @@ def test_forwards_by_hook_equal_cost_and_the_counter(tmp_path: Path) -> None:
         lambda module, args, kwargs, out: rows.append((torch.is_grad_enabled(), len(kwargs["hidden_states"]))),
         with_kwargs=True,
     )
-    config = small(shapes_demo(), tmp_path / "run", iterations=1)
+    config = small(shapes_tempflow(), tmp_path / "run", iterations=1)
     run = train(config, model=model, quiet=True)
     expected = config.algorithm.build().cost(0, 2)
     assert run.counter.rollout == expected.forwards
@@ -75,7 +75,7 @@ def test_forwards_by_hook_equal_cost_and_the_counter(tmp_path: Path) -> None:
 
 
 def test_the_trained_folder_loads_and_draws_as_the_run_reported(tmp_path: Path) -> None:
-    run: Run = train(small(shapes_demo(), tmp_path / "run"), quiet=True)
+    run: Run = train(small(shapes_tempflow(), tmp_path / "run"), quiet=True)
     weights = load_file(run.folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     state = run.model.network.state_dict()
     assert weights.keys() <= state.keys()
@@ -87,6 +87,6 @@ def test_own_reward_function(tmp_path: Path) -> None:
         pixels = [np.asarray(image, dtype=float) / 255 for image in images]
         return [p[..., 0].mean() - p[..., 1:].mean() for p in pixels]
 
-    run = train(small(shapes_demo(), tmp_path / "run"), reward=redness, quiet=True)
+    run = train(small(shapes_tempflow(), tmp_path / "run"), reward=redness, quiet=True)
     assert run.metric == "reward"
     assert run.before.scores.names == ("redness", "reward")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE, SUFFIXES = "demo", (".yaml", ".yml")
 
-RENAMED = {"shapes_tempflow": "shapes_demo"}
+RENAMED = {"shapes_demo": "shapes_tempflow"}
 """Recipes that are called otherwise now."""
 
 Own = TypeVar("Own", bound=Strict)

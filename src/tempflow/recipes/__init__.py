@@ -9,7 +9,7 @@ from tempflow.config import Config
 from tempflow.recipes.every import ENTRIES, Entry, recipe
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
-from tempflow.recipes.shapes import demo, shapes_demo, shapes_flow, shapes_lora
+from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
 
 
 def _named(entry: Entry) -> Callable[[], Config]:
@@ -23,7 +23,7 @@ def _named(entry: Entry) -> Callable[[], Config]:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
-    "shapes_demo": shapes_demo,
+    "shapes_tempflow": shapes_tempflow,
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
     "sd35_medium_tempflow": sd35_medium_tempflow,
@@ -36,9 +36,9 @@ __all__ = [
     "RECIPES",
     "demo",
     "sd35_medium_tempflow",
-    "shapes_demo",
     "shapes_diffusion_dpo",
     "shapes_flow",
     "shapes_lora",
     "shapes_sft",
+    "shapes_tempflow",
 ]
