@@ -28,8 +28,9 @@ from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import evaluate, fixed_prompts
 from tempflow.rewards import build
 from tempflow.rewards.protocol import Reward
-from tempflow.train.loop import prepare_model, train
-from tempflow.train.weightsets import Trainable
+from tempflow.train.build import prepare_model
+from tempflow.train.trainer import train
+from tempflow.train.weights import Trainable
 
 TRAINED = equivalents(0, 1, guided=False)
 """Forward-equivalents of a trained row."""

@@ -27,8 +27,8 @@ from mixture import PROMPTS, Mixture, bench, gap_closed, mean_reward, samples, t
 
 from tempflow.algorithms import Algorithm, diffusion_nft, elbo_pg  # noqa: E402
 from tempflow.core.objective.likelihood import PolicyGradient  # noqa: E402
-from tempflow.core.objective.penalty import PredictionPenalty  # noqa: E402
-from tempflow.train.step import credit  # noqa: E402
+from tempflow.core.objective.regularizer import PredictionDistance  # noqa: E402
+from tempflow.train.experience import credit  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def anchored(coefficient: float) -> Algorithm:
     """With a squared velocity distance to old, and the advantage not scaled down."""
     plain = elbo(gain=1.0)
     assert isinstance(plain.objective, PolicyGradient)
-    return replace(plain, objective=replace(plain.objective, penalties=(PredictionPenalty("old", coefficient),)))
+    return replace(plain, objective=replace(plain.objective, regularizers=(PredictionDistance("old", coefficient),)))
 
 
 CASES: Mapping[str, Case] = {
@@ -89,7 +89,7 @@ def moved(rate: float, iterations: int = 10) -> tuple[list[float], list[float]]:
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         experience = run.collect(iteration, PROMPTS * 2)
-        advantage.append(float(credit(run.setting, experience).advantage.value.abs().mean()))
+        advantage.append(float(credit(run.context, experience).advantage.value.abs().mean()))
         # the metric is a mean over both updates, and δ is 0 at the first
         shift.append(2 * run.update(experience, iteration)["log_ratio_abs"])
     return advantage, shift

@@ -50,12 +50,11 @@ from tempflow.models import SD3, load
 from tempflow.models.protocol import Model
 from tempflow.models.quiet import quiet
 from tempflow.rewards import from_function
-from tempflow.train.learn import update
-from tempflow.train.lessons import lessons, loss_of
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import Experience, collect, credit
-from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Trainable
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import Experience, collect, credit
+from tempflow.train.guards import Guards
+from tempflow.train.update import loss_of, training_batch, update
+from tempflow.train.weights import Trainable
 
 SIZE = (32, 32)
 GUIDANCE = (1.0, 4.5)
@@ -155,7 +154,7 @@ def model_of(network: str, dtype: str) -> SD3:
 
 def setting_for(
     model: Model, dynamics: Dynamics, grown: plan.Plan, clip: float, guidance: float, rows: tuple[int, int], seed: int
-) -> Setting:
+) -> Context:
     plain = clipped(clip, clip)
     algorithm = Algorithm(
         name="first_ratio",
@@ -163,9 +162,9 @@ def setting_for(
         plan=lambda iteration, slot: grown,
         dynamics=dynamics,
         credit=GroupZScore(),
-        objective=Heard(plain.gate, plain.ratio, plain.pulls),
+        objective=Heard(plain.clip, plain.ratio, plain.regularizers),
     )
-    return Setting(
+    return Context(
         model=model,
         algorithm=algorithm,
         schedule=model.schedule(grown.steps, SIZE),
@@ -181,16 +180,16 @@ def setting_for(
     )
 
 
-def first_update(setting: Setting, experience: Experience) -> Seen:
+def first_update(context: Context, experience: Experience) -> Seen:
     """What the loop's loss sees at the first update; nothing is taken from it."""
-    given = credit(setting, experience)
-    taught = lessons(setting, experience, given, 0, ())
-    objective = setting.algorithm.objective
+    given = credit(context, experience)
+    taught = training_batch(context, experience, given, 0, ())
+    objective = context.algorithm.objective
     assert isinstance(objective, Heard)
     objective.old.clear()
-    ratio, gap, batches = 0.0, 0.0, taught.batches(setting.train_rows)
+    ratio, gap, batches = 0.0, 0.0, taught.minibatches(context.train_rows)
     for batch in batches:
-        metrics = loss_of(setting, experience, given, batch).metrics
+        metrics = loss_of(context, experience, given, batch).metrics
         ratio = max(ratio, float(metrics["log_ratio_abs"].max()))
         gap = max(gap, float(metrics["rollout_gap"].max()))
     rollout = experience.forest.edges.log_prob[torch.cat([batch.row for batch in batches])]
@@ -224,34 +223,34 @@ def trained(model: SD3, network: str, updates: int, prompts: Sequence[Prompt]) -
         return model.network
     wide = model_of(network, "float32")
     branching = tempflow_grpo(steps=4, seeds=1, branches=4, clip=1e-2, kl=0.0, eps=0.1)
-    setting = setting_for(wide, FlowSDE(0.9), branching.plan(0, 0), 1e-2, 1.0, (96, 96), 0)
-    setting = replace(setting, algorithm=branching)
+    context = setting_for(wide, FlowSDE(0.9), branching.plan(0, 0), 1e-2, 1.0, (96, 96), 0)
+    context = replace(context, algorithm=branching)
     trainable = Trainable(wide.network)
     optimizer = torch.optim.AdamW(trainable.masters, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.0)
-    watcher = Watcher(GuardsConfig(), lambda iteration, alarms: None, print)
+    watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
     for iteration in range(updates):
-        experience = collect(setting, prompts, iteration, Counter(), Clock())
-        given = credit(setting, experience)
-        update(setting, experience, given, trainable, None, optimizer, iteration, Counter(), Clock(), watcher)
+        experience = collect(context, prompts, iteration, Counter(), Clock())
+        given = credit(context, experience)
+        update(context, experience, given, trainable, None, optimizer, iteration, Counter(), Clock(), watcher)
     with quiet():
         return wide.network.to(model.dtype)
 
 
-def faults(setting: Setting, texts: Sequence[str], networks: Mapping[str, nn.Module]) -> dict[str, Predict]:
+def faults(context: Context, texts: Sequence[str], networks: Mapping[str, nn.Module]) -> dict[str, Predict]:
     """What training asks in the policy's place."""
-    model, condition = setting.model, setting.model.encode(texts)
-    right = model.predictor(condition, setting.guidance)
-    sigmas = setting.schedule.sigmas
+    model, condition = context.model, context.model.encode(texts)
+    right = model.predictor(condition, context.guidance)
+    sigmas = context.schedule.sigmas
 
     def next_sigma(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         at = (sigmas[None] - sigma[:, None]).abs().argmin(1)
         return right(x, sigmas[at + 1], rows)
 
     return {
-        "guidance": model.predictor(condition, 1.0 if setting.guidance > 1 else 1.5),
+        "guidance": model.predictor(condition, 1.0 if context.guidance > 1 else 1.5),
         "prompt": lambda x, sigma, rows: right(x, sigma, (rows + 1) % len(texts)),
         "σ": next_sigma,
-        **{name: model.predictor(condition, setting.guidance, network=net) for name, net in networks.items()},
+        **{name: model.predictor(condition, context.guidance, network=net) for name, net in networks.items()},
     }
 
 
@@ -273,16 +272,16 @@ def table(a: argparse.Namespace, kernels: str) -> tuple[str, float, dict[str, fl
                 for seed in a.seeds:
                     grown_by = dict[int, Experience]()
                     for rows in ROWS:
-                        setting = setting_for(model, dynamics, grown, clip, guidance, rows, seed)
+                        context = setting_for(model, dynamics, grown, clip, guidance, rows, seed)
                         with KERNELS[kernels]():
                             if rows[0] not in grown_by:
-                                grown_by[rows[0]] = collect(setting, prompts, 0, Counter(), Clock())
-                            seen = seen.worst(first_update(setting, grown_by[rows[0]]))
+                                grown_by[rows[0]] = collect(context, prompts, 0, Counter(), Clock())
+                            seen = seen.worst(first_update(context, grown_by[rows[0]]))
                             if rows != ROWS[0] or seed != a.seeds[0]:
                                 continue
-                            for fault, policy in faults(setting, [p.text for p in prompts], networks).items():
+                            for fault, policy in faults(context, [p.text for p in prompts], networks).items():
                                 planted = replace(grown_by[rows[0]], models={"policy": policy})
-                                found = first_update(setting, planted)
+                                found = first_update(context, planted)
                                 wrong[fault] = wrong.get(fault, found).worst(found)
             healthy = max(healthy, seen.roundings)
             least = {f: min(least.get(f, w.roundings), w.roundings) for f, w in wrong.items()}
@@ -319,13 +318,13 @@ def recomputation(a: argparse.Namespace) -> str:
         one = setting_for(model, dynamics, grown, clip, 1.0, (24, 6), 0)
         trainable = Trainable(model.network)
         optimizer = torch.optim.SGD(trainable.masters, lr=0.0)
-        watcher = Watcher(GuardsConfig(), lambda iteration, alarms: None, print)
+        watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
         experience = collect(one, prompts, 0, Counter(), Clock())
         given, seconds, counts = credit(one, experience), ([], []), Counter()
         for _ in range(a.repeats):
-            for side, setting in enumerate((one, replace(one, updates=2))):
+            for side, context in enumerate((one, replace(one, updates=2))):
                 counts, began = Counter(), time.process_time()
-                update(setting, experience, given, trainable, None, optimizer, 0, counts, Clock(), watcher)
+                update(context, experience, given, trainable, None, optimizer, 0, counts, Clock(), watcher)
                 seconds[side].append(time.process_time() - began)
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
         lines.append(f"| {dtype} | {counts.train} | {counts.old} | {ratio:.3f} |")

@@ -26,20 +26,20 @@ from tempflow.core.rollout import Noise
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.models import load
 from tempflow.rewards import build
-from tempflow.train.learn import update
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import collect, credit
-from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Trainable
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import collect, credit
+from tempflow.train.guards import Guards
+from tempflow.train.update import update
+from tempflow.train.weights import Trainable
 
 SIZE = (32, 32)
 
 
-def setting_for(dtype: str, rows: int) -> Setting:
+def setting_for(dtype: str, rows: int) -> Context:
     model = load("shapes", dtype=dtype)
     model.train_fully()
     algorithm = tempflow_grpo(kl=0.0, clip=1e-2)
-    return Setting(
+    return Context(
         model=model,
         algorithm=algorithm,
         schedule=model.schedule(algorithm.steps, SIZE),
@@ -68,9 +68,9 @@ def timed(*sides: Callable[[], float | None], repeats: int) -> list[float]:
     return [statistics.median(s) for s in seconds]
 
 
-def bare(setting: Setting, batches: list[int], train: bool) -> None:
+def bare(context: Context, batches: list[int], train: bool) -> None:
     """The transformer alone on these row counts: forward, or forward and backward."""
-    model, dtype = setting.model, next(setting.model.network.parameters()).dtype
+    model, dtype = context.model, next(context.model.network.parameters()).dtype
     condition = model.encode(["a circle"])
     predict = model.predictor(condition, 1.0)
     context = torch.enable_grad if train else torch.no_grad
@@ -82,10 +82,10 @@ def bare(setting: Setting, batches: list[int], train: bool) -> None:
                 v.float().square().mean().backward()
 
 
-def sizes_of(setting: Setting, work: Callable[[], object]) -> list[int]:
+def sizes_of(context: Context, work: Callable[[], object]) -> list[int]:
     """Row counts of the transformer's calls during `work`, by a hook on the transformer."""
     sizes: list[int] = []
-    network: nn.Module = setting.model.network
+    network: nn.Module = context.model.network
     hook = network.register_forward_hook(
         lambda module, args, kwargs, out: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
@@ -94,10 +94,10 @@ def sizes_of(setting: Setting, work: Callable[[], object]) -> list[int]:
     return sizes
 
 
-def published_way(setting: Setting, texts: list[str], children_at_once: bool) -> int:
+def published_way(context: Context, texts: list[str], children_at_once: bool) -> int:
     """The same forest without the wavefront: trunk step by step, then each branch point's K children to the end, as one
     batch or one by one. Returns the rows given to the transformer."""
-    model, algorithm, schedule = setting.model, setting.algorithm, setting.schedule
+    model, algorithm, schedule = context.model, context.algorithm, context.schedule
     dynamics = algorithm.dynamics
     assert dynamics is not None
     predict = model.predictor(model.encode(texts), 1.0)
@@ -127,9 +127,9 @@ def published_way(setting: Setting, texts: list[str], children_at_once: bool) ->
     return rows_given
 
 
-def published_seconds(setting: Setting, texts: list[str], children_at_once: bool) -> float:
+def published_seconds(context: Context, texts: list[str], children_at_once: bool) -> float:
     began = time.perf_counter()
-    published_way(setting, texts, children_at_once)
+    published_way(context, texts, children_at_once)
     return time.perf_counter() - began
 
 
@@ -139,12 +139,12 @@ def peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def fastest_batch(setting: Setting, train: bool) -> tuple[int, float]:
+def fastest_batch(context: Context, train: bool) -> tuple[int, float]:
     """The row count at which the bare transformer is fastest, and its seconds a row there."""
     best_rows, best = 0, float("inf")
     for rows in (16, 32, 48, 64, 96, 128, 192, 256):
         batches = [rows] * max(1, 512 // rows)
-        (seconds,) = timed(partial(bare, setting, batches, train), repeats=3)
+        (seconds,) = timed(partial(bare, context, batches, train), repeats=3)
         best_rows, best = min((best_rows, best), (rows, seconds / sum(batches)), key=lambda pair: pair[1])
     return best_rows, best
 
@@ -154,55 +154,55 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     speed: dict[str, float] = {}
     texts = [p.text for p in prompts]
     print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
-    setting = setting_for(dtype, a.rows)
-    plan = setting.algorithm.plan(0, 0)
-    bare(setting, [a.rows], train=False)
+    context = setting_for(dtype, a.rows)
+    plan = context.algorithm.plan(0, 0)
+    bare(context, [a.rows], train=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_memory()
     counter = Counter()
-    roll = sizes_of(setting, lambda: collect(setting, prompts, 0, counter, Clock()))
+    roll = sizes_of(context, lambda: collect(context, prompts, 0, counter, Clock()))
     live = plan.cost().leaves * len(prompts)
     each = (peak_memory() - before) / live / 1024
     print(f"  peak memory over the model's own: {each:.1f} KiB a live row ({live} rows at the end)")
     assert sum(roll) == plan.cost().forwards * len(prompts) == counter.rollout, "forwards differ from cost()"
     print(f"  forwards by hook {sum(roll)} = cost() {plan.cost().forwards * len(prompts)}")
-    leaves = torch.zeros(plan.cost().leaves * len(prompts), *setting.model.noise_shape(SIZE))
+    leaves = torch.zeros(plan.cost().leaves * len(prompts), *context.model.noise_shape(SIZE))
 
     def rollout_side() -> float:
         clock = Clock()
-        collect(setting, prompts, 0, Counter(), clock)
+        collect(context, prompts, 0, Counter(), clock)
         return clock.seconds["rollout"] + clock.seconds["decode"]
 
     def floor_side() -> None:
-        bare(setting, roll, train=False)
-        setting.model.decode(leaves, SIZE)
+        bare(context, roll, train=False)
+        context.model.decode(leaves, SIZE)
 
     ours, floor = timed(rollout_side, floor_side, repeats=a.repeats)
     print(f"  rollout + decode {ours:.2f} s / bare forwards + decode {floor:.2f} s = {ours / floor:.3f}")
-    best_rows, best = fastest_batch(setting, train=False)
+    best_rows, best = fastest_batch(context, train=False)
 
     def decode_side() -> None:
-        setting.model.decode(leaves, SIZE)
+        context.model.decode(leaves, SIZE)
 
     (decode,) = timed(decode_side, repeats=3)
     fastest = best * sum(roll) + decode
     print(f"  rollout + decode / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = {ours / fastest:.3f}")
 
-    trainable = Trainable(setting.model.network)
+    trainable = Trainable(context.model.network)
     optimizer = torch.optim.AdamW(trainable.masters, lr=0.0, fused=True)
-    experience = collect(setting, prompts, 0, Counter(), Clock())
-    given = credit(setting, experience)
-    watcher = Watcher(GuardsConfig(), lambda iteration, alarms: None, print)
+    experience = collect(context, prompts, 0, Counter(), Clock())
+    given = credit(context, experience)
+    watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
 
     def one_update() -> float:
         clock = Clock()
-        update(setting, experience, given, trainable, None, optimizer, 1, Counter(), clock, watcher)
+        update(context, experience, given, trainable, None, optimizer, 1, Counter(), clock, watcher)
         return clock.seconds["train"]
 
-    steps = sizes_of(setting, one_update)
-    ours, floor = timed(one_update, lambda: bare(setting, steps, train=True), repeats=a.repeats)
+    steps = sizes_of(context, one_update)
+    ours, floor = timed(one_update, lambda: bare(context, steps, train=True), repeats=a.repeats)
     print(f"  training pass {ours:.2f} s / bare forward+backward {floor:.2f} s = {ours / floor:.3f}")
-    best_rows, best = fastest_batch(setting, train=True)
+    best_rows, best = fastest_batch(context, train=True)
     print(
         f"  training pass / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = "
         f"{ours / (best * sum(steps)):.3f}"
@@ -211,15 +211,15 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
 
     def wavefront() -> float:
         clock = Clock()
-        collect(setting, prompts[:1], 0, Counter(), clock)
+        collect(context, prompts[:1], 0, Counter(), clock)
         return clock.seconds["rollout"]
 
-    rows_given = published_way(setting, texts[:1], True)
+    rows_given = published_way(context, texts[:1], True)
     assert rows_given == plan.cost().forwards
     wave, batch, single = timed(
         wavefront,
-        lambda: published_seconds(setting, texts[:1], True),
-        lambda: published_seconds(setting, texts[:1], False),
+        lambda: published_seconds(context, texts[:1], True),
+        lambda: published_seconds(context, texts[:1], False),
         repeats=3,
     )
     print(f"  published way {batch:.2f} s / wavefront {wave:.2f} s = {batch / wave:.2f}x")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from tempflow.core.rollout import Noise
-from tempflow.latent_reward import LatentJudge, LatentReward, bind, siblings
+from tempflow.latent_reward import LatentReward, LatentScorer, bind, siblings
 from tempflow.models import SD3, load
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
@@ -48,7 +48,7 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
         rows=ROWS,
     )
     assert rated.sigma is not None
-    judge, lines = LatentJudge(bind(model, reward, condition), rows=ROWS), list[dict[str, object]]()
+    judge, lines = LatentScorer(bind(model, reward, condition), rows=ROWS), list[dict[str, object]]()
     said = judge(rated.latents, rated.sigma, rated.rows).value[:, 0].double()
     order = rated.paired.argsort(stable=True)
     grades, told, level = (v[order].view(-1, a.candidates) for v in (rated.scores.double(), said, rated.sigma))

@@ -44,8 +44,8 @@ from benchmarks.runs import (
 from tempflow.config import Config, ConfigError, parse_config
 from tempflow.data.prompts import Prompt
 from tempflow.folder import remove
-from tempflow.recipes.every import ENTRIES, Entry
 from tempflow.recipes.shapes import OPTIMIZER, REWARDS
+from tempflow.recipes.zoo import ENTRIES, Entry
 
 METRIC, SEARCH_SEED, ATTEMPTS = "shapes_strict", 0, 2
 PAGE = "leaderboard_second_edition"

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from tempflow.algorithms import v_grpo
-from tempflow.core.draws import Draws
-from tempflow.core.objective.leaves import draw_leaves, noised
+from tempflow.core.likelihood_proxy import LikelihoodProxy
+from tempflow.core.objective.leaves import noised, renoise_leaves
+from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule
-from tempflow.core.surrogate import Surrogate
 from tempflow.core.times import Id
 from tempflow.data.prompts import load_prompts
 from tempflow.models import load
 from tempflow.models.protocol import Model, Predict
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import collect, credit
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import collect, credit
 
 SIZE = (32, 32)
 GROUP = 24
@@ -76,7 +76,7 @@ def group_of(prompts: int, steps: int) -> Group:
     model = load("shapes", dtype="float32")
     model.train_fully()
     algorithm = v_grpo(steps, GROUP, eps=0.1)
-    setting = Setting(
+    context = Context(
         model=model,
         algorithm=algorithm,
         schedule=model.schedule(steps, SIZE),
@@ -92,7 +92,7 @@ def group_of(prompts: int, steps: int) -> Group:
     )
     chosen = list(load_prompts("shapes:train"))
     chosen = chosen[:: len(chosen) // prompts][:prompts]
-    experience = collect(setting, chosen, 0, Counter(), Clock())
+    experience = collect(context, chosen, 0, Counter(), Clock())
     edges = experience.forest.edges
     return Group(
         model=model,
@@ -102,17 +102,17 @@ def group_of(prompts: int, steps: int) -> Group:
         x0=experience.forest.nodes[edges.child].float(),
         rows=edges.prompt,
         root=experience.numbers,
-        advantage=credit(setting, experience).advantage.value.float(),
+        advantage=credit(context, experience).advantage.value.float(),
     )
 
 
 @torch.no_grad()
 def values(
-    group: Group, draws: Draws, redraw: int, surrogates: Mapping[str, Surrogate], seed: int
+    group: Group, draws: Renoise, redraw: int, surrogates: Mapping[str, LikelihoodProxy], seed: int
 ) -> dict[str, Tensor]:
     """Each surrogate of every sample at its own pairs, [N, M]; all from one forward a pair."""
-    batch = draw_leaves(group.x0, group.advantage, group.rows, group.ids(redraw), draws, seed, group.schedule)
-    per = max(1, ROWS // batch.draws)
+    batch = renoise_leaves(group.x0, group.advantage, group.rows, group.ids(redraw), draws, seed, group.schedule)
+    per = max(1, ROWS // batch.pairs)
     found = {name: list[Tensor]() for name in surrogates}
     for start in range(0, len(batch), per):
         at = noised({"policy": group.predict}, ("policy",), batch.take(slice(start, start + per)))

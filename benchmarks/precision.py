@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.likelihood import Group, group_of
-from tempflow.core.draws import Draws
-from tempflow.core.objective.leaves import draw_leaves
+from tempflow.core.likelihood_proxy import adaptive_error, corrupt, x0_of_velocity
+from tempflow.core.objective.leaves import renoise_leaves
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
+from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
-from tempflow.core.surrogate import adaptive_error, corrupt, x0_of_velocity
 from tempflow.core.times import StratifiedGridTimes
 
 STEPS = 10
@@ -102,8 +102,8 @@ def trained(group: Group, updates: int, rate: float) -> nn.Module:
     objective = ClippedLikelihood(estimate=Estimate(pooled=True, on_policy=True), soft_clip=3.0)
     for update in range(updates):
         optimizer.zero_grad()
-        draws = Draws(StratifiedGridTimes(4), 2, 2)
-        batch = draw_leaves(group.x0, group.advantage, group.rows, group.ids(update), draws, 50, group.schedule)
+        draws = Renoise(StratifiedGridTimes(4), 2, 2)
+        batch = renoise_leaves(group.x0, group.advantage, group.rows, group.ids(update), draws, 50, group.schedule)
         for start in range(0, len(batch), 24):
             part = batch.take(slice(start, start + 24))
             (objective({"policy": predict}, part).value * len(part) / len(batch)).backward()

@@ -214,7 +214,7 @@ def affordable(
     for iteration in count():
         cost = algorithm.cost(iteration, prompts)
         edges = cost.trained_edges if trained is None else trained
-        latent = 0 if algorithm.judge is None else edges
+        latent = 0 if algorithm.latent_reward is None else edges
         plain = cost.forwards - free + edges * others
         next_ = spent + equivalents(plain, edges, guided=guided, latent=latent)
         if next_ >= budget:
@@ -245,7 +245,7 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 def mismatch(result: Mapping[str, Any], config: Config, base: str) -> list[str]:
     """Why a result does not stand for `config` from the base weights `base`; nothing when it does.
 
-    A setting that came in after the result was made counts only where it is not at its default, which is how the run
+    A context that came in after the result was made counts only where it is not at its default, which is how the run
     had it.
     """
     known, now = flat(result["config"]), flat(config.model_dump(mode="json", exclude=ASIDE))

@@ -24,9 +24,9 @@ from tempflow.data.sampler import prompts_for
 from tempflow.models import load
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
-from tempflow.train.lessons import Lessons, loss_of
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import Credit, Experience, collect, credit
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import Advantages, Experience, collect, credit
+from tempflow.train.update import Batch, loss_of
 
 SIZE = (32, 32)
 
@@ -47,13 +47,13 @@ class Seen:
         return self.gradients.float().square().sum(2).mean(0).sqrt()
 
 
-def setting_of(method: str) -> tuple[Setting, int]:
+def setting_of(method: str) -> tuple[Context, int]:
     fields, prompts = METHODS[method]
     config = parse_config({"name": method, "iterations": 1, "algorithm": fields, "rewards": REWARDS})
     model = load("shapes", revision=None, dtype="float32", device="cpu")
     model.train_fully()
     algorithm = config.algorithm.build()
-    return Setting(
+    return Context(
         model=model,
         algorithm=algorithm,
         schedule=model.schedule(algorithm.steps, SIZE),
@@ -69,37 +69,37 @@ def setting_of(method: str) -> tuple[Setting, int]:
     ), prompts
 
 
-def gradient(setting: Setting, experience: Experience, given: Credit, rows: Tensor, valid: int) -> Tensor:
+def gradient(context: Context, experience: Experience, given: Advantages, rows: Tensor, valid: int) -> Tensor:
     """Of the mean loss over `valid` edges, from the edges `rows`, flat."""
-    parameters = [p for p in setting.model.network.parameters() if p.requires_grad]
+    parameters = [p for p in context.model.network.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = None
-    for part in rows.split(setting.train_rows):
+    for part in rows.split(context.train_rows):
         zeros, count = torch.zeros_like(part), len(part)
-        batch = Lessons(part, zeros, torch.arange(count), count, valid, 1)
-        (loss_of(setting, experience, given, batch).value * (count / valid)).backward()
+        batch = Batch(part, zeros, torch.arange(count), count, valid, 1)
+        (loss_of(context, experience, given, batch).value * (count / valid)).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
 def measure(method: str, iterations: int) -> Seen:
-    setting, count = setting_of(method)
+    context, count = setting_of(method)
     prompts = load_prompts("shapes:train")
     kinds = [str(p.metadata.get("kind", "")) for p in prompts]
-    steps = setting.algorithm.steps - 1
+    steps = context.algorithm.steps - 1
     gradients, spreads, edges = list[Tensor](), list[Tensor](), 0
     counter = Counter()
     for iteration in range(iterations):
-        chosen = prompts_for(iteration, prompts, count, setting.seed, strata=kinds)
-        experience = collect(setting, [prompts[i] for i in chosen], iteration, counter, Clock())
-        given, whole = credit(setting, experience), experience.whole
+        chosen = prompts_for(iteration, prompts, count, context.seed, strata=kinds)
+        experience = collect(context, [prompts[i] for i in chosen], iteration, counter, Clock())
+        given, whole = credit(context, experience), experience.whole
         trained = whole.edges.trained & given.advantage.ok
         edges += int(trained.sum())
-        value, _ = whole.backup(*experience.scores.total(setting.algorithm.credit.reward_weights))
-        deviation = moments(value, trained, setting.algorithm.credit.groups(whole.edges), unbiased=False)[1]
+        value, _ = whole.backup(*experience.scores.total(context.algorithm.credit.reward_weights))
+        deviation = moments(value, trained, context.algorithm.credit.groups(whole.edges), unbiased=False)[1]
         here = [trained & given.advantage.live & (whole.edges.step == i) for i in range(steps)]
         gradients.append(
             torch.stack(
-                [gradient(setting, experience, given, h.nonzero()[:, 0], int(trained.sum())) for h in here]
+                [gradient(context, experience, given, h.nonzero()[:, 0], int(trained.sum())) for h in here]
             ).bfloat16()
         )
         spreads.append(torch.stack([deviation[trained & (whole.edges.step == i)].mean() for i in range(steps)]))

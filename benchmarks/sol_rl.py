@@ -33,25 +33,23 @@ from torch import Tensor
 from benchmarks.runs import affordable, gain, lines, run_all, samples, table, tested
 from tempflow.algorithms import Algorithm, diffusion_nft, sol_rl
 from tempflow.config import Config, GuardsConfig, parse_config
+from tempflow.core.credit import Extremes
 from tempflow.core.draft import Draft, Precision, kendall, overlap
 from tempflow.core.dynamics import ODE
 from tempflow.core.plan import ode
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.select import Extremes
 from tempflow.data.prompts import Prompt, load_prompts
 from tempflow.models import load
 from tempflow.models.precision import cheap_copy, lack
 from tempflow.models.protocol import Model
 from tempflow.recipes.shapes import EVALUATION, OPTIMIZER, REWARDS
 from tempflow.rewards import build, score_all
-from tempflow.train.drafter import Drafter
-from tempflow.train.followers import Followers
-from tempflow.train.learn import update
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import collect, credit
-from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Trainable
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import collect, credit
+from tempflow.train.guards import Guards
+from tempflow.train.update import update
+from tempflow.train.weights import Drafter, Trainable, WeightSets
 
 SIZE, SEED, ROWS = (32, 32), 11, 192
 FULL_STEPS, KEEP = 10, 24
@@ -233,9 +231,9 @@ class Side:
         self.model = load("shapes")
         self.model.train_fully()
         self.trainable = Trainable(self.model.network)
-        followers = Followers.of(algorithm, self.trainable)
+        weight_sets = WeightSets.of(algorithm, self.trainable)
         self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=0.0, fused=True)
-        self.setting = Setting(
+        self.context = Context(
             model=self.model,
             algorithm=algorithm,
             schedule=self.model.schedule(algorithm.steps, SIZE),
@@ -247,17 +245,17 @@ class Side:
             train_rows=ROWS // 2,
             updates=1,
             max_grad_norm=1.0,
-            sets={name: weights.network() for name, weights in followers.sets.items()},
-            drafter=Drafter.of(algorithm, self.model, self.trainable, followers.sets),
+            sets={name: weights.network() for name, weights in weight_sets.sets.items()},
+            drafter=Drafter.of(algorithm, self.model, self.trainable, weight_sets.sets),
         )
-        self.watcher = Watcher(GuardsConfig(), lambda iteration, alarms: None, lambda line: None)
+        self.watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, lambda line: None)
 
     def iterate(self, prompts: Sequence[Prompt]) -> tuple[Clock, Counter]:
         """Iteration 0 again."""
         clock, counter = Clock(), Counter()
-        experience = collect(self.setting, prompts, 0, counter, clock)
-        given = credit(self.setting, experience)
-        update(self.setting, experience, given, self.trainable, None, self.optimizer, 0, counter, clock, self.watcher)
+        experience = collect(self.context, prompts, 0, counter, clock)
+        given = credit(self.context, experience)
+        update(self.context, experience, given, self.trainable, None, self.optimizer, 0, counter, clock, self.watcher)
         return clock, counter
 
 

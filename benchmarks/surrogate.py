@@ -26,18 +26,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.likelihood import Group, group_of, values
-from tempflow.core.draws import Draws
-from tempflow.core.objective.leaves import draw_leaves, noised
-from tempflow.core.rng import Stream
-from tempflow.core.schedule import Schedule
-from tempflow.core.surrogate import (
+from tempflow.core.likelihood_proxy import (
     Adaptive,
+    LikelihoodProxy,
     Matching,
-    Surrogate,
     corrupt,
     noise_of_velocity,
     square_error,
 )
+from tempflow.core.objective.leaves import noised, renoise_leaves
+from tempflow.core.renoise import Renoise
+from tempflow.core.rng import Stream
+from tempflow.core.schedule import Schedule
 from tempflow.core.times import Id, StratifiedGridTimes, Times
 
 STEPS = 16
@@ -68,7 +68,7 @@ class RandomTimes:
         return schedule.sigmas.double()[index]
 
 
-SURROGATES: Mapping[str, Surrogate] = {
+SURROGATES: Mapping[str, LikelihoodProxy] = {
     "adaptive x0": Adaptive(),
     "velocity": Matching(0),
     "noise": NoiseError(),
@@ -123,7 +123,7 @@ def all_estimates(group: Group, redraws: int) -> dict[tuple[str, str, str, int],
         # independent times are the same in number whatever follows them: fewer pairs are the first of many
         for number in (max(COUNTS),) if times == "random" else COUNTS[1:]:
             for share in ("none", "t and ε"):
-                draws = Draws(TIMES[times](number), *SHARES[share])
+                draws = Renoise(TIMES[times](number), *SHARES[share])
                 seen = {name: list[Tensor]() for name in SURROGATES}
                 for redraw in range(redraws):
                     for name, value in values(group, draws, redraw, SURROGATES, seed=number).items():
@@ -136,14 +136,14 @@ def all_estimates(group: Group, redraws: int) -> dict[tuple[str, str, str, int],
     return found
 
 
-def gradients(group: Group, surrogate: Surrogate, draws: Draws, redraws: int, seed: int) -> Tensor:
+def gradients(group: Group, surrogate: LikelihoodProxy, draws: Renoise, redraws: int, seed: int) -> Tensor:
     """Of −mean A·L over all weights, [R, D]: one group, its advantages fixed, pairs drawn anew each time."""
     parameters = [p for p in group.model.network.parameters() if p.requires_grad]
     found = list[Tensor]()
     for redraw in range(redraws):
         for p in parameters:
             p.grad = None
-        batch = draw_leaves(group.x0, group.advantage, group.rows, group.ids(redraw), draws, seed, group.schedule)
+        batch = renoise_leaves(group.x0, group.advantage, group.rows, group.ids(redraw), draws, seed, group.schedule)
         for part in range(0, len(batch), 24):
             some = batch.take(slice(part, part + 24))
             at = noised({"policy": group.predict}, ("policy",), some)
@@ -176,7 +176,7 @@ def gradient_table(groups: Sequence[Group], redraws: int) -> dict[tuple[str, str
         for name in SURROGATES:
             mine = [case for case in cases if case[0] == name]
             rows = [
-                gradients(group, SURROGATES[name], Draws(TIMES[case[1]](PAIRS), *SHARES[case[2]]), redraws, 100 + k)
+                gradients(group, SURROGATES[name], Renoise(TIMES[case[1]](PAIRS), *SHARES[case[2]]), redraws, 100 + k)
                 for k, case in enumerate(mine)
             ]
             inner = gram(torch.cat(rows))

@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tempflow.core.follow import Ema
+from tempflow.core.ema import Ema
 from tempflow.folder import check, claim
 from tempflow.models import resolved_dtype
 from tempflow.models.attention import FusedForward
@@ -41,7 +41,7 @@ from tempflow.shapes import build
 from tempflow.shapes.prompts import COLORS, KINDS, SHAPES, Kind, Spec, balanced, specs
 from tempflow.shapes.render import scene
 from tempflow.shapes.verify import judge
-from tempflow.train.weightsets import Trainable, WeightSet
+from tempflow.train.weights import Trainable, WeightSet
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 KIND_SHARE: dict[Kind, float] = {

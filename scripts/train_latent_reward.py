@@ -37,8 +37,8 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
 from tempflow.folder import claim
 from tempflow.latent_reward import (
-    LatentJudge,
     LatentReward,
+    LatentScorer,
     Rated,
     RewardTraining,
     accuracy,
@@ -93,7 +93,7 @@ def sampled(model: SD3, reward: LatentReward, prompts: tuple[str, ...], roots: i
         FlowSDE(level),
         model.schedule(STEPS, SIZE),
         model.predictor(model.encode(prompts), 1.0),
-        LatentJudge.of(model, reward, prompts, rows=CHUNK),
+        LatentScorer.of(model, reward, prompts, rows=CHUNK),
         Noise(seed=77),
         shape=model.noise_shape(SIZE),
         slots=range(len(prompts)),

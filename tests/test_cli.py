@@ -105,48 +105,48 @@ def test_another_name_gives_another_folder_unless_one_is_chosen():
 
 
 def test_train_hands_the_configuration_to_the_loop(monkeypatch, capsys):
-    from tempflow.train import loop
+    from tempflow.train import trainer
 
     seen = []
-    monkeypatch.setattr(loop, "train", lambda config, **how: seen.append(config))
+    monkeypatch.setattr(trainer, "train", lambda config, **how: seen.append(config))
     assert run(capsys, "train", "shapes_lora", "--iterations", "2") == (0, "", "")
     assert seen[0].iterations == 2 and seen[0].model.training == "lora"
 
 
 def test_a_guard_that_stops_a_run_gives_status_one(monkeypatch, capsys):
-    from tempflow.train import loop
+    from tempflow.train import trainer
     from tempflow.train.guards import GuardError
 
     def stopped(config, **how):
         raise GuardError("the loss is nan")
 
-    monkeypatch.setattr(loop, "train", stopped)
+    monkeypatch.setattr(trainer, "train", stopped)
     status, out, err = run(capsys, "train", "demo")
     assert (status, out, err) == (1, "", "tempflow: the loss is nan")
 
 
 def test_an_interrupted_run(monkeypatch, capsys):
-    from tempflow.train import loop
+    from tempflow.train import trainer
 
     def stopped(config, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", stopped)
+    monkeypatch.setattr(trainer, "train", stopped)
     assert run(capsys, "train", "demo")[0] == 130
 
 
 # --------------------------------------------------------------------------------------------------- other verbs
 def test_cost_prints_the_counts(capsys):
-    status, out, _ = run(capsys, "cost", "demo", "--algorithm.branch-steps", "None", "--algorithm.seeds", "4")
+    status, out, _ = run(capsys, "cost", "shapes_tempflow", "--algorithm.branch-steps", "None", "--algorithm.seeds", "4")
     assert status == 0
     figures = out.replace(",", "").replace("│", " ").split()
-    recipe = RECIPES["demo"]()
+    recipe = RECIPES["shapes_tempflow"]()
     prompts, iterations = recipe.data.prompts_per_iteration, recipe.iterations
     forwards, leaves = 4 * 5 + 4 * 6 * 15, 4 * 6 * 5  # six steps: S(T−1) + SK·T(T−1)/2, and SK(T−1)
     for figure in (prompts * forwards, prompts * leaves, prompts * iterations * (forwards + leaves)):
         assert str(figure) in figures
     assert "MiB" in out and "reference" not in out
-    assert "reference" in run(capsys, "cost", "--algorithm.kl", "0.1")[1]
+    assert "reference" in run(capsys, "cost", "shapes_tempflow", "--algorithm.kl", "0.1")[1]
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,11 @@ def test_public_names_are_there_and_lazy():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("first", ["import tempflow", "import tempflow.train.loop"])
+@pytest.mark.parametrize("first", ["import tempflow", "import tempflow.train.trainer"])
 def test_train_is_a_room_and_a_function_whatever_was_imported_first(first):
     code = f"""{first}
-import tempflow, tempflow.train.loop as loop
-loop.train = lambda config, reward=None: (config, reward)
+import tempflow, tempflow.train.trainer as trainer
+trainer.train = lambda config, reward=None: (config, reward)
 assert tempflow.train("c", reward=1) == ("c", 1)
 from tempflow import train
 assert train("c") == ("c", None)

@@ -51,7 +51,7 @@ FAULTS = [
     # options without a value, with two, or given twice
     ("train --iterations", "--iterations: no value is given", "--iterations 110"),
     ("train --iterations --seed 3", "--iterations: no value is given", "--iterations 110"),
-    ("train --algorithm.name", "--algorithm.name: no value is given", "--algorithm.name tempflow_grpo"),
+    ("train --algorithm.name", "--algorithm.name: no value is given", "--algorithm.name v_grpo"),
     ("train --resume", "--resume: no value is given", "--resume TEXT"),
     ("train --resume=", "--resume: is empty", "--resume TEXT"),
     ("train --name=", "--name: is empty", "--name demo"),
@@ -86,8 +86,8 @@ FAULTS = [
     ("cost --algorithm.steps 1000000", "algorithm.steps: 1000000 must be ≤ 1000", "nearest valid: 1000"),
     ("train --data.prompts-per-iteration 1e3", "data.prompts_per_iteration: 1000.0 is not a whole number", ""),
     ("train --model.height 1000000", "model.height: 1000000 must be ≤ 16384", "nearest valid: 16384"),
-    ("train --algorithm.noise-level 0", "algorithm.noise_level: 0.0 must be finite and above 0", "0.7 is usual"),
-    ("train --algorithm.branches 1", "algorithm.branches: 1 must be at least 2", ""),
+    ("train shapes_tempflow --algorithm.noise-level 0", "algorithm.noise_level: 0.0 must be finite and above 0", "0.7 is usual"),
+    ("train shapes_tempflow --algorithm.branches 1", "algorithm.branches: 1 must be at least 2", ""),
     ("train --model.dtype fp16", "model.dtype: 'fp16' is not one of auto, float32, bfloat16", "valid: 'bfloat16'"),
     ("train --model.dtype half", "model.dtype: 'half' is not one of", "nearest valid: 'bfloat16'"),
     ("train --model.dtype float16", "model.dtype: 'float16' is not one of", "nearest valid: 'bfloat16'"),
@@ -123,8 +123,8 @@ FAULTS = [
     # what others call it, and what we called it
     ("train --lr 3", "--lr: no such option", "--optimizer.learning-rate"),
     ("train --algorithm.beta 0.1", "--algorithm.beta: no such option", "--algorithm.kl"),
-    ("train --algorithm.sedes 3", "--algorithm.sedes: no such option", "--algorithm.seeds"),
-    ("train --algorithm.num-generations 8", "--algorithm.num-generations: no such", "--algorithm.branches"),
+    ("train shapes_tempflow --algorithm.sedes 3", "--algorithm.sedes: no such option", "--algorithm.seeds"),
+    ("train shapes_tempflow --algorithm.num-generations 8", "--algorithm.num-generations: no such", "--algorithm.branches"),
     ("train leaderboard_flow_cps --num_generations 8", "--num_generations: no such option", "--algorithm.group"),
     ("train --per_device_train_batch_size 8", "--per_device_train_batch_size: no such option", "--train-rows"),
     ("train --sample.num_steps 8", "--sample.num_steps: no such option", "--algorithm.steps"),
@@ -162,7 +162,7 @@ def test_a_fault_is_one_line_that_names_the_field_and_the_nearest_valid_value(
 
 def test_a_plan_of_any_size_is_refused_before_it_is_grown(monkeypatch, capsys):
     monkeypatch.setattr("tempflow.core.plan.MAX_EDGES", 10_000)
-    assert main(["cost", "--algorithm.seeds", "999", "--algorithm.branches", "999"]) == 2
+    assert main(["cost", "shapes_tempflow", "--algorithm.seeds", "999", "--algorithm.branches", "999"]) == 2
     err = capsys.readouterr().err
     assert "algorithm.steps = 6: at step 0 a prompt has 10000 edges; nearest valid: fewer steps or branches" in err
 

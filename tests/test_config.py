@@ -19,7 +19,7 @@ from tempflow.core.schedule import sd3
 from tempflow.cost import latent_shape, run_cost
 from tempflow.data.prompts import load_prompts
 from tempflow.recipes import RECIPES
-from tempflow.recipes.every import ENTRIES
+from tempflow.recipes.zoo import ENTRIES
 from tempflow.strict import ConfigError, leaves
 
 LEAST = {"name": "run", "iterations": 20, "algorithm": {"name": "tempflow_grpo"}}

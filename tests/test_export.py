@@ -296,7 +296,7 @@ def test_dtypes_of_the_files(made, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_run(tmp_path: Path) -> None:
-    from tempflow.train.loop import train
+    from tempflow.train.trainer import train
 
     base = shapes_lora()
     config = Config.model_validate(

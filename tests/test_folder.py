@@ -99,7 +99,7 @@ def works(*args: object, **kwargs: object) -> None:
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A run's folder to report and export, while no model can be loaded."""
-    for place in ("train.loop.load", "train.loop.identity", "evaluate.source.load", "export.write.load"):
+    for place in ("train.build.load", "train.trainer.identity", "evaluate.source.load", "export.write.load"):
         monkeypatch.setattr(f"tempflow.{place}", works)
     for place in ("doctor._checks", "judge.chosen"):
         monkeypatch.setattr(f"tempflow.cli.{place}", works)

@@ -25,7 +25,7 @@ RATES = Measured("cpu", Rate(8, 1.0, 3), Rate(4, 10.0, 3), Rate(8, 100.0, 3), {"
 
 
 def test_times_are_counts_times_rates():
-    cost = run_cost(configured("cost", ["demo", *SMALL]))
+    cost = run_cost(configured("cost", ["shapes_tempflow", *SMALL]))
     parts = RATES.parts(cost)
     assert parts["rollout"] == cost.total.forwards and parts["training, at most"] == 10 * cost.total.trained_edges
     assert parts["decoding"] == 100 * cost.total.leaves and parts["rewards"] == 1000 * cost.total.leaves
@@ -35,8 +35,8 @@ def test_times_are_counts_times_rates():
 
 
 def test_other_weight_sets_and_guidance_count():
-    plain = run_cost(configured("cost", ["demo", *SMALL]))
-    guided = run_cost(configured("cost", ["demo", *SMALL, "--algorithm.kl", "1", "--model.guidance", "2"]))
+    plain = run_cost(configured("cost", ["shapes_tempflow", *SMALL]))
+    guided = run_cost(configured("cost", ["shapes_tempflow", *SMALL, "--algorithm.kl", "1", "--model.guidance", "2"]))
     parts = RATES.parts(guided)
     assert parts["training, at most"] == (10 + 1) * guided.total.trained_edges
     assert parts[LOOKING] == plain.looked_rows / 2 + 1100 * plain.looked_at  # the measured row was of two
@@ -57,7 +57,7 @@ def test_rows_double_while_time_allows(monkeypatch):
 
 
 def test_the_embedded_model_is_measured():
-    config = configured("cost", ["demo", *SMALL, "--threads", "1", "--train-rows", "2", "--rollout-rows", "2"])
+    config = configured("cost", ["shapes_tempflow", *SMALL, "--threads", "1", "--train-rows", "2", "--rollout-rows", "2"])
     measured = measure.measured(config, seconds=0.0)
     rates = [measured.forward, measured.train, measured.decode, *measured.rewards.values()]
     assert all(rate.rows == 1 and rate.seconds > 0 for rate in rates) and [*measured.rewards] == [

@@ -20,7 +20,7 @@ class Case:
     guidance   of rollout and training
     offline    whether the prompts name pictures
     optimizer  the configuration's `optimizer`, where it is to be a user's own AdamW
-    objective  fields of the loss that the algorithm has no argument for; "penalties.0.space" is one of a part's
+    objective  fields of the loss that the algorithm has no argument for; "regularizers.0.space" is one of a part's
     """
 
     algorithm: str
@@ -210,7 +210,9 @@ CASES: dict[str, Case] = {
     "diffusion_nft, failed scores": Case("diffusion_nft", reward="patchy"),
     "diffusion_nft, not adaptive": Case("diffusion_nft", objective={"adaptive": False}),
     **{
-        f"diffusion_nft, penalty in {space}": Case("diffusion_nft", {"kl": 0.5}, objective={"penalties.0.space": space})
+        f"diffusion_nft, penalty in {space}": Case(
+            "diffusion_nft", {"kl": 0.5}, objective={"regularizers.0.space": space}
+        )
         for space in ("x0", "path")
     },
     "awm": _case("awm", steps=6, pairs=3),

@@ -94,6 +94,8 @@ def _replaced(part: Any, path: Sequence[str], value: Any) -> Any:
     if not path:
         return value
     name, *rest = path
+    if not name.isdigit() and not hasattr(part, name):
+        name = library.FIELDS[name]
     if isinstance(part, tuple):
         return tuple(_replaced(p, rest, value) if place == int(name) else p for place, p in enumerate(part))
     return replace(part, **{name: _replaced(getattr(part, name), rest, value)})

@@ -23,12 +23,15 @@ HOMES = {
     "linear": ("tempflow.core.schedule",),
     "LatentReward": ("tempflow.latent_reward",),
     "ALGORITHMS": ("tempflow.algorithms",),
-    "Surrogate": ("tempflow.core.surrogate",),
+    "corrupt": ("tempflow.core.likelihood_proxy", "tempflow.core.surrogate"),
 }
 """Each name's homes, the newest first."""
 
 LOSSES = ("tempflow.core.objective",)
 """The package whose files the losses are in, the newest first."""
+
+FIELDS = {"regularizers": "penalties"}
+"""Fields of losses, and what an older revision calls them."""
 
 SETS = {"policy": "weights", "average": "ema", "old": "set.old", "sampling": "set.sampling", "moving": "set.ema"}
 """Weight sets, and their files in a checkpoint's folder `policy`."""
@@ -47,7 +50,7 @@ def losses() -> set[type]:
     """The dataclasses that losses are composed of, with those that carry a batch or a result."""
     package = next(found for name in LOSSES if (found := _found(name)) is not None)
     names = [f"{package.__name__}.{item.name}" for item in pkgutil.iter_modules(package.__path__)]
-    modules = [importlib.import_module(name) for name in names] + [home("Surrogate")]
+    modules = [importlib.import_module(name) for name in names] + [home("corrupt")]
     return {
         item
         for module in modules

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tempflow.core.schedule import Schedule
     from tempflow.core.scores import Scores
     from tempflow.data.prompts import Prompt, load_prompts
-    from tempflow.train.loop import Run, train
+    from tempflow.train.trainer import Run, train
 
 _HOMES = {
     "Algorithm": "tempflow.algorithms",
@@ -44,7 +44,7 @@ _HOMES = {
     "Scores": "tempflow.core.scores",
     "Prompt": "tempflow.data.prompts",
     "load_prompts": "tempflow.data.prompts",
-    "Run": "tempflow.train.loop",
+    "Run": "tempflow.train.trainer",
 }
 _ROOMS = ("algorithms", "core", "data", "evaluate", "models", "recipes", "rewards", "shapes")
 
@@ -79,7 +79,7 @@ class _TrainRoom(ModuleType):
     """`tempflow.train` is a room and, by its public name, the function in it: the room can be called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module("tempflow.train.loop").train(*args, **kwargs)
+        return importlib.import_module("tempflow.train.trainer").train(*args, **kwargs)
 
 
 # The room's own file is empty: this imports nothing more.

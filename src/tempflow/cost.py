@@ -105,7 +105,7 @@ def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
     algorithm, prompts = config.algorithm.build().seeded(config.seed), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
-    edges = algorithm.draws is None
+    edges = algorithm.renoise is None
     means, peers = edges and algorithm.edge_objective.keeps_mean, edges and algorithm.edge_objective.keeps_peers
     old = (0, 0)
     for iteration in range(config.iterations):
@@ -124,7 +124,7 @@ def run_cost(config: Config) -> RunCost:
         first=first,
         total=total,
         rewards=len(config.rewards),
-        latent=0 if algorithm.judge is None else total.trained_edges,
+        latent=0 if algorithm.latent_reward is None else total.trained_edges,
         others=tuple(name for name in algorithm.objective.weight_sets if name != "policy"),
         old=old,
         guided=config.model.guidance != 1,

@@ -15,7 +15,7 @@ from tempflow.config import Config
 from tempflow.cost import RunCost
 from tempflow.data.prompts import load_prompts
 from tempflow.rewards import build, score_all
-from tempflow.train.loop import prepare_model
+from tempflow.train.build import prepare_model
 
 SECONDS = 10.0
 """What a measurement takes, without loading the model; more where a single row takes longer."""

@@ -17,7 +17,7 @@ from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
-from tempflow.train.setting import Judge
+from tempflow.train.context import ScoreLatents
 
 Images = list[Image.Image]
 
@@ -43,8 +43,8 @@ def two_rewards() -> list[Reward]:
     return [from_function(brightness), from_function(even)]
 
 
-def judging(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Conditioning], Judge]:
-    """A latent reward for `Setting.judge`: (x, sigma, rows) -> a score each; what is not finite has failed."""
+def judging(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Conditioning], ScoreLatents]:
+    """A latent reward for `Context.latent_reward`: (x, sigma, rows) -> a score each; what is not finite has failed."""
 
     def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         value = score(x, sigma, rows).float()
@@ -55,7 +55,8 @@ def judging(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Cond
 
 def bench_of(algorithm: Algorithm, **options: Any) -> Bench:
     """A bench; where the algorithm asks for a judge, it is the latent's mean."""
-    judged = {} if algorithm.judge is None else {"judge": judging(lambda x, sigma, rows: x.flatten(1).mean(1))}
+    score = judging(lambda x, sigma, rows: x.flatten(1).mean(1))
+    judged = {} if algorithm.latent_reward is None else {"latent_reward": score}
     return Bench(algorithm=algorithm, **{**judged, **options})
 
 
@@ -63,12 +64,12 @@ def bench_of(algorithm: Algorithm, **options: Any) -> Bench:
 def check_counts(algorithm: Algorithm, share: float = 1.0, **options: Any) -> None:
     """Rows counted by a hook are `cost()`'s: rollout, trained edges (a share of them), reference, old."""
     bench = bench_of(algorithm, updates=2, rollout_rows=7, train_rows=5, **options)
-    algorithm = bench.setting.algorithm  # with the run's seed: where a window is may change what it costs
+    algorithm = bench.context.algorithm  # with the run's seed: where a window is may change what it costs
     for iteration in range(2):
         before = bench.counter.rollout, bench.counter.train, bench.counter.reward_calls
         seen = bench.iterate(iteration)
         cost, counter = algorithm.cost(iteration, len(PROMPTS)), bench.counter
-        judged = 0 if algorithm.judge is None else cost.trained_edges
+        judged = 0 if algorithm.latent_reward is None else cost.trained_edges
         assert seen["trained_edges"] == share * cost.trained_edges > 0
         assert counter.rollout - before[0] == cost.forwards
         assert counter.train - before[1] == share * cost.trained_edges

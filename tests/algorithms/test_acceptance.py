@@ -35,10 +35,10 @@ from tempflow.algorithms import (
 )
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.forest import Forest
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 FOLDER = Path(algorithms.__file__).parent
-EDGES = {name for name, make in ALGORITHMS.items() if make().draws is None}
+EDGES = {name for name, make in ALGORITHMS.items() if make().renoise is None}
 PICTURES_ALONE = {
     "vipo": "a ratio at every position needs the latent's rows and columns",
     "vipo, region": "its map has the latent's rows and columns",
@@ -114,7 +114,7 @@ def blind(algorithm: Algorithm) -> Algorithm:
 def test_groups_without_spread_bear_no_gradient(name: str, kind: type[Fake]) -> None:
     if name == "perceptual_entropy, pcvae":
         pytest.skip("its bonus is the path's log p, which is never flat")
-    judge = {"judge": judging(lambda x, sigma, rows: sigma + rows)} if name.startswith("drm_grpo") else {}
+    judge = {"latent_reward": judging(lambda x, sigma, rows: sigma + rows)} if name.startswith("drm_grpo") else {}
     check_no_spread(blind(FAMILY[name](4)), model=kind(), **judge)
 
 
@@ -126,7 +126,7 @@ def test_flat_groups_among_others_bear_none_either(name: str, kind: type[Fake]) 
     algorithm = blind(FAMILY[name](4))
     bench = bench_of(algorithm, reward=partly_flat, max_grad_norm=1e9, model=kind())
     experience = bench.collect()
-    given = credit(bench.setting, experience).advantage
+    given = credit(bench.context, experience).advantage
     flat = experience.whole.edges.prompt % 2 == 0
     assert not bool(given.live[flat].any()) and bool((given.value[flat] == 0).all())
     assert bool(given.value[~flat].any())

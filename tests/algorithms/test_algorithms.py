@@ -155,8 +155,8 @@ def test_what_the_defaults_compose():
     assert (b.name, b.steps, b.dynamics, b.weight) == ("flow_grpo", 10, FlowSDE(0.7), weight.uniform)
     assert b.objective == clipped(1e-4, 1e-4, 0.04, "drift")
     assert (b.credit.by, b.credit.scale, b.credit.eps, b.credit.clip) == (("prompt", "step"), "global", 1e-4, 5.0)
-    assert tempflow_grpo(clip_high=2e-4).objective.gate.high == 2e-4
-    assert flow_grpo(clip=3e-4).objective.gate.high == 3e-4
+    assert tempflow_grpo(clip_high=2e-4).objective.clip.high == 2e-4
+    assert flow_grpo(clip=3e-4).objective.clip.high == 3e-4
 
 
 # ------------------------------------------------------------------------------------------------------ credit
@@ -209,7 +209,7 @@ def test_one_branch_at_one_step_reduces_to_a_window_of_one():
     assert part.cost() == other.cost()
     assert part.stochastic == other.stochastic and part.trained == other.trained and part.step == other.step
     ours = tempflow_grpo(steps=4, seeds=6, branches=1, branch_steps=1, std_group="prompt", clip=0.02, kl=0.1)
-    seeded = ours.seeded(Bench().setting.seed)
+    seeded = ours.seeded(Bench().context.seed)
     fast = flow_grpo_fast(steps=4, group=6, window=1, window_end=3, kind="sde", noise_level=0.7, clip=0.02, kl=0.1)
 
     def same_step(iteration: int, slot: int) -> plan.Plan:

@@ -24,7 +24,7 @@ from tempflow.core.dynamics import DanceSDE
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import linear
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def branch(**options: object) -> Algorithm:
@@ -91,7 +91,7 @@ def test_root_value_is_the_mean_leaf_reward_and_depths_are_standardised_per_tree
     bench = Bench(algorithm=branch(trees=2))
     experience = bench.collect()
     whole, scores = experience.whole, experience.scores.value[:, 0].double()
-    got = credit(bench.setting, experience).advantage
+    got = credit(bench.context, experience).advantage
     edge, leaf = whole.descent
     for tree in range(2):
         for step in range(5):
@@ -104,7 +104,7 @@ def test_root_value_is_the_mean_leaf_reward_and_depths_are_standardised_per_tree
 def test_the_deepest_edges_have_plain_grpos_advantages() -> None:
     bench = Bench(algorithm=branch())
     experience = bench.collect()
-    got = credit(bench.setting, experience).advantage.value[experience.whole.edges.step == 4]
+    got = credit(bench.context, experience).advantage.value[experience.whole.edges.step == 4]
     score = experience.scores.value[:, 0].view(len(PROMPTS), 8)
     want = (score - score.mean(1, keepdim=True)) / score.std(1, keepdim=True)
     torch.testing.assert_close(got, want.flatten(), rtol=1e-4, atol=1e-4)
@@ -151,8 +151,8 @@ def test_width_pruning_keeps_paths_of_the_chosen_leaves_and_all_of_the_shared_on
     experience = bench.collect()
     edges = experience.whole.edges
     for width, kept in (("branch", 4), ("extremes", 4)):
-        got = credit(replace(bench.setting, algorithm=branch(width=width)), experience).advantage
-        full = credit(bench.setting, experience).advantage
+        got = credit(replace(bench.context, algorithm=branch(width=width)), experience).advantage
+        full = credit(bench.context, experience).advantage
         deepest = got.ok & (edges.step == 4)
         for slot in range(len(PROMPTS)):
             here = deepest & (edges.prompt == slot)
@@ -165,7 +165,7 @@ def test_width_pruning_keeps_paths_of_the_chosen_leaves_and_all_of_the_shared_on
                 rank = order.argsort(descending=True)
                 assert set(chosen.nonzero()[:, 0].tolist()) == set(rank[:2].tolist()) | set(rank[-2:].tolist())
         assert torch.equal(got.value[got.live], full.value[got.live])
-    branchwise = credit(replace(bench.setting, algorithm=branch(width="branch")), experience).advantage
+    branchwise = credit(replace(bench.context, algorithm=branch(width="branch")), experience).advantage
     assert bool(branchwise.ok[edges.step < 3].all())
     check_counts(branch(width="branch"), share=(2 + 4 + 4 + 4 + 4) / (2 + 4 + 4 + 8 + 8))
 
@@ -173,7 +173,7 @@ def test_width_pruning_keeps_paths_of_the_chosen_leaves_and_all_of_the_shared_on
 def test_extremes_are_the_prompts_among_several_trees_too() -> None:
     bench = Bench(algorithm=branch(trees=2, width="extremes", width_keep=0.25))
     experience = bench.collect()
-    got, edges = credit(bench.setting, experience).advantage, experience.whole.edges
+    got, edges = credit(bench.context, experience).advantage, experience.whole.edges
     for slot in range(len(PROMPTS)):
         order = experience.scores.value[:, 0][experience.whole.leaves.prompt == slot].argsort(descending=True)
         chosen = got.ok[(edges.step == 4) & (edges.prompt == slot)]
@@ -196,8 +196,8 @@ def test_softmax_differs_from_the_mean_and_is_it_where_steps_are_sure() -> None:
     torch.testing.assert_close(traits["log_prob"], experience.forest.edges.log_prob)
     flat = replace(experience.whole.edges, traits={"log_prob": torch.zeros_like(traits["log_prob"])})
     even = replace(experience, whole=replace(experience.whole, edges=flat))
-    got = credit(bench.setting, even).advantage.value
-    want = credit(replace(bench.setting, algorithm=branch()), experience).advantage.value
+    got = credit(bench.context, even).advantage.value
+    want = credit(replace(bench.context, algorithm=branch()), experience).advantage.value
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 

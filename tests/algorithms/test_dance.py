@@ -27,7 +27,7 @@ from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear, sd3
 from tempflow.core.units import leaf_of
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def dance(**options: object) -> Algorithm:
@@ -105,8 +105,8 @@ def test_only_the_best_and_the_worst_are_trained_with_the_full_groups_statistics
     experience = bench.collect()
     apart = torch.arange(len(experience.scores)).roll(7)[:, None] / 100  # pictures of few grey levels tie
     experience = replace(experience, scores=replace(experience.scores, value=experience.scores.value + apart))
-    few = credit(bench.setting, experience).advantage
-    full = credit(replace(bench.setting, algorithm=dance(fraction=1.0)), experience).advantage
+    few = credit(bench.context, experience).advantage
+    full = credit(replace(bench.context, algorithm=dance(fraction=1.0)), experience).advantage
     for slot in range(len(PROMPTS)):
         for step in range(5):
             here = (experience.whole.edges.prompt == slot) & (experience.whole.edges.step == step)
@@ -139,7 +139,7 @@ def test_the_best_and_worst_are_those_by_reward_where_advantages_are_bounded() -
     """Bounded at ½ most advantages tie; without an order among them the first would be kept."""
     bench = Bench(algorithm=dance(fraction=1.0, keep=2, advantage_clip=0.5))
     experience = bench.collect()
-    ok = credit(bench.setting, experience).advantage.ok
+    ok = credit(bench.context, experience).advantage.ok
     leaf, score = leaf_of(experience.whole), experience.scores.value[:, 0]
     for prompt in experience.whole.leaves.prompt.unique():
         mine = (experience.whole.leaves.prompt == prompt).nonzero()[:, 0]

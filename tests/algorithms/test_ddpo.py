@@ -25,10 +25,10 @@ from tempflow.algorithms import flow_grpo
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.ddpo import ddpo
 from tempflow.core.dynamics import DDIM, FlowSDE
-from tempflow.core.objective.gate import Clip, Score
+from tempflow.core.objective.clip import Clip, Score
 from tempflow.core.plan import Cost
 from tempflow.core.schedule import sd3
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def toy(**changes: Any) -> Algorithm:
@@ -52,8 +52,8 @@ def test_rewards_rise(changes: dict[str, Any]) -> None:
 def test_what_the_defaults_compose() -> None:
     a = ddpo()
     assert (a.name, a.steps, a.dynamics, a.plan(0, 0).cost()) == ("ddpo", 50, DDIM(1.0), Cost(800, 16, 784))
-    assert a.objective.gate == Clip(1e-4, 1e-4)  # type: ignore[union-attr]
-    assert isinstance(ddpo(kind="sf").objective.gate, Score) and not a.sets  # type: ignore[union-attr]
+    assert a.objective.clip == Clip(1e-4, 1e-4)  # type: ignore[union-attr]
+    assert isinstance(ddpo(kind="sf").objective.clip, Score) and not a.sets  # type: ignore[union-attr]
     noisy = {i for i, on in zip(a.plan(0, 0).step, a.plan(0, 0).stochastic, strict=True) if on}
     assert noisy == set(range(49))
 
@@ -84,7 +84,7 @@ def test_the_score_functions_gradient_by_hand() -> None:
     """∇ of −mean A·log p over the trained edges, log p from torch.distributions on the DDIM step written out."""
     bench = Bench(algorithm=toy(kind="sf"), max_grad_norm=1e9)
     experience = bench.collect()
-    given = credit(bench.setting, experience).advantage.value
+    given = credit(bench.context, experience).advantage.value
     forest, edges = experience.forest, experience.forest.edges
     rows = edges.trained.nonzero()[:, 0]
     x, y = forest.nodes[edges.parent[rows]], forest.nodes[edges.child[rows]]

@@ -23,15 +23,15 @@ from tempflow.core.dynamics import CPS
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
-from tempflow.train.loop import train
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
+from tempflow.train.trainer import train
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bench(score: Score = lambda x, sigma, rows: x.flatten(1).mean(1), **options: Any) -> Bench:
     algorithm = drm_grpo(**{"steps": 4, "chains": 2, "candidates": 3, "clip": 0.02, **options})  # type: ignore[arg-type]
-    return Bench(algorithm=algorithm, judge=judging(score))
+    return Bench(algorithm=algorithm, latent_reward=judging(score))
 
 
 def test_plan_and_cost() -> None:
@@ -61,7 +61,7 @@ def test_a_chain_of_first_candidates_is_flow_grpos_chain() -> None:
 def test_with_one_noisy_step_and_the_pictures_reward_it_is_tempflow_grpo() -> None:
     """T = 2: candidates of the first state, each finished by ODE, and judged by what the picture would score."""
     b = bench(steps=2, eps=1e-4)
-    sigma = b.setting.schedule.sigmas[1]
+    sigma = b.context.schedule.sigmas[1]
 
     def score(x: Tensor, s: Tensor, rows: Tensor) -> Tensor:
         predict = b.model.predictor(b.model.encode(PROMPTS), 1.0)
@@ -69,7 +69,7 @@ def test_with_one_noisy_step_and_the_pictures_reward_it_is_tempflow_grpo() -> No
             end = x - sigma * predict(x, s, rows)
         return b.model.decode(end, SIZE)[..., 0].double().mean((1, 2)) / 255
 
-    b.setting = replace(b.setting, judge=judging(score), max_grad_norm=1e9)
+    b.context = replace(b.context, latent_reward=judging(score), max_grad_norm=1e9)
     b.iterate()
     ours = torch.cat([p.grad.flatten() for p in b.model.network.parameters() if p.grad is not None])
     theirs = gradient(tempflow_grpo(2, 2, 3, clip=0.02, kl=0.0))
@@ -89,7 +89,7 @@ def test_an_expected_reward_of_noisy_latents_gives_the_gradients_direction() -> 
             clean = x - sigma.view(-1, 1, 1, 1).to(x) * predict(x, sigma, rows)
         return clean.flatten(1) @ u
 
-    b.setting = replace(b.setting, judge=judging(expected), max_grad_norm=1e9)
+    b.context = replace(b.context, latent_reward=judging(expected), max_grad_norm=1e9)
     b.iterate()
     down = -b.model.network.mean.bias.grad
     assert float(torch.nn.functional.cosine_similarity(down, u, 0)) > 0.98
@@ -98,7 +98,7 @@ def test_an_expected_reward_of_noisy_latents_gives_the_gradients_direction() -> 
 def test_counts_and_first_ratio() -> None:
     b = bench()
     metrics = b.iterate()
-    cost = b.setting.algorithm.cost(0, len(PROMPTS))
+    cost = b.context.algorithm.cost(0, len(PROMPTS))
     assert b.counter.rollout == cost.forwards and b.counter.train == cost.trained_edges == metrics["trained_edges"]
     assert sum(b.model.rows) == b.counter.forwards
     assert b.counter.reward_calls == cost.leaves + cost.trained_edges
@@ -151,7 +151,7 @@ def test_candidates_are_compared_at_one_state_and_one_sigma() -> None:
 def test_advantages_are_the_z_scores_of_siblings() -> None:
     b = bench(eps=0.0)
     experience = b.collect()
-    given = credit(b.setting, experience)
+    given = credit(b.context, experience)
     whole, forest = experience.whole, experience.forest
     value = forest.nodes[forest.edges.child].flatten(1).mean(1).double()
     for parent in whole.edges.parent.unique():
@@ -180,8 +180,8 @@ def test_failed_scores_are_left_out_and_never_zero() -> None:
 
     b = bench(score)
     experience = b.collect()
-    given = credit(b.setting, experience)
-    failed = ~experience.judged.ok[:, 0]  # type: ignore[union-attr]
+    given = credit(b.context, experience)
+    failed = ~experience.latent_scores.ok[:, 0]  # type: ignore[union-attr]
     assert int(failed.sum()) == len(failed) // 3
     assert bool((given.advantage.ok == ~failed).all()) and not bool(given.advantage.value[failed].any())
 

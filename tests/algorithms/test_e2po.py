@@ -20,10 +20,11 @@ from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict, TextInputs
-from tempflow.train import session, step
+from tempflow.train import experience as module
+from tempflow.train import trainer
 from tempflow.train.conditions import Learned, moved_conditions, perturbed
-from tempflow.train.loop import train
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
+from tempflow.train.trainer import train
 
 SMALL: dict[str, Any] = {"steps": 4, "noises": 2, "conditions": 3}
 NFT: dict[str, Any] = {"steps": 4, "group": 6}
@@ -39,7 +40,7 @@ def crossed_nft() -> Algorithm:
 
 
 def gradient(bench: Bench) -> dict[str, Tensor]:
-    bench.setting = replace(bench.setting, max_grad_norm=1e9)
+    bench.context = replace(bench.context, max_grad_norm=1e9)
     bench.iterate()
     return {n: p.grad.clone() for n, p in bench.model.network.named_parameters() if p.grad is not None}
 
@@ -179,7 +180,7 @@ def test_equal_rewards_give_no_gradient() -> None:
 def test_advantages_are_the_groups_of_all_conditions() -> None:
     bench = Bench(algorithm=small(std="group"))
     experience = bench.collect()
-    value = credit(bench.setting, experience).advantage.value.view(6, 6).double()
+    value = credit(bench.context, experience).advantage.value.view(6, 6).double()
     reward = experience.scores.value.view(6, 6).double()
     want = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, unbiased=False, keepdim=True) + 1e-4)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
@@ -196,7 +197,7 @@ def test_batches_and_chunks_of_prompts_do_not_matter(monkeypatch: pytest.MonkeyP
     whole = Bench(algorithm=small(), reward=brightness).collect()
     want = gradient(Bench(algorithm=small(), reward=patchy, train_rows=1000))
     assert close(gradient(Bench(algorithm=small(), reward=patchy, train_rows=7, rollout_rows=5)), want)
-    monkeypatch.setattr(step, "LEAVES_AT_ONCE", 12)  # two prompts at once
+    monkeypatch.setattr(module, "LEAVES_AT_ONCE", 12)  # two prompts at once
     parts = Bench(algorithm=small(), reward=brightness)
     torch.testing.assert_close(parts.collect().forest.nodes, whole.forest.nodes)
 
@@ -258,9 +259,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
             raise Killed
         return update(*arguments)
 
-    whole, update = go("whole"), session.update
+    whole, update = go("whole"), trainer.update
     with monkeypatch.context() as patch:
-        patch.setattr(session, "update", dies)
+        patch.setattr(trainer, "update", dies)
         with pytest.raises(Killed):
             go("cut")
     cut = go("cut", resume=True)

@@ -14,11 +14,9 @@ from loop_checks import Images, bench_of, check_counts, check_first_ratio, judgi
 from torch import Tensor, nn
 
 from tempflow.core.rollout import Noise
-from tempflow.train.faults import check_scored
+from tempflow.train.experience import Experience, check_scored, credit, rollout_metrics
 from tempflow.train.guards import GuardError
-from tempflow.train.learn import accumulate
-from tempflow.train.lessons import lessons
-from tempflow.train.step import Experience, credit, rollout_metrics
+from tempflow.train.update import accumulate, training_batch
 
 by_name = pytest.mark.parametrize("name", FAMILY)
 Value = float | None
@@ -66,7 +64,7 @@ def test_a_failed_score_takes_its_edges_out_and_nothing_else(name: str, kind: st
     for spoil in (False, True):
         bench = bench_of(FAMILY[name](4), reward=FAILURES[kind], max_grad_norm=1e9)
         experience = bench.collect()
-        given, gone = credit(bench.setting, experience).advantage, without_a_score(experience)
+        given, gone = credit(bench.context, experience).advantage, without_a_score(experience)
         assert torch.equal(given.ok, ~gone) or name.startswith("dapo")
         assert not bool(given.ok[gone].any()) and bool((given.value[gone] == 0).all())
         assert bool(given.value.isfinite().all())
@@ -79,7 +77,7 @@ def test_a_failed_score_takes_its_edges_out_and_nothing_else(name: str, kind: st
 
 @by_name
 def test_when_all_fail_nothing_moves_and_it_is_said(name: str) -> None:
-    judge = {"judge": judging(lambda x, sigma, rows: sigma * math.nan)} if name.startswith("drm_grpo") else {}
+    judge = {"latent_reward": judging(lambda x, sigma, rows: sigma * math.nan)} if name.startswith("drm_grpo") else {}
     bench = bench_of(FAMILY[name](4), reward=lambda images, prompts: [None] * len(images), **judge)
     before = weights(bench.model)
     with pytest.raises(GuardError, match="rewards failed, so there is nothing to learn from"):
@@ -90,14 +88,14 @@ def test_when_all_fail_nothing_moves_and_it_is_said(name: str) -> None:
 def test_a_judge_needs_none_of_the_rewards_that_only_look() -> None:
     bench = bench_of(FAMILY["drm_grpo"](4), reward=lambda images, prompts: [None] * len(images))
     experience = bench.collect()
-    check_scored(bench.setting, experience, 1)
-    assert "reward_failures" not in rollout_metrics(experience, credit(bench.setting, experience).advantage)
+    check_scored(bench.context, experience, 1)
+    assert "reward_failures" not in rollout_metrics(experience, credit(bench.context, experience).advantage)
     seen = bench.iterate()
     sound(bench, seen)
-    assert seen["trained_edges"] == bench.setting.algorithm.cost(0, len(PROMPTS)).trained_edges
-    blind = bench_of(FAMILY["drm_grpo"](4), judge=judging(lambda x, sigma, rows: sigma * math.nan))
+    assert seen["trained_edges"] == bench.context.algorithm.cost(0, len(PROMPTS)).trained_edges
+    blind = bench_of(FAMILY["drm_grpo"](4), latent_reward=judging(lambda x, sigma, rows: sigma * math.nan))
     with pytest.raises(GuardError, match=r"iteration 1: all \d+ rewards failed.*: the latent reward gave NaN"):
-        check_scored(blind.setting, blind.collect(), 1)
+        check_scored(blind.context, blind.collect(), 1)
 
 
 @by_name
@@ -123,7 +121,7 @@ def test_one_prompt_is_enough(name: str) -> None:
     experience = bench.collect(prompts=PROMPTS[1:2])
     seen = bench.update(experience)
     sound(bench, seen)
-    assert seen["trained_edges"] == bench.setting.algorithm.cost(0, 1).trained_edges
+    assert seen["trained_edges"] == bench.context.algorithm.cost(0, 1).trained_edges
 
 
 @by_name
@@ -179,14 +177,14 @@ def test_a_lora_is_all_that_moves(name: str) -> None:
 def test_two_updates_share_chunks_and_split_none(name: str) -> None:
     bench = bench_of(FAMILY[name](5), reward=FAILURES["one"], updates=2, train_rows=3)
     experience = bench.collect()
-    given = credit(bench.setting, experience)
-    algorithm = bench.setting.algorithm
+    given = credit(bench.context, experience)
+    algorithm = bench.context.algorithm
     assert algorithm.units is not None
     unit = algorithm.units(experience.whole, 0)
-    taught = lessons(bench.setting, experience, given, 0, ())
+    taught = training_batch(bench.context, experience, given, 0, ())
     seen: list[int] = []
-    for part in taught.parts(2):
-        for batch in part.batches(3):
+    for part in taught.updates(2):
+        for batch in part.minibatches(3):
             for chunk in unit[batch.row].unique():
                 assert torch.equal(batch.row[unit[batch.row] == chunk].sort().values, (unit == chunk).nonzero()[:, 0])
                 seen.append(int(chunk))
@@ -199,11 +197,11 @@ def test_two_updates_share_chunks_and_split_none(name: str) -> None:
 def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
     bench = bench_of(FAMILY[name](4))
     experience = bench.collect()
-    given = credit(bench.setting, experience)
-    taught = lessons(bench.setting, experience, given, 0, ())
-    wanted = accumulate(bench.setting, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
+    given = credit(bench.context, experience)
+    taught = training_batch(bench.context, experience, given, 0, ())
+    wanted = accumulate(bench.context, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
     bench.trainable.zero_grad()
-    others = taught.of(0, 0)  # this rank owns none of them
+    others = taught.of_rank(0, 0)  # this rank owns none of them
     experience.forest.nodes.fill_(math.nan)
     learnt: list[Tensor] = []  # states whose gradients reach the weights: times 0, NaN would stay NaN
 
@@ -212,7 +210,7 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
             out.register_hook(lambda grad: learnt.append(given[0]))
 
     bench.model.network.register_forward_hook(listen)
-    sums = accumulate(bench.setting, experience, given, others, 1.0, bench.trainable, may_pause=False)
+    sums = accumulate(bench.context, experience, given, others, 1.0, bench.trainable, may_pause=False)
     assert (sums.loss, sums.rows) == (0, 0) and not any(sums.largest.values())
     assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
     assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())

@@ -23,8 +23,8 @@ from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_dppo import flow_dppo
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.dynamics import FlowSDE
+from tempflow.core.objective.clip import DivergenceMask
 from tempflow.core.objective.edges import EdgeBatch
-from tempflow.core.objective.gate import DivergenceMask
 from tempflow.core.plan import Cost
 from tempflow.core.schedule import sd3
 
@@ -35,7 +35,7 @@ def small(**fields: Any) -> Algorithm:
 
 def test_defaults_and_cost() -> None:
     a = flow_dppo()
-    assert a.cost(0, 1) == Cost(160, 16, 48) and a.objective.gate == DivergenceMask(1e-5, True)
+    assert a.cost(0, 1) == Cost(160, 16, 48) and a.objective.clip == DivergenceMask(1e-5, True)
     assert (a.credit.scale, a.dynamics, a.objective.keeps_mean) == ("global", FlowSDE(0.7), True)
     plans = [a.plan(i, 0) for i in range(40)]
     noisy = [{i for i, s in zip(p.step, p.stochastic, strict=True) if s} for p in plans]
@@ -90,7 +90,7 @@ def test_in_the_loop() -> None:
 def test_its_first_gradient_is_flow_grpos() -> None:
     """At r = 1 nothing has diverged, whatever the threshold."""
     bench = bench_of(small())
-    plan = bench.setting.algorithm.plan
+    plan = bench.context.algorithm.plan
     flow = flow_grpo(steps=4, group=5, kl=0.0, std="group", clip=0.02)
     want = gradient(replace(flow, plan=plan))
     torch.testing.assert_close(gradient(small(threshold=1e-12)), want, rtol=1e-5, atol=1e-7)

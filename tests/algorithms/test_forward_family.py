@@ -24,10 +24,10 @@ from tempflow.algorithms.online_dpo import online_dpo
 from tempflow.algorithms.rejection_sft import rejection_sft
 from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
+from tempflow.core.likelihood_proxy import Adaptive
 from tempflow.core.plan import Cost
+from tempflow.core.renoise import Renoise
 from tempflow.core.solver import SOLVERS
-from tempflow.core.surrogate import Adaptive
 from tempflow.core.times import GridTimes
 
 SMALL: dict[str, Callable[[], Algorithm]] = {
@@ -55,8 +55,8 @@ every = pytest.mark.parametrize("make", SMALL.values(), ids=SMALL.keys())
 Images = list[Image.Image]
 
 
-def gradient(algorithm: Algorithm, **setting: Any) -> dict[str, Tensor]:
-    bench = Bench(algorithm=algorithm, max_grad_norm=1e9, **setting)
+def gradient(algorithm: Algorithm, **context: Any) -> dict[str, Tensor]:
+    bench = Bench(algorithm=algorithm, max_grad_norm=1e9, **context)
     bench.iterate()
     return {n: p.grad.clone() for n, p in bench.model.network.named_parameters() if p.grad is not None}
 
@@ -81,7 +81,7 @@ def patchy(images: Images, prompts: list[str]) -> list[float | None]:
 def alike(algorithm: Algorithm) -> Algorithm:
     """With the advantage and the pairs that all share here."""
     credit = GroupZScore(by=("prompt",), scale="pooled", eps=1e-8, clip=1.0)
-    return replace(algorithm, credit=credit, draws=Draws(GridTimes()))
+    return replace(algorithm, credit=credit, renoise=Renoise(GridTimes()))
 
 
 def test_all_heads_have_one_first_gradient_through_the_loop() -> None:
@@ -107,7 +107,7 @@ def test_awm_with_the_adaptive_surrogate_is_the_same_too() -> None:
     for off in (False, True):
         eight = awm(8, 5, likelihood="adaptive", kl=0, off_policy=off)
         assert_close(
-            gradient(alike(replace(eight, steps=4, plan=ode_plan(4, 5), draws=Draws(GridTimes())))), want, 1e-5
+            gradient(alike(replace(eight, steps=4, plan=ode_plan(4, 5), renoise=Renoise(GridTimes())))), want, 1e-5
         )
 
 
@@ -170,19 +170,19 @@ def test_the_advantages_sign_is_the_gradients() -> None:
 def test_other_sets_follow_their_rule_and_never_get_gradients(make: Callable[[], Algorithm]) -> None:
     algorithm = make()
     bench = Bench(algorithm=algorithm, updates=2)
-    assert set(bench.followers.sets) == set(algorithm.weight_sets)
+    assert set(bench.weight_sets.sets) == set(algorithm.weight_sets)
     want = {name: weights(bench.model) for name in algorithm.weight_sets}
     for iteration in range(3):
         bench.iterate(iteration)
         now = weights(bench.model)
-        for name, kept in bench.followers.sets.items():
+        for name, kept in bench.weight_sets.sets.items():
             decay = algorithm.weight_sets[name].decay(iteration + 1)
             want[name] = {n: decay * want[name][n] + (1 - decay) * now[n] for n in now}
             for n, value in kept.named().items():
                 torch.testing.assert_close(value, want[name][n])
             assert all(not v.requires_grad and v.grad is None for v in kept.values)
     if "reference" in algorithm.sets:
-        view = bench.setting.sets["reference"]
+        view = bench.context.sets["reference"]
         assert not list(view.parameters()), "a view owns no parameters"
         start = weights(Bench().model)
         (held,) = view.weights  # type: ignore[attr-defined]
@@ -239,10 +239,10 @@ def test_which_sets_are_asked() -> None:
 # ------------------------------------------------------------------------------------------------------------ details
 def test_awm_advantages_are_within_its_bound() -> None:
     bench = Bench(algorithm=awm(8, 5, advantage_max=0.5))
-    from tempflow.train.step import credit
+    from tempflow.train.experience import credit
 
     experience = bench.collect()
-    value = credit(bench.setting, experience).advantage.value
+    value = credit(bench.context, experience).advantage.value
     reward = experience.scores.value[:, 0].double()
     centred = (reward.view(6, 5) - reward.view(6, 5).mean(1, keepdim=True)).flatten()
     want = (centred / (reward.std(unbiased=False) + 1e-4)).clamp(-5, 5) / 5 * 0.5
@@ -253,7 +253,7 @@ def test_elbo_pg_on_a_noisy_sampler_trains_the_same_leaf_loss() -> None:
     noisy = elbo_pg(4, 5, rollout="sde")
     assert all(noisy.plan(0, 0).stochastic) and not any(elbo_pg(4, 5).plan(0, 0).stochastic)
     assert noisy.cost(0, 1) == elbo_pg(4, 5).cost(0, 1)
-    assert noisy.objective == elbo_pg(4, 5).objective and noisy.objective.estimate.surrogate == Adaptive()  # type: ignore
+    assert noisy.objective == elbo_pg(4, 5).objective and noisy.objective.estimate.proxy == Adaptive()  # type: ignore
 
 
 BAD: list[tuple[Callable[..., Algorithm], dict[str, Any], str]] = [
@@ -272,7 +272,7 @@ BAD: list[tuple[Callable[..., Algorithm], dict[str, Any], str]] = [
     (awm, {"clip": 1.5}, "clip_low: 1.5 must be at most 1"),
     (awm, {"ema_hold": 2.0}, "ema_hold: 2.0 is a decay, at most 1; nearest valid: 1"),
     (awm, {"ema_kl": -1.0}, "ema_kl: -1.0 must be finite and ≥ 0; nearest valid: 0"),
-    (awm, {"likelihood": "x"}, "surrogate: 'x' is not one of adaptive"),
+    (awm, {"likelihood": "x"}, "likelihood: 'x' is not one of adaptive"),
     (advantage_flow, {"gamma": 0.9}, "gamma: 0.9 leaves a sample of advantage −1.0 without a minimum"),
     (advantage_flow, {"t_min": 1.0}, "t_min, t_max: 1.0, 1.0 must keep"),
     (advantage_flow, {"pairs": 0}, "strata: 0 is too small; nearest valid: 1"),

@@ -20,18 +20,18 @@ from loop_checks import (
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.gcpo import gcpo
+from tempflow.core.credit import RelativeChange
 from tempflow.core.dynamics import FlowSDE
+from tempflow.core.objective.clip import Clip
 from tempflow.core.objective.edges import EdgeBatch
-from tempflow.core.objective.gate import Clip
 from tempflow.core.objective.ratio import ChunkRatio, clipped
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import skeleton
 from tempflow.core.schedule import linear, sd3
-from tempflow.core.stepwise import RelativeChange
 from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks, leaf_of, whole_path
 from tempflow.core.weight import uniform
-from tempflow.train.lessons import lessons
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
+from tempflow.train.update import training_batch
 
 
 def small(**fields) -> Algorithm:
@@ -70,20 +70,20 @@ def test_chunks_that_are_not_drawn_are_neither_computed_nor_counted(weighted: bo
     check_counts(algorithm, share=0.5)
     bench = Bench(algorithm=algorithm)
     experience = bench.collect()
-    taught = lessons(bench.setting, experience, credit(bench.setting, experience), 0, ())
+    taught = training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
     assert taught.valid == taught.units == len(taught.row) == 6 * 4 * 2
     per_path = torch.bincount(leaf_of(experience.whole)[taught.row])
     assert bool((per_path == 2).all())
-    again = lessons(bench.setting, experience, credit(bench.setting, experience), 1, ())
+    again = training_batch(bench.context, experience, credit(bench.context, experience), 1, ())
     assert set(again.row.tolist()) != set(taught.row.tolist())
 
 
 def test_a_chunk_is_never_split_by_micro_batches() -> None:
     bench = Bench(algorithm=small(sizes=(4,)), train_rows=6)
     experience = bench.collect()
-    taught = lessons(bench.setting, experience, credit(bench.setting, experience), 0, ())
+    taught = training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
     leaf = leaf_of(experience.whole)
-    for batch in taught.batches(6):
+    for batch in taught.minibatches(6):
         assert len(batch.row) == 4 and len(leaf[batch.row].unique()) == 1
     wide = gradient(small(sizes=(1, 3)), train_rows=1000)
     narrow = gradient(small(sizes=(1, 3)), train_rows=1)
@@ -127,7 +127,7 @@ def test_adaptive_chunks_come_from_the_rollouts_own_l1rel() -> None:
     experience = bench.collect()
     edges = experience.whole.edges
     assert edges.traits["l1rel"].shape == (len(edges),) and float(edges.traits["l1rel"].min()) > 0
-    unit = bench.setting.algorithm.units(experience.whole, 0)
+    unit = bench.context.algorithm.units(experience.whole, 0)
     assert torch.equal(unit >= 0, edges.trained) and len(unit[unit >= 0].unique()) >= 2 * 4 * len(PROMPTS)
 
 
@@ -147,8 +147,8 @@ def test_reweighting_is_the_codes_by_the_chunks_middle_step() -> None:
 
 
 def test_the_right_clip_is_its_own() -> None:
-    gate = gcpo(clip_high=8e-5).objective.gate
-    assert (gate.low, gate.high) == (5e-5, 8e-5) and gcpo().objective.gate == Clip(5e-5, 5e-5)
+    gate = gcpo(clip_high=8e-5).objective.clip
+    assert (gate.low, gate.high) == (5e-5, 8e-5) and gcpo().objective.clip == Clip(5e-5, 5e-5)
 
 
 def test_the_kl_to_the_rollouts_policy_is_k3_of_a_chunks_ratio() -> None:

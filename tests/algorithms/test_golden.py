@@ -23,7 +23,7 @@ from tempflow.algorithms import ALGORITHMS, Algorithm
 
 WANT = frozen.read()
 
-CARRIERS = {"EdgeBatch", "Gated", "LeafBatch", "Loss", "Noised", "Old", "PairBatch", "Peers", "Replayed"}
+CARRIERS = {"EdgeBatch", "Clipped", "LeafBatch", "Loss", "Noised", "Old", "PairBatch", "Peers", "Replayed"}
 """Classes of the losses' files that carry a batch or a result; losses are composed of all the rest."""
 
 ELSEWHERE = {"draft_precision": {"int8", "float8", "nvfp4"}}
@@ -69,7 +69,7 @@ def scaled(algorithm: Algorithm) -> Algorithm:
 def wider(algorithm: Algorithm) -> Algorithm:
     """Its clip is another: the first update is the same, and the second is not."""
     objective = algorithm.objective
-    return replace(algorithm, objective=replace(objective, gate=replace(objective.gate, high=0.3, low=0.3)))  # type: ignore[union-attr, type-var]
+    return replace(algorithm, objective=replace(objective, clip=replace(objective.clip, high=0.3, low=0.3)))  # type: ignore[union-attr, type-var]
 
 
 @pytest.mark.parametrize(

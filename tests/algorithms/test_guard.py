@@ -33,14 +33,14 @@ def small(**fields) -> Algorithm:
 def test_defaults_and_cost() -> None:
     a = grpo_guard()
     assert a.cost(0, 1) == Cost(240, 24, 216) and a.objective.ratio == NormRatio() and a.objective.keeps_mean
-    assert (a.objective.gate.low, a.objective.gate.high, a.weight) == (2e-6, 2e-6, inverse_step)
+    assert (a.objective.clip.low, a.objective.clip.high, a.weight) == (2e-6, 2e-6, inverse_step)
     assert a.plan(0, 0) == flow_grpo().plan(0, 0) and a.dynamics == FlowSDE(0.7)
     dance = grpo_guard(kind="dance", noise_level=0.3)
     assert dance.weight is dance_published and dance.dynamics == DanceSDE(0.3)
     last = [noisy for i, noisy in zip(dance.plan(0, 0).step, dance.plan(0, 0).stochastic, strict=True) if i == 9]
     assert not any(last)
     assert grpo_guard(weight="equalised").weight is equalised
-    assert grpo_guard(clip_high=4e-6).objective.gate.high == 4e-6
+    assert grpo_guard(clip_high=4e-6).objective.clip.high == 4e-6
 
 
 @pytest.mark.parametrize("kind", ["flow", "dance"])

@@ -31,13 +31,12 @@ from tempflow.algorithms.gspo import gspo
 from tempflow.algorithms.reinforce_pp import reinforce_pp
 from tempflow.algorithms.rloo import rloo
 from tempflow.algorithms.sapo import sapo
-from tempflow.core.credit import GroupZScore
-from tempflow.core.groupwise import DynamicSampling
-from tempflow.core.objective.gate import Clip, Score, SoftGate, Truncate
-from tempflow.core.objective.pull import KLForm
+from tempflow.core.credit import DynamicSampling, GroupZScore
+from tempflow.core.objective.clip import Clip, Score, SoftGate, Truncate
 from tempflow.core.objective.ratio import ChunkRatio, PolicyRatio, clipped
+from tempflow.core.objective.regularizer import KLForm
 from tempflow.core.plan import Cost
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 Make = Callable[..., Algorithm]
 KNOBS: tuple[Make, ...] = (rloo, dr_grpo, reinforce_pp, dapo, gspo, cispo, sapo)
@@ -95,8 +94,8 @@ def test_plans_and_dynamics_are_flow_grpos(make: Make) -> None:
 def test_every_kl_form_is_at_hand(make: Make, form: KLForm) -> None:
     algorithm = toy(make, kl=0.3, kl_form=form)
     assert isinstance(algorithm.objective, PolicyRatio)
-    (pull,) = algorithm.objective.pulls
-    assert (pull.coefficient, getattr(pull, "form", "")) == (0.3, form)
+    (term,) = algorithm.objective.regularizers
+    assert (term.coefficient, getattr(term, "form", "")) == (0.3, form)
     assert algorithm.sets == ("reference",) and toy(make, kl=0.0, kl_form=form).sets == ()
 
 
@@ -124,7 +123,7 @@ def test_kl_forms_pull_alike_in_the_real_loop() -> None:
 def test_rloo_is_n_over_n_minus_one_times_dr_grpo() -> None:
     bench = Bench(algorithm=toy(dr_grpo))
     experience = bench.collect()
-    dr = credit(bench.setting, experience).advantage
+    dr = credit(bench.context, experience).advantage
     lo = toy(rloo).credit(experience.scores, experience.whole)
     torch.testing.assert_close(lo.value, dr.value * 6 / 5, rtol=1e-6, atol=1e-9)
     edge, leaf = experience.whole.descent
@@ -137,7 +136,10 @@ def test_rloo_is_n_over_n_minus_one_times_dr_grpo() -> None:
 def test_rloo_without_a_clip_is_the_score_function_and_first_steps_agree() -> None:
     free = toy(rloo, clip=None, kl=0.2)
     assert isinstance(free.objective, PolicyRatio)
-    assert isinstance(free.objective.gate, Score) and free.objective.pulls == toy(rloo, kl=0.2).objective.pulls  # type: ignore[union-attr]
+    assert (
+        isinstance(free.objective.clip, Score)
+        and free.objective.regularizers == toy(rloo, kl=0.2).objective.regularizers
+    )  # type: ignore[union-attr]
     check_same_gradient(toy(rloo, clip=None), toy(rloo))
     a, b = second(toy(rloo, clip=None)), second(toy(rloo))
     assert not torch.equal(a, b)  # then they part
@@ -147,7 +149,7 @@ def test_dr_grpo_is_flow_grpo_with_its_division_undone() -> None:
     """One prompt: a group's standard deviation is then one factor."""
     bench = Bench(algorithm=plain(eps=0.0, advantage_clip=None))
     experience = bench.collect(prompts=PROMPTS[:1])
-    z = credit(bench.setting, experience).advantage.value
+    z = credit(bench.context, experience).advantage.value
     raw = toy(dr_grpo).credit(experience.scores, experience.whole).value
     spread = experience.scores.value.double().std(unbiased=False)
     torch.testing.assert_close(raw, (z.double() * spread).float(), rtol=1e-5, atol=1e-7)
@@ -156,7 +158,7 @@ def test_dr_grpo_is_flow_grpo_with_its_division_undone() -> None:
 
 def test_bounds_of_raw_advantages_are_in_units_of_the_reward() -> None:
     bench = Bench(algorithm=toy(dr_grpo, advantage_clip=0.01))
-    value = credit(bench.setting, bench.collect()).advantage.value
+    value = credit(bench.context, bench.collect()).advantage.value
     assert float(value.abs().max()) == pytest.approx(0.01)
 
 
@@ -203,7 +205,7 @@ def test_dapo_trains_and_averages_over_the_first_prompts_with_spread() -> None:
     got = {n: p.grad.clone() for n, p in bench.model.network.named_parameters() if p.grad is not None}
     other = Bench(algorithm=plain(), reward=partly_flat, max_grad_norm=1e9)
     experience = other.collect()
-    given = credit(other.setting, experience)
+    given = credit(other.context, experience)
     keep = torch.isin(experience.whole.edges.prompt, torch.tensor([1, 3]))
     assert not bool(given.advantage.live[experience.whole.edges.prompt % 2 == 0].any())
     only = replace(
@@ -211,8 +213,8 @@ def test_dapo_trains_and_averages_over_the_first_prompts_with_spread() -> None:
         ok=given.advantage.ok & keep,
         live=given.advantage.live & keep,
     )
-    explicit = replace(other.setting.algorithm, credit=Given(only))
-    other.setting = replace(other.setting, algorithm=explicit)
+    explicit = replace(other.context.algorithm, credit=Given(only))
+    other.context = replace(other.context, algorithm=explicit)
     other.update(experience)
     for name, parameter in other.model.network.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad)
@@ -236,7 +238,7 @@ def test_dapo_doubles_the_mean_where_half_of_the_groups_are_flat() -> None:
 
 
 def test_clip_higher_leaves_more_room_above() -> None:
-    gate = toy(dapo).objective.gate  # type: ignore[union-attr]
+    gate = toy(dapo).objective.clip  # type: ignore[union-attr]
     assert gate == Clip(0.02, 0.03)
     a, b = (second(toy(dapo, clip=0.002, clip_high=high)) for high in (0.002, 0.004))
     assert not torch.equal(a, b)
@@ -288,8 +290,8 @@ def test_without_bounds_both_are_the_plain_ratio() -> None:
 
 
 def test_what_cispo_and_sapo_compose() -> None:
-    assert cispo().objective.gate == Truncate(1.0, 1e-4)  # type: ignore[union-attr]
-    assert sapo().objective.gate == SoftGate(1e4, 1.05e4)  # type: ignore[union-attr]
+    assert cispo().objective.clip == Truncate(1.0, 1e-4)  # type: ignore[union-attr]
+    assert sapo().objective.clip == SoftGate(1e4, 1.05e4)  # type: ignore[union-attr]
     for algorithm in (cispo(), sapo(), gspo()):
         assert algorithm.credit == flow_grpo(std="group").credit and not algorithm.sets
 

@@ -28,9 +28,9 @@ from tempflow.core.dynamics import DanceSDE
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear, sd3
-from tempflow.core.slide import Slide
 from tempflow.core.solver import predict_clean
-from tempflow.train.step import Experience, credit
+from tempflow.core.window import SlidingWindow
+from tempflow.train.experience import Experience, credit
 
 
 def mix(**options: object) -> Algorithm:
@@ -79,7 +79,7 @@ def released(order: str, iterations: int, size: int, end: int, tau: int, stride:
 def test_the_window_goes_the_released_way(
     order: str, size: int, end: int, tau: int, stride: int, roll_back: bool
 ) -> None:
-    slide = Slide(size, end, order, tau, stride, roll_back)  # pyright: ignore
+    slide = SlidingWindow(size, end, order, tau, stride, roll_back)  # pyright: ignore
     assert [slide.at(0, m) for m in range(300)] == released(order, 300, size, end, tau, stride, roll_back)
 
 
@@ -96,7 +96,7 @@ def test_a_cycle_covers_every_step_and_overflow_rolls_back_or_stays() -> None:
 
 
 def test_decays_stay_shorter_near_the_clean_end() -> None:
-    slow, fast = Slide(4, 24, "decay", 20), Slide(4, 24, "exp_decay", 20)
+    slow, fast = SlidingWindow(4, 24, "decay", 20), SlidingWindow(4, 24, "exp_decay", 20)
     assert [slow.stay(start) for start in (0, 12, 23)] == [20, 12, 5]
     assert [fast.stay(start) for start in (0, 13, 14, 23)] == [20, 20, 19, 8]
 
@@ -134,7 +134,7 @@ def test_only_the_windows_transitions_have_a_log_prob() -> None:
 
 
 def two(bench: Bench) -> Experience:
-    bench.setting = replace(bench.setting, rewards=two_rewards())
+    bench.context = replace(bench.context, rewards=two_rewards())
     return bench.collect()
 
 
@@ -143,7 +143,7 @@ def test_rewards_are_joined_as_advantages_or_as_scores() -> None:
     experience = two(bench)
 
     def advantage(algorithm: Algorithm) -> torch.Tensor:
-        return credit(replace(bench.setting, algorithm=algorithm), experience).advantage.value
+        return credit(replace(bench.context, algorithm=algorithm), experience).advantage.value
 
     joined, scores, gdpo = (advantage(mix(rewards=kind)) for kind in ("advantages", "scores", "gdpo"))
     plain = mix(rewards="scores")
@@ -252,7 +252,7 @@ def test_the_saving_shrinks_as_the_window_moves_on() -> None:
     for m in range(4):
         bench.iterate(m)
     assert bench.counter.rollout == sum(flash(compress=0.5).cost(m, len(PROMPTS)).forwards for m in range(4))
-    assert bench.setting.schedule.steps == 6 == Fake().schedule(6, SIZE).steps
+    assert bench.context.schedule.steps == 6 == Fake().schedule(6, SIZE).steps
 
 
 def test_bad_arguments() -> None:

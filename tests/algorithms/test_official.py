@@ -36,9 +36,8 @@ from tempflow.core.objective.ratio import StepRatio
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import sd3
 from tempflow.core.weight import inverse_step
-from tempflow.train.followers import Followers
-from tempflow.train.step import credit
-from tempflow.train.weightsets import Trainable
+from tempflow.train.experience import credit
+from tempflow.train.weights import Trainable, WeightSets
 
 
 # ------------------------------------------------------------------------------------------------- moving averages
@@ -67,7 +66,7 @@ def test_a_set_blends_as_the_official_loop_does(name: str) -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
     trainable = Trainable(network)
-    ours = Followers.of(algorithm, trainable).sets[which]
+    ours = WeightSets.of(algorithm, trainable).sets[which]
     want, i = 0.0, 0
     for update in range(1, 121):
         with torch.no_grad():
@@ -109,11 +108,11 @@ def test_grpo_guard_is_its_authors_configuration() -> None:
     """config/grpo_guard.py: T 10, 24 a prompt, clip 2e-6 both ways, std of the group, β 0; the loss over sqrt_dt²."""
     a = grpo_guard()
     assert (a.steps, a.plan(0, 0).roots, a.credit.scale, a.objective.weight_sets) == (10, 24, "group", ("policy",))
-    assert (a.objective.gate.low, a.objective.gate.high, a.weight) == (2e-6, 2e-6, inverse_step)
+    assert (a.objective.clip.low, a.objective.clip.high, a.weight) == (2e-6, 2e-6, inverse_step)
 
 
 def test_tempflows_default_clip_is_flow_grpos() -> None:
-    assert tempflow_grpo().objective.gate.low == tempflow_grpo().objective.gate.high == 1e-4
+    assert tempflow_grpo().objective.clip.low == tempflow_grpo().objective.clip.high == 1e-4
 
 
 def test_fast_has_the_official_cps_log_prob_unless_told() -> None:
@@ -157,7 +156,7 @@ def test_the_released_solver_walks_by_default(make: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- AdvantageFlow
 def test_advantage_flow_has_the_papers_settings() -> None:
     a = advantage_flow()
-    assert (a.steps, a.plan(0, 0).roots, a.draws.times.count(10), a.credit.scale, a.credit.clip) == (
+    assert (a.steps, a.plan(0, 0).roots, a.renoise.times.count(10), a.credit.scale, a.credit.clip) == (
         10,
         4,
         1,
@@ -175,7 +174,7 @@ def test_advantage_flow_trains_on_the_plain_sum_of_its_rewards() -> None:
     assert float(experience.scores.value.std(0).min()) > 0
     centred = total - total.mean(1, keepdim=True)
     want = (centred / centred.square().mean().sqrt()).clamp(-1, 1).flatten()
-    torch.testing.assert_close(credit(bench.setting, experience).advantage.value.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(credit(bench.context, experience).advantage.value.double(), want, rtol=1e-4, atol=1e-5)
 
 
 V = torch.Generator().manual_seed(3)

@@ -19,9 +19,9 @@ from tempflow.config import Config
 from tempflow.core import plan
 from tempflow.core.draft import Draft
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.given import Given
+from tempflow.core.likelihood_proxy import corrupt
+from tempflow.core.offline import OfflineSamples
 from tempflow.core.plan import Cost
-from tempflow.core.surrogate import corrupt
 from tempflow.core.times import GridTimes
 from tempflow.cost import run_cost
 from tempflow.data.prompts import Prompt
@@ -57,9 +57,9 @@ def some_latents(count: int = 12) -> Tensor:
 
 
 def bench(algorithm: Algorithm, latents: Tensor | None = None, **options: Any) -> Bench:
-    assert algorithm.given is not None
+    assert algorithm.offline is not None
     model = Exact(some_latents() if latents is None else latents)
-    read = numbered(len(algorithm.given.keys))
+    read = numbered(len(algorithm.offline.keys))
     return Bench(model, algorithm, **{"pictures": read, "max_grad_norm": 1e9, **options})
 
 
@@ -115,10 +115,10 @@ def test_sft_is_plain_flow_matching() -> None:
     algorithm, latents = sft(3), some_latents(6)
     got = gradient(bench(algorithm, latents))
     ids = [(0, slot, 0) for slot in range(6)]
-    assert algorithm.draws is not None
+    assert algorithm.renoise is not None
     model = Fake()
     model.network.double()
-    t, noise = algorithm.draws(5, ids, model.schedule(1, SIZE), (2, 2, 2))  # 5: the bench's seed
+    t, noise = algorithm.renoise(5, ids, model.schedule(1, SIZE), (2, 2, 2))  # 5: the bench's seed
     x0, noise = latents.double().repeat_interleave(3, 0), noise.double().flatten(0, 1)
     tokens = model.encode(PROMPTS).tensors["embeds"].double().repeat_interleave(3, 0)
     velocity = model.network(corrupt(x0, noise, t.flatten()), t.flatten(), tokens)
@@ -171,7 +171,7 @@ def test_the_reference_never_moves_nor_gets_gradients(name: str) -> None:
     before = weights(run.model)
     for iteration in range(3):
         run.iterate(iteration)
-    (held,) = run.setting.sets["reference"].weights  # type: ignore[attr-defined]
+    (held,) = run.context.sets["reference"].weights  # type: ignore[attr-defined]
     assert all(torch.equal(v, before[n]) for n, v in held.named().items())
     assert all(not v.requires_grad and v.grad is None for v in held.values)
     assert not same(weights(run.model), before)
@@ -191,26 +191,26 @@ def test_a_sample_that_is_not_finite_is_failed_and_left_out() -> None:
 
 
 def test_grid_times_come_from_the_model_s_grid_of_that_many_steps() -> None:
-    algorithm = replace(sft(), steps=4, draws=replace(sft().draws, times=GridTimes(1.0)))  # type: ignore[type-var]
+    algorithm = replace(sft(), steps=4, draws=replace(sft().renoise, times=GridTimes(1.0)))  # type: ignore[type-var]
     assert algorithm.cost(0, 1) == Cost(0, 0, 4)
     run = bench(algorithm)
     assert run.iterate()["trained_edges"] == 4 * len(PROMPTS)
-    assert run.setting.schedule.steps == 4
+    assert run.context.schedule.steps == 4
 
 
-PAIR = Given(("chosen", "rejected"), (1.0, 0.0))
+PAIR = OfflineSamples(("chosen", "rejected"), (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"plan": lambda i, s: plan.ode(1, 2)}, r"plan: grows a rollout, and the samples \('chosen', 'rejected'\) are"),
-        ({"given": Given(("image",), (1.0,))}, r"plan: grows a rollout"),
+        ({"offline": OfflineSamples(("image",), (1.0,))}, r"plan: grows a rollout"),
         ({"given": None}, r"steps: 1, but the plan has 0"),
         ({"draws": None}, r"draws: None, and given samples have no edges to train"),
         ({"dynamics": FlowSDE(0.7)}, r"dynamics: is a rollout's, and samples are given in its place"),
         ({"draft": Draft(4, 2)}, r"draft: is a rollout's"),
-        ({"judge": "folder"}, r"judge: is a rollout's"),
+        ({"latent_reward": "folder"}, r"judge: is a rollout's"),
         ({"grid": lambda i, schedule: schedule}, r"grid: is a rollout's"),
     ],
 )

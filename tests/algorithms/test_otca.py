@@ -22,12 +22,11 @@ from loop_checks import (
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.algorithms.otca import otca
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, MinNorm, Progress, StepCredit
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.plan import Cost
-from tempflow.core.stepwise import MinNorm, Progress, StepCredit
 from tempflow.core.units import leaf_of
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def small(**fields) -> Algorithm:
@@ -77,8 +76,8 @@ def test_step_weights_come_from_the_rollouts_own_latents() -> None:
     bench = Bench(algorithm=small(moca=False))
     experience = bench.collect()
     assert len(experience.whole.nodes) == 0 or experience.whole.nodes.numel() == 0
-    given = credit(bench.setting, experience).advantage
-    plain = bench.setting.algorithm.credit.inner(experience.scores, experience.whole)
+    given = credit(bench.context, experience).advantage
+    plain = bench.context.algorithm.credit.inner(experience.scores, experience.whole)
     leaf, trained = leaf_of(experience.whole), experience.whole.edges.trained
     strong = plain.value.abs() > 0.1
     w = given.value / plain.value
@@ -88,7 +87,7 @@ def test_step_weights_come_from_the_rollouts_own_latents() -> None:
             assert float(w[mine].mean()) == pytest.approx(1, abs=1e-5) and float(w[mine].std()) > 1e-2
     assert float(w[trained & strong].min()) > 0
     # each edge's own states, found by who it is and not by its place
-    forest, floor = experience.forest, bench.setting.algorithm.credit.floor  # type: ignore[attr-defined]
+    forest, floor = experience.forest, bench.context.algorithm.credit.floor  # type: ignore[attr-defined]
     ends = {tuple(k): n for k, n in zip(_who(forest.leaves), forest.leaves.node.tolist(), strict=True)}
     d = {}
     for who, step, a, b in zip(
@@ -113,7 +112,7 @@ def _who(rows: Any) -> list[list[int]]:
 def test_edges_where_two_rewards_disagree_teach_only_by_exploration() -> None:
     silent = Bench(algorithm=small(explore=0.0, tcd=False), rewards=two_rewards())
     experience = silent.collect()
-    given = credit(silent.setting, experience).advantage
+    given = credit(silent.context, experience).advantage
     each = [
         GroupZScore(unbiased=True, reward_weights={n: 1.0})(experience.scores, experience.whole).value
         for n in experience.scores.names
@@ -138,7 +137,7 @@ def test_without_moca_rewards_are_summed_by_their_weights() -> None:
     def z(r: np.ndarray) -> np.ndarray:
         return ((r - r.mean(1, keepdims=True)) / r.std(1, ddof=1, keepdims=True)).reshape(-1)
 
-    weighted = bench.setting.algorithm.credit.weighted(dict(zip(scores.names, (2.0, -1.0), strict=True)))
+    weighted = bench.context.algorithm.credit.weighted(dict(zip(scores.names, (2.0, -1.0), strict=True)))
     got, leaf = weighted(scores, whole).value.numpy(), leaf_of(whole).numpy()
     np.testing.assert_allclose(got, z(2 * a - b)[leaf], rtol=1e-4, atol=1e-4)
     assert np.abs(got - (2 * z(a) - z(b))[leaf]).max() > 0.1

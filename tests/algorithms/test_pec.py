@@ -23,14 +23,13 @@ from torch import Tensor
 from tempflow.algorithms import flow_grpo
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.perceptual_entropy import Embedded, perceptual_entropy
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, PathLogProb, Surprisal
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Forest
-from tempflow.core.groupwise import PathLogProb, Surprisal
 from tempflow.core.plan import Cost
 from tempflow.core.schedule import sd3
 from tempflow.perception import HandEmbedding
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def toy(**changes: Any) -> Algorithm:
@@ -99,7 +98,7 @@ def test_the_bonus_is_the_embeddings_distance_from_the_groups_mean() -> None:
     bonus = (phi - phi.mean(1, keepdim=True)).square().sum(2) / (2 * 0.5**2)
     total = experience.scores.value[:, 0].double().view(6, 6) + 0.7 * bonus
     want = ((total - total.mean(1, keepdim=True)) / (total.std(unbiased=False) + 1e-4)).view(-1)
-    got = credit(bench.setting, experience).advantage.value
+    got = credit(bench.context, experience).advantage.value
     edge, leaf = experience.whole.descent
     torch.testing.assert_close(got[edge], want[leaf].float(), rtol=1e-4, atol=1e-5)
     assert float((0.7 * bonus).std()) > 0.02 * float(experience.scores.value.std())
@@ -110,7 +109,7 @@ def test_pcvae_takes_the_latent_policys_surprise_away() -> None:
     algorithm = replace(toy(kind="pcvae", bonus=2.0), observe=(Blind(), PathLogProb()))
     bench = Bench(algorithm=algorithm, reward=constant)
     experience = bench.collect()
-    given = credit(bench.setting, experience).advantage.value
+    given = credit(bench.context, experience).advantage.value
     edges, (edge, leaf) = experience.forest.edges, experience.whole.descent
     log_p = torch.zeros(36, dtype=torch.float64).index_add(0, leaf, edges.log_prob.double()[edge]).view(6, 6) / 4
     total = 2.0 * log_p

@@ -25,13 +25,12 @@ from tempflow.algorithms import flow_grpo
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.pref_grpo import pref_grpo
 from tempflow.core import weight
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, WinRate
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.groupwise import WinRate
 from tempflow.core.objective.ratio import NormRatio, clipped
 from tempflow.core.plan import Cost
 from tempflow.rewards import from_function
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def toy(**changes: Any) -> Algorithm:
@@ -64,7 +63,7 @@ def test_advantages_are_those_of_ranks_whatever_the_scores() -> None:
     bench = Bench(algorithm=toy(rounding=None))
     experience = bench.collect()
     edge, leaf = experience.whole.descent
-    given = credit(bench.setting, experience).advantage.value
+    given = credit(bench.context, experience).advantage.value
     rank = stats.rankdata(experience.scores.value[:, 0].view(6, 6).numpy(), axis=1)
     want = stats.zscore((rank - 1) / 5, axis=1, ddof=1).reshape(-1)
     np.testing.assert_allclose(given[edge], want[leaf], rtol=1e-5, atol=1e-6)
@@ -110,19 +109,19 @@ def test_the_normalised_ratios_gradient_is_the_steps_noise_times_the_plain_one()
     norm, step = toy(train_steps=1), toy(train_steps=1, ratio="step")
     bench = Bench(algorithm=norm)
     (at,) = {int(i) for i in bench.collect().whole.edges.step[bench.collect().whole.edges.trained]}
-    s = float(FlowSDE(0.7).coefficients(bench.setting.schedule, torch.tensor([at]))[2])
+    s = float(FlowSDE(0.7).coefficients(bench.context.schedule, torch.tensor([at]))[2])
     check_same_gradient(norm, step, factor=s)
 
 
 def test_step_weights_go_with_one_over_delta() -> None:
     bench = Bench(algorithm=toy())
     experience = bench.collect()
-    given = credit(bench.setting, experience).weight
+    given = credit(bench.context, experience).weight
     step = experience.whole.edges.step
     product = (given * experience.schedule.delta(step))[experience.whole.edges.trained]
     torch.testing.assert_close(product, product[0].expand_as(product))
     flat = Bench(algorithm=toy(ratio="step"))
-    assert bool((credit(flat.setting, flat.collect()).weight == 1).all())
+    assert bool((credit(flat.context, flat.collect()).weight == 1).all())
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from tempflow.algorithms import ALGORITHMS, Algorithm
 from tempflow.algorithms.base import Seeded
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import linear
-from tempflow.train.lessons import lessons
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
+from tempflow.train.update import training_batch
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -54,7 +54,11 @@ def drawn(algorithm: Algorithm) -> Any:
     if algorithm.units is not None and algorithm.name == "gcpo":
         bench = Bench(algorithm=algorithm, seed=_seed(algorithm))
         experience = bench.collect()
-        return lessons(bench.setting, experience, credit(bench.setting, experience), 0, ()).row.sort().values.tolist()
+        return (
+            training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
+            .row.sort()
+            .values.tolist()
+        )
     grids = [algorithm.schedule(i, linear(algorithm.steps)).sigmas.tolist() for i in range(12)]
     return grids, [algorithm.plan(i, slot) for i in range(12) for slot in range(3)]
 

@@ -27,7 +27,7 @@ from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Cost
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def toy(**changes: Any) -> Algorithm:
@@ -68,7 +68,7 @@ def test_advantages_against_numpy(gamma: float) -> None:
     d = r - r.mean(1, keepdims=True)
     s = np.sign(d) * np.abs(d) ** (1 + gamma)
     want = np.clip(s / np.sqrt((s**2).mean()), -2, 2).reshape(-1)
-    got = credit(bench.setting, experience).advantage.value
+    got = credit(bench.context, experience).advantage.value
     np.testing.assert_allclose(got[edge], want[leaf], rtol=1e-4, atol=1e-5)
     assert (np.abs(want) == 2).any()  # the bound comes after the shaping
 
@@ -96,7 +96,7 @@ def test_a_larger_gamma_leaves_less_to_the_middle() -> None:
     for gamma in (0.0, 1.0, 3.0):
         bench = Bench(algorithm=toy(gamma=gamma, advantage_clip=None))
         experience = bench.collect()
-        size = credit(bench.setting, experience).advantage.value.abs()[experience.whole.edges.step == 0].view(6, 6)
+        size = credit(bench.context, experience).advantage.value.abs()[experience.whole.edges.step == 0].view(6, 6)
         share.append(float((size.sort(1).values[:, -2:].sum(1) / size.sum(1)).mean()))
     assert share[0] < share[1] < share[2] and share[2] > 0.8
 

@@ -14,7 +14,7 @@ from tempflow.algorithms.sol_rl import sol_rl
 from tempflow.core.dynamics import ODE
 from tempflow.core.plan import ode
 from tempflow.core.rollout import Noise, rollout
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 SMALL: dict[str, Any] = {"steps": 4, "group": 4, "kl": 0.0}
 
@@ -27,7 +27,7 @@ def gradient(bench: Bench) -> torch.Tensor:
 def test_counts() -> None:
     bench = Bench(algorithm=sol_rl(pool=10, draft_steps=2, **SMALL), rollout_rows=13)
     metrics = bench.iterate()
-    cost = bench.setting.algorithm.cost(0, len(PROMPTS))
+    cost = bench.context.algorithm.cost(0, len(PROMPTS))
     assert cost.forwards == 6 * (10 * 2 + 4 * 4) == bench.counter.rollout and cost.leaves == 6 * 14
     assert bench.counter.decodes == bench.counter.reward_calls == cost.leaves
     assert bench.counter.train == cost.trained_edges == metrics["trained_edges"] == 6 * 4 * 3
@@ -44,15 +44,15 @@ def test_a_full_draft_of_the_group_itself_is_diffusion_nft() -> None:
 def test_kept_pictures_come_from_the_ends_of_the_pool_and_from_the_same_noises() -> None:
     bench = Bench(algorithm=sol_rl(pool=12, draft_steps=4, **SMALL))
     experience = bench.collect()
-    model, setting = bench.model, bench.setting
+    model, context = bench.model, bench.context
     everything = rollout(
         [ode(4, 12)] * len(PROMPTS),
         ODE(),
-        setting.schedule,
+        context.schedule,
         model.predictor(model.encode(PROMPTS), 1.0),
-        Noise(setting.seed, 0),
+        Noise(context.seed, 0),
         shape=(2, 2, 2),
-        solver=setting.algorithm.solver,
+        solver=context.algorithm.solver,
     )
     pool = everything.nodes[everything.leaves.node].view(len(PROMPTS), 12, -1)
     kept = experience.forest.nodes[experience.forest.edges.child].view(len(PROMPTS), 4, -1)
@@ -74,7 +74,7 @@ def test_advantages_come_from_the_redrawn_pictures_alone() -> None:
 
     plain = Bench(algorithm=sol_rl(pool=9, draft_steps=2, **SMALL))
     squashed = Bench(algorithm=sol_rl(pool=9, draft_steps=2, **SMALL), reward=first_calls_squashed)
-    a, b = (credit(x.setting, x.collect()).advantage.value for x in (plain, squashed))
+    a, b = (credit(x.context, x.collect()).advantage.value for x in (plain, squashed))
     assert seen["calls"] == 2 and torch.equal(a, b) and float(a.abs().max()) > 0.1
 
 
@@ -97,7 +97,7 @@ def test_what_drafts_score_changes_nothing_where_all_are_kept() -> None:
 def test_drafts_in_low_precision_cost_the_same_rows() -> None:
     bench = Bench(algorithm=sol_rl(pool=10, draft_steps=2, draft_precision="bfloat16", **SMALL), rollout_rows=13)
     bench.iterate()
-    cost = bench.setting.algorithm.cost(0, len(PROMPTS))
+    cost = bench.context.algorithm.cost(0, len(PROMPTS))
     assert cost.forwards == bench.counter.rollout and sum(bench.model.rows) == bench.counter.forwards
 
 

@@ -28,8 +28,8 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
-from tempflow.train.lessons import Lessons, edge_batch
-from tempflow.train.step import Experience, credit
+from tempflow.train.experience import Experience, credit
+from tempflow.train.update import Batch, edge_batch
 
 
 def tree(**options: object) -> Algorithm:
@@ -37,8 +37,8 @@ def tree(**options: object) -> Algorithm:
 
 
 def batch_of(bench: Bench, experience: Experience, rows: torch.Tensor) -> EdgeBatch:
-    lessons = Lessons(rows, torch.zeros_like(rows), torch.arange(len(rows)), len(rows), len(rows), 1)
-    return edge_batch(bench.setting, experience, credit(bench.setting, experience), lessons)
+    lessons = Batch(rows, torch.zeros_like(rows), torch.arange(len(rows)), len(rows), len(rows), 1)
+    return edge_batch(bench.context, experience, credit(bench.context, experience), lessons)
 
 
 def test_thirty_edges_and_sixteen_leaves_where_independent_paths_have_sixty_four() -> None:
@@ -108,7 +108,7 @@ def test_noise_grows_linearly_with_depth_and_is_in_the_log_prob() -> None:
 def test_weights_count_paths_and_their_gradient_is_the_sum_over_paths() -> None:
     bench = Bench(algorithm=tree(imitation=0.0, sensitivity=0.0, trees=1))
     experience = bench.collect()
-    given, edges = credit(bench.setting, experience), experience.whole.edges
+    given, edges = credit(bench.context, experience), experience.whole.edges
     torch.testing.assert_close(given.weight, 2.0 ** (2 - edges.step.float()) / (24 / 14))
     assert float(given.weight.mean()) == pytest.approx(1)
     # Eq. 9 before an update: the mean over leaves and steps of A_leaf·r, whose gradient is A_leaf·∇log p
@@ -150,7 +150,7 @@ def test_the_clip_has_more_room_upward_for_good_edges_and_less_downward() -> Non
     torch.testing.assert_close(u, batch.advantage.clamp(-1, 1))
     for shift in (0.015, 0.025, -0.015, -0.025):
         moved = replace(batch, log_prob=batch.log_prob - math.log1p(shift))
-        loss = bench.setting.algorithm.edge_objective(experience.models, moved)
+        loss = bench.context.algorithm.edge_objective(experience.models, moved)
         room = torch.where(torch.tensor(shift > 0), 0.02 * (1 + 0.5 * u), 0.02 * (1 - 0.5 * u))
         assert torch.equal(loss.metrics["outside_clip"] > 0, abs(shift) > room)
 
@@ -159,7 +159,7 @@ def test_the_best_path_is_the_one_of_the_highest_reward_where_advantages_are_bou
     bench = Bench(algorithm=tree(imitation=1.0, advantage_clip=0.3))
     experience = bench.collect()
     whole, score = experience.whole, experience.scores.value[:, 0]
-    peer, (edge, leaf) = credit(bench.setting, experience).advantage.peer, whole.descent
+    peer, (edge, leaf) = credit(bench.context, experience).advantage.peer, whole.descent
     assert peer is not None
     for prompt in whole.leaves.prompt.unique():
         mine = (whole.leaves.prompt == prompt).nonzero()[:, 0]
@@ -175,7 +175,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
     edges, whole = experience.whole.edges, experience.whole
     rows = edges.trained.nonzero()[:, 0]
     batch = batch_of(bench, experience, rows)
-    term = bench.setting.algorithm.edge_objective(experience.models, batch).metrics["imitation"]
+    term = bench.context.algorithm.edge_objective(experience.models, batch).metrics["imitation"]
     sigma = experience.schedule.at(batch.step)
     edge, leaf = whole.descent
     score = experience.scores.value[:, 0]

@@ -27,7 +27,7 @@ from tempflow.core.plan import Cost, chain
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
 from tempflow.perception import FeatureMaps, HandFeatures
-from tempflow.train.step import credit
+from tempflow.train.experience import credit
 
 
 def small(**fields) -> Algorithm:
@@ -104,7 +104,7 @@ def test_maps_reach_the_edges_of_their_own_picture() -> None:
     bench = Bench(algorithm=small(normalise="mean_one", orient="none"))
     experience = bench.collect()
     maps = experience.whole.leaves.traits["map"]
-    given = credit(bench.setting, experience).advantage
+    given = credit(bench.context, experience).advantage
     edges = experience.whole.edges
     assert maps.shape == (30, 2, 2) and bool((maps >= 0).all())
     assert torch.equal(given.columns["map"], maps[edges.prompt * 5 + edges.root])

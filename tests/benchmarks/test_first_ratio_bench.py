@@ -13,8 +13,8 @@ from tempflow.core.dynamics import FlowSDE
 from tempflow.data.prompts import Prompt
 from tempflow.models import SD3
 from tempflow.recipes import RECIPES
-from tempflow.train.setting import Clock, Counter
-from tempflow.train.step import collect
+from tempflow.train.context import Clock, Counter
+from tempflow.train.experience import collect
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares")]
 HELD, LIMIT = 6.0, 12.0
@@ -28,14 +28,14 @@ def tiny() -> SD3:
 
 def check(model: SD3, kind: str, plan: str, guidance: float, rows: tuple[int, int]) -> None:
     dynamics, clip = bench.KINDS[kind]
-    setting = bench.setting_for(model, dynamics, bench.plans_of(4, 4)[plan], clip, guidance, rows, 0)
+    context = bench.setting_for(model, dynamics, bench.plans_of(4, 4)[plan], clip, guidance, rows, 0)
     with bench.SplitSums():
-        experience = collect(setting, PROMPTS, 0, Counter(), Clock())
-        seen = bench.first_update(setting, experience)
+        experience = collect(context, PROMPTS, 0, Counter(), Clock())
+        seen = bench.first_update(context, experience)
         assert seen.ratio == 0 and 0 < seen.roundings < HELD
         networks = {"dropout": bench.with_dropout(model)}
-        for fault, policy in bench.faults(setting, [p.text for p in PROMPTS], networks).items():
-            wrong = bench.first_update(setting, replace(experience, models={"policy": policy}))
+        for fault, policy in bench.faults(context, [p.text for p in PROMPTS], networks).items():
+            wrong = bench.first_update(context, replace(experience, models={"policy": policy}))
             assert wrong.roundings > LIMIT and wrong.difference > 10 * seen.difference, (fault, wrong, seen)
 
 
@@ -68,7 +68,7 @@ SMALL = {
 
 
 def trajectory(config: Config) -> bool:
-    return config.algorithm.build().draws is None and config.algorithm.build().judge is None
+    return config.algorithm.build().renoise is None and config.algorithm.build().latent_reward is None
 
 
 def check_recipe(name: str) -> None:
@@ -78,18 +78,18 @@ def check_recipe(name: str) -> None:
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
     model = bench.model_of("tiny", dtype)
     plain = algorithm.objective
-    heard = replace(algorithm, objective=bench.Heard(plain.gate, plain.ratio, plain.pulls))  # type: ignore[union-attr]
+    heard = replace(algorithm, objective=bench.Heard(plain.clip, plain.ratio, plain.regularizers))  # type: ignore[union-attr]
     rows, grown = (config.rollout_rows, config.train_rows), bench.plans_of(4, 1)["chain"]
     any_other = bench.setting_for(model, FlowSDE(0.7), grown, 1e-4, config.model.guidance, rows, config.seed)
-    setting = replace(
+    context = replace(
         any_other,
         algorithm=heard,
         schedule=model.schedule(algorithm.steps, bench.SIZE),
         sets=dict.fromkeys(algorithm.sets, model.network),
     )
     with bench.SplitSums():
-        experience = collect(setting, PROMPTS[:1], 0, Counter(), Clock())
-        seen = bench.first_update(setting, experience)
+        experience = collect(context, PROMPTS[:1], 0, Counter(), Clock())
+        seen = bench.first_update(context, experience)
     assert seen.ratio == 0 <= algorithm.edge_objective.tightest_clip / 10 and seen.roundings < LIMIT
 
 

@@ -93,7 +93,7 @@ def test_every_entry_spends_about_the_same(board: Board):
         config = board.config(entry, RATES[0], 0)
         algorithm = config.algorithm.build()
         costs = [algorithm.cost(i, entry.prompts) for i in range(config.iterations)]
-        others, judged = len(algorithm.objective.weight_sets) - 1, algorithm.judge is not None
+        others, judged = len(algorithm.objective.weight_sets) - 1, algorithm.latent_reward is not None
         planned = [(c.forwards, c.trained_edges) for c in costs]
         trained = planned if entry.trained is None else [(forwards, entry.trained) for forwards, _ in planned]
         spent = sum(forwards + edges * (3 + others + judged) for forwards, edges in trained)

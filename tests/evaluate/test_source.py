@@ -17,7 +17,7 @@ from tempflow.evaluate.source import Settings, Source, check_rewards, find, sett
 from tempflow.models import load
 from tempflow.models.lora import LORA_FILE
 from tempflow.recipes.shapes import shapes_flow
-from tempflow.train.loop import Run, train
+from tempflow.train.trainer import Run, train
 
 
 def tiny(output: Path, **model: Any) -> Config:

@@ -24,7 +24,7 @@ from tempflow import rewards
 from tempflow.cli import main
 from tempflow.config import to_yaml
 from tempflow.rewards import from_function
-from tempflow.train import checkpoint, loop, session
+from tempflow.train import checkpoint, trainer
 from tempflow.train.records import LINES
 
 OPTIONS: dict[str, Any] = {
@@ -53,15 +53,15 @@ class Scene:
         self.prompts = folder / "prompts.jsonl"
         self.prompts.write_text("".join(json.dumps({"prompt": p, "tags": ["a"]}) + "\n" for p in PROMPTS))
         self.configure()
-        patch.setattr(loop, "prepare_model", lambda *args: Fake())
-        patch.setattr(session.pictures, "curve", lambda *args: None)  # drawing takes longer than all the rest
+        patch.setattr(trainer, "prepare_model", lambda *args: Fake())
+        patch.setattr(trainer.pictures, "curve", lambda *args: None)  # drawing takes longer than all the rest
         self.set_reward(lambda values: values)
         for place, name, said in (
-            (session, "collect", lambda *a: f"rollout {a[2] + 1}"),
-            (session, "update", lambda *a: f"update {a[6] + 1}"),
+            (trainer, "collect", lambda *a: f"rollout {a[2] + 1}"),
+            (trainer, "update", lambda *a: f"update {a[6] + 1}"),
             (checkpoint, "save", lambda *a: f"checkpoint {a[1]}"),
-            (session.Session, "_validate", lambda *a: f"validation {a[0].done}"),
-            (session.Session, "_finish", lambda *a: "after"),
+            (trainer.Trainer, "_validate", lambda *a: f"validation {a[0].done}"),
+            (trainer.Trainer, "_finish", lambda *a: "after"),
         ):
             patch.setattr(place, name, self._staged(getattr(place, name), said))
 

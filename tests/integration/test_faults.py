@@ -28,8 +28,8 @@ from tempflow.cli import main
 from tempflow.core.scores import Scores
 from tempflow.models import shapes_folder
 from tempflow.train import checkpoint, track
-from tempflow.train.gallery import Gallery
-from tempflow.train.weightsets import Trainable
+from tempflow.train.evaluator import Evaluator
+from tempflow.train.weights import Trainable
 
 NAN, INF = math.nan, math.inf
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -368,7 +368,7 @@ DISK = [
     Fault("disk full: model/", half_a_model, (r"No space left on device", r"Free some space", GO_ON), kept=4),
     Fault(
         "disk full: last files",
-        lambda scene: scene.at("after", Gallery, "drawn", lambda drawn: raises(FULL)(None)),
+        lambda scene: scene.at("after", Evaluator, "sample", lambda drawn: raises(FULL)(None)),
         (r"No space left on device", GO_ON),
         kept=4,
     ),

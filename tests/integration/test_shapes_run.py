@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tempflow.config import Config
 from tempflow.models import load
 from tempflow.recipes.shapes import shapes_flow, shapes_lora, shapes_tempflow
-from tempflow.train.loop import Run, train
+from tempflow.train.records import Run
+from tempflow.train.trainer import train
 
 SMALL = {"every": 1, "validation_prompts": 6, "test_prompts": 12, "steps": 2, "metric": "shapes_strict"}
 

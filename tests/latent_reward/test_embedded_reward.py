@@ -15,7 +15,7 @@ from tempflow.models import load
 from tempflow.recipes import RECIPES
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
-from tempflow.train.loop import train
+from tempflow.train.trainer import train
 
 SIZE = (32, 32)
 

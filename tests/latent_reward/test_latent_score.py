@@ -14,7 +14,7 @@ from tempflow.core.dynamics import CPS, ODE, DanceSDE, Dynamics, FlowSDE, Linear
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
 from tempflow.core.scores import Scores
-from tempflow.latent_reward import Guided, LatentJudge, LatentReward, guided_sample
+from tempflow.latent_reward import Guided, LatentReward, LatentScorer, guided_sample
 
 SHAPE, NOISE, GRID = (2, 3), Noise(seed=5, iteration=2), linear(6, 3.0)
 U = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]])
@@ -50,7 +50,7 @@ def draw(candidates: int, judge: object, dynamics: Dynamics | None = None, roots
 # -------------------------------------------------------------------------------------------------------------- judge
 def test_what_is_not_finite_has_failed() -> None:
     values = torch.tensor([1.5, math.nan, -math.inf, math.inf, 0.0])
-    judge = LatentJudge(lambda x, s, r: values[r], name="mine")
+    judge = LatentScorer(lambda x, s, r: values[r], name="mine")
     scores = judge(torch.zeros(5, 2), torch.ones(5), torch.arange(5))
     assert scores.names == ("mine",) and scores.value.shape == (5, 1)
     assert scores.ok[:, 0].tolist() == [True, False, False, False, True]
@@ -66,10 +66,10 @@ def test_parts_of_a_batch_come_out_in_order_and_without_gradients() -> None:
         return x[:, 0] + 10 * sigma + 100 * rows
 
     x, sigma, rows = torch.arange(7.0)[:, None], torch.linspace(0, 0.6, 7), torch.arange(7)
-    got = LatentJudge(score, rows=3)(x, sigma, rows)
+    got = LatentScorer(score, rows=3)(x, sigma, rows)
     assert sizes == [3, 3, 1]
     torch.testing.assert_close(got.value[:, 0], x[:, 0] + 10 * sigma + 100 * rows)
-    assert len(LatentJudge(score)(x[:0], sigma[:0], rows[:0])) == 0
+    assert len(LatentScorer(score)(x[:0], sigma[:0], rows[:0])) == 0
 
 
 def test_a_judge_made_of_a_reward_is_the_reward() -> None:
@@ -77,7 +77,7 @@ def test_a_judge_made_of_a_reward_is_the_reward() -> None:
     reward = LatentReward.from_transformer(model.network, width=8)
     with torch.no_grad():
         reward.head.out.weight.fill_(1.0)
-    judge = LatentJudge.of(model, reward, world.PROMPTS)
+    judge = LatentScorer.of(model, reward, world.PROMPTS)
     x, sigma, rows = world.normal("x", 3), torch.full((3,), 0.4), torch.tensor([1, 0, 1])
     condition = model.encode(world.PROMPTS).tensors
     want = reward(x, sigma * 1000, condition["embeds"][rows], condition["pooled"][rows])[0]
@@ -85,13 +85,13 @@ def test_a_judge_made_of_a_reward_is_the_reward() -> None:
 
 
 def test_a_judge_says_what_does_not_fit() -> None:
-    judge = LatentJudge(lambda x, s, r: x)
+    judge = LatentScorer(lambda x, s, r: x)
     with pytest.raises(ValueError, match=r"must be \[3\], one for each latent"):
         judge(torch.zeros(3, 2), torch.ones(2), torch.arange(3))
     with pytest.raises(ValueError, match=r"score returned"):
         judge(torch.zeros(3, 2), torch.ones(3), torch.arange(3))
     with pytest.raises(ValueError, match="rows: 0 is too small; nearest valid: 1"):
-        LatentJudge(along, rows=0)
+        LatentScorer(along, rows=0)
 
 
 # ----------------------------------------------------------------------------------------------------- guided sampling
@@ -117,7 +117,7 @@ def test_candidates_are_the_children_of_a_tree() -> None:
 
     def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         seen.append(x.clone())
-        return LatentJudge(along)(x, sigma, rows)
+        return LatentScorer(along)(x, sigma, rows)
 
     draw(4, judge, roots=1)
     forest = rollout([plan.tree(6, 1, {0: 4})] * 2, FlowSDE(0.7), GRID, velocity, NOISE, shape=SHAPE, slots=[4, 1])
@@ -126,12 +126,12 @@ def test_candidates_are_the_children_of_a_tree() -> None:
 
 
 def test_the_kept_candidate_is_the_best_and_never_below_the_mean() -> None:
-    drawn = draw(5, LatentJudge(along))
+    drawn = draw(5, LatentScorer(along))
     kept = drawn.scores.gather(2, drawn.chosen[:, :, None])[:, :, 0]
     assert torch.equal(kept, drawn.scores.max(2).values)
     assert bool((kept > drawn.scores.mean(2)).all()) and len(drawn.chosen.unique()) == 5
     torch.testing.assert_close(kept[-1], along(drawn.x, GRID.sigmas[-1:], drawn.prompt))
-    worst = draw(5, LatentJudge(lambda x, s, r: -along(x, s, r)))
+    worst = draw(5, LatentScorer(lambda x, s, r: -along(x, s, r)))
     plain = draw(1, never)
     means = [float(along(d.x, GRID.sigmas, d.prompt).mean()) for d in (worst, plain, drawn)]
     assert means[0] < means[1] - 0.5 < means[2] - 1.0
@@ -148,7 +148,7 @@ def test_candidates_share_one_forward_and_are_judged_at_the_next_noise_level() -
     def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         assert sigma.unique().numel() == 1
         judged.append((len(x), float(sigma[0]), rows.tolist()))
-        return LatentJudge(along)(x, sigma, rows)
+        return LatentScorer(along)(x, sigma, rows)
 
     guided_sample(CPS(0.8), GRID, predict, judge, NOISE, shape=SHAPE, slots=[4, 1], roots=2, candidates=3)
     grid = GRID.sigmas.tolist()
@@ -170,9 +170,9 @@ def test_failed_candidates_are_passed_over() -> None:
 
 
 def test_a_samples_path_does_not_depend_on_its_company() -> None:
-    both = draw(4, LatentJudge(along))
+    both = draw(4, LatentScorer(along))
     alone = guided_sample(
-        FlowSDE(0.7), GRID, velocity, LatentJudge(along), NOISE, shape=SHAPE, slots=[1], roots=1, candidates=4
+        FlowSDE(0.7), GRID, velocity, LatentScorer(along), NOISE, shape=SHAPE, slots=[1], roots=1, candidates=4
     )
     torch.testing.assert_close(alone.x[0], both.x[3])
     assert torch.equal(alone.chosen[:, 0], both.chosen[:, 3])
@@ -188,7 +188,7 @@ def test_a_tiny_pipeline_is_sampled_by_its_own_reward() -> None:
         FlowSDE(0.7),
         model.schedule(3, (32, 32)),
         predict,
-        LatentJudge.of(model, reward, world.PROMPTS),
+        LatentScorer.of(model, reward, world.PROMPTS),
         NOISE,
         shape=model.noise_shape((32, 32)),
         slots=[0, 1],

@@ -19,7 +19,7 @@ from tempflow.core.rollout import rollout
 from tempflow.core.schedule import Schedule
 from tempflow.models import SD3, Predict
 from tempflow.models.sd3 import LORA_TARGETS
-from tempflow.train.weightsets import frozen_copy
+from tempflow.train.weights import frozen_copy
 
 STEPS, ROOTS = 3, 4
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from worlds import NOISE, World
 
-from tempflow.core.follow import Copy, Ema, Frozen
+from tempflow.core.ema import Copy, Ema, Frozen
 from tempflow.core.objective.edges import Predict
 from tempflow.core.objective.leaves import LeafBatch
 from tempflow.core.objective.matching import NegativeAware
-from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.objective.regularizer import PredictionDistance
 from tempflow.models import SD3
-from tempflow.train.weightsets import Trainable, WeightSet
+from tempflow.train.weights import Trainable, WeightSet
 
 RULES = {"old": Copy(), "reference": Frozen(), "ema": Ema(0.5)}
-HEAD = NegativeAware(penalties=(PredictionPenalty("reference", 0.1), PredictionPenalty("ema", 0.1)))
+HEAD = NegativeAware(regularizers=(PredictionDistance("reference", 0.1), PredictionDistance("ema", 0.1)))
 
 
 def trained(adapter: SD3, kind: str) -> set[str]:

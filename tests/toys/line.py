@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
-from tempflow.train.setting import Judge
+from tempflow.train.context import ScoreLatents
 
 PROMPTS = ("up", "down")
 SPREAD = 0.5
@@ -99,7 +99,7 @@ def drawn(count: int, generator: Generator) -> Tensor:
     return SPREAD * torch.randn(count, 1, generator=generator)
 
 
-def judge(condition: Conditioning) -> Judge:
+def judge(condition: Conditioning) -> ScoreLatents:
     """The same of a noisy latent: the expected height grows with it."""
     sign = condition.tensors["embeds"][:, 0] @ torch.tensor([1.0, -1.0])
 

@@ -23,7 +23,7 @@ from tempflow.algorithms import Algorithm
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
-from tempflow.train.setting import Judge
+from tempflow.train.context import ScoreLatents
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
@@ -227,7 +227,7 @@ def gap_closed(before: float, after: float) -> float:
     return (after - before) / (1 - before)
 
 
-def judge(condition: Conditioning) -> Judge:
+def judge(condition: Conditioning) -> ScoreLatents:
     """For algorithms that ask for a reward on noisy latents."""
     goal = condition.tensors["embeds"][:, 0] @ MEANS
 
@@ -250,17 +250,17 @@ def bench(
     reward: Any = None,
     judge: Any = judge,
     drawn: Any = drawn,
-    **setting: Any,
+    **context: Any,
 ) -> Bench:
     """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1. What an algorithm
     asks for beside rewards, it gets: a judge of latents, or pictures of what the untrained model draws."""
-    setting = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **setting}
-    asked = None if algorithm.judge is None else judge
+    context = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **context}
+    asked = None if algorithm.latent_reward is None else judge
     reward = reward or Closeness()
-    if algorithm.given is not None:
-        keys = len(algorithm.given.keys)
-        setting["pictures"] = Album(lambda n, generator: painted(drawn(n, generator)), reward, keys)
-    return Bench(model or Mixture(), algorithm, reward, judge=asked, **setting)
+    if algorithm.offline is not None:
+        keys = len(algorithm.offline.keys)
+        context["pictures"] = Album(lambda n, generator: painted(drawn(n, generator)), reward, keys)
+    return Bench(model or Mixture(), algorithm, reward, latent_reward=asked, **context)
 
 
 def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:

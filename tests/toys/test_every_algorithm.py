@@ -15,7 +15,7 @@ from tempflow.algorithms import ALGORITHMS
 def loss_of(name: str) -> tuple[str, ...]:
     """What its objective is made of."""
     objective = build(ALGORITHMS[name], toy(name)).objective
-    return (type(objective).__name__, type(getattr(objective, "gate", None)).__name__)
+    return (type(objective).__name__, type(getattr(objective, "clip", None)).__name__)
 
 
 FIRST = {loss_of(name): name for name in (*sorted(ALGORITHMS, reverse=True), "flow_grpo", "tempflow_grpo")}.values()

@@ -16,19 +16,17 @@ from torch import Tensor, nn
 from tempflow.algorithms import Algorithm, flow_grpo, tempflow_grpo
 from tempflow.config import Config
 from tempflow.config.guards import GuardsConfig
-from tempflow.core.follow import Ema, Frozen
+from tempflow.core.ema import Ema, Frozen
 from tempflow.core.schedule import Schedule, linear
 from tempflow.data.prompts import Prompt
 from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
-from tempflow.train.drafter import Drafter
-from tempflow.train.followers import Followers
-from tempflow.train.learn import update
-from tempflow.train.setting import Clock, Counter, Setting
-from tempflow.train.step import Experience, collect, credit, rollout_metrics
-from tempflow.train.watcher import Watcher
-from tempflow.train.weightsets import Trainable, WeightSet
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.experience import Experience, collect, credit, rollout_metrics
+from tempflow.train.guards import Guards
+from tempflow.train.update import update
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets
 
 SHAPE, SIZE = (2, 2, 2), (2, 2)
 TOKENS = (4, 2)
@@ -182,16 +180,16 @@ class Bench:
         reward: Callable[..., Any] | Reward = brightness,
         ema: float = 0.0,
         rate: float = 0.02,
-        **setting: Any,
+        **context: Any,
     ) -> None:
         self.model = model or Fake()
         algorithm = algorithm or tempflow()
         self.trainable = Trainable(self.model.network)
-        self.followers = Followers.of(algorithm, self.trainable)
-        sets = dict(self.followers.sets)
+        self.weight_sets = WeightSets.of(algorithm, self.trainable)
+        sets = dict(self.weight_sets.sets)
         if "reference" in algorithm.sets:
             sets["reference"] = WeightSet(self.trainable, Frozen())
-        standard = Setting(
+        standard = Context(
             model=self.model,
             algorithm=algorithm,
             schedule=self.model.schedule(algorithm.steps, SIZE),
@@ -206,19 +204,19 @@ class Bench:
             sets={name: weights.network() for name, weights in sets.items()},
             drafter=Drafter.of(algorithm, self.model, self.trainable, sets),
         )
-        self.setting = replace(standard, **setting)
+        self.context = replace(standard, **context)
         self.average = WeightSet(self.trainable, Ema(ema)) if ema else None
         self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=rate, weight_decay=0.0)
         self.counter, self.clock, self.said = Counter(), Clock(), list[str]()
 
     def collect(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> Experience:
         given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        return collect(self.setting, given, iteration, self.counter, self.clock)
+        return collect(self.context, given, iteration, self.counter, self.clock)
 
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
-        given = credit(self.setting, experience)
+        given = credit(self.context, experience)
         metrics = rollout_metrics(experience, given.advantage) | update(
-            self.setting,
+            self.context,
             experience,
             given,
             self.trainable,
@@ -227,9 +225,9 @@ class Bench:
             iteration,
             self.counter,
             self.clock,
-            Watcher(GuardsConfig(), lambda iteration, alarms: None, self.said.append),
+            Guards(GuardsConfig(), lambda iteration, alarms: None, self.said.append),
         )
-        self.followers.update()
+        self.weight_sets.update()
         return metrics
 
     def iterate(self, iteration: int = 0) -> dict[str, float]:

@@ -18,12 +18,11 @@ from torch import nn
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.train import dist as exchange
-from tempflow.train.dist import World, join, leave
-from tempflow.train.loop import train
-from tempflow.train.shard import Shards, shard
-from tempflow.train.step import credit
-from tempflow.train.weightsets import Trainable
+from tempflow.train import parallel as exchange
+from tempflow.train.experience import credit
+from tempflow.train.parallel import Shards, World, join, leave, shard
+from tempflow.train.trainer import train
+from tempflow.train.weights import Trainable
 
 # groups are multiples of three: `patchy` fails every third picture of a call, which must not depend on the ranks
 ALGORITHMS = {
@@ -104,24 +103,24 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
     if mode == "fsdp":
         network = patched.model.network
         shards = Shards((shard(network, [network.mean], torch.float32, world),), None)
-        patched.setting = replace(
-            patched.setting, shards=shards, sets={name: Fake().network for name in patched.setting.sets}
+        patched.context = replace(
+            patched.context, shards=shards, sets={name: Fake().network for name in patched.context.sets}
         )
         trainable = Trainable(network)
         shards.gather()
     if name == "nft_norms":
-        patched.setting = replace(patched.setting, norms=True)
+        patched.context = replace(patched.context, norms=True)
         with torch.no_grad():
             patched.model.network.mean.bias.add_(torch.linspace(-1, 2, 8))
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5, weight_decay=0.1)
     prompts: Sequence[str | Prompt] = PROMPTS[:5]
-    given = patched.setting.algorithm.given
+    given = patched.context.algorithm.offline
     if given is not None:
         file = album(out.parent / f"{out.name}_album_{world.rank}")
         prompts = load_prompts(str(file), uses=("chosen", "rejected", "image"))[:5]
-        patched.setting = replace(patched.setting, pictures=Pictures.beside(str(file), given.keys, SIZE))
+        patched.context = replace(patched.context, pictures=Pictures.beside(str(file), given.keys, SIZE))
     experience = patched.collect(prompts=prompts)
-    judged = credit(patched.setting, experience)
+    judged = credit(patched.context, experience)
     if idle:
         forest = experience.forest
         untaught = forest.edges.prompt < 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempflow.core.follow import Ema
+from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
 from tempflow.train import checkpoint
 from tempflow.train.checkpoint import (
@@ -31,10 +31,8 @@ from tempflow.train.checkpoint import (
     read_weights,
     save,
 )
-from tempflow.train.dist import World
-from tempflow.train.followers import Followers
-from tempflow.train.kept import kept_tensors
-from tempflow.train.weightsets import Trainable, WeightSet
+from tempflow.train.state import state_tensors
+from tempflow.train.weights import Trainable, WeightSet, WeightSets
 
 
 def tensors(seed: int) -> dict[str, dict[str, Tensor]]:
@@ -271,7 +269,7 @@ def test_what_is_kept_is_no_copy_and_only_the_first_rank_takes_it_to_the_cpu(
     optimizer.step()
     scores = Scores(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), ("reward",))
     looks: Any = SimpleNamespace(before=SimpleNamespace(scores=scores), grid=torch.zeros(1), yardstick=None)
-    kept = kept_tensors(trainable, average, optimizer, looks) | Followers({"old": average}).tensors()
+    kept = state_tensors(trainable, average, optimizer, looks) | WeightSets({"old": average}).tensors()
     assert kept.keys() == {WEIGHTS, AVERAGE, OPTIMIZER, "policy/set.old", "looks"}
     live = {t.data_ptr() for t in (*trainable.masters, *average.values)}
     live |= {t.data_ptr() for part in optimizer.state.values() for t in part.values()}
@@ -280,11 +278,10 @@ def test_what_is_kept_is_no_copy_and_only_the_first_rank_takes_it_to_the_cpu(
     moved: list[int] = []
     original = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda t: moved.append(t.data_ptr()) or original(t))
-    monkeypatch.setattr(World, "wait", lambda world: None)
     (tmp_path / checkpoint.FOLDER / ".000001.new").mkdir(parents=True)
-    save(tmp_path, 1, kept, {}, best=False, keep=1, world=World(rank=1, size=2))
+    save(tmp_path, 1, kept, {}, best=False, keep=1, first=False)
     assert moved == []
-    save(tmp_path, 1, kept, {}, best=False, keep=1, world=World(rank=0, size=2))
+    save(tmp_path, 1, kept, {}, best=False, keep=1)
     assert sorted(moved) == sorted(t.data_ptr() for part in kept.values() for t in part.values())
 
 

@@ -14,24 +14,22 @@ from torch import nn
 from tempflow.algorithms import sol_rl
 from tempflow.models import load
 from tempflow.models.precision import cheap_copy
-from tempflow.train.drafter import Drafter, check_draft
-from tempflow.train.followers import Followers
-from tempflow.train.loop import train
-from tempflow.train.weightsets import Trainable
+from tempflow.train.trainer import train
+from tempflow.train.weights import Drafter, Trainable, WeightSets, check_draft
 
 SMALL: dict[str, Any] = {"steps": 4, "group": 4, "pool": 8, "draft_steps": 2, "kl": 0.0, "draft_precision": "bfloat16"}
 
 
 def drafter(bench: Bench) -> Drafter:
-    assert bench.setting.drafter is not None
-    return bench.setting.drafter
+    assert bench.context.drafter is not None
+    return bench.context.drafter
 
 
 @pytest.mark.parametrize("lag", ["type0", "type2"])
 def test_it_drafts_by_the_sampler_and_not_by_the_policy(lag: str) -> None:
     """Both lags copy the policy in their first iterations; for type2 old is then set apart by hand."""
     bench = Bench(algorithm=sol_rl(lag=lag, **SMALL), rate=0.1)  # type: ignore[arg-type]
-    old = bench.followers.sets["old"]
+    old = bench.weight_sets.sets["old"]
     bench.iterate()
     if lag == "type2":
         with torch.no_grad():
@@ -66,7 +64,7 @@ def test_a_lora_is_drafted_with_and_follows() -> None:
         model.add_lora(2, 4)
     trainable = Trainable(model.network)
     algorithm = sol_rl(**{**SMALL, "draft_precision": "int8"})
-    sets = Followers.of(algorithm, trainable).sets
+    sets = WeightSets.of(algorithm, trainable).sets
     made = Drafter.of(algorithm, model, trainable, sets)
     assert made is not None and all(".lora_" in name for name in trainable.names)
     x, sigma, rows = torch.randn(3, 8, 8, 8), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
@@ -108,9 +106,9 @@ def test_replay_is_bit_exact_and_precision_only_touches_drafts() -> None:
 
 
 def test_a_setting_without_its_drafter_is_refused() -> None:
-    setting = Bench(algorithm=sol_rl(**SMALL)).setting
+    context = Bench(algorithm=sol_rl(**SMALL)).context
     with pytest.raises(ValueError, match=r"drafter: None, but Draft\(.*bfloat16"):
-        replace(setting, drafter=None)
+        replace(context, drafter=None)
 
 
 def test_a_run_with_low_precision_drafts_resumes_bitwise(tmp_path: Path) -> None:
@@ -131,7 +129,7 @@ def test_what_the_device_lacks_is_said_before_the_model_is_loaded(
     def loaded(*args: Any, **options: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tempflow.train.loop.load", loaded)
+    monkeypatch.setattr("tempflow.train.build.load", loaded)
     settings = config(tmp_path / "run", algorithm={"name": "sol_rl", **SMALL, "draft_precision": "nvfp4"})
     with pytest.raises(ValueError, match=r"draft_precision: 'nvfp4' needs a CUDA device .* nearest valid: 'int8'"):
         train(settings, reward=brightness, prompts=PROMPTS, quiet=True)

@@ -12,9 +12,9 @@ from fake import PROMPTS, Bench, Fake, brightness, config, flow, same, tempflow,
 from torch import Tensor, nn
 
 from tempflow.algorithms import Algorithm, dapo, dynamic_treerpo, flow_cps, gcpo, grpo_guard, gspo, v_grpo, vipo
-from tempflow.core.follow import Copy, Ema
+from tempflow.core.ema import Copy, Ema
 from tempflow.train.guards import GuardError
-from tempflow.train.loop import train
+from tempflow.train.trainer import train
 
 MAKE: dict[str, Callable[[], Algorithm]] = {
     "tempflow": lambda: tempflow(clip=1e-4, kl=0.1),
@@ -58,7 +58,7 @@ def test_later_updates_compare_with_the_same_batches_before_any_weight_moved(nam
     bench = Bench(model, MAKE[name](), guidance=4.5, rollout_rows=24, train_rows=6, updates=3, rate=0.0)
     seen = bench.iterate()
     assert seen["updates"] == 3 and seen["log_ratio_max"] == seen["clip_fraction"] == 0
-    algorithm, counter = bench.setting.algorithm, bench.counter
+    algorithm, counter = bench.context.algorithm, bench.counter
     assert 0 < counter.old < counter.train and counter.old <= algorithm.old_forwards(counter.train, 3)
     others = len(algorithm.objective.weight_sets) - 1
     assert counter.forwards == counter.rollout + counter.train * (1 + others) + counter.old
@@ -122,10 +122,10 @@ def faulty(bench: Bench, fault: str) -> Callable[[], object]:
         with torch.no_grad():
             bench.model.network.mean.bias.add_(0.02)
         return lambda: bench.update(experience)
-    experience, setting, model = bench.collect(), bench.setting, bench.model
+    experience, context, model = bench.collect(), bench.context, bench.model
     condition = model.encode(PROMPTS)
-    right, bare = (model.predictor(condition, g) for g in (setting.guidance, 1.0))
-    after = {float(s): float(t) for s, t in zip(setting.schedule.sigmas, setting.schedule.sigmas[1:], strict=False)}
+    right, bare = (model.predictor(condition, g) for g in (context.guidance, 1.0))
+    after = {float(s): float(t) for s, t in zip(context.schedule.sigmas, context.schedule.sigmas[1:], strict=False)}
     ask: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "guidance": bare,
         "prompt": lambda x, sigma, rows: right(x, sigma, (rows + 1) % len(PROMPTS)),

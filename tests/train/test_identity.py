@@ -24,16 +24,16 @@ from tempflow import algorithms, rewards
 from tempflow.algorithms import flow_grpo
 from tempflow.cli import main
 from tempflow.config import Config
-from tempflow.core.follow import Ema
+from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.rewards import JPEGCompressibility, from_function
-from tempflow.train import borrow, checkpoint, loop
+from tempflow.train import build, checkpoint, state, trainer
+from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError
 from tempflow.train.identity import Identity, changed_contents, described, go_on, identity, read_identity
-from tempflow.train.interrupt import Interrupted
-from tempflow.train.loop import train
-from tempflow.train.resume import resumable
+from tempflow.train.state import resumable
+from tempflow.train.trainer import train
 
 
 def darkness(images: Any, prompts: Any) -> list[float]:
@@ -75,13 +75,13 @@ class World:
         settings = settings or self.config()
         algorithm = settings.algorithm.build()
         with patch("tempflow.train.identity.local_folder", lambda path, revision: Path(path)):  # no real pipeline
-            return identity(settings, algorithm, loop._sources(settings, None, None, algorithm.reads), {})
+            return identity(settings, algorithm, build.prompt_sources(settings, None, None, algorithm.reads), {})
 
     def saved(self) -> None:
         """What a run writes at its start."""
         folder = self.root / "run"
         folder.mkdir()
-        (folder / "config.yaml").write_text(loop.to_yaml(self.config()))
+        (folder / "config.yaml").write_text(trainer.to_yaml(self.config()))
         (folder / "identity.json").write_text(json.dumps(self.identity().to_json()))
 
     def refusal(self, settings: Config | None = None) -> str:
@@ -232,7 +232,7 @@ def tree(root: Path) -> dict[Path, bytes]:
 def test_the_command_line_refuses_a_run_that_was_given_objects(
     words: list[str], begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "prepare_model", None)
+    monkeypatch.setattr(trainer, "prepare_model", None)
     before = tree(begun)
     assert main(["train", "--resume", str(begun), *words]) == 2
     said = capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_a_test_is_not_taken_over_from_a_run_that_was_given_objects(begun: Path)
     with pytest.raises(
         ValueError, match=r"evaluation.before: .* was set otherwise: .*reward: function fake.brightness"
     ):
-        borrow.borrowed(settings, own)
+        state.run_baseline(settings, own)
 
 
 def test_objects_are_told_apart_by_kind_name_and_settings() -> None:

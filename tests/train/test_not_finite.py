@@ -36,10 +36,9 @@ from tempflow.models.finite import (
 )
 from tempflow.models.protocol import Conditioning, Predict, Size
 from tempflow.rewards import RewardError, from_function, score_all
-from tempflow.train.faults import check_credit, tell_broken
+from tempflow.train.experience import check_advantages, credit, tell_broken
 from tempflow.train.guards import GuardError
-from tempflow.train.loop import train
-from tempflow.train.step import credit
+from tempflow.train.trainer import train
 
 NAN, INF = math.nan, math.inf
 BAD = PROMPTS[1]
@@ -296,8 +295,8 @@ def test_a_sum_that_is_not_finite_is_no_score() -> None:
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_an_advantage_that_is_not_finite_moves_no_weight(field: str, value: float) -> None:
     bench = Bench()
-    given = credit(bench.setting, bench.collect())
-    check_credit(given, 1)
+    given = credit(bench.context, bench.collect())
+    check_advantages(given, 1)
     ok = int(given.advantage.ok.nonzero()[0, 0])
     column = (given.advantage.value if field == "advantage" else given.weight).clone()
     column[ok] = value
@@ -305,9 +304,9 @@ def test_an_advantage_that_is_not_finite_moves_no_weight(field: str, value: floa
     if field == "advantage":
         spoilt = replace(given, advantage=replace(given.advantage, value=column))
     with pytest.raises(GuardError, match=rf"iteration 1: the {field} of 1 of \d+ edges is not finite\. No weight was"):
-        check_credit(spoilt, 1)
+        check_advantages(spoilt, 1)
     left_out = replace(spoilt.advantage, ok=spoilt.advantage.ok & column.isfinite())
-    check_credit(replace(spoilt, advantage=left_out), 1)
+    check_advantages(replace(spoilt, advantage=left_out), 1)
 
 
 def test_diversity_is_of_pictures_alone() -> None:

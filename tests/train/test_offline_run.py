@@ -12,10 +12,9 @@ from fake import PROMPTS, Fake, album, brightness, config, same, weights
 from PIL import Image
 
 from tempflow.data.prompts import Prompt
-from tempflow.train import checkpoint, loop
-from tempflow.train.loop import train
-from tempflow.train.records import LINES
-from tempflow.train.run import Run
+from tempflow.train import checkpoint, trainer
+from tempflow.train.records import LINES, Run
+from tempflow.train.trainer import train
 
 FIELDS: dict[str, dict[str, Any]] = {"diffusion_dpo": {"beta": 20.0}, "sft": {}}
 every = pytest.mark.parametrize("name", FIELDS)
@@ -204,7 +203,7 @@ def test_a_lora_on_the_shapes_model_and_the_base_stays(tmp_path: Path) -> None:
         data={"train": str(folder / "pairs.jsonl"), "prompts_per_iteration": 2},
         evaluation={"metric": "shapes_strict", "validation_prompts": 1, "test_prompts": 1, "steps": 2},
     )
-    model = loop.prepare_model(settings)
+    model = trainer.prepare_model(settings)
     before = weights(model)  # type: ignore[arg-type]
     run = train(settings, model=model, quiet=True)
     after = weights(model)  # type: ignore[arg-type]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from fake import PROMPTS, Bench, Fake, brightness, config, flow, weights
-from test_dist import launch
+from test_parallel import launch
 
 from tempflow.algorithms import Algorithm, dgpo, diffusion_nft, online_dpo, v_grpo
 from tempflow.config import load_config, to_yaml
 from tempflow.strict import ConfigError
 from tempflow.train.guards import GuardError
-from tempflow.train.loop import train
+from tempflow.train.trainer import train
 
 NFT: dict[str, Any] = {"name": "diffusion_nft", "steps": 4, "group": 6}
 MAKE = {

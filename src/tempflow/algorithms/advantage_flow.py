@@ -31,8 +31,8 @@ from __future__ import annotations
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.diffusion_nft import Lag, lagged, ode_plan
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
 from tempflow.core.objective.matching import Anchor, SignedLeastSquares
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import UniformTimes
 
 
@@ -76,7 +76,7 @@ def advantage_flow(
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale="pooled", eps=eps, clip=1.0),
         objective=SignedLeastSquares(gamma, anchor, reference, concave=concave, adaptive=adaptive),
-        draws=Draws(UniformTimes(pairs, t_min, t_max)),
+        renoise=Renoise(UniformTimes(pairs, t_min, t_max)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
     )

@@ -5,10 +5,10 @@ variance. Take the pre-training matching loss on clean samples as the log-likeli
 and hold the policy near a slow average of itself. Up to 24 times faster than Flow-GRPO (abstract).
 
     advantage   A = clip((R − mean of the prompt) / (std of all scores + eps), ±5) · advantage_max / 5
-    log p       −t/p·((m + 1e-10)^p − 1e-10^p), m = mean (v − v*)², p = ¼         (surrogate.GeneralHuber, "ghuber")
+    log p       −t/p·((m + 1e-10)^p − 1e-10^p), m = mean (v − v*)², p = ¼     (likelihood_proxy.GeneralHuber, "ghuber")
     loss        mean of max(−A·ρ, −A·clip(ρ, 1 ± clip)) + kl·mean (v − v_ref)² + ema_kl·mean (v − v_ema)²
     pairs       `pairs` strata of the sampler's t, one each, the same for the whole iteration; fresh ε
-    ema         ema ← d·ema + (1−d)·policy after each iteration, d = min(0.3, 0.001·i), i from 1  (follow.Ramp)
+    ema         ema ← d·ema + (1−d)·policy after each iteration, d = min(0.3, 0.001·i), i from 1  (ema.Ramp)
 
 On-policy ρ is exactly 1, so that clip does nothing and nothing but `ema_kl` bounds a negative A. `off_policy`: the
 average samples and gives the old log p.
@@ -28,12 +28,12 @@ from typing import Literal, get_args
 from tempflow.algorithms.base import Algorithm, at_least, one_of
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan, positive_value
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.follow import Ramp
+from tempflow.core.ema import Ramp
+from tempflow.core.likelihood_proxy import ProxyName, proxy_of
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
-from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.objective.regularizer import PredictionDistance
+from tempflow.core.renoise import Renoise
 from tempflow.core.solver import SolverName, solver_of
-from tempflow.core.surrogate import SurrogateName, surrogate
 from tempflow.core.times import LogitNormalTimes, StratifiedGridTimes, Times, UniformTimes
 
 TimeKind = Literal["discrete_wo_init", "discrete", "discrete_with_init", "uniform", "logit_normal"]
@@ -44,7 +44,7 @@ def awm(
     group: int = 24,
     pairs: int = 6,
     times: TimeKind = "discrete_wo_init",
-    likelihood: SurrogateName = "ghuber",
+    likelihood: ProxyName = "ghuber",
     kl: float = 1e-3,
     ema_kl: float = 1.0,
     ema_hold: float = 0.3,
@@ -63,7 +63,7 @@ def awm(
         pairs: (t, ε) of a picture, one t in each stratum.
         times: which t: "discrete" strata of the first 90 % of the grid, "discrete_wo_init" without pure noise,
             "discrete_with_init" with it always; "uniform" or "logit_normal" strata, shifted by 3.
-        likelihood: the surrogate of log p: "ghuber", "huber", "t", "t2", "uniform", "adaptive" or "exact".
+        likelihood: the proxy of log p: "ghuber", "huber", "t", "t2", "uniform", "adaptive" or "exact".
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         ema_kl: the same to the policy's average; 0 saves its forwards, and leaves a negative A without a bound.
         ema_hold: the average's decay once it has ramped up, by 0.001 an iteration.
@@ -93,10 +93,10 @@ def awm(
         objective=ClippedLikelihood(
             clip,
             clip,
-            Estimate(surrogate(likelihood), on_policy=not off_policy),
-            penalties=(*held_to_reference(kl), PredictionPenalty(average, ema_kl)),
+            Estimate(proxy_of(likelihood), on_policy=not off_policy),
+            regularizers=(*held_to_reference(kl), PredictionDistance(average, ema_kl)),
         ),
-        draws=Draws(_times(times, pairs), share_times=1),
+        renoise=Renoise(_times(times, pairs), share_times=1),
         weight_sets=rules,
         sampler="old" if off_policy else "policy",
         solver=solver_of(solver),

@@ -1,4 +1,4 @@
-"""What an algorithm is: Plan × Dynamics × Credit × Weight × Objective. One file per paper composes these."""
+"""What an algorithm is: Plan × Dynamics × CreditRule × Weight × Objective. One file per paper composes these."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Generic, Literal, Protocol, Self, TypeVar, cast, runtime_chec
 import torch
 from torch import Tensor
 
-from tempflow.core.credit import Credit
+from tempflow.core.credit import CreditRule
 from tempflow.core.draft import Draft
-from tempflow.core.draws import Draws
 from tempflow.core.dynamics import Dynamics
-from tempflow.core.follow import Frozen, Rule
+from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
-from tempflow.core.given import Given
 from tempflow.core.objective.edges import Objective
 from tempflow.core.objective.leaves import LeafObjective
+from tempflow.core.offline import OfflineSamples
 from tempflow.core.perturb import Perturbation
 from tempflow.core.plan import Cost, Plan
+from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.solver import Solver
@@ -83,57 +83,57 @@ class Algorithm:
     """A training method as data; the one training loop runs any.
 
     name         what records call it
-    steps        T, sampler steps of a rollout; where samples are given, of the grid that `draws` may take times from
+    steps        T, sampler steps of a rollout; of offline samples, of the grid that `renoise` may take times from
     plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans. What
                  it draws it draws from the run's seed, if it is `Seeded`, as `Drawn` is; so do `grid` and `units`
-    credit       scores -> advantages, of edges; of leaves where `draws` is given
-    objective    the loss of a batch of edges; of leaves where `draws` is given
+    credit       scores -> advantages, of edges; of leaves where `renoise` is given
+    objective    the loss of a batch of edges; of leaves where `renoise` is given
     dynamics     the stochastic edges' step; None: the rollout draws no noise
     weight       loss weight of every edge (of no use to leaves)
-    draws        the (t, ε) at which clean samples are re-noised: the forward-process family, which trains on leaves
+    renoise      the (t, ε) at which clean samples are re-noised: the forward-process family, which trains on leaves
     weight_sets  how the objective's weight sets beside "policy" follow it; "reference" is frozen unless named
     sampler      the weight set that rolls out
     units        which edges share a chunk, for an objective whose unit is one
     observe      what credit and units want to know of the rollout, as traits of its edges and leaves
     draft        a pool of noises that is drafted and scored first; the plan's roots start from those it chooses
-    judge        folder of a latent reward that scores every trained edge's end at its σ; credit then sees these scores,
+    latent_reward  folder of one that scores every trained edge's end at its σ; credit then sees these scores,
                  and the leaves' are only looked at. None: credit sees the leaves' scores
     solver       walks the deterministic edges; None: Euler
     grid         (iteration, the model's grid of T steps) -> the grid of that rollout, whose length the plan has
     conditions   the conditions of a prompt that the plan's variants are walked with; None: its own alone. They are for
                  sampling: objectives see every sample as one of the prompt's own condition
-    given        samples that the prompts name stand in the rollout's place, with scores of their own: nothing is
-                 drawn, decoded or rewarded. The plan is `given.plan`
+    offline      samples that the prompts name stand in the rollout's place, with scores of their own: nothing is
+                 drawn, decoded or rewarded. The plan is `offline.plan`
 
     Raises ValueError when the parts do not fit: a plan of other steps or with variants that there are not, no trained
-    edge, trained steps without noise (a ratio of densities needs some), parts of a rollout where samples are given, or
+    edge, trained steps without noise (a ratio of densities needs some), parts of a rollout beside offline samples, or
     whatever the objective's `check` finds.
     """
 
     name: str
     steps: int
     plan: Callable[[int, int], Plan]
-    credit: Credit
+    credit: CreditRule
     objective: Objective | LeafObjective
     dynamics: Dynamics | None = None
     weight: Weight = uniform
-    draws: Draws | None = None
+    renoise: Renoise | None = None
     weight_sets: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
     sampler: str = "policy"
     units: Units | None = None
     observe: tuple[Observation, ...] = ()
     draft: Draft | None = None
-    judge: str | None = None
+    latent_reward: str | None = None
     solver: Solver | None = None
     grid: Callable[[int, Schedule], Schedule] | None = None
     conditions: Perturbation | None = None
-    given: Given | None = None
+    offline: OfflineSamples | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan(0, 0)
         steps = self.schedule(0, linear(self.steps)).steps
-        if self.given is not None:
-            _check_given(self, self.given)
+        if self.offline is not None:
+            _check_offline(self, self.offline)
         elif plan.steps != steps:
             raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
         if max(plan.variant) >= self.variants:
@@ -148,8 +148,8 @@ class Algorithm:
             raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
         if self.sampler not in ("policy", *self.sets):
             raise ValueError(f"sampler: {self.sampler!r} is not one of {', '.join(('policy', *self.sets))}")
-        if self.draws is not None:
-            self.draws.times.count(steps)
+        if self.renoise is not None:
+            self.renoise.times.count(steps)
             if not plan.scored:
                 raise ValueError("plan: scores no leaf, and leaves are trained; nearest valid: plan.ode")
             return
@@ -164,8 +164,8 @@ class Algorithm:
     @property
     def reads(self) -> tuple[str, ...]:
         """The keys of a prompt that name samples of its own: those taken, and "image", for one file may serve several
-        algorithms of given samples."""
-        return () if self.given is None else (*self.given.keys, "image")
+        algorithms of offline samples."""
+        return () if self.offline is None else (*self.offline.keys, "image")
 
     @property
     def variants(self) -> int:
@@ -175,13 +175,13 @@ class Algorithm:
     @property
     def edge_objective(self) -> Objective:
         """The objective, where edges are trained."""
-        assert self.draws is None
+        assert self.renoise is None
         return cast(Objective, self.objective)
 
     @property
     def leaf_objective(self) -> LeafObjective:
         """The objective, where leaves are trained."""
-        assert self.draws is not None
+        assert self.renoise is not None
         return cast(LeafObjective, self.objective)
 
     def seeded(self, seed: int) -> Algorithm:
@@ -204,7 +204,7 @@ class Algorithm:
         The first update's come with its training forward, later ones' from before any weight moves. A sampler that is
         not the policy any more is asked at every edge, unless the objective asks it anyway.
         """
-        if self.draws is not None:
+        if self.renoise is not None:
             return 0
         if self.sampler not in ("policy", *self.objective.weight_sets):
             return trained
@@ -222,25 +222,25 @@ class Algorithm:
     def cost_of(self, plan: Plan) -> Cost:
         """What one of its plans costs, its draft included. Where leaves are trained, an edge is a leaf's (t, ε)."""
         cost = plan.cost()
-        if self.given is not None and self.draws is not None:
-            return Cost(0, 0, cost.leaves * self.draws.times.count(self.steps))
+        if self.offline is not None and self.renoise is not None:
+            return Cost(0, 0, cost.leaves * self.renoise.times.count(self.steps))
         drafted = Cost(0, 0, 0) if self.draft is None else self.draft.cost()
-        if self.draws is None:
+        if self.renoise is None:
             return cost + drafted
-        pairs = cost.leaves * self.draws.times.count(plan.steps)
+        pairs = cost.leaves * self.renoise.times.count(plan.steps)
         return Cost(cost.forwards, cost.leaves, pairs) + drafted
 
 
-def _check_given(algorithm: Algorithm, given: Given) -> None:
-    if algorithm.plan(0, 0) != given.plan(0, 0):
-        raise ValueError(f"plan: grows a rollout, and the samples {given.keys} are given; nearest valid: given.plan")
-    if algorithm.draws is None:
-        raise ValueError("draws: None, and given samples have no edges to train; nearest valid: Draws(UniformTimes())")
+def _check_offline(algorithm: Algorithm, offline: OfflineSamples) -> None:
+    if algorithm.plan(0, 0) != offline.plan(0, 0):
+        raise ValueError(f"plan: grows a rollout beside offline samples {offline.keys}; nearest valid: offline.plan")
+    if algorithm.renoise is None:
+        raise ValueError("renoise: None, and offline samples have no edges; nearest valid: Renoise(UniformTimes())")
     parts = {
         "dynamics": algorithm.dynamics,
         "observe": algorithm.observe or None,
         "draft": algorithm.draft,
-        "judge": algorithm.judge,
+        "latent_reward": algorithm.latent_reward,
         "solver": algorithm.solver,
         "grid": algorithm.grid,
         "conditions": algorithm.conditions,

@@ -33,10 +33,9 @@ from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
 from tempflow.core import plan
-from tempflow.core.credit import Credit, GroupZScore
+from tempflow.core.credit import CreditRule, Extremes, FromLeaves, GroupZScore, LogProb, LogProbBackup
 from tempflow.core.dynamics import DanceSDE
 from tempflow.core.objective.ratio import clipped
-from tempflow.core.select import Extremes, FromLeaves, LogProb, LogProbBackup
 
 Value = Literal["mean", "softmax", "leaves"]
 Width = Literal["all", "branch", "extremes"]
@@ -109,7 +108,7 @@ def branch_grpo(
     at = tuple(sorted(set(splits)))
     tree = _Tree(steps, trees, at, branches, split_scale, steps if noisy_window is None else noisy_window)
     by = ("prompt", "step") if value == "leaves" else ("prompt", "root", "step")
-    credit: Credit = GroupZScore(by=by, unbiased=True, eps=eps, clip=advantage_clip)
+    credit: CreditRule = GroupZScore(by=by, unbiased=True, eps=eps, clip=advantage_clip)
     if value != "mean":
         credit = LogProbBackup(credit) if value == "softmax" else FromLeaves(credit)
     if width == "branch":

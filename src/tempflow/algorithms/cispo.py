@@ -18,9 +18,9 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
-from tempflow.core.objective.gate import Truncate
-from tempflow.core.objective.pull import Divergence, KLForm
+from tempflow.core.objective.clip import Truncate
 from tempflow.core.objective.ratio import PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
 def cispo(
@@ -64,5 +64,5 @@ def cispo(
         eps=eps,
         advantage_clip=advantage_clip,
     )
-    objective = PolicyRatio(Truncate(clip_low, clip), pulls=(Divergence(kl, kl_form),))
+    objective = PolicyRatio(Truncate(clip_low, clip), regularizers=(Divergence(kl, kl_form),))
     return replace(base, name="cispo", objective=objective)

@@ -6,11 +6,11 @@ noise or a policy gradient.
 
     advantage   A = clip((R − mean of the prompt) / (std of all scores + eps), ±advantage_max)
     given       a = A/(2·advantage_max) + ½
-    implicit    r = log p_θ − log p_old, log p = −mean (v − v*)² / sg mean |v − v*|     (surrogate.Adaptive, velocity)
+    implicit    r = log p_θ − log p_old, log p = −mean (v − v*)² / sg mean |v − v*|  (Adaptive("velocity"))
     loss        advantage_max/beta · mean (beta·(r − sg mean r) − (a − mean a))², means over the group at one t; with a
                 `temperature` the means are weighted, twice                            (preference.CentredReward)
                 + kl · mean (c + (1−c)·a)·mean (v − v_ref)², c = min(1, 1e-4/kl): what scores well is held most
-    sets        "old" for the implicit reward, "sampling" for the rollouts; both lag       (follow.Ramp)
+    sets        "old" for the implicit reward, "sampling" for the rollouts; both lag       (ema.Ramp)
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 216 pairs, each a forward of policy, old and reference. A
 micro-batch never splits a group at one pair: 24 forwards.
@@ -29,9 +29,9 @@ from tempflow.algorithms.base import Algorithm, one_of
 from tempflow.algorithms.dgpo import first_times
 from tempflow.algorithms.diffusion_nft import ode_plan, positive_value
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.follow import Ramp
+from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import CentredReward, Regression
+from tempflow.core.renoise import Renoise
 
 OLD, SAMPLING = Ramp(-50, 0.005, 0.999), Ramp(75, 0.0075, 0.999)
 
@@ -77,7 +77,7 @@ def crd(
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=clip),
         objective=CentredReward(beta, advantage_max, temperature, kl, adaptive_kl, form=form),
-        draws=Draws(first_times(steps, fraction), share_times=2),
+        renoise=Renoise(first_times(steps, fraction), share_times=2),
         weight_sets={"old": OLD} | ({"sampling": SAMPLING} if lagged_sampler else {}),
         sampler="sampling" if lagged_sampler else "policy",
     )

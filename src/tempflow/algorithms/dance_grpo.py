@@ -9,7 +9,7 @@ teaches any of these generators stably; of large groups it is enough to train th
                 magnify errors by −η²/(2σ_last), and its noise would never be seen
     trained     int((T − 1)·fraction) of the steps before it, drawn for every chain by itself
     advantage   A = clip((R − mean of the prompt) / (std of the prompt + eps), ±advantage_clip), unbiased std; with
-                `keep`, then only the keep/2 best and keep/2 worst are trained                (core.select.Extremes)
+                `keep`, then only the keep/2 best and keep/2 worst are trained                (core.credit.Extremes)
     loss        mean of max(−A r, −A clip(r, 1−clip, 1+clip))
 
 Cost for a prompt: group·T forwards, group leaves, (keep or group)·int((T − 1)·fraction) trained edges; the plan counts
@@ -26,11 +26,10 @@ from functools import lru_cache, partial
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
 from tempflow.core import plan
-from tempflow.core.credit import Credit, GroupZScore
+from tempflow.core.credit import CreditRule, Extremes, GroupZScore
 from tempflow.core.dynamics import DanceSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
-from tempflow.core.select import Extremes
 
 
 def dance_grpo(
@@ -68,7 +67,7 @@ def dance_grpo(
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     count = trained_steps(fraction, steps - 1)
-    credit: Credit = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
+    credit: CreditRule = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
     if keep is not None:
         if keep % 2 or not 2 <= keep <= group:
             nearest = min(max(keep - keep % 2, 2), group - group % 2)

@@ -22,8 +22,8 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.flow_grpo import flow_grpo
-from tempflow.core.groupwise import DynamicSampling
-from tempflow.core.objective.pull import KLForm
+from tempflow.core.credit import DynamicSampling
+from tempflow.core.objective.regularizer import KLForm
 
 
 def dapo(

@@ -29,9 +29,9 @@ from tempflow.algorithms.base import Algorithm, one_of, positive
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DDIM
-from tempflow.core.objective.gate import Clip, Score
-from tempflow.core.objective.pull import Divergence, KLForm
+from tempflow.core.objective.clip import Clip, Score
 from tempflow.core.objective.ratio import PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
 def ddpo(
@@ -81,5 +81,5 @@ def ddpo(
         plan=plan,
         dynamics=DDIM(eta),
         credit=by_prompt if statistics == "prompt" else by_batch,
-        objective=PolicyRatio(Clip(clip, clip) if kind == "is" else Score(), pulls=(Divergence(kl, kl_form),)),
+        objective=PolicyRatio(Clip(clip, clip) if kind == "is" else Score(), regularizers=(Divergence(kl, kl_form),)),
     )

@@ -10,7 +10,7 @@ pairing, is needed.
                 loss that fades as the order is learned                              (preference.GroupPreference)
     clip        a sample leaves the gradient once exp(m_old − m) > 1 + clip with A > 0, or < 1 − clip with A < 0
     pairs       the first int(0.6·T) t of the sampler's grid, all of them; ε common to a prompt's group
-    old         a fast average of the policy, its decay min(0.3, 0.001·i), i from 0         (follow.Ramp)
+    old         a fast average of the policy, its decay min(0.3, 0.001·i), i from 0         (ema.Ramp)
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 144 pairs, each a forward of policy, reference and old. A
 micro-batch never splits a group at one pair: 24 forwards.
@@ -30,9 +30,9 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, one_of, positive
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.follow import Ramp
+from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import GroupPreference
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import WindowTimes
 
 
@@ -73,14 +73,14 @@ def dgpo(
         positive("advantage_clip", advantage_clip, 5.0)
     if not 0 <= old_hold <= 1:
         raise ValueError(f"old_hold: {old_hold} is a decay, in 0 … 1; 0.3 is usual")
-    objective = GroupPreference(beta, clip, compare_to, penalties=held_to_reference(kl))
+    objective = GroupPreference(beta, clip, compare_to, regularizers=held_to_reference(kl))
     return Algorithm(
         name="dgpo",
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=advantage_clip),
         objective=objective,
-        draws=Draws(first_times(steps, fraction), 2, 2 if share_noise else None),
+        renoise=Renoise(first_times(steps, fraction), 2, 2 if share_noise else None),
         weight_sets={"old": Ramp(1, 0.001, old_hold)} if "old" in objective.weight_sets else {},
     )
 

@@ -3,7 +3,7 @@
 Claim. A preference between two pictures of one prompt trains the model without a reward and without likelihoods: the
 log-odds of the pair is a difference of four matching losses. Nothing is sampled while training.
 
-    pair        each prompt's own `chosen` (w) and `rejected` (l) picture, encoded to latents               (Given)
+    pair        each prompt's own `chosen` (w) and `rejected` (l) picture, encoded to latents          (OfflineSamples)
     loss        −mean log σ( beta/2 · [(s_w − s_w,ref) − (s_l − s_l,ref)] ), s = −mean (v − v*)², at common (t, ε)
                                                            (preference.OnlinePairs, PreferencePairs)
 
@@ -25,12 +25,12 @@ from __future__ import annotations
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import held_to_reference
 from tempflow.core.credit import AsScored
-from tempflow.core.draws import Draws
-from tempflow.core.given import Given
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
+from tempflow.core.offline import OfflineSamples
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
-PAIR = Given(("chosen", "rejected"), (1.0, 0.0))
+PAIR = OfflineSamples(("chosen", "rejected"), (1.0, 0.0))
 
 
 def diffusion_dpo(pairs: int = 4, beta: float = 2000.0, kl: float = 0.0) -> Algorithm:
@@ -48,8 +48,8 @@ def diffusion_dpo(pairs: int = 4, beta: float = 2000.0, kl: float = 0.0) -> Algo
         name="diffusion_dpo",
         steps=1,  # these times ask for no grid
         plan=PAIR.plan,
-        given=PAIR,
+        offline=PAIR,
         credit=AsScored(),
-        objective=OnlinePairs(PreferencePairs(beta, penalties=held_to_reference(kl))),
-        draws=Draws(LogitNormalTimes(pairs), 2, 2),
+        objective=OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
+        renoise=Renoise(LogitNormalTimes(pairs), 2, 2),
     )

@@ -10,7 +10,7 @@ about the old policy fits the bad ones. Up to 25 times fewer training steps than
     pairs       x_t = (1−t)·x0 + t·ε at int(0.99·T) of the sampler's own t in random order, fresh ε
     loss        mean of advantage_max·(r·ℓ⁺ + (1−r)·ℓ⁻)/mix_beta + kl·mean (v − v_ref)², with ℓ± the x0 errors of
                 v± = v_old ± mix_beta·(v − v_old), each over its own detached mean |error|   (matching.NegativeAware)
-    old         old ← η·old + (1−η)·policy after each iteration, η of update i ≥ 1 by `lag`  (follow.Ramp)
+    old         old ← η·old + (1−η)·policy after each iteration, η of update i ≥ 1 by `lag`  (ema.Ramp)
 
 Cost for a prompt at the defaults: 240 forwards, 24 leaves; 216 pairs, each a forward of policy, old and reference.
 
@@ -29,10 +29,10 @@ from typing import Literal, get_args
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.follow import Ramp
+from tempflow.core.ema import Ramp
 from tempflow.core.objective.matching import Mode, NegativeAware
-from tempflow.core.objective.penalty import Penalty, PredictionPenalty
+from tempflow.core.objective.regularizer import LeafRegularizer, PredictionDistance
+from tempflow.core.renoise import Renoise
 from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.times import GridTimes
 
@@ -84,8 +84,8 @@ def diffusion_nft(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=positive_value("advantage_max", advantage_max)),
-        objective=NegativeAware(mix_beta, advantage_max, mode, penalties=held_to_reference(kl)),
-        draws=Draws(GridTimes(fraction)),
+        objective=NegativeAware(mix_beta, advantage_max, mode, regularizers=held_to_reference(kl)),
+        renoise=Renoise(GridTimes(fraction)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
         solver=solver_of(solver),
@@ -105,11 +105,11 @@ def lagged(lag: str) -> Ramp:
     return LAGS[lag]
 
 
-def held_to_reference(kl: float) -> tuple[Penalty, ...]:
+def held_to_reference(kl: float) -> tuple[LeafRegularizer, ...]:
     """The family's KL, a squared velocity distance. Raises ValueError unless kl is finite and ≥ 0."""
     if not 0 <= kl < float("inf"):
         raise ValueError(f"kl: {kl} must be finite and ≥ 0; 0 turns it off")
-    return (PredictionPenalty("reference", kl),)
+    return (PredictionDistance("reference", kl),)
 
 
 def positive_value(field: str, value: float, usual: float = 5.0) -> float:

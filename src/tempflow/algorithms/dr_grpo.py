@@ -20,7 +20,7 @@ from dataclasses import replace
 from tempflow.algorithms.base import Algorithm, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
-from tempflow.core.objective.pull import KLForm
+from tempflow.core.objective.regularizer import KLForm
 
 
 def dr_grpo(

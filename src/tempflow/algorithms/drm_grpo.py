@@ -33,8 +33,8 @@ from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import clipped
+from tempflow.core.objective.regularizer import KLForm
 
 
 def drm_grpo(
@@ -89,7 +89,7 @@ def drm_grpo(
         credit=GroupZScore(by=("prompt", "parent"), eps=eps, clip=advantage_clip),
         weight=weight.uniform,
         objective=clipped(bound, bound, kl, kl_form, None if dynamics == "flow" else UnscaledRatio()),
-        judge=reward,
+        latent_reward=reward,
     )
 
 

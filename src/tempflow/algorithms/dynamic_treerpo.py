@@ -36,15 +36,14 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
 from tempflow.core import plan
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import BestPath, FromLeaves, GroupZScore, Standing
 from tempflow.core.dynamics import Dynamics, FlowSDE
 from tempflow.core.forest import Forest
-from tempflow.core.objective.gate import Clip
-from tempflow.core.objective.pull import Divergence, Imitation
+from tempflow.core.objective.clip import Clip
 from tempflow.core.objective.ratio import PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, Imitation
 from tempflow.core.schedule import Schedule
-from tempflow.core.select import BestPath, FromLeaves, Standing
-from tempflow.core.slide import Order, Slide
+from tempflow.core.window import Order, SlidingWindow
 
 
 def dynamic_treerpo(
@@ -101,7 +100,7 @@ def dynamic_treerpo(
         raise ValueError(f"growth: {growth} must be finite and ≥ 0; 0 keeps the noise even")
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    slide = Slide.of(steps, depth, window_end, order, every, stride, roll_back, whole=True)
+    slide = SlidingWindow.of(steps, depth, window_end, order, every, stride, roll_back, whole=True)
     leaves = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
     return Algorithm(
         name="dynamic_treerpo",
@@ -110,7 +109,7 @@ def dynamic_treerpo(
         dynamics=FlowSDE(noise_level),
         credit=BestPath(Standing(FromLeaves(leaves))),
         weight=per_path,
-        objective=PolicyRatio(Clip(clip, clip, sensitivity), pulls=(Divergence(kl), Imitation(imitation))),
+        objective=PolicyRatio(Clip(clip, clip, sensitivity), regularizers=(Divergence(kl), Imitation(imitation))),
     )
 
 
@@ -124,7 +123,7 @@ def per_path(forest: Forest, schedule: Schedule, dynamics: Dynamics) -> Tensor:
 
 
 def _plan(
-    steps: int, trees: int, slide: Slide, branches: int, growth: float, seed: int, iteration: int, slot: int
+    steps: int, trees: int, slide: SlidingWindow, branches: int, growth: float, seed: int, iteration: int, slot: int
 ) -> plan.Plan:
     return _tree(steps, trees, slide.at(seed, iteration), branches, growth)
 

@@ -6,7 +6,7 @@ samples are as good as noisy ones at half the cost (GenEval 0.95 in 90 GPU-hours
 
     advantage   A = gain·(R − mean of the prompt)
     e           log p_θ: "adaptive" −ℓ; "uniform" −mean (v−v*)²; "t2" −mean (x̂0−x0)² (called t there);
-                "exact" −mean (1−t)/(t+1e-3)·(v−v*)² (unstable)                                 (core.surrogate)
+                "exact" −mean (1−t)/(t+1e-3)·(v−v*)² (unstable)                                 (core.likelihood_proxy)
     δ, ρ        δ = e − e_old at each (t, ε), ρ = sg exp δ (1 without `ratio`)
     epg         −mean ρ·A·e
     pepg        −mean ρ·(A − sg δ)·e          proximal: of the same gradient as
@@ -31,14 +31,14 @@ from tempflow.algorithms.base import Algorithm, one_of, positive
 from tempflow.algorithms.diffusion_nft import Lag, lagged, ode_plan
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
 from tempflow.core.dynamics import FlowSDE
+from tempflow.core.likelihood_proxy import ProxyName, proxy_of
 from tempflow.core.objective.leaves import LeafObjective
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
-from tempflow.core.objective.penalty import LikelihoodPenalty, Penalty, PredictionPenalty
+from tempflow.core.objective.regularizer import LeafRegularizer, LikelihoodKL, PredictionDistance
 from tempflow.core.plan import Plan
+from tempflow.core.renoise import Renoise
 from tempflow.core.solver import SolverName, solver_of
-from tempflow.core.surrogate import SurrogateName, surrogate
 from tempflow.core.times import GridTimes
 
 Objective = Literal["epg", "pepg", "par", "grpo"]
@@ -51,7 +51,7 @@ def elbo_pg(
     steps: int = 10,
     group: int = 24,
     kind: Objective = "epg",
-    likelihood: SurrogateName = "adaptive",
+    likelihood: ProxyName = "adaptive",
     rollout: Rollout = "ode",
     noise_level: float = 0.7,
     ratio: bool = True,
@@ -70,7 +70,7 @@ def elbo_pg(
         steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other.
         kind: "epg", "pepg", "par", or "grpo" for a clipped ratio.
-        likelihood: the surrogate of log p: "adaptive", "uniform", "t2", "exact", "t", "huber" or "ghuber".
+        likelihood: the proxy of log p: "adaptive", "uniform", "t2", "exact", "t", "huber" or "ghuber".
         rollout: "ode", or "sde" for Flow-GRPO's noisy steps (whose log-probs are not used).
         noise_level: a of the SDE.
         ratio: weigh by the detached likelihood ratio to old; not for "grpo", which is one.
@@ -89,7 +89,7 @@ def elbo_pg(
     one_of("scale", scale, get_args(Scale))
     positive("gain", gain, 0.1)
     positive("noise_level", noise_level, 0.7)
-    estimate = Estimate(surrogate(likelihood))
+    estimate = Estimate(proxy_of(likelihood))
     return Algorithm(
         name="elbo_pg",
         steps=steps,
@@ -97,7 +97,7 @@ def elbo_pg(
         credit=GroupZScore(by=("prompt",), scale=scale, clip=5.0 if kind == "grpo" else None, gain=gain),
         objective=_objective(kind, estimate, ratio, clip, _penalty(kl, kl_form, estimate)),
         dynamics=FlowSDE(noise_level) if rollout == "sde" else None,
-        draws=Draws(GridTimes(fraction)),
+        renoise=Renoise(GridTimes(fraction)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
         solver=solver_of(solver),
@@ -110,17 +110,17 @@ def _plan(steps: int, group: int, rollout: str) -> Callable[[int, int], Plan]:
     return chains_plan(steps, group)
 
 
-def _objective(kind: str, estimate: Estimate, ratio: bool, clip: float, kl: Penalty) -> LeafObjective:
+def _objective(kind: str, estimate: Estimate, ratio: bool, clip: float, kl: LeafRegularizer) -> LeafObjective:
     one_of("kind", kind, get_args(Objective))
     if kind == "grpo":
-        return ClippedLikelihood(clip, clip, estimate, penalties=(kl,))
+        return ClippedLikelihood(clip, clip, estimate, regularizers=(kl,))
     return PolicyGradient(kind, estimate, ratio, (kl,))  # pyright: ignore[reportArgumentType]
 
 
-def _penalty(kl: float, form: str, estimate: Estimate) -> Penalty:
+def _penalty(kl: float, form: str, estimate: Estimate) -> LeafRegularizer:
     one_of("kl_form", form, get_args(Divergence))
     if not 0 <= kl < float("inf"):
         raise ValueError(f"kl: {kl} must be finite and ≥ 0; 0 turns it off")
     if form == "velocity":
-        return PredictionPenalty("reference", kl)
-    return LikelihoodPenalty("reference", kl, form, estimate.surrogate)  # pyright: ignore[reportArgumentType]
+        return PredictionDistance("reference", kl)
+    return LikelihoodKL("reference", kl, form, estimate.proxy)  # pyright: ignore[reportArgumentType]

@@ -36,8 +36,8 @@ from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.edges import Replayed
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import StepRatio, clipped
+from tempflow.core.objective.regularizer import KLForm
 
 LogProbForm = Literal["unscaled", "density"]
 

@@ -31,9 +31,9 @@ from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positiv
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.objective.gate import DivergenceMask
-from tempflow.core.objective.pull import Divergence, KLForm
+from tempflow.core.objective.clip import DivergenceMask
 from tempflow.core.objective.ratio import PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
 def flow_dppo(
@@ -87,7 +87,7 @@ def flow_dppo(
         plan=Drawn(partial(_plan, steps, group, noisy_steps, among)),
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        objective=PolicyRatio(DivergenceMask(threshold, scaled), pulls=(Divergence(kl, kl_form),)),
+        objective=PolicyRatio(DivergenceMask(threshold, scaled), regularizers=(Divergence(kl, kl_form),)),
     )
 
 

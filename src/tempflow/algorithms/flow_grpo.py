@@ -28,8 +28,8 @@ from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import clipped
+from tempflow.core.objective.regularizer import KLForm
 
 
 def flow_grpo(

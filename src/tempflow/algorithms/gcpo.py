@@ -37,14 +37,13 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, at_least, positive
 from tempflow.algorithms.flow_grpo import chains_plan
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, RelativeChange
 from tempflow.core.dynamics import Dynamics, FlowSDE
 from tempflow.core.forest import Forest
-from tempflow.core.objective.gate import Clip
-from tempflow.core.objective.pull import Divergence, ToRollout
+from tempflow.core.objective.clip import Clip
 from tempflow.core.objective.ratio import ChunkRatio, PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, ToRollout
 from tempflow.core.schedule import Schedule
-from tempflow.core.stepwise import RelativeChange
 from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks
 from tempflow.core.weight import uniform
 

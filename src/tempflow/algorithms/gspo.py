@@ -20,8 +20,8 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.flow_grpo import flow_grpo
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import ChunkRatio, clipped
+from tempflow.core.objective.regularizer import KLForm
 from tempflow.core.units import whole_path
 
 

@@ -4,7 +4,7 @@ Claim. An SDE in a few consecutive steps and an ODE elsewhere spares most of the
 the way of denoising, early steps first, teaches better than steps at random.
 
     step        Flow-GRPO's SDE inside the window, ODE outside                              (FlowSDE)
-    window      steps l … min(l + window, window_end) − 1 at every prompt of an iteration   (Slide)
+    window      steps l … min(l + window, window_end) − 1 at every prompt of an iteration   (SlidingWindow)
                 "progressive" stays τ = `every` iterations, then l += stride; at the end it rolls back to 0, or stays
                 "decay" the same, staying int(τ·(1 − p) + max(1, τ//4)·p) of them, p = l/window_end
                 "exp_decay"       staying ⌈τ·exp(−0.1·max(0, l − 13))⌉ of them
@@ -29,11 +29,10 @@ from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive
 from tempflow.core import plan
-from tempflow.core.credit import Credit, GroupZScore
+from tempflow.core.credit import CreditRule, GroupZScore, PerReward
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
-from tempflow.core.select import PerReward
-from tempflow.core.slide import Order, Slide
+from tempflow.core.window import Order, SlidingWindow
 
 Rewards = Literal["advantages", "gdpo", "scores"]
 
@@ -79,7 +78,7 @@ def mix_grpo(
     at_least("steps", steps, 2, "as the last one is not trained")
     positive("noise_level", noise_level, 0.7)
     positive("clip", clip, 1e-4)
-    slide = Slide.of(steps, window, window_end, order, every, stride, roll_back)
+    slide = SlidingWindow.of(steps, window, window_end, order, every, stride, roll_back)
     return Algorithm(
         name="mix_grpo",
         steps=steps,
@@ -90,7 +89,7 @@ def mix_grpo(
     )
 
 
-def group_credit(group: int, rewards: Rewards, eps: float, clip: float | None) -> Credit:
+def group_credit(group: int, rewards: Rewards, eps: float, clip: float | None) -> CreditRule:
     """MixGRPO's advantage. Raises ValueError naming argument, value and a valid one."""
     at_least("group", group, 2, "or there is nothing to compare with")
     one_of("rewards", rewards, get_args(Rewards))
@@ -102,7 +101,9 @@ def group_credit(group: int, rewards: Rewards, eps: float, clip: float | None) -
     return PerReward(each, clip=clip, restandardise=rewards == "gdpo", eps=eps)
 
 
-def _plan(steps: int, group: int, slide: Slide, shared_noise: bool, seed: int, iteration: int, slot: int) -> plan.Plan:
+def _plan(
+    steps: int, group: int, slide: SlidingWindow, shared_noise: bool, seed: int, iteration: int, slot: int
+) -> plan.Plan:
     return window_plan(steps, group, slide.at(seed, iteration), shared_noise)
 
 

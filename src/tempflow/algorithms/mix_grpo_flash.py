@@ -31,8 +31,8 @@ from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Plan
 from tempflow.core.schedule import Schedule
-from tempflow.core.slide import Order, Slide
 from tempflow.core.solver import DPMSolver2
+from tempflow.core.window import Order, SlidingWindow
 
 
 def mix_grpo_flash(
@@ -87,7 +87,7 @@ def mix_grpo_flash(
         raise ValueError(f"compress: {compress} must be in (0, 1]; 0.4 is usual, 1 leaves the grid as it is")
     if window >= steps:
         raise ValueError(f"window: {window} leaves no tail to compress; nearest valid: {steps - 1}")
-    slide = Slide.of(steps, window, window_end, order, every, stride, roll_back)
+    slide = SlidingWindow.of(steps, window, window_end, order, every, stride, roll_back)
     return Algorithm(
         name="mix_grpo_flash",
         steps=steps,
@@ -106,13 +106,20 @@ def _points(steps: int, last: int, compress: float) -> int:
 
 
 def _plan(
-    steps: int, group: int, slide: Slide, compress: float, shared_noise: bool, seed: int, iteration: int, slot: int
+    steps: int,
+    group: int,
+    slide: SlidingWindow,
+    compress: float,
+    shared_noise: bool,
+    seed: int,
+    iteration: int,
+    slot: int,
 ) -> Plan:
     inside = slide.at(seed, iteration)
     return window_plan(inside[-1] + _points(steps, inside[-1], compress), group, inside, shared_noise)
 
 
-def _grid(slide: Slide, compress: float, shift: float, seed: int, iteration: int, grid: Schedule) -> Schedule:
+def _grid(slide: SlidingWindow, compress: float, shift: float, seed: int, iteration: int, grid: Schedule) -> Schedule:
     if compress == 1:
         return grid
     last = slide.at(seed, iteration)[-1]

@@ -20,11 +20,9 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
-from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.groupwise import DynamicSampling
+from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
-from tempflow.core.select import Extremes
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
 
@@ -46,6 +44,6 @@ def online_dpo(steps: int = 10, group: int = 8, pairs: int = 4, beta: float = 20
         steps=steps,
         plan=ode_plan(steps, group),
         credit=DynamicSampling(Extremes(GroupZScore(by=("prompt",), scale="none", clip=None), 1, 1)),
-        objective=OnlinePairs(PreferencePairs(beta, penalties=held_to_reference(kl))),
-        draws=Draws(LogitNormalTimes(pairs), 2, 2),
+        objective=OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
+        renoise=Renoise(LogitNormalTimes(pairs), 2, 2),
     )

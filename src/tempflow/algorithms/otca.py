@@ -27,10 +27,9 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
-from tempflow.core.credit import Credit, GroupZScore
+from tempflow.core.credit import CreditRule, GroupZScore, MinNorm, Progress, StepCredit
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
-from tempflow.core.stepwise import MinNorm, Progress, StepCredit
 
 
 def otca(
@@ -71,7 +70,7 @@ def otca(
     positive("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    credit: Credit = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
+    credit: CreditRule = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
     if moca:
         credit = MinNorm(credit, explore)
     if tcd:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, Observation, one_of, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
+from tempflow.core.credit import PathLogProb, Surprisal
 from tempflow.core.forest import Forest
-from tempflow.core.groupwise import PathLogProb, Surprisal
-from tempflow.core.objective.pull import KLForm
+from tempflow.core.objective.regularizer import KLForm
 from tempflow.perception import DinoEmbedding, Embedding, HandEmbedding
 
 

@@ -8,7 +8,7 @@ the reward is the win rate, which says who is better and not by how much.
     advantage   (R − ½) / (std of the group + eps): for a strict order at most √3·(G−1)/sqrt(G(G+1)) in size
     ratio       "norm": GRPO-Guard's log r̂ = −mean(Δμ·z), and loss weights ∝ 1/Δ; "step": Flow-GRPO's
 
-Any reward is a judge here: of two scores the larger wins (`core.groupwise.WinRate`), so only their order matters. A
+Any reward is a judge here: of two scores the larger wins (`core.credit.WinRate`), so only their order matters. A
 groupwise reward that asks a real judge and returns win rates itself needs `win_rate` off. Several rewards: the weighted
 sum is of win rates, and normalised once; the code normalises each reward first.
 
@@ -28,11 +28,10 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core import weight
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, WinRate
 from tempflow.core.dynamics import FlowSDE
-from tempflow.core.groupwise import WinRate
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import NormRatio, StepRatio, clipped
+from tempflow.core.objective.regularizer import KLForm
 
 
 def pref_grpo(

@@ -22,7 +22,7 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, one_of, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
-from tempflow.core.objective.pull import KLForm
+from tempflow.core.objective.regularizer import KLForm
 
 
 def reinforce_pp(

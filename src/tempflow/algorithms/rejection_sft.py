@@ -21,11 +21,9 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
-from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.groupwise import DynamicSampling
+from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import Supervised
-from tempflow.core.select import Extremes
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
 
@@ -50,6 +48,6 @@ def rejection_sft(steps: int = 10, group: int = 24, best: int = 6, pairs: int = 
         steps=steps,
         plan=plan,
         credit=DynamicSampling(Extremes(GroupZScore(by=("prompt",), scale="none", clip=None), best, 0)),
-        objective=Supervised(penalties=held_to_reference(kl)),
-        draws=Draws(LogitNormalTimes(pairs)),
+        objective=Supervised(regularizers=held_to_reference(kl)),
+        renoise=Renoise(LogitNormalTimes(pairs)),
     )

@@ -19,9 +19,9 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, positive
 from tempflow.algorithms.flow_grpo import flow_grpo
-from tempflow.core.objective.gate import SoftGate
-from tempflow.core.objective.pull import Divergence, KLForm
+from tempflow.core.objective.clip import SoftGate
 from tempflow.core.objective.ratio import PolicyRatio
+from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
 def sapo(
@@ -65,5 +65,5 @@ def sapo(
         eps=eps,
         advantage_clip=advantage_clip,
     )
-    objective = PolicyRatio(SoftGate(temperature, temperature_negative), pulls=(Divergence(kl, kl_form),))
+    objective = PolicyRatio(SoftGate(temperature, temperature_negative), regularizers=(Divergence(kl, kl_form),))
     return replace(base, name="sapo", objective=objective)

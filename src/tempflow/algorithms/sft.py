@@ -3,7 +3,7 @@
 Claim. The plain start of every pipeline: the model learns to draw what it is shown. No reward, no reference, no
 sampling; and the yardstick that preference and reward methods are held to on the same data.
 
-    data        each prompt's own `image`, encoded to latents                                               (Given)
+    data        each prompt's own `image`, encoded to latents                                          (OfflineSamples)
     loss        mean (v − v*)² at `pairs` (t, ε) of each + kl·mean (v − v_ref)²          (preference.Supervised)
 
 The training prompts are a .jsonl of {"prompt": …, "image": "a.png"}, pictures beside it (data/pictures.py). The run's
@@ -21,12 +21,12 @@ from __future__ import annotations
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import held_to_reference
 from tempflow.core.credit import AsScored
-from tempflow.core.draws import Draws
-from tempflow.core.given import Given
 from tempflow.core.objective.preference import Supervised
+from tempflow.core.offline import OfflineSamples
+from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
-PICTURE = Given(("image",), (1.0,))
+PICTURE = OfflineSamples(("image",), (1.0,))
 
 
 def sft(pairs: int = 4, kl: float = 0.0) -> Algorithm:
@@ -43,8 +43,8 @@ def sft(pairs: int = 4, kl: float = 0.0) -> Algorithm:
         name="sft",
         steps=1,  # these times ask for no grid
         plan=PICTURE.plan,
-        given=PICTURE,
+        offline=PICTURE,
         credit=AsScored(),
-        objective=Supervised(penalties=held_to_reference(kl)),
-        draws=Draws(LogitNormalTimes(pairs)),
+        objective=Supervised(regularizers=held_to_reference(kl)),
+        renoise=Renoise(LogitNormalTimes(pairs)),
     )

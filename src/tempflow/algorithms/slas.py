@@ -28,8 +28,8 @@ from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
-from tempflow.core.objective.pull import KLForm
 from tempflow.core.objective.ratio import clipped
+from tempflow.core.objective.regularizer import KLForm
 
 
 def slas(

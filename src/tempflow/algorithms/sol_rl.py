@@ -31,7 +31,7 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, at_least
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged
 from tempflow.core.draft import Choice, Draft, Precision
-from tempflow.core.follow import Ramp
+from tempflow.core.ema import Ramp
 
 
 def sol_rl(

@@ -4,7 +4,7 @@ Claim. A picture is one action; minus its pre-training loss, at a few (t, ε), s
 things make that steady enough to beat step-wise methods: all pictures of a prompt share their (t, ε), the t are
 stratified, and the x0 error is divided by its own size.
 
-    log p       −mean over pairs of ℓ, ℓ = mean (x̂0 − x0)² / sg mean |x̂0 − x0|                  (surrogate.Adaptive)
+    log p       −mean over pairs of ℓ, ℓ = mean (x̂0 − x0)² / sg mean |x̂0 − x0|             (likelihood_proxy.Adaptive)
     ratio       ρ = exp(log p − log p_old): the pairs are averaged first, so a picture has one ratio
     advantage   A = (R − mean) / (std + eps); `soft_clip` η: η·tanh(A/η)
     loss        mean of max(−A·ρ, −A·clip(ρ, 1 ± clip)) + kl·mean (x̂0 − x̂0_old)²
@@ -29,10 +29,10 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
 from tempflow.algorithms.diffusion_nft import ode_plan
 from tempflow.core.credit import GroupZScore
-from tempflow.core.draws import Draws
-from tempflow.core.follow import Copy
+from tempflow.core.ema import Copy
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
-from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.objective.regularizer import PredictionDistance
+from tempflow.core.renoise import Renoise
 from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.times import StratifiedGridTimes
 
@@ -86,9 +86,9 @@ def v_grpo(
             width,
             Estimate(pooled=True, on_policy=clip is None),
             soft_clip,
-            penalties=(PredictionPenalty("old", kl, "x0"),),
+            regularizers=(PredictionDistance("old", kl, "x0"),),
         ),
-        draws=Draws(StratifiedGridTimes(pairs), share, share),
+        renoise=Renoise(StratifiedGridTimes(pairs), share, share),
         weight_sets={} if clip is None and kl == 0 else {"old": Copy()},
         solver=solver_of(solver),
     )

@@ -34,11 +34,10 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, positive_or, some_steps
 from tempflow.core import plan
-from tempflow.core.credit import GroupZScore
+from tempflow.core.credit import GroupZScore, Mapped
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.objective.ratio import PositionRatio, RegionRatio, clipped
-from tempflow.core.stepwise import Mapped
 from tempflow.perception import DinoFeatures, FeatureMaps, HandFeatures, MapProvider
 from tempflow.perception.maps import Normalise, Orient
 

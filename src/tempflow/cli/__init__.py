@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tempflow.train.interrupt import let_go
+from tempflow.train.display import let_go
 
 USAGE = """usage: tempflow VERB …
 

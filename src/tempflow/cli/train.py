@@ -46,9 +46,9 @@ def train_verb(args: Sequence[str]) -> int:
     elif config.evaluation.before and not Path(config.evaluation.before).is_dir():
         raise ConfigError(f"evaluation.before: {shown(config.evaluation.before)} is no folder; nearest valid: a run's")
     _check_prompts(config)
+    from tempflow.train.display import Interrupted
     from tempflow.train.guards import GuardError
-    from tempflow.train.interrupt import Interrupted
-    from tempflow.train.loop import train
+    from tempflow.train.trainer import train
 
     try:
         train(config, resume=options.resume is not None, allow_changes=options.allow_changes)

@@ -32,7 +32,7 @@ def to_rows(scalars: Tensor, like: Tensor) -> Tensor:
 def mean_dims(t: Tensor) -> Tensor:
     """Mean over all but the first dimension: [B, *S] -> [B], in at least float32.
 
-    Every log-probability, KL and surrogate of the package is reduced here. The mean (not the sum) is what the official
+    Every log-probability, KL and proxy of the package is reduced here. The mean (not the sum) is what the official
     codes of the GRPO family use and what their clip ranges presume.
     """
     t = upcast(t)

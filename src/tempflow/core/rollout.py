@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tempflow.core.compiled_plan import Keep, Level, compiled, long, merged
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
-from tempflow.core.program import Keep, Level, compiled, long, merged
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.solver import OneStep, Solver, predict_clean

@@ -2,7 +2,7 @@
 
 A sample is named by its id, a tuple of integers such as (iteration, prompt slot, root, *path); what is drawn for it
 depends on nothing else, so not on batch size, order, rank or on who else is drawn for. Equal ids get equal draws:
-that is how draws are shared, by handing the samples of a group the id that they have in common (`draws.Draws`).
+that is how draws are shared, by handing the samples of a group the id that they have in common (`draws.Renoise`).
 """
 
 from __future__ import annotations

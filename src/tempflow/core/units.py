@@ -187,7 +187,7 @@ def signal_by_place(forest: Forest, place: Tensor, name: str) -> Tensor:
 def _signal(forest: Forest, name: str) -> Tensor:
     """The trait, [E] on the CPU."""
     if name not in forest.edges.traits:
-        raise ValueError(f"signal: edges have no trait {name!r}; observe it, as by core.stepwise.RelativeChange()")
+        raise ValueError(f"signal: edges have no trait {name!r}; observe it, as by core.credit.RelativeChange()")
     value = forest.edges.traits[name]
     if value.shape != (len(forest.edges),):
         raise ValueError(f"signal: {name!r} has shape {list(value.shape)}; nearest valid: [{len(forest.edges)}]")

@@ -19,7 +19,7 @@ from tempflow.models import HUB_ID, shapes_folder
 from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.models.sd3 import LORA_TARGETS, licence_of
-from tempflow.train.resume import check_new
+from tempflow.train.identity import check_new
 
 Notes = Mapping[str, tuple[str, str, str]]
 """Reward → what it is, its licence, the extra it needs ("tempflow[shapes]", or "")."""
@@ -95,10 +95,10 @@ def start_check(config: Config) -> list[Check]:
     """Whether what `model.start` names can be read; nothing where it names nothing."""
     if not config.model.start:
         return []
-    from tempflow.train.start import check_kind, given
+    from tempflow.train.build import check_start, read_start
 
     try:
-        check_kind(given(config.model.start, "model.start"), config.model.training)
+        check_start(read_start(config.model.start, "model.start"), config.model.training)
     except (ValueError, OSError) as error:
         return [Check("model.start", "fails", str(error), "a run's folder, or a LoRA's file or folder")]
     return [Check("model.start", "ok", config.model.start)]
@@ -137,8 +137,8 @@ def prompts_checks(config: Config) -> list[Check]:
 
 def _pictures_check(config: Config) -> Check:
     algorithm = config.algorithm.build()
-    assert algorithm.given is not None
-    keys, prompts = algorithm.given.keys, load_prompts(config.data.train, uses=algorithm.reads)
+    assert algorithm.offline is not None
+    keys, prompts = algorithm.offline.keys, load_prompts(config.data.train, uses=algorithm.reads)
     try:
         Pictures.beside(config.data.train, keys, config.size).check(prompts)
     except (ValueError, OSError) as error:

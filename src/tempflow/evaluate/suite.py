@@ -111,7 +111,9 @@ def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tup
         predict = model.predictor(encoded(model, part), how.guidance)
         slots = range(how.first + first, how.first + first + len(part))
 
-        def patient(x: Tensor, sigma: Tensor, row: Tensor, predict: Predict = predict, at: int = slots.start) -> Tensor:
+        def with_pause(
+            x: Tensor, sigma: Tensor, row: Tensor, predict: Predict = predict, at: int = slots.start
+        ) -> Tensor:
             how.pause()
             return predict(x, sigma, row - at)
 
@@ -119,7 +121,7 @@ def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tup
             [plan.ode(how.steps, how.samples)] * len(part),
             ODE(),
             schedule,
-            patient,
+            with_pause,
             Noise(how.seed, iteration=_ITERATION[how.stream]),
             shape=shape,
             slots=slots,

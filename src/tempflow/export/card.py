@@ -118,7 +118,7 @@ def _summary(run: Path) -> Mapping[str, Any] | None:
 
 def _taught_by(config: Config) -> str:
     """What the rewards are to this run."""
-    given = config.algorithm.build().given
+    given = config.algorithm.build().offline
     return "reward" if given is None else f"taught by pictures on disk ({', '.join(given.keys)}); judged by"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tempflow.latent_reward.model import EMBEDDED, LatentReward, RewardSpec, bind
-from tempflow.latent_reward.score import Guided, LatentJudge, guided_sample
+from tempflow.latent_reward.score import Guided, LatentScorer, guided_sample
 from tempflow.latent_reward.siblings import siblings
 from tempflow.latent_reward.train import (
     Bucket,
@@ -20,8 +20,8 @@ __all__ = [
     "EMBEDDED",
     "Bucket",
     "Guided",
-    "LatentJudge",
     "LatentReward",
+    "LatentScorer",
     "Rated",
     "RewardSpec",
     "RewardTraining",

@@ -22,12 +22,12 @@ from tempflow.latent_reward.train import Score
 from tempflow.models.finite import encoded
 from tempflow.models.protocol import Model
 
-Judge = Callable[[Tensor, Tensor, Tensor], Scores]
-"""judge(x [B, *S], sigma [B], rows long[B]) -> Scores of one column; compared at equal σ only."""
+ScoreLatents = Callable[[Tensor, Tensor, Tensor], Scores]
+"""score_latents(x [B, *S], sigma [B], rows long[B]) -> Scores of one column; compared at equal σ only."""
 
 
 @dataclass(frozen=True)
-class LatentJudge:
+class LatentScorer:
     """Scores of noisy latents as `Scores`, without gradients.
 
     score  score(x, sigma, rows) -> [B]; `bind` makes one of a `LatentReward`
@@ -46,7 +46,7 @@ class LatentJudge:
             raise ValueError(f"rows: {self.rows} is too small; nearest valid: 1")
 
     @classmethod
-    def of(cls, model: Model, reward: LatentReward, prompts: Sequence[str], rows: int | None = None) -> LatentJudge:
+    def of(cls, model: Model, reward: LatentReward, prompts: Sequence[str], rows: int | None = None) -> LatentScorer:
         """The judge whose `rows` argument indexes `prompts`."""
         return cls(bind(model, reward, encoded(model, prompts)), rows=rows)
 
@@ -96,7 +96,7 @@ def guided_sample(
     dynamics: Dynamics,
     schedule: Schedule,
     predict: Predict,
-    judge: Judge,
+    score_latents: ScoreLatents,
     noise: Noise,
     *,
     shape: Sequence[int],
@@ -105,14 +105,14 @@ def guided_sample(
     candidates: int = 4,
     device: torch.device | str = "cpu",
 ) -> Guided:
-    """At each step draws `candidates` successors of every sample and goes on from the one that `judge` scores highest.
+    """At each step draws `candidates` successors of every sample and goes on from the one with the highest score.
 
     predict     velocity of [B, *S] states at one σ, as in `rollout`; called once a step, whatever `candidates` is
-    judge       scores the successors at the next σ; not asked at candidates = 1, or where a step draws no noise
+    score_latents  scores the successors at the next σ; not asked at candidates = 1, or where a step draws no noise
     noise       candidate j of a sample has the noise of child j of that node in a rollout's tree: at candidates = 1
                 the result is that of `rollout` with a `chain` plan, bit for bit
     shape       *S, one latent's
-    slots       distinct prompt slots ≥ 0; they enter the noise, and are the `rows` of `predict` and `judge`
+    slots       distinct prompt slots ≥ 0; they enter the noise, and are the `rows` of `predict` and `score_latents`
     roots       samples for each, ≥ 1
 
     A failed candidate is not chosen; where all of a sample's fail, the first goes on, as without a judge.
@@ -137,7 +137,7 @@ def guided_sample(
         born = law.sample(noise.edge(ids, shape).to(device)).to(x.dtype)
         if k > 1:
             below = schedule.at(torch.full((len(born),), i + 1)).to(device)
-            scores = judge(born, below, prompt.repeat_interleave(k))
+            scores = score_latents(born, below, prompt.repeat_interleave(k))
             record[i] = scores.value[:, 0].view(-1, k)
             chosen[i] = _best(record[i]).cpu()
         paths = [(*path, int(c)) for path, c in zip(paths, chosen[i], strict=True)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tempflow.core.draws import Draws
+from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import linear
 from tempflow.core.times import LogitNormalTimes, UniformTimes
@@ -199,11 +199,13 @@ def fit(
     module.requires_grad_(True)
     weights = list(module.parameters())
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-    draws = _draws(config.times, config.share_noise)
+    renoise = _renoise(config.times, config.share_noise)
     for step in range(config.steps):
         picked = Stream(config.seed, "latent_reward.pairs").integers((step,), len(pairs), config.pairs)
         couples = pairs[picked]
-        win, lose, sigma = _scored(score, rated, couples, draws, config.seed, [(step, j) for j in range(len(couples))])
+        win, lose, sigma = _scored(
+            score, rated, couples, renoise, config.seed, [(step, j) for j in range(len(couples))]
+        )
         loss = bradley_terry(win[:, 0], lose[:, 0], sigma[0::2, 0], sigma[1::2, 0]).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -233,12 +235,12 @@ def accuracy(
         raise ValueError("pairs: none to measure on; nearest valid: one")
     if rated.sigma is not None:
         raise ValueError("sigma: is given, and buckets draw their own; nearest valid: clean latents")
-    draws = _draws(UniformTimes(strata=buckets), share_noise)
+    renoise = _renoise(UniformTimes(strata=buckets), share_noise)
     right: list[Tensor] = []
     for start in range(0, len(pairs), _AT_ONCE):
         couples = pairs[start : start + _AT_ONCE]
         ids = [(start + j, 0) for j in range(len(couples))]
-        win, lose, _ = _scored(score, rated, couples, draws, seed, ids)
+        win, lose, _ = _scored(score, rated, couples, renoise, seed, ids)
         right.append(_right(win, lose))
     share = torch.cat(right).mean(0).tolist()
     return tuple(Bucket(k / buckets, (k + 1) / buckets, share[k], len(pairs)) for k in range(buckets))
@@ -248,13 +250,13 @@ _AT_ONCE = 128
 """Pairs measured at once."""
 
 
-def _draws(times: UniformTimes | LogitNormalTimes, share_noise: bool) -> Draws:
+def _renoise(times: UniformTimes | LogitNormalTimes, share_noise: bool) -> Renoise:
     """The two of a pair agree in two leading parts of their ids; σ is always shared."""
-    return Draws(times, share_times=2, share_noise=2 if share_noise else None)
+    return Renoise(times, share_times=2, share_noise=2 if share_noise else None)
 
 
 def _scored(
-    score: Score, rated: Rated, couples: Tensor, draws: Draws, seed: int, ids: list[tuple[int, int]]
+    score: Score, rated: Rated, couples: Tensor, renoise: Renoise, seed: int, ids: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of winners and losers, [P, M] each, and the σ of all, [2P, M]: winner, loser, winner …"""
     who = couples.flatten()
@@ -265,7 +267,7 @@ def _scored(
         given = rated.sigma.float().to(device)[who.to(device)]
         scores = score(x0, given, rows).float()[:, None]
         return scores[0::2], scores[1::2], given[:, None]
-    t, noise = draws(seed, sides, _NO_GRID, rated.latents.shape[1:])
+    t, noise = renoise(seed, sides, _NO_GRID, rated.latents.shape[1:])
     sigma, columns = t.float().to(device), list[Tensor]()
     for m in range(sigma.shape[1]):
         level = sigma[:, m].view(-1, *[1] * (x0.dim() - 1))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config
-from tempflow.recipes.every import ENTRIES, Entry, recipe
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.zoo import ENTRIES, Entry, recipe
 
 
 def _named(entry: Entry) -> Callable[[], Config]:

@@ -13,24 +13,24 @@ from torch import Tensor
 from tempflow.core.scores import Scores
 from tempflow.rewards.function import from_function
 from tempflow.rewards.jpeg import JPEGCompressibility
-from tempflow.rewards.patience import Fault, Patient, Pause, faults, go_on, patient
 from tempflow.rewards.protocol import Media, Reward, RewardError, check_media
+from tempflow.rewards.safe import Fault, Pause, SafeReward, faults, go_on, safe
 from tempflow.rewards.shapes import ShapesReward
 
 __all__ = [
     "REWARDS",
     "JPEGCompressibility",
     "Media",
-    "Patient",
     "Reward",
     "RewardError",
+    "SafeReward",
     "ShapesReward",
     "build",
     "faults",
     "from_function",
     "names",
-    "patient",
     "plugin",
+    "safe",
     "score_all",
 ]
 
@@ -113,7 +113,7 @@ def score_all(
     slots: dict[int, list[int]] = {}
     for row in whole.tolist():
         slots.setdefault(int(groups[row]), []).append(row)
-    return Scores.stack([_column(patient(r, timeout), rows, whole.tolist(), slots.values()) for r in rewards])
+    return Scores.stack([_column(safe(r, timeout), rows, whole.tolist(), slots.values()) for r in rewards])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +125,13 @@ class _Rows:
     metadata: Sequence[Mapping[str, object]]
     pause: Pause
 
-    def call(self, reward: Patient, rows: Sequence[int]) -> Scores | Fault:
+    def call(self, reward: SafeReward, rows: Sequence[int]) -> Scores | Fault:
         media = self.media if len(rows) == len(self.media) else self.media[list(rows)]
         prompts, metadata = [self.prompts[i] for i in rows], [self.metadata[i] for i in rows]
         return reward.attempt(media, prompts, metadata, self.pause)
 
 
-def _column(reward: Patient, rows: _Rows, whole: Sequence[int], slots: Collection[Sequence[int]]) -> Scores:
+def _column(reward: SafeReward, rows: _Rows, whole: Sequence[int], slots: Collection[Sequence[int]]) -> Scores:
     """One reward's scores of all rows; those that are not in `whole` are failed."""
     answers = _answers(reward, rows, whole, slots) if whole or not len(rows.media) else []
     blank = reward.failed(len(rows.media))
@@ -146,7 +146,7 @@ def _column(reward: Patient, rows: _Rows, whole: Sequence[int], slots: Collectio
 
 
 def _answers(
-    reward: Patient, rows: _Rows, whole: Sequence[int], slots: Collection[Sequence[int]]
+    reward: SafeReward, rows: _Rows, whole: Sequence[int], slots: Collection[Sequence[int]]
 ) -> list[tuple[Sequence[int], Scores | Fault]]:
     """Of one call, or of one for each slot: which rows, and what was said of them."""
     if not reward.groupwise or not slots:

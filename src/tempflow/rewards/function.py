@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.core.scores import Scores
-from tempflow.rewards.patience import Patient
 from tempflow.rewards.protocol import Media, RewardError
+from tempflow.rewards.safe import SafeReward
 
 Metadata = list[Mapping[str, object]]
 """What each picture's prompt came with, beside its text."""
@@ -43,16 +43,16 @@ class FunctionReward:
 
 def from_function(
     function: Function, name: str | None = None, groupwise: bool = False, timeout: float | None = None
-) -> Patient:
+) -> SafeReward:
     """A reward from `function(images, prompts) -> scores`, or from `function(images, prompts, metadata)`.
 
     images: list of PIL images (RGB); prompts: as many strings; metadata: as many dictionaries, what a prompt's line
     said beside its text, for a function whose third parameter is called so ("meta…"). scores: a number each, larger is
     better, as a list, a numpy array or a tensor of shape [N]. None, NaN and infinities mean that this picture could not
     be scored; a row whose score failed is left out of training and is never counted as 0. An exception, or a call that
-    takes longer than `timeout` seconds, fails all rows of the call and is logged as a warning (see `Patient`). Pictures
-    and metadata are the function's own: it may change them. `name` is the function's own unless given. `groupwise`: one
-    call per prompt, with all its pictures.
+    takes longer than `timeout` seconds, fails all rows of the call and is logged as a warning (see `SafeReward`).
+    Pictures and metadata are the function's own: it may change them. `name` is the function's own unless given.
+    `groupwise`: one call per prompt, with all its pictures.
 
     Raises ValueError for something that cannot be called so or has no name, and for a timeout not above 0; `score`
     raises RewardError for a result of another length, or one that is not made of numbers.
@@ -62,7 +62,7 @@ def from_function(
     name = name if name is not None else _own_name(function)
     if not name:
         raise ValueError("name = '': a reward needs one; nearest valid: name='my_reward'")
-    return Patient(FunctionReward(function, name, groupwise, _wants_metadata(function)), timeout)
+    return SafeReward(FunctionReward(function, name, groupwise, _wants_metadata(function)), timeout)
 
 
 def _wants_metadata(function: Callable[..., object]) -> bool:

@@ -18,14 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from tempflow.train.dist import SINGLE, World
-from tempflow.train.weightsets import laid_out
 
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 BEST = "best"
@@ -60,31 +56,33 @@ def save(
     *,
     best: bool,
     keep: int,
-    world: World = SINGLE,
+    first: bool = True,
+    wait: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a checkpoint, and points to it if it is the best; then removes all but the `keep` newest and the best.
 
     `tensors`: file name (without suffix, `ROLE/NAME` or `NAME`) → tensors. Sharded ones are written by all ranks, the
-    rest by the first, which alone copies them to the CPU, a file at a time. To be called by all ranks. Returns the
-    folder. Raises OSError when the disk does not take it; older checkpoints are untouched then.
+    rest by the first, which alone copies them to the CPU, a file at a time. All ranks call this, with
+    whether they are the `first` and how to `wait` for all. Returns the folder. Raises OSError when the disk does not
+    take it; older checkpoints are untouched then.
     """
     root = run / FOLDER
     target = root / f"{iteration:06d}"
     temporary = root / f".{target.name}.new"
-    if world.first:
+    if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    world.wait()
+    wait()
     try:
         for name, part in tensors.items():
             file = temporary / f"{name}.safetensors"
-            if world.first:
+            if first:
                 file.parent.mkdir(exist_ok=True)
             if any(isinstance(t, DTensor) for t in part.values()):
-                save_sharded(part, file, world)
-            elif world.first:
+                save_sharded(part, file, first, wait)
+            elif first:
                 save_file({k: v.detach().cpu().contiguous() for k, v in part.items()}, file)
-        if world.first:
+        if first:
             _finish(temporary, target, {"format": FORMAT, "iteration": iteration, **state})
             if best:
                 _point(root, BEST, target.name)
@@ -92,7 +90,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    world.wait()
+    wait()
     return target
 
 
@@ -113,7 +111,7 @@ def _finish(temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
     _flush(target.parent)
 
 
-def save_sharded(tensors: Mapping[str, Tensor], file: Path, world: World) -> None:
+def save_sharded(tensors: Mapping[str, Tensor], file: Path, first: bool, wait: Callable[[], None]) -> None:
     """Every rank writes its parts by torch's distributed checkpoint, as safetensors; then they are made one file."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
@@ -121,12 +119,12 @@ def save_sharded(tensors: Mapping[str, Tensor], file: Path, world: World) -> Non
     folder = file.with_suffix(".parts")
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True, enable_consolidation=True)
     save_parts(dict(tensors), storage_writer=writer)
-    world.wait()
-    if world.first:
+    wait()
+    if first:
         (whole,) = folder.glob("*.safetensors")
         whole.rename(file)
         shutil.rmtree(folder)
-    world.wait()
+    wait()
 
 
 def newest(run: Path, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -283,22 +281,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """An optimizer's state as `name/key` tensors, for parameters in the order of `names`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": torch.as_tensor(v) for i, part in state.items() for key, v in part.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave; group options stay as they are."""
-    masters = [m for group in optimizer.param_groups for m in group["params"]]
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition("/")
-        place = names.index(name)
-        state.setdefault(place, {})[field] = laid_out(value, masters[place]) if value.ndim else value
-    whole["state"] = state
-    optimizer.load_state_dict(whole)

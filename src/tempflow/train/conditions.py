@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from tempflow.core.perturb import Perturbation
 from tempflow.core.rng import Stream
 from tempflow.models.finite import NotFiniteError, encoded
 from tempflow.models.protocol import Conditioning, EncodesInputs, Model, Predict, TextInputs
-
-if TYPE_CHECKING:
-    from tempflow.train.setting import Setting
 
 KEPT_BYTES = 1 << 30
 """Of offsets that are kept for the next time; a prompt of 45 tokens takes 12 MiB with SD 3.5's three encoders and 12
@@ -96,13 +92,23 @@ def _with_words(inputs: TextInputs, places: Mapping[str, Tensor], words: Mapping
     }
 
 
-def sampler(setting: Setting, perturbation: Perturbation, prompts: Sequence[str], first: int) -> Predict:
-    """The predictor that rolls these prompts out, of which the first has slot `first`; rows are slot·K + k."""
-    condition = encoded(setting.model, prompts)
-    offsets = setting.learned.of(setting.model, prompts, perturbation, setting.seed)
-    network = setting.sets.get(setting.algorithm.sampler)
-    moved = moved_conditions(setting.model, condition, offsets)
-    predict = perturbed(setting.model, condition, moved, perturbation.strength, setting.guidance, network)
+def perturbed_predictor(
+    model: Model,
+    learned: Learned,
+    perturbation: Perturbation,
+    prompts: Sequence[str],
+    first: int,
+    seed: int,
+    guidance: float,
+    network: nn.Module | None,
+) -> Predict:
+    """The predictor that rolls these prompts out, of which the first has slot `first`; rows are slot·K + k.
+
+    network: the weight set that rolls out; None: the policy.
+    """
+    condition = encoded(model, prompts)
+    moved = moved_conditions(model, condition, learned.of(model, prompts, perturbation, seed))
+    predict = perturbed(model, condition, moved, perturbation.strength, guidance, network)
     return lambda x, sigma, rows: predict(x, sigma, rows - first * perturbation.count)
 
 

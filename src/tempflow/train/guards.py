@@ -2,7 +2,7 @@
 
 `check_*` and `clip_gradients` raise at once. The `watch_*` functions are pure: configuration, state and figures in, a
 new state and alarms out. The state is plain JSON (`fresh_state()`); a run that restores it hears the same alarms. All
-processes of a run must be given the same figures. `enforce` speaks and stops.
+processes of a run must be given the same figures. `enforce` speaks and stops. `Guards` holds the state of one run.
 """
 
 from __future__ import annotations
@@ -368,3 +368,42 @@ class _Look:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+class Guards:
+    """Feeds figures to the guards. `write` is given all alarms as they come, `say` the lines to be read.
+
+    Every method raises GuardError when a guard says stop. `state` is plain JSON and may be put back.
+    """
+
+    def __init__(
+        self, config: GuardsConfig, write: Callable[[int, Sequence[Alarm]], None], say: Callable[[str], None]
+    ) -> None:
+        self.config, self.write, self.say = config, write, say
+        self.state: State = fresh_state()
+
+    def rollout(self, iteration: int, signals: Signals) -> frozenset[int]:
+        """The prompt slots whose groups are not to be trained."""
+        return skipped(self._heed(iteration, watch_rollout(self.config, self.state, iteration, signals)))
+
+    def first_ratio(self, iteration: int, gap: float, rows: tuple[int, int]) -> None:
+        """Before each update: the rollout's log-probs beside the training forward's. rows: of rollout and training."""
+        self._heed(iteration, watch_first_ratio(self.config, self.state, iteration, gap, rows))
+
+    def drops(self, iteration: int, fault: NonFiniteError | None) -> bool:
+        """Whether this optimizer step is to be dropped."""
+        return bool(self._heed(iteration, watch_step(self.config, self.state, iteration, fault)))
+
+    def update(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """After an iteration's updates."""
+        self._heed(iteration, watch_update(self.config, self.state, iteration, metrics))
+
+    def validation(self, iteration: int, trained: float, gold: Mapping[str, float]) -> None:
+        """After a validation."""
+        self._heed(iteration, watch_validation(self.config, self.state, iteration, trained, gold))
+
+    def _heed(self, iteration: int, seen: tuple[State, list[Alarm]]) -> list[Alarm]:
+        self.state, alarms = seen
+        self.write(iteration, alarms)
+        enforce(alarms, self.say)
+        return alarms

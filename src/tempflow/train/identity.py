@@ -28,10 +28,10 @@ from tempflow import algorithms, rewards
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
 from tempflow.data.prompts import SHAPES, Prompt, source_path
-from tempflow.folder import PIPELINE
+from tempflow.folder import PIPELINE, check, contents, kind_of
 from tempflow.models import HUB_ID, local_folder
 from tempflow.models.lora import ADAPTER_CONFIG
-from tempflow.rewards import Patient
+from tempflow.rewards import SafeReward
 from tempflow.rewards.function import FunctionReward
 from tempflow.train import checkpoint
 from tempflow.train.checkpoint import CheckpointError
@@ -49,6 +49,12 @@ SHOWN = 12
 
 Digests = Mapping[str, str]
 """What → sha256."""
+
+RUN = "run"
+"""What a run's folder is marked as."""
+
+LOCK = ".lock"
+"""Held while a run goes on; the system lets go of it when the process ends, however it ends."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,19 @@ def _short(what: str) -> str:
     return last if kind == "function" and last.isidentifier() else "…"
 
 
+def check_new(folder: Path, write: bool = True) -> None:
+    """Raises ValueError unless a new run may take the folder. `write`: whether this rank is the one that will."""
+    if not write:
+        return
+    begun = kind_of(folder) == RUN and [name for name in contents(folder) if name != LOCK]
+    if begun or (folder / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"output: {str(folder)!r} already holds a run; choose another folder, remove it, or go on with it: "
+            f"{go_on(folder, read_identity(folder))}"
+        )
+    check(folder, RUN)
+
+
 # ------------------------------------------------------------------------------------------------------------- recorded
 def identity(
     config: Config,
@@ -165,11 +184,11 @@ def identity(
         place = Path(where).expanduser()
         if where and place.exists():
             contents[name] = {**_any(place), **_beside(place)}
-    if algorithm.judge is not None:
-        contents["algorithm.reward"] = _any(_latent_reward(algorithm.judge))
+    if algorithm.latent_reward is not None:
+        contents["algorithm.reward"] = _any(_latent_reward(algorithm.latent_reward))
     if "algorithm" not in given:
         for name, value in config.algorithm.model_dump().items():
-            if not isinstance(value, str) or value == algorithm.judge:
+            if not isinstance(value, str) or value == algorithm.latent_reward:
                 continue
             if _there(Path(value), Path.is_dir):
                 contents[f"algorithm.{name}"] = _any(Path(value))
@@ -293,7 +312,7 @@ def _named(argument: str, value: object) -> str:
         return f"{len(value) if isinstance(value, Sequence) else 0} prompts"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_named(argument, item) for item in value) + "]"
-    if isinstance(value, Patient):
+    if isinstance(value, SafeReward):
         return _named(argument, value.reward)
     if isinstance(value, FunctionReward):
         return _named(argument, value.function)

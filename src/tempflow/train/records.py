@@ -1,26 +1,37 @@
-"""What a run writes. `metrics.jsonl` and `evaluation.jsonl` are equal between two runs of one seed; wall times are in
-`timings.jsonl`."""
+"""What a run writes, and what a finished run is.
+
+`metrics.jsonl` and `evaluation.jsonl` are equal between two runs of one seed; wall times are in `timings.jsonl`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from rich.table import Table
+from torch import Tensor
 
+from tempflow.core.credit import Advantage, CreditRule
+from tempflow.core.forest import Forest
+from tempflow.core.groups import moments
+from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import Report
 from tempflow.folder import claim
-from tempflow.train.environment import environment
+from tempflow.models.protocol import Model
+from tempflow.train.context import Clock, Counter
+from tempflow.train.experience import Advantages
 from tempflow.train.guards import Alarm
-from tempflow.train.identity import FILE, Identity, go_on
-from tempflow.train.resume import LOCK, RUN, check_new
-from tempflow.train.run import Run
-from tempflow.train.setting import Clock, Counter
+from tempflow.train.identity import FILE, LOCK, RUN, Identity, check_new, go_on
 
 LINES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "alarms.jsonl")
 """Written line by line; equal between two runs of one seed, however often they were resumed."""
@@ -171,3 +182,109 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+PACKAGES = ("tempflow", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
+
+
+def environment() -> dict[str, object]:
+    """Plain facts, ready for JSON."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def by_step(
+    forest: Forest, advantage: Advantage, weight: Tensor, value: Tensor | None = None, group: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """A line for every trained step, ascending; means are over its trained edges that have a valid score.
+
+    weight [E]: as the loss has it. value [E] (`forest.backup` of the scores) and group [E] (`credit.group_index`):
+    which edges are compared; without them there is no `spread`. A step without a valid edge has None for its means.
+
+    step       i, from σ_i to σ_{i+1}
+    edges      trained edges with a valid score
+    failed     trained edges without
+    live       share of `edges` whose group has spread, 0 … 1
+    advantage  mean |A|
+    spread     mean standard deviation (population) of the values in an edge's group, in the reward's unit
+    weight     mean weight
+    credit     mean weight · |A|: what the step gets
+    """
+    edges = forest.edges
+    size, steps = advantage.value.abs().double(), edges.step
+    trained, scale = edges.trained, weight.double()
+    spread = None
+    if value is not None and group is not None:
+        spread = moments(value, trained & advantage.ok, group, unbiased=False)[1]
+    lines: list[dict[str, Any]] = []
+    for step in steps[trained].unique().tolist():
+        here = trained & (steps == step)
+        valid = here & advantage.ok
+        count = int(valid.sum())
+        line: dict[str, Any] = {"step": step, "edges": count, "failed": int(here.sum()) - count}
+        columns = {"live": advantage.live.double(), "advantage": size, "spread": spread, "weight": scale}
+        columns["credit"] = scale * size
+        line |= {
+            name: column[valid].mean().item() if count else None
+            for name, column in columns.items()
+            if column is not None
+        }
+        lines.append(line)
+    return lines
+
+
+def steps_of(credit: CreditRule, scores: Scores, forest: Forest, advantages: Advantages) -> list[dict[str, Any]]:
+    """`by_step` with the groups in which `credit` compared the leaves' scores."""
+    value, _ = forest.backup(*scores.total(credit.reward_weights))
+    return by_step(forest, advantages.advantage, advantages.weight, value, credit.groups(forest.edges))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run: its folder, the held-out scores before and after, what it cost, and the trained model."""
+
+    folder: Path
+    metric: str
+    before: Report
+    after: Report
+    yardstick: tuple[float, Report] | None
+    best_iteration: int
+    counter: Counter
+    seconds: float
+    model: Model
+
+    @property
+    def last_line(self) -> str:
+        """`held-out strict score: 0.41 -> 0.66 (+0.25), 9.8 min, 124608 forward-equivalents, 71312 forwards`."""
+        a, b = self.before.mean(self.metric), self.after.mean(self.metric)
+        label = {"shapes_strict": "strict score", "shapes": "graded score"}.get(self.metric, self.metric)
+        minutes = f"{self.seconds / 60:.1f} min"
+        spent = f"{self.counter.equivalents} forward-equivalents, {self.counter.forwards} forwards"
+        return f"held-out {label}: {a:.2f} -> {b:.2f} ({b - a:+.2f}), {minutes}, {spent}"
+
+
+def summary_table(run: Run, name: str) -> Table:
+    """The held-out scores before and after, overall and by kind of prompt."""
+    table = Table(title=f"{name}: held-out test, {len(run.before.scores)} pictures")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for metric in run.before.scores.names:
+        after = run.after.by_kind(metric)
+        rows = [(f"{metric} · {k}", b, after[k]) for k, b in run.before.by_kind(metric).items() if k]
+        for label, b, a in [*rows, (metric, run.before.mean(metric), run.after.mean(metric))]:
+            table.add_row(label, f"{b:.3f}", f"{a:.3f}", f"{a - b:+.3f}", end_section=label == metric)
+    return table

@@ -15,23 +15,23 @@ from torch import Tensor
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.draft import Draft, kendall
-from tempflow.core.draws import Draws
 from tempflow.core.dynamics import ODE
 from tempflow.core.forest import Forest
-from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
-from tempflow.core.rng import Stream
-from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import linear, sd3
-from tempflow.core.scores import Scores
-from tempflow.core.surrogate import (
+from tempflow.core.likelihood_proxy import (
     Adaptive,
+    LikelihoodProxy,
     Matching,
     PathKL,
-    Surrogate,
     corrupt,
     target_velocity,
     velocity_of_noise,
 )
+from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
+from tempflow.core.renoise import Renoise
+from tempflow.core.rng import Stream
+from tempflow.core.rollout import Noise, rollout
+from tempflow.core.schedule import linear, sd3
+from tempflow.core.scores import Scores
 from tempflow.core.times import StratifiedGridTimes
 
 
@@ -80,7 +80,7 @@ def test_targets_from_noisy_states_have_the_same_mean_gradient_and_more_variance
 class Offset:
     """Another surrogate plus a constant for each sample, each in all of its pairs."""
 
-    inner: Surrogate
+    inner: LikelihoodProxy
     constant: Tensor
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def test_equal_samples_with_shared_pairs_have_no_spread_at_all() -> None:
     ids = [(0, 4, root) for root in range(8)]
 
     def spread(share: int | None) -> float:
-        t, noise = (a.double() for a in Draws(StratifiedGridTimes(4), share, share)(7, ids, sd3(8), SHAPE))
+        t, noise = (a.double() for a in Renoise(StratifiedGridTimes(4), share, share)(7, ids, sd3(8), SHAPE))
         flat, rows = noise.flatten(0, 1), x0.repeat_interleave(4, 0)
         value = Adaptive()(0.3 * corrupt(rows, flat, t.flatten()), rows, flat, t.flatten())
         return float(value.view(8, 4).mean(1).var())
@@ -247,7 +247,7 @@ def _hits(real: Tensor, draft: Tensor) -> float:
 
 def test_a_batchs_pairs_are_no_function_of_who_else_is_in_it() -> None:
     """V-GRPO on several ranks: each draws for its own prompts, and all agree bit for bit on a prompt they share."""
-    draws = Draws(StratifiedGridTimes(4), 2, 2)
+    draws = Renoise(StratifiedGridTimes(4), 2, 2)
     ids = [(9, slot, root) for slot in range(4) for root in range(3)]
     whole = draws(5, ids, sd3(10), SHAPE)
     for rank in (ids[:6], ids[6:], ids[3:9:2]):

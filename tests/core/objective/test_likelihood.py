@@ -9,10 +9,10 @@ import torch
 from forward_toy import Field, batch, close, gradient, models, on_policy
 from torch import Tensor, nn
 
+from tempflow.core.likelihood_proxy import Adaptive, GeneralHuber, Matching
 from tempflow.core.objective.leaves import LeafBatch, noised
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient, soft_clip
-from tempflow.core.objective.penalty import PredictionPenalty
-from tempflow.core.surrogate import Adaptive, GeneralHuber, Matching
+from tempflow.core.objective.regularizer import PredictionDistance
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -41,13 +41,13 @@ def test_written_forms() -> None:
     found = ClippedLikelihood(0.02, 0.03, Estimate(pooled=True))(models(), b)
     close(found.value, value)
     assert abs((found.value - clip.mean()).item()) > 1e-6, "mean then exp is not exp then mean off-policy"
-    assert Estimate(pooled=True).unit == "leaf" and Estimate().unit == "draw"
+    assert Estimate(pooled=True).unit == "leaf" and Estimate().unit == "pair"
 
 
 def test_a_pooled_ratio_bears_the_mean_penalty_of_all_pairs() -> None:
     at = noised(models(), ("policy", "ema"), batch())
     pooled = Estimate(pooled=True)
-    held = ClippedLikelihood(estimate=pooled, penalties=(PredictionPenalty("ema", 0.5),))
+    held = ClippedLikelihood(estimate=pooled, regularizers=(PredictionDistance("ema", 0.5),))
     pull = (at.policy - at.velocity["ema"]).square().mean()
     close(held(models(), batch()).value, ClippedLikelihood(estimate=pooled)(models(), batch()).value + 0.5 * pull)
 
@@ -68,7 +68,7 @@ def test_awm_on_policy_gradient() -> None:
     policy = Field()
     at = noised({"policy": policy}, ("policy",), b)
     m = (at.policy - at.target).square().flatten(1).mean(1)
-    scale = at.by_draw(b.advantage) * at.t * m.detach() ** -0.75
+    scale = at.by_pair(b.advantage) * at.t * m.detach() ** -0.75
     (expected,) = torch.autograd.grad((scale * m).mean(), policy.theta)
     close(gradient(head, {"policy": policy}, b), expected, 1e-7)
     assert float(head({"policy": policy}, b).metrics["clip_fraction"].max()) == 0

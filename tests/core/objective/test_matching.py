@@ -9,14 +9,14 @@ import torch
 from forward_toy import Field, batch, close, gradient, models, on_policy
 from torch import Tensor, nn
 
-from tempflow.core.draws import Draws
-from tempflow.core.objective.leaves import LeafBatch, draw_leaves, group_mean, noised
+from tempflow.core.likelihood_proxy import Adaptive, Matching, velocity_of_x0
+from tempflow.core.objective.leaves import LeafBatch, group_mean, noised, renoise_leaves
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
 from tempflow.core.objective.matching import NegativeAware, SignedLeastSquares, optimality
-from tempflow.core.objective.penalty import LikelihoodPenalty, PredictionPenalty, kl_estimate
 from tempflow.core.objective.preference import Supervised
+from tempflow.core.objective.regularizer import LikelihoodKL, PredictionDistance, kl_estimate
+from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import sd3
-from tempflow.core.surrogate import Adaptive, Matching, velocity_of_x0
 from tempflow.core.times import GridTimes
 
 HEADS = {
@@ -38,7 +38,7 @@ class Weighted(Supervised):
     def __call__(self, models, batch):  # type: ignore[no-untyped-def]
         at = noised(models, ("policy",), batch)
         error = -Adaptive()(at.policy, at.x0, at.noise, at.t)
-        return type(Supervised()(models, batch))((at.by_draw(batch.advantage) * error).mean())
+        return type(Supervised()(models, batch))((at.by_pair(batch.advantage) * error).mean())
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
@@ -208,17 +208,17 @@ def test_penalties() -> None:
     at = noised(models(), ("policy", "reference", "ema"), batch())
     gap = (at.policy - at.velocity["reference"]).square().flatten(1).mean(1)
     t = at.t
-    close(PredictionPenalty("reference", 1)(at), gap)
+    close(PredictionDistance("reference", 1)(at), gap)
     x0 = [
         velocity_of_x0(at.x, at.x0, t) * 0 + at.x - t.view(-1, 1, 1) * at.velocity[n] for n in ("policy", "reference")
     ]
-    close(PredictionPenalty("reference", 1, "x0")(at), (x0[0] - x0[1]).square().flatten(1).mean(1))
+    close(PredictionDistance("reference", 1, "x0")(at), (x0[0] - x0[1]).square().flatten(1).mean(1))
     sigma = 0.7 * (t / (1 - t.clamp(max=0.99))).sqrt()
-    close(PredictionPenalty("reference", 1, "path")(at), gap / (2 * sigma**2))
+    close(PredictionDistance("reference", 1, "path")(at), gap / (2 * sigma**2))
     d = Matching()(at.policy, at.x0, at.noise, t) - Matching()(at.velocity["reference"], at.x0, at.noise, t)
     for form, value in {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d, "k3_reversed": d.exp() - 1 - d}.items():
-        close(LikelihoodPenalty("reference", 1, form, Matching())(at), value)  # type: ignore[arg-type]
-    held = Supervised(penalties=(PredictionPenalty("ema", 0.5), PredictionPenalty("reference", 0)))
+        close(LikelihoodKL("reference", 1, form, Matching())(at), value)  # type: ignore[arg-type]
+    held = Supervised(regularizers=(PredictionDistance("ema", 0.5), PredictionDistance("reference", 0)))
     assert held.weight_sets == ("policy", "ema")
     whole, bare = held(models(), batch()), Supervised()(models(), batch())
     pull = (at.policy - at.velocity["ema"]).square().mean()
@@ -227,7 +227,7 @@ def test_penalties() -> None:
 
 
 def test_a_penalty_pulls_harder_the_further_the_policy_is() -> None:
-    only = Supervised(penalties=(PredictionPenalty("ema", 1.0),))
+    only = Supervised(regularizers=(PredictionDistance("ema", 1.0),))
     pulls = []
     for drift in (0.0, 0.1, 0.2):
         sets = models(Field(0.41 + drift, -0.1, 0.02))
@@ -250,10 +250,10 @@ def test_draw_leaves_and_slices() -> None:
     ids = [(0, slot, root) for slot in range(2) for root in range(3)]
     x0 = torch.randn(6, 2, 3).to(torch.bfloat16)
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    b = draw_leaves(x0, torch.ones(6), rows, ids, Draws(GridTimes()), 3, sd3(10))
-    assert (len(b), b.draws) == (6, 9) and b.x0.dtype == b.t.dtype == b.noise.dtype == torch.float32
+    b = renoise_leaves(x0, torch.ones(6), rows, ids, Renoise(GridTimes()), 3, sd3(10))
+    assert (len(b), b.pairs) == (6, 9) and b.x0.dtype == b.t.dtype == b.noise.dtype == torch.float32
     assert torch.equal(b.group, rows)
-    part = draw_leaves(x0[3:], torch.ones(3), rows[3:], ids[3:], Draws(GridTimes()), 3, sd3(10), only=range(2, 4))
+    part = renoise_leaves(x0[3:], torch.ones(3), rows[3:], ids[3:], Renoise(GridTimes()), 3, sd3(10), only=range(2, 4))
     assert torch.equal(part.noise, b.take(slice(3, 6)).only(slice(2, 4)).noise)
     with pytest.raises(ValueError, match="t: 0"):
         replace(b, t=torch.zeros(6, 9))
@@ -266,7 +266,7 @@ def test_draw_leaves_and_slices() -> None:
 def test_splitting_draws_and_samples_gives_the_same_gradient() -> None:
     b = batch()
     for head in (NegativeAware(), FREE, PolicyGradient("par"), ClippedLikelihood()):
-        assert head.unit == "draw"
+        assert head.unit == "pair"
         whole = gradient(head, models(), b)
         close(sum((gradient(head, models(), b.only(slice(m, m + 1))) for m in range(3)), 0 * whole) / 3, whole)
         close(sum((gradient(head, models(), b.take(slice(k, k + 2))) for k in (0, 2, 4)), 0 * whole) / 3, whole)

@@ -10,9 +10,9 @@ from tempflow.core.objective.leaves import noised
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
 from tempflow.core.objective.matching import NegativeAware
 from tempflow.core.objective.norms import with_velocity_norm
-from tempflow.core.objective.penalty import PredictionPenalty
+from tempflow.core.objective.regularizer import PredictionDistance
 
-HELD = NegativeAware(penalties=(PredictionPenalty("reference", 0.1),))
+HELD = NegativeAware(regularizers=(PredictionDistance("reference", 0.1),))
 
 
 def test_it_is_the_mean_ratio_of_root_mean_squares() -> None:

@@ -10,8 +10,8 @@ import torch
 from forward_toy import SHAPE, Field, batch, close, gradient, models, on_policy
 from torch import Tensor
 
+from tempflow.core.likelihood_proxy import Adaptive
 from tempflow.core.objective.leaves import LeafBatch, noised
-from tempflow.core.objective.penalty import PredictionPenalty
 from tempflow.core.objective.preference import (
     CentredReward,
     GroupPreference,
@@ -20,7 +20,7 @@ from tempflow.core.objective.preference import (
     PreferencePairs,
     Supervised,
 )
-from tempflow.core.surrogate import Adaptive
+from tempflow.core.objective.regularizer import PredictionDistance
 
 
 def errors(b: LeafBatch) -> dict[str, Tensor]:
@@ -66,11 +66,11 @@ def test_diffusion_dpo() -> None:
     policy = Field()
     at = noised({"policy": policy}, ("policy",), signed)
     error = (at.policy - at.target).square().flatten(1).mean(1)
-    (expected,) = torch.autograd.grad(5 * 2 * (at.by_draw(signed.advantage) * error).mean(), policy.theta)
+    (expected,) = torch.autograd.grad(5 * 2 * (at.by_pair(signed.advantage) * error).mean(), policy.theta)
     close(grad, expected)
     swapped = replace(pairs(), chosen=pairs().rejected, rejected=pairs().chosen)
     close(gradient(head, same, swapped), -grad)  # type: ignore[arg-type]
-    held = PreferencePairs(20.0, penalties=(PredictionPenalty("ema", 0.5),))
+    held = PreferencePairs(20.0, regularizers=(PredictionDistance("ema", 0.5),))
     at = noised(models(), ("policy", "ema"), signed)
     close(held(models(), pairs()).value, found.value + 0.5 * (at.policy - at.velocity["ema"]).square().mean())
     assert held(models(), pairs()).metrics["kl_ema"].shape == (3,)
@@ -172,13 +172,13 @@ def test_crd_hard_selection_and_cross_entropy() -> None:
 def test_groups_of_different_sizes_are_one_term_each() -> None:
     """So a loss does not depend on which groups share a batch."""
     b = batch().take(torch.tensor([0, 1, 2, 3, 4]))
-    for head in (GroupPreference(40.0, penalties=(PredictionPenalty("old", 0.3),)), CentredReward()):
+    for head in (GroupPreference(40.0, regularizers=(PredictionDistance("old", 0.3),)), CentredReward()):
         parts = [gradient(head, models(), b.take(s)) for s in (slice(0, 3), slice(3, 5))]
         close(gradient(head, models(), b), (parts[0] + parts[1]) / 2)
 
 
 def test_online_pairs_are_the_extremes_of_each_group() -> None:
-    couples = PreferencePairs(20.0, penalties=(PredictionPenalty("reference", 0.1),))
+    couples = PreferencePairs(20.0, regularizers=(PredictionDistance("reference", 0.1),))
     b = batch(advantage=torch.tensor([-0.5, 0.9, -0.4, 0.2, 0.2, -0.8], dtype=torch.float64))
     first = torch.tensor([0, 0, 0, 3, 3, 3])
     b = replace(b, t=b.t[first], noise=b.noise[first])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tempflow.core.distribution import upcast
-from tempflow.core.draws import Draws
+from tempflow.core.likelihood_proxy import corrupt, target_velocity
 from tempflow.core.objective.edges import Loss, Predict
+from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule
-from tempflow.core.surrogate import corrupt, target_velocity
 from tempflow.core.times import Id
 
 
@@ -56,7 +56,7 @@ class LeafBatch:
         return self.x0.shape[0]
 
     @property
-    def draws(self) -> int:
+    def pairs(self) -> int:
         """M, the pairs of each sample."""
         return self.t.shape[1]
 
@@ -71,9 +71,9 @@ class LeafBatch:
             self.noise[samples],
         )
 
-    def only(self, draws: slice) -> LeafBatch:
+    def only(self, pairs: slice) -> LeafBatch:
         """All samples with some of their pairs."""
-        return replace(self, t=self.t[:, draws], noise=self.noise[:, draws])
+        return replace(self, t=self.t[:, pairs], noise=self.noise[:, pairs])
 
 
 class LeafObjective(Protocol):
@@ -81,7 +81,7 @@ class LeafObjective(Protocol):
 
     @property
     def unit(self) -> str:
-        """What a micro-batch never splits: "draw" (a sample's pair), "leaf" (all its pairs) or
+        """What a micro-batch never splits: "pair" (a sample's pair), "leaf" (all its pairs) or
         "group" (a prompt's samples at one pair)."""
         ...
 
@@ -93,23 +93,23 @@ class LeafObjective(Protocol):
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss: ...
 
 
-def draw_leaves(
+def renoise_leaves(
     x0: Tensor,
     advantage: Tensor,
     rows: Tensor,
     ids: Sequence[Id],
-    draws: Draws,
+    renoise: Renoise,
     seed: int,
     schedule: Schedule,
     group: Tensor | None = None,
     only: range | None = None,
 ) -> LeafBatch:
-    """A `LeafBatch` with pairs drawn for `ids` (see `Draws`), on the device of `x0`; of the M pairs those of `only`.
+    """A `LeafBatch` with pairs drawn for `ids` (see `Renoise`), on the device of `x0`; of the M pairs those of `only`.
 
     `group` defaults to `rows`: samples of one prompt slot are compared. Noise and times get the dtype of `x0`, but at
     least float32.
     """
-    t, noise = draws(seed, ids, schedule, x0.shape[1:], only)
+    t, noise = renoise(seed, ids, schedule, x0.shape[1:], only)
     x0 = upcast(x0)
     return LeafBatch(
         x0,
@@ -146,11 +146,11 @@ class Noised:
 
     def by_sample(self, values: Tensor) -> Tensor:
         """[B·M] as [B, M]."""
-        return values.view(len(self.batch), self.batch.draws)
+        return values.view(len(self.batch), self.batch.pairs)
 
-    def by_draw(self, values: Tensor) -> Tensor:
+    def by_pair(self, values: Tensor) -> Tensor:
         """[B] repeated for each pair, [B·M], in the dtype of the states."""
-        return values.to(self.x).repeat_interleave(self.batch.draws)
+        return values.to(self.x).repeat_interleave(self.batch.pairs)
 
 
 def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch) -> Noised:
@@ -162,7 +162,7 @@ def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch
     if missing:
         raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
     noise, t = batch.noise.flatten(0, 1), batch.t.flatten()
-    x0, rows = (field.repeat_interleave(batch.draws, dim=0) for field in (batch.x0, batch.rows))
+    x0, rows = (field.repeat_interleave(batch.pairs, dim=0) for field in (batch.x0, batch.rows))
     x = corrupt(x0, noise, t)
     velocity: dict[str, Tensor] = {}
     for name in names:

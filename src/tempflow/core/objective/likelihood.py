@@ -1,4 +1,4 @@
-"""Policy-gradient objectives on a likelihood surrogate of clean samples: EPG, PEPG, PAR and the clipped ratio."""
+"""Policy-gradient objectives on a likelihood proxy of clean samples: EPG, PEPG, PAR and the clipped ratio."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tempflow.core.objective import penalty
+from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
+from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, noised
-from tempflow.core.objective.penalty import Penalty
-from tempflow.core.surrogate import Adaptive, Surrogate
+from tempflow.core.objective.regularizer import LeafRegularizer
 
 Kind = Literal["epg", "pepg", "par"]
 
@@ -23,21 +23,21 @@ Kind = Literal["epg", "pepg", "par"]
 class Estimate:
     """How log p(x0) is estimated and what it is compared with.
 
-    surrogate  the log-likelihood at one (t, ε)
+    proxy      the log-likelihood at one (t, ε)
     pooled     average a sample's pairs first, so that it has one ratio (V-GRPO); else each pair has its own (AWM,
                "Rethinking the design space"). The two differ only where the policy is not old.
     on_policy  compare with the policy itself, detached: the ratio is exactly 1 and "old" is not needed, but a clip or
                a penalty to old then does nothing
     """
 
-    surrogate: Surrogate = field(default_factory=Adaptive)
+    proxy: LikelihoodProxy = field(default_factory=Adaptive)
     pooled: bool = False
     on_policy: bool = False
 
     @property
     def unit(self) -> str:
         """Micro-batches never split a unit: a pair, or a sample with all its pairs."""
-        return "leaf" if self.pooled else "draw"
+        return "leaf" if self.pooled else "pair"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class Estimate:
         return self._of("policy" if self.on_policy else "old", at).detach()
 
     def _of(self, name: str, at: Noised) -> Tensor:
-        values = at.by_sample(self.surrogate(at.velocity[name], at.x0, at.noise, at.t))
+        values = at.by_sample(self.proxy(at.velocity[name], at.x0, at.noise, at.t))
         return values.mean(1, keepdim=True) if self.pooled else values
 
 
@@ -64,16 +64,16 @@ class PolicyGradient:
     pepg  L = −mean ρ·(A − sg δ)·e       (proximal: the advantage is used up as the policy moves)
     par   L = ½ mean ρ·(A − δ)²          (regression of the log-ratio on the advantage; the same gradient as pepg)
 
-    plus penalties. `ratio` False sets ρ to 1. The proximal forms need A on the scale of δ (1e-2 … 1e-1): the released
+    plus regularizers. `ratio` False sets ρ to 1. The proximal forms need A on the scale of δ (1e-2 … 1e-1): released
     scripts give them 0.1·(R − mean), without a standard deviation. epg has no lower bound where A < 0: it needs a
-    penalty or few updates. Published: adaptive surrogate, each pair by itself, velocity penalty 1e-4 to the reference.
+    penalty or few updates. Published: adaptive proxy, each pair by itself, velocity penalty 1e-4 to the reference.
     Certain: read in code. Raises ValueError for an unknown kind.
     """
 
     kind: Kind = "epg"
     estimate: Estimate = Estimate()
     ratio: bool = True
-    penalties: tuple[Penalty, ...] = ()
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -87,7 +87,7 @@ class PolicyGradient:
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return penalty.named(self.estimate.weight_sets, self.penalties)
+        return regularizer.named(self.estimate.weight_sets, self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
@@ -102,16 +102,16 @@ class PolicyGradient:
             loss = -rho * (advantage - delta.detach()) * policy
         else:
             loss = -rho * advantage * policy
-        return _with_penalties(loss, self.penalties, at, _shift(delta))
+        return _with_regularizers(loss, self.regularizers, at, _shift(delta))
 
 
 @dataclass(frozen=True)
 class ClippedLikelihood:
-    """L = mean max(−A·ρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)) + penalties, ρ = exp(log p_θ − sg log p_old).
+    """L = mean max(−A·ρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)) + regularizers, ρ = exp(log p_θ − sg log p_old).
 
-    V-GRPO: adaptive surrogate, `pooled`, clip 6e-3 … 1e-2, or with a single update on-policy and `soft_clip` η = 3,
+    V-GRPO: adaptive proxy, `pooled`, clip 6e-3 … 1e-2, or with a single update on-policy and `soft_clip` η = 3,
     A -> η·tanh(A/η) (second-hand, with equations). AWM: `GeneralHuber`, each pair by itself, on-policy with clip 1
-    (inert), penalties to reference (1e-4 … 3e-3) and ema (1), which is all that bounds A < 0 (certain: read in code).
+    (inert), held to reference (1e-4 … 3e-3) and ema (1), which is all that bounds A < 0 (certain: read in code).
 
     The pairs (t, ε) are the same for policy and old by construction. On-policy value −A, gradient −A·∇log p.
     Raises ValueError for a clip that is not finite and positive, clip_low above 1, or a soft clip that is not positive.
@@ -121,7 +121,7 @@ class ClippedLikelihood:
     clip_high: float = 1e-2
     estimate: Estimate = Estimate()
     soft_clip: float | None = None
-    penalties: tuple[Penalty, ...] = ()
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
@@ -140,7 +140,7 @@ class ClippedLikelihood:
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return penalty.named(self.estimate.weight_sets, self.penalties)
+        return regularizer.named(self.estimate.weight_sets, self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
@@ -157,7 +157,7 @@ class ClippedLikelihood:
                 "clip_fraction": (loss > -advantage * ratio).float().mean(1),
                 "outside_clip": (ratio != clipped).float().mean(1),
             }
-        return _with_penalties(loss, self.penalties, at, metrics)
+        return _with_regularizers(loss, self.regularizers, at, metrics)
 
 
 def soft_clip(advantage: Tensor, bound: float) -> Tensor:
@@ -169,8 +169,10 @@ def _shift(log_ratio: Tensor) -> dict[str, Tensor]:
     return {"log_ratio_abs": log_ratio.detach().abs().mean(1)}
 
 
-def _with_penalties(loss: Tensor, penalties: tuple[Penalty, ...], at: Noised, metrics: dict[str, Tensor]) -> Loss:
-    """The mean of `loss` ([B, 1] or [B, M]) with the penalties' own mean over all pairs."""
-    per_draw = loss.expand(-1, at.batch.draws).flatten()
-    per_draw, more = penalty.add(per_draw, penalties, at)
-    return Loss(per_draw.mean(), metrics | more)
+def _with_regularizers(
+    loss: Tensor, regularizers: tuple[LeafRegularizer, ...], at: Noised, metrics: dict[str, Tensor]
+) -> Loss:
+    """The mean of `loss` ([B, 1] or [B, M]) with the regularizers' own mean over all pairs."""
+    per_pair = loss.expand(-1, at.batch.pairs).flatten()
+    per_pair, more = regularizer.add(per_pair, regularizers, at)
+    return Loss(per_pair.mean(), metrics | more)

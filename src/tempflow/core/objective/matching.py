@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tempflow.core.objective import penalty
+from tempflow.core.likelihood_proxy import adaptive_error, adaptive_scale, square_error, x0_of_velocity
+from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, noised
-from tempflow.core.objective.penalty import Penalty
-from tempflow.core.surrogate import adaptive_error, adaptive_scale, square_error, x0_of_velocity
+from tempflow.core.objective.regularizer import LeafRegularizer
 
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 Anchor = Literal["constant", "balanced"]
@@ -44,7 +44,7 @@ def optimality(advantage: Tensor, maximum: float, mode: Mode = "all") -> Tensor:
 
 @dataclass(frozen=True)
 class NegativeAware:
-    """DiffusionNFT: L = mean[ M·(r·ℓ⁺ + (1−r)·ℓ⁻)/β ] + penalties, over samples and their (t, ε).
+    """DiffusionNFT: L = mean[ M·(r·ℓ⁺ + (1−r)·ℓ⁻)/β ] + regularizers, over samples and their (t, ε).
 
     With β = `mix_beta`, M = `advantage_max` and r = `optimality` of A:
     v⁺ = β·v + (1−β)·v_old and v⁻ = (1+β)·v_old − β·v, a blend of the policy with old and its reflection about it;
@@ -60,7 +60,7 @@ class NegativeAware:
     advantage_max: float = 5.0
     mode: Mode = "all"
     adaptive: bool = True
-    penalties: tuple[Penalty, ...] = ()
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         _check_positive("mix_beta", self.mix_beta, 1.0)
@@ -69,12 +69,12 @@ class NegativeAware:
     @property
     def unit(self) -> str:
         """Micro-batches may split the pairs of a sample."""
-        return "draw"
+        return "pair"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return penalty.named(("policy", "old"), self.penalties)
+        return regularizer.named(("policy", "old"), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
@@ -84,9 +84,9 @@ class NegativeAware:
         positive = error(x0_of_velocity(at.x, beta * v + (1 - beta) * old, at.t), at.x0)
         negative = error(x0_of_velocity(at.x, (1 + beta) * old - beta * v, at.t), at.x0)
         keep = optimality(batch.advantage, self.advantage_max, self.mode)
-        r = at.by_draw(keep)
+        r = at.by_pair(keep)
         loss = self.advantage_max * (r * positive + (1 - r) * negative) / beta
-        loss, metrics = penalty.add(loss, self.penalties, at)
+        loss, metrics = regularizer.add(loss, self.regularizers, at)
         with torch.no_grad():
             metrics |= {
                 "optimality": keep,
@@ -99,7 +99,7 @@ class NegativeAware:
 
 @dataclass(frozen=True)
 class SignedLeastSquares:
-    """AdvantageFlow: L = mean[ A·‖x̂0 − x0‖² + γ·‖x̂0 − x̂0_old‖² + λ·‖x̂0 − x̂0_ref‖² ] + penalties, ‖·‖² a mean.
+    """AdvantageFlow: L = mean[ A·‖x̂0 − x0‖² + γ·‖x̂0 − x̂0_old‖² + λ·‖x̂0 − x̂0_ref‖² ] + regularizers, ‖·‖² a mean.
 
     γ = `gamma` ("constant" anchor) or γ = `gamma` − A ("balanced"); λ = `reference`. κ = A + γ + λ is the curvature: a
     sample with κ ≤ 0 has no minimum, so |A| must stay at most `advantage_max` and κ positive up to there. The optimum
@@ -121,7 +121,7 @@ class SignedLeastSquares:
     form: Form = "target"
     concave: bool = False
     adaptive: bool = False
-    penalties: tuple[Penalty, ...] = ()
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         _check_positive("advantage_max", self.advantage_max, 1.0)
@@ -142,13 +142,13 @@ class SignedLeastSquares:
     @property
     def unit(self) -> str:
         """Micro-batches may split the pairs of a sample."""
-        return "draw"
+        return "pair"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
         required = ("policy", "old", "reference") if self.reference > 0 else ("policy", "old")
-        return penalty.named(required, self.penalties)
+        return regularizer.named(required, self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only.
@@ -162,7 +162,7 @@ class SignedLeastSquares:
                 f"nearest valid: {self.advantage_max:g}"
             )
         at = noised(models, self.weight_sets, batch)
-        parts = self._parts(at, at.by_draw(batch.advantage))
+        parts = self._parts(at, at.by_pair(batch.advantage))
         x0 = x0_of_velocity(at.x, at.policy, at.t)
         if self.form == "sum" or self.concave:
             loss = torch.stack([weight * square_error(x0, target) for weight, target in parts]).sum(0)
@@ -172,7 +172,7 @@ class SignedLeastSquares:
             loss = curvature * square_error(x0, drawn)
         if self.adaptive:
             loss = loss / adaptive_scale(x0, at.x0)
-        loss, metrics = penalty.add(loss, self.penalties, at)
+        loss, metrics = regularizer.add(loss, self.regularizers, at)
         with torch.no_grad():
             metrics |= {
                 "error": at.by_sample(square_error(x0.detach(), at.x0)).mean(1),

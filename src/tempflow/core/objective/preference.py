@@ -11,42 +11,42 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-from tempflow.core.objective import penalty
+from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy, Matching
+from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, group_mean, noised
 from tempflow.core.objective.matching import optimality
-from tempflow.core.objective.penalty import Penalty, PredictionPenalty
-from tempflow.core.surrogate import Adaptive, Matching, Surrogate
+from tempflow.core.objective.regularizer import LeafRegularizer, PredictionDistance
 
 Regression = Literal["mse", "bce"]
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """Flow matching on given samples: L = −mean of a surrogate, by default mean (v − v*)². Advantages are not read.
+    """Flow matching on given samples: L = −mean of a proxy, by default mean (v − v*)². Advantages are not read.
 
     With the rollout's best samples it is rejection fine-tuning. Standard (certain).
     """
 
-    surrogate: Surrogate = field(default_factory=Matching)
-    penalties: tuple[Penalty, ...] = ()
+    proxy: LikelihoodProxy = field(default_factory=Matching)
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     @property
     def unit(self) -> str:
         """Micro-batches may split the pairs of a sample."""
-        return "draw"
+        return "pair"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return penalty.named(("policy",), self.penalties)
+        return regularizer.named(("policy",), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
         at = noised(models, self.weight_sets, batch)
-        loss = -self.surrogate(at.policy, at.x0, at.noise, at.t)
+        loss = -self.proxy(at.policy, at.x0, at.noise, at.t)
         metrics = {"error": at.by_sample(loss.detach()).mean(1)}
-        loss, more = penalty.add(loss, self.penalties, at)
+        loss, more = regularizer.add(loss, self.regularizers, at)
         return Loss(loss.mean(), metrics | more)
 
 
@@ -100,8 +100,8 @@ class PreferencePairs:
     """
 
     beta: float = 2000.0
-    surrogate: Surrogate = field(default_factory=Matching)
-    penalties: tuple[Penalty, ...] = ()
+    proxy: LikelihoodProxy = field(default_factory=Matching)
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         _check_positive("beta", self.beta, 2000.0)
@@ -114,15 +114,15 @@ class PreferencePairs:
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return penalty.named(("policy", "reference"), self.penalties)
+        return regularizer.named(("policy", "reference"), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: PairBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only. Metrics are [B], by pair."""
         at = noised(models, self.weight_sets, batch.leaves())
-        reward = self.beta / 2 * _log_ratio(self.surrogate, at, "reference")
+        reward = self.beta / 2 * _log_ratio(self.proxy, at, "reference")
         chosen, rejected = at.by_sample(reward).chunk(2)
         loss = -logsigmoid(chosen - rejected)
-        held, divergences = penalty.add(torch.zeros_like(reward), self.penalties, at)
+        held, divergences = regularizer.add(torch.zeros_like(reward), self.regularizers, at)
         metrics = {
             "accuracy": (chosen > rejected).float().mean(1),
             "margin": (chosen - rejected).detach().mean(1),
@@ -136,7 +136,7 @@ class PreferencePairs:
 class OnlinePairs:
     """`pairs` on a rollout's own samples: in each group that of the highest advantage against that of the lowest.
 
-    Samples of a group must share their (t, ε) (`Draws(times, 2, 2)`). Others than these two cost their forwards and
+    Samples of a group must share their (t, ε) (`Renoise(times, 2, 2)`). Others than these two cost their forwards and
     teach nothing, so a credit should leave them out. A group whose advantages are all equal has no pair: it counts in
     the mean, with a loss of 0. Metrics are [B], each sample bearing its pair's (0 for the rest).
     """
@@ -163,7 +163,7 @@ class OnlinePairs:
         if not some:  # one sample against itself, times 0: whatever a batch holds, it gives the same metrics
             best = worst = torch.zeros(1, dtype=torch.long, device=batch.x0.device)
         if not (batch.t[best].equal(batch.t[worst]) and batch.noise[best].equal(batch.noise[worst])):
-            raise ValueError("draws: a pair's samples differ in (t, ε); nearest valid: Draws(times, 2, 2)")
+            raise ValueError("renoise: a pair's samples differ in (t, ε); nearest valid: Renoise(times, 2, 2)")
         couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best])
         found = self.pairs(models, couples)
         metrics: dict[str, Tensor] = {}
@@ -203,8 +203,8 @@ class GroupPreference:
     beta: float = 100.0
     clip: float | None = 1e-2
     compare_to: str = "reference"
-    surrogate: Surrogate = field(default_factory=Matching)
-    penalties: tuple[Penalty, ...] = ()
+    proxy: LikelihoodProxy = field(default_factory=Matching)
+    regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
         _check_positive("beta", self.beta, 100.0)
@@ -222,23 +222,23 @@ class GroupPreference:
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
         required = ("policy", self.compare_to) if self.clip is None else ("policy", self.compare_to, "old")
-        return penalty.named(required, self.penalties)
+        return regularizer.named(required, self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only."""
         at = noised(models, self.weight_sets, batch)
-        advantage = at.by_draw(batch.advantage)
-        gain = _log_ratio(self.surrogate, at, self.compare_to)
+        advantage = at.by_pair(batch.advantage)
+        gain = _log_ratio(self.proxy, at, self.compare_to)
         metrics: dict[str, Tensor] = {}
         if self.clip is not None:
             with torch.no_grad():
-                ratio = _log_ratio(self.surrogate, at, "old").exp()
+                ratio = _log_ratio(self.proxy, at, "old").exp()
                 out = torch.where(advantage > 0, ratio > 1 + self.clip, ratio < 1 - self.clip)
             gain = torch.where(out, gain.detach(), gain)
             metrics["clip_fraction"] = at.by_sample(out.float()).mean(1)
         order = self.beta * group_mean(at.by_sample(-advantage * gain), batch.group)
         metrics |= {"group_weight": order.detach().sigmoid().mean(1), "log_ratio": at.by_sample(gain.detach()).mean(1)}
-        loss, more = penalty.add(softplus(order).flatten() / self.beta, self.penalties, at)
+        loss, more = regularizer.add(softplus(order).flatten() / self.beta, self.regularizers, at)
         return Loss(over_groups(at.by_sample(loss), batch.group), metrics | more)
 
 
@@ -246,7 +246,7 @@ class GroupPreference:
 class CentredReward:
     """CRD: L = M/β · mean (β·r̃ − ã)² + KL, the implicit reward regressed to the given one, both centred in the group.
 
-    r = s_θ − s_old, the surrogate's log-ratio; a = `optimality` of A with M = `advantage_max`; ã = a − Σ p·a and
+    r = s_θ − s_old, the proxy's log-ratio; a = `optimality` of A with M = `advantage_max`; ã = a − Σ p·a and
     r̃ = r − sg Σ p·r over the group, which cancels the unknown normaliser. `temperature` None: p uniform; τ: the mean of
     two such losses, with p = softmax(a/τ) and with p = softmax(−a/τ); 0, hard selection: p ∝ e^a on the samples with
     a > ½, and on those with a < ½ (uniform where there are none). The code compares a with 0, so that its second pool
@@ -255,7 +255,7 @@ class CentredReward:
     KL: `kl` · mean ((c + (1−c)·a) · mean (v−v_ref)²) with c = min(1, 1e-4/kl) where `adaptive_kl`, so that what scores
     well is held near the reference, and the rest hardly; else the plain mean.
 
-    Published (SD 3.5-M): β 1, M 5, uniform p, velocity-space adaptive surrogate, kl 0.1 to a reference with guidance
+    Published (SD 3.5-M): β 1, M 5, uniform p, velocity-space adaptive proxy, kl 0.1 to a reference with guidance
     4.5. Certain: read in code (its authors' contribution to Flow-Factory), which centres over the gathered batch; the
     paper centres within the prompt, as here.
     Raises ValueError for a number that is not finite and positive (kl may be 0).
@@ -266,7 +266,7 @@ class CentredReward:
     temperature: float | None = None
     kl: float = 0.1
     adaptive_kl: bool = True
-    surrogate: Surrogate = field(default_factory=lambda: Adaptive("velocity"))
+    proxy: LikelihoodProxy = field(default_factory=lambda: Adaptive("velocity"))
     form: Regression = "mse"
 
     def __post_init__(self) -> None:
@@ -292,8 +292,8 @@ class CentredReward:
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only."""
         at = noised(models, self.weight_sets, batch)
-        given = optimality(batch.advantage.to(at.x), self.advantage_max)[:, None].expand(-1, batch.draws)
-        implicit = at.by_sample(_log_ratio(self.surrogate, at, "old"))
+        given = optimality(batch.advantage.to(at.x), self.advantage_max)[:, None].expand(-1, batch.pairs)
+        implicit = at.by_sample(_log_ratio(self.proxy, at, "old"))
         weights = self._weights(given, batch.group)
         centred = [
             (self.beta * (implicit - group_mean(implicit.detach(), batch.group, p)),
@@ -304,7 +304,7 @@ class CentredReward:
         residuals = torch.stack([r.detach() - a for r, a in centred])
         metrics = {"implicit_reward": implicit.detach().mean(1), "residual": residuals.abs().mean((0, 2))}
         if self.kl > 0:
-            divergence = at.by_sample(PredictionPenalty("reference", self.kl)(at))
+            divergence = at.by_sample(PredictionDistance("reference", self.kl)(at))
             floor = min(1.0, 1e-4 / self.kl)
             share = floor + (1 - floor) * given if self.adaptive_kl else torch.ones_like(given)
             loss = loss + self.kl * share * divergence
@@ -334,9 +334,9 @@ def over_groups(values: Tensor, group: Tensor) -> Tensor:
     return (values.mean(1) * share).sum() / share.sum()
 
 
-def _log_ratio(surrogate: Surrogate, at: Noised, other: str) -> Tensor:
+def _log_ratio(proxy: LikelihoodProxy, at: Noised, other: str) -> Tensor:
     """log p_θ − log p_other at every pair, [B·M], gradients through the policy."""
-    policy, fixed = (surrogate(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[other]))
+    policy, fixed = (proxy(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[other]))
     return policy - fixed
 
 

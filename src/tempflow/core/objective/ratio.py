@@ -1,4 +1,4 @@
-"""The policy-ratio objective over stochastic edges: a form of the ratio, a gate, and what pulls beside it."""
+"""The policy-ratio objective over stochastic edges: a form of the ratio, a clip, and regularizers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from tempflow.core.distribution import mean_dims, to_rows, upcast
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.groups import dense
+from tempflow.core.objective.clip import Clip, ClipRule
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict, Replayed, replay
-from tempflow.core.objective.gate import Clip, Gate
-from tempflow.core.objective.pull import Divergence, KLForm, Pull
+from tempflow.core.objective.regularizer import Divergence, EdgeRegularizer, KLForm
 
 
 class Ratio(Protocol):
@@ -140,15 +140,15 @@ class RegionRatio(_PerEdge):
 
 @dataclass(frozen=True)
 class PolicyRatio:
-    """L = mean over units of [ w_j · gate(log r_j, A_j) ] + Σ coefficient · mean pull_j.
+    """L = mean over units of [ w_j · clip(log r_j, A_j) ] + Σ coefficient · mean term_j.
 
-    r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the gate, so weights
+    r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the clip, so weights
     do not move a clip. A unit's loss is the mean over its edges.
     """
 
-    gate: Gate = field(default_factory=Clip)
+    clip: ClipRule = field(default_factory=Clip)
     ratio: Ratio = field(default_factory=StepRatio)
-    pulls: tuple[Pull, ...] = ()
+    regularizers: tuple[EdgeRegularizer, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -156,33 +156,33 @@ class PolicyRatio:
         return self.ratio.unit
 
     @property
-    def _pulls(self) -> tuple[Pull, ...]:
-        return tuple(p for p in self.pulls if p.coefficient > 0)
+    def _regularizers(self) -> tuple[EdgeRegularizer, ...]:
+        return tuple(p for p in self.regularizers if p.coefficient > 0)
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
-        return tuple(dict.fromkeys(("policy", *(s for p in self._pulls for s in p.weight_sets))))
+        return tuple(dict.fromkeys(("policy", *(s for p in self._regularizers for s in p.weight_sets))))
 
     @property
     def keeps_mean(self) -> bool:
         """Whether it reads the batch's `mean`."""
-        return self.gate.keeps_mean or self.ratio.keeps_mean or any(p.keeps_mean for p in self._pulls)
+        return self.clip.keeps_mean or self.ratio.keeps_mean or any(p.keeps_mean for p in self._regularizers)
 
     @property
     def keeps_peers(self) -> bool:
         """Whether it reads the batch's `peers`."""
-        return any(p.keeps_peers for p in self._pulls)
+        return any(p.keeps_peers for p in self._regularizers)
 
     @property
     def tightest_clip(self) -> float:
         """The narrowest side of the range in which a ratio is free."""
-        return self.gate.tightest
+        return self.clip.tightest
 
     def check(self, dynamics: Dynamics) -> None:
-        """Raises ValueError where a pull needs of the dynamics what they have not."""
-        for pull in self._pulls:
-            pull.check(dynamics)
+        """Raises ValueError where a regularizer needs of the dynamics what they have not."""
+        for regularizer in self._regularizers:
+            regularizer.check(dynamics)
 
     def __call__(self, models: Mapping[str, Predict], batch: EdgeBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only.
@@ -191,18 +191,18 @@ class PolicyRatio:
         """
         at = replay(models, self.weight_sets, batch)
         log_ratio = self.ratio(at)
-        columns = {**batch.columns, **_moved(at)} if self.gate.keeps_mean else batch.columns
-        gated = self.gate(log_ratio, self.ratio.advantage(batch, log_ratio), columns)
-        loss = batch.weight * _flat(gated.loss)
+        columns = {**batch.columns, **_moved(at)} if self.clip.keeps_mean else batch.columns
+        clipped_loss = self.clip(log_ratio, self.ratio.advantage(batch, log_ratio), columns)
+        loss = batch.weight * _flat(clipped_loss.loss)
         metrics = {
             "log_ratio_abs": _flat(log_ratio.detach().abs()),
-            "clip_fraction": _flat(gated.blocked),
-            "outside_clip": _flat(gated.outside),
+            "clip_fraction": _flat(clipped_loss.blocked),
+            "outside_clip": _flat(clipped_loss.outside),
         }
-        for pull in self._pulls:
-            term = pull(at)
-            loss = loss + pull.coefficient * term
-            metrics[pull.name] = term.detach()
+        for regularizer in self._regularizers:
+            term = regularizer(at)
+            loss = loss + regularizer.coefficient * term
+            metrics[regularizer.name] = term.detach()
         return Loss(_mean_over_units(loss, batch) if self.unit == "chunk" else loss.mean(), metrics)
 
 
@@ -221,7 +221,7 @@ def clipped(
 
 
 def _moved(at: Replayed) -> dict[str, Tensor]:
-    """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a gate's columns."""
+    """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a clip's columns."""
     gap = (at.policy.mean.detach() - at.batch.drawn_from()).square()
     return {"mean_gap": mean_dims(gap), "std": at.policy.std}
 

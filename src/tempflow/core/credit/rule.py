@@ -1,0 +1,91 @@
+"""What a credit rule is: scores of a forest's leaves in, advantages of its recorded edges out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from tempflow.core.forest import Edges, Forest
+from tempflow.core.groups import dense
+from tempflow.core.scores import Scores
+
+Key = Literal["prompt", "root", "step", "depth", "parent"]
+
+
+@dataclass(frozen=True, eq=False)
+class Advantage:
+    """Per edge, [E] each.
+
+    value    float32, 0 where not live
+    ok       bool, it counts in the loss's mean: a valid leaf descends from it, and no selection left it out
+    live     bool, ok and its group has spread
+    columns  what the objective is told of each edge beside that, [E, …] by name ("map", "standing")
+    peer     LongTensor [E], another edge of the same prompt and step that the objective looks at; None: none
+    pool     the advantages before whole prompts were left out, which metrics tell of; None: these
+    """
+
+    value: Tensor
+    ok: Tensor
+    live: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    peer: Tensor | None = None
+    pool: Advantage | None = None
+
+
+class CreditRule(Protocol):
+    """Scores of a forest's leaves -> advantages of its recorded edges."""
+
+    @property
+    def reward_weights(self) -> Mapping[str, float] | None:
+        """Weights of the named rewards' sum; None: all 1."""
+        ...
+
+    def weighted(self, reward_weights: Mapping[str, float] | None) -> CreditRule:
+        """The same credit with other reward weights."""
+        ...
+
+    def groups(self, edges: Edges) -> Tensor:
+        """Dense group numbers [E]: which edges are compared with each other."""
+        ...
+
+    def __call__(self, scores: Scores, forest: Forest) -> Advantage: ...
+
+
+@dataclass(frozen=True)
+class Around:
+    """What credits around another one share: its reward weights and groups are theirs."""
+
+    inner: CreditRule
+
+    @property
+    def reward_weights(self) -> Mapping[str, float] | None:
+        """Weights of the named rewards' sum; None: all 1."""
+        return self.inner.reward_weights
+
+    def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
+        """The same credit with other reward weights."""
+        return replace(self, inner=self.inner.weighted(reward_weights))
+
+    def groups(self, edges: Edges) -> Tensor:
+        """Dense group numbers [E], the inner credit's."""
+        return self.inner.groups(edges)
+
+
+def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:
+    """Dense group numbers [E]: edges with equal keys share one. An empty `by` puts all into one group."""
+    columns = {
+        "prompt": edges.prompt,
+        "root": edges.root,
+        "step": edges.step,
+        "depth": edges.depth,
+        "parent": edges.parent,
+    }
+    number = torch.zeros_like(edges.step)
+    for key in by:
+        # dense again after every key, so that the product of two counts is all that must fit an int64
+        number = dense(number * (columns[key].amax() + 1) + columns[key]) if len(number) else number
+    return number

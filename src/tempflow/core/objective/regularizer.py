@@ -1,0 +1,276 @@
+"""Terms beside an objective that hold the policy near something.
+
+Of edges: KL to the reference or to the rollout's policy, and imitation of the best path. Of re-noised clean samples: a
+distance or a KL to another weight set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor
+
+from tempflow.core.distribution import drift_kl, mean_dims, to_rows, velocity_kl
+from tempflow.core.dynamics import Diffusion, Dynamics
+from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
+from tempflow.core.objective.edges import Replayed, velocity_of
+from tempflow.core.objective.leaves import Noised
+
+KLForm = Literal["exact", "drift", "velocity", "k1", "k2", "k3"]
+Space = Literal["velocity", "x0", "path"]
+Estimator = Literal["k1", "k2", "k3", "k3_reversed"]
+
+
+class EdgeRegularizer(Protocol):
+    """coefficient · a term of each edge."""
+
+    @property
+    def name(self) -> str:
+        """What metrics call it."""
+        ...
+
+    @property
+    def coefficient(self) -> float: ...
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]: ...
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether it reads the batch's `mean`."""
+        ...
+
+    @property
+    def keeps_peers(self) -> bool:
+        """Whether it reads the batch's `peers`."""
+        ...
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Raises ValueError where it needs of the dynamics what they have not."""
+        ...
+
+    def __call__(self, at: Replayed) -> Tensor:
+        """The term without its coefficient, [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(policy ‖ reference) of a step, mean-reduced over latent elements.
+
+    "exact"     mean (μ−μ_ref)²/(2S²) (TempFlow-GRPO)
+    "drift"     the same without Δ, mean (μ−μ_ref)²/(2s²), as Flow-GRPO's code has it (its β is about ten times the
+                exact form's on a ten-step grid)
+    "velocity"  mean (v−v_ref)²
+    "k1" "k2" "k3"  Schulman's estimators at the sampled child, element by element and then their mean, with
+                d = log p − log p_ref: d, d²/2, e^(−d) − 1 + d. The mean of k1 and k3 over samples of the policy is the
+                exact form; as losses on fixed samples k1's gradient is that of log p (0 on average), k2's is the KL's.
+
+    Raises ValueError for a coefficient that is negative or not finite, and for an unknown form.
+    """
+
+    coefficient: float
+    form: KLForm = "exact"
+    name = "kl"
+    keeps_mean = False
+    keeps_peers = False
+    weight_sets = ("reference",)
+
+    def __post_init__(self) -> None:
+        _check("kl", self.coefficient)
+        if self.form not in get_args(KLForm):
+            raise ValueError(f"kl_form: {self.form!r} is not one of {', '.join(get_args(KLForm))}")
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Raises ValueError for the drift form with dynamics that have no diffusion rate."""
+        if self.form == "drift" and not isinstance(dynamics, Diffusion):
+            raise ValueError(
+                f"kl_form: 'drift' needs a diffusion rate, which {dynamics} has not; nearest valid: 'exact'"
+            )
+
+    def __call__(self, at: Replayed) -> Tensor:
+        if self.form == "velocity":
+            return velocity_kl(at.velocity["policy"], at.velocity["reference"])
+        reference, batch = at.transition("reference"), at.batch
+        if self.form == "exact":
+            return at.policy.kl(reference)
+        if self.form == "drift":
+            self.check(batch.dynamics)
+            assert isinstance(batch.dynamics, Diffusion)
+            return drift_kl(at.policy, reference, batch.dynamics.rate(batch.schedule, batch.step, batch.scale))
+        d = at.policy.log_density(batch.y.to(at.policy.mean)) - reference.log_density(batch.y.to(reference.mean))
+        if self.form == "k1":
+            return mean_dims(d)
+        if self.form == "k2":
+            return mean_dims(d.square() / 2)
+        return mean_dims((-d).expm1() + d)
+
+
+class LogRatio(Protocol):
+    """log r of a replayed batch, [B]: a form of the ratio (`ratio.Ratio`)."""
+
+    @property
+    def keeps_mean(self) -> bool: ...
+
+    def __call__(self, at: Replayed) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ToRollout:
+    """k3 to the policy that rolled out, e^(−log r) − 1 + log r, of that form of the ratio: GCPO's code has it of a
+    chunk's.
+
+    0 at the first update, where r = 1, and so is its gradient. Raises ValueError for a bad coefficient.
+    """
+
+    coefficient: float
+    log_ratio: LogRatio
+    name = "rollout_kl"
+    weight_sets = ()
+    keeps_peers = False
+
+    def __post_init__(self) -> None:
+        _check("rollout_kl", self.coefficient)
+
+    @property
+    def keeps_mean(self) -> bool:
+        return self.log_ratio.keeps_mean
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Any dynamics will do."""
+
+    def __call__(self, at: Replayed) -> Tensor:
+        log_ratio = self.log_ratio(at)
+        return (-log_ratio).expm1() + log_ratio
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """mean (v_θ(x) − sg V*)²: V* is the velocity predicted in the rollout at the same step of the group's best path.
+
+    Dynamic-TreeRPO's layer-wise supervised term (its weights ω_t are not known; here they are 1). It is 0 on the best
+    path itself before an update, but for the rollout's rounding. Needs `peers`. Raises ValueError for a coefficient
+    that is negative or not finite.
+    """
+
+    coefficient: float
+    name = "imitation"
+    keeps_mean = False
+    keeps_peers = True
+    weight_sets = ()
+
+    def __post_init__(self) -> None:
+        _check("imitation", self.coefficient)
+
+    def check(self, dynamics: Dynamics) -> None:
+        """Any dynamics will do."""
+
+    def __call__(self, at: Replayed) -> Tensor:
+        peers = at.batch.peers
+        if peers is None:
+            raise ValueError("peers: are missing, and imitation needs the best path's edges; give them by the credit")
+        best = velocity_of(peers.mean, peers.x, at.batch, peers.scale)
+        return velocity_kl(at.velocity["policy"], best.detach())
+
+
+class LeafRegularizer(Protocol):
+    """`coefficient` · divergence from the weight set `to`."""
+
+    @property
+    def to(self) -> str: ...
+
+    @property
+    def coefficient(self) -> float: ...
+
+    def __call__(self, at: Noised) -> Tensor:
+        """The divergence without its coefficient, [B·M], gradients through the policy."""
+        ...
+
+
+@dataclass(frozen=True)
+class PredictionDistance:
+    """coefficient · c(t) · mean (v_θ − v_to)².
+
+    `space`: "velocity" c = 1 (DiffusionNFT, AWM, "Rethinking"'s "girsanov"); "x0" c = t², mean (x̂0_θ − x̂0_to)² (V-GRPO,
+    Eq. 16, to old; OmniNFT, to reference); "path" c = 1/(2s²) with s = 0.7·√(t / (1 − min(t, 0.99))), the KL rate of
+    Flow-GRPO's SDE (AWM's "ELBO"). Certain: read in code, V-GRPO's second-hand.
+
+    Raises ValueError for an unknown space, or a coefficient that is negative or not finite.
+    """
+
+    to: str
+    coefficient: float
+    space: Space = "velocity"
+
+    def __post_init__(self) -> None:
+        _check("coefficient", self.coefficient)
+        if self.space not in get_args(Space):
+            raise ValueError(f"space: {self.space!r} is not one of {', '.join(get_args(Space))}")
+
+    def __call__(self, at: Noised) -> Tensor:
+        gap = velocity_kl(at.policy, at.velocity[self.to])
+        t = to_rows(at.t, gap)
+        if self.space == "x0":
+            return t.square() * gap
+        if self.space == "path":
+            return gap * (1 - t.clamp(max=0.99)) / (2 * 0.7**2 * t)
+        return gap
+
+
+@dataclass(frozen=True)
+class LikelihoodKL:
+    """coefficient · an estimate of the KL from the log-ratio d = log p_θ − log p_to of a proxy, per (t, ε).
+
+    "k1" d; "k2" d²/2; "k3" e^(−d) − 1 + d, right for samples of the policy (Schulman, "Approximating KL divergence");
+    "k3_reversed" e^d − 1 − d, as the code of "Rethinking the design space" has it. Certain.
+
+    Raises ValueError for an unknown form, or a coefficient that is negative or not finite.
+    """
+
+    to: str
+    coefficient: float
+    form: Estimator = "k3"
+    proxy: LikelihoodProxy = field(default_factory=Adaptive)
+
+    def __post_init__(self) -> None:
+        _check("coefficient", self.coefficient)
+        if self.form not in get_args(Estimator):
+            raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Estimator))}")
+
+    def __call__(self, at: Noised) -> Tensor:
+        policy, other = (self.proxy(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[self.to]))
+        return kl_estimate(policy - other, self.form)
+
+
+def kl_estimate(log_ratio: Tensor, form: Estimator) -> Tensor:
+    """KL(θ ‖ other) from d = log p_θ − log p_other at samples of θ; the forms are `LikelihoodKL`'s."""
+    if form == "k1":
+        return log_ratio
+    if form == "k2":
+        return log_ratio.square() / 2
+    signed = log_ratio if form == "k3_reversed" else -log_ratio
+    return signed.expm1() - signed
+
+
+def named(required: Sequence[str], regularizers: Sequence[LeafRegularizer]) -> tuple[str, ...]:
+    """The weight sets of an objective that needs `required` and bears `regularizers`, each once."""
+    return tuple(dict.fromkeys((*required, *(p.to for p in regularizers if p.coefficient > 0))))
+
+
+def add(loss: Tensor, regularizers: Sequence[LeafRegularizer], at: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss` [B·M] with all regularizers added, and each one's divergence by name, detached [B]."""
+    metrics: dict[str, Tensor] = {}
+    for regularizer in regularizers:
+        if regularizer.coefficient > 0:
+            divergence = regularizer(at)
+            loss = loss + regularizer.coefficient * divergence
+            metrics[f"kl_{regularizer.to}"] = at.by_sample(divergence.detach()).mean(1)
+    return loss, metrics
+
+
+def _check(name: str, coefficient: float) -> None:
+    if not (math.isfinite(coefficient) and coefficient >= 0):
+        raise ValueError(f"{name}: {coefficient} must be finite and ≥ 0; 0 turns it off")

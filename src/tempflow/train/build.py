@@ -1,0 +1,427 @@
+"""From a configuration to what a run works with: model, prompts, rewards, weights; all looked up and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempflow.algorithms.base import Algorithm
+from tempflow.config import Config, load_config
+from tempflow.core.ema import Frozen
+from tempflow.data.pictures import Pictures
+from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
+from tempflow.evaluate.suite import fixed_prompts
+from tempflow.models import load, resolved_device, resolved_dtype
+from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
+from tempflow.models.lora_files import LoraFile, read_lora
+from tempflow.models.protocol import Conditioning, Model
+from tempflow.rewards import SafeReward, build, from_function, safe
+from tempflow.rewards.protocol import Reward
+from tempflow.train import checkpoint
+from tempflow.train.context import Context, ScoreLatents
+from tempflow.train.identity import Identity
+from tempflow.train.parallel import SINGLE, Shards, World
+from tempflow.train.signals import asked
+from tempflow.train.state import Baseline, run_baseline
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_names, frozen_copy
+
+PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
+"""Prompts as objects: `data.prompts.as_prompts` reads them."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def settled(config: Config) -> Config:
+    """With the dtype that "auto" means here, so that the run's records name it and it is resumed in it."""
+    dtype = resolved_dtype(config.model.dtype, resolved_device(config.device))
+    return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
+
+
+def borrowed_baseline(config: Config, own: Identity, say: Callable[[str], None]) -> Baseline | None:
+    """The untrained model's test from another run, if one is named. `own`: what this run depends on."""
+    if not config.evaluation.before:
+        return None
+    if own.objects.keys() - {"algorithm"}:
+        raise ValueError(
+            f"evaluation.before: {config.evaluation.before!r}, but a model, reward or prompts given as objects cannot "
+            "be compared with a run's; nearest valid: ''"
+        )
+    say(f"before: taken over from {config.evaluation.before}")
+    return run_baseline(config, own)
+
+
+def prepare_model(config: Config, world: World = SINGLE) -> Model:
+    """Loads the model and marks what is trained: where `model.start` is a LoRA, a LoRA on the layers of that.
+
+    A sharded one is loaded in float32: its shards are the masters. Raises ValueError for a start that does not fit.
+    """
+    m = config.model
+    begun = read_start(m.start, "model.start") if m.start else None  # before gigabytes are loaded
+    if begun is not None:
+        check_start(begun, m.training)
+    dtype = "float32" if sharded(config, world) else m.dtype
+    model = load(m.path, revision=m.revision, dtype=dtype, device=str(device_of(config, None, world)))
+    if m.training == "lora":
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # LoRA's initial weights are a function of the run's seed
+            lora = None if begun is None else begun.lora_for(model)
+            if lora is None:
+                model.add_lora(m.lora_rank, m.lora_alpha)
+            else:
+                model.add_lora_on(ranks_of(lora), m.lora_alpha / m.lora_rank)
+    else:
+        model.train_fully()
+    return model
+
+
+def device_of(config: Config, model: Model | None, world: World) -> torch.device:
+    """Where the model is, or will be loaded to."""
+    if model is not None:
+        return model.device
+    return torch.device(world.device if world.size > 1 else resolved_device(config.device))
+
+
+def sharded(config: Config, world: World) -> bool:
+    return world.size > 1 and config.parallel.mode == "fsdp"
+
+
+def context_of(
+    config: Config,
+    model: Model,
+    algorithm: Algorithm,
+    rewards: Sequence[Reward],
+    pictures: Pictures | None,
+    world: World,
+    say: Callable[[str], None],
+) -> tuple[Context, Trainable, WeightSets]:
+    """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
+    follows them."""
+    size = (config.model.height, config.model.width)
+    model.noise_shape(size)
+    trainable = Trainable(model.network)
+    base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
+    weight_sets = WeightSets.of(algorithm, trainable)
+    sets, reference, shards = dict(weight_sets.sets), None, None
+    if "reference" in algorithm.sets and "reference" not in sets:
+        say(f"reference: {config.model.reference}")
+        sets["reference"] = reference = _reference(config.model.reference, model, trainable, base)
+    networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
+    if sharded(config, world):
+        if weight_sets.sets:
+            raise ValueError(
+                f"parallel.mode: 'fsdp' cannot shard the weight set {next(iter(weight_sets.sets))!r} of "
+                f"{algorithm.name}; nearest valid: 'ddp'"
+            )
+        if reference is not None:
+            with reference.applied():
+                networks["reference"] = frozen_copy(model.network)
+        shards = _shards(model, networks.get("reference"), config, world)
+        trainable = Trainable(model.network)
+    context = Context(
+        model=model,
+        algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),
+        schedule=model.schedule(algorithm.steps, size),
+        size=size,
+        guidance=config.model.guidance,
+        rewards=rewards,
+        seed=config.seed,
+        rollout_rows=config.rollout_rows,
+        train_rows=config.train_rows,
+        updates=config.optimizer.updates_per_iteration,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        sets=networks,
+        world=world,
+        shards=shards,
+        latent_reward=_latent_reward(algorithm.latent_reward, model, config.rollout_rows),
+        figures=asked(config.guards),
+        norms=config.guards.velocity_norm.action != "off",
+        drafter=Drafter.of(algorithm, model, trainable, sets),
+        pictures=pictures,
+        reward_weights=algorithm.credit.reward_weights,
+    )
+    return context, trainable, weight_sets
+
+
+def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[str], None]) -> Mapping[str, Tensor]:
+    """Loads the weights that `model.start` names; returns what the parameters were without them."""
+    base = trainable.state()
+    begun = read_start(config.model.start, "model.start")
+    check_start(begun, config.model.training)
+    lora = begun.lora_for(model)
+    trainable.load(starting_state(begun, trainable, base, lora))
+    say(f"start: {start_summary(begun, lora, config.model.training)}")
+    return base
+
+
+def _shards(model: Model, reference: nn.Module | None, config: Config, world: World) -> Shards:
+    from tempflow.train.parallel import Shards, shard
+
+    whole = frozen_copy(model.network).cpu() if world.first else None
+    networks = [model.network] if reference is None else [model.network, reference]
+    dtype = DTYPES[config.model.dtype]
+    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole, dtype)
+
+
+def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Conditioning], ScoreLatents] | None:
+    """A latent reward from disk, to be given the prompts' conditions; None without one. Raises ValueError for
+    one that does not fit."""
+    if folder is None:
+        return None
+    from tempflow.latent_reward import EMBEDDED, LatentReward, LatentScorer, bind
+
+    if folder != EMBEDDED and not Path(folder).is_dir():
+        raise ValueError(
+            f"algorithm.reward: {folder!r} is no folder with a latent reward; "
+            f"python scripts/train_latent_reward.py --out FOLDER makes one, and {EMBEDDED!r} comes with the package"
+        )
+    reward = LatentReward.load(folder, device=str(model.device)).requires_grad_(False).eval()
+    try:
+        reward.check_fits(model.network)
+    except ValueError as error:
+        raise ValueError(f"algorithm.reward: {folder!r}: {error}") from error
+    return lambda condition: LatentScorer(bind(model, reward, condition), rows=rows)
+
+
+def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str, Tensor] | None) -> WeightSet:
+    if which == "base":
+        return WeightSet(trainable, Frozen(), base)
+    if which == "start":
+        return WeightSet(trainable, Frozen())
+    held = read_start(which, "model.reference")
+    untrained = trainable.state() if base is None else base  # nothing was started from
+    return WeightSet(trainable, Frozen(), starting_state(held, trainable, untrained, held.lora_for(model)))
+
+
+def rewards_of(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[SafeReward]:
+    if given is None:
+        return [safe(build(r.name), r.timeout) for r in config.rewards]
+    items = given if isinstance(given, Sequence) else [given]
+    return [safe(item) if isinstance(item, Reward) else from_function(item) for item in items]
+
+
+def prompt_sources(
+    config: Config,
+    prompts: PromptsLike | None,
+    test_prompts: PromptsLike | None,
+    reads: Sequence[str],
+) -> dict[str, Sequence[Prompt]]:
+    """All prompts, by the field or the argument that they come from.
+
+    `reads`: keys of a prompt that the algorithm takes samples from.
+    """
+    sources = dict[str, Sequence[Prompt]]()
+    for name in () if prompts is not None else ("train", "validation", "test"):
+        try:
+            sources[f"data.{name}"] = load_prompts(dict(config.data)[name], uses=reads)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
+    for name, listed in (("prompts", prompts), ("test_prompts", test_prompts)):
+        if listed is not None:
+            sources[name] = as_prompts(listed, reads)
+    return sources
+
+
+def prompt_sets(
+    config: Config, sources: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]
+) -> dict[str, Sequence[Prompt]]:
+    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once."""
+    names = {name: "prompts" if "prompts" in sources else f"data.{name}" for name in ("train", "validation", "test")}
+    if "test_prompts" in sources:
+        names["test"] = "test_prompts"
+    sets: dict[str, Sequence[Prompt]] = {"train": sources[names["train"]]}
+    e = config.evaluation
+    for name, count in (("validation", e.validation_prompts), ("test", e.test_prompts)):
+        pool = sources[names[name]]
+        sets[name] = fixed_prompts(pool, count)
+        shares = shared_out(sets[name], pool)
+        if shares:
+            say(f"data.{name}: {shares}")
+    _say_of_training(sets["train"], config, say)
+    return sets
+
+
+def _say_of_training(prompts: Sequence[Prompt], config: Config, say: Callable[[str], None]) -> None:
+    """What an iteration repeats, what the run doesn't come to, and why draws are not balanced."""
+    count, size, kinds = config.data.prompts_per_iteration, len(prompts), [p.kind for p in prompts]
+    if count > size:
+        low, high = count // size, -(-count // size)
+        often = f"{low} times" if low == high else f"{low} to {high} times"
+        say(f"data.train: {count} prompts an iteration of {size} prompts: each comes {often}")
+    if count * config.iterations < size:
+        say(f"data.train: {config.iterations} iterations draw {count * config.iterations} of {size} prompts")
+    if any(kinds) and not all(kinds):
+        say(f"data.train: {kinds.count('')} of {size} prompts have no kind, so draws are not balanced by it")
+
+
+def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures | None:
+    """The pictures of the training prompts, where the algorithm takes such; every one has been looked at.
+
+    `own`: the prompts were given as objects. Raises ValueError for the first picture that will not do.
+    """
+    if algorithm.offline is None:
+        return None
+    keys, source = algorithm.offline.keys, config.data.train
+    found = Pictures(Path(), keys, config.size) if own else Pictures.beside(source, keys, config.size)
+    try:
+        found.check(prompts)
+    except ValueError as error:
+        raise ValueError(f"{'prompts' if own else f'data.train: {source}'}: {error}") from error
+    return found
+
+
+def _unweighted(algorithm: Algorithm) -> Algorithm:
+    """Offline samples bear scores of their own: the rewards' weights are of no use to their credit."""
+    return replace(algorithm, credit=algorithm.credit.weighted(None))
+
+
+def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
+    """A recipe's warm-up may outlast a run that was cut short: allowed, but said."""
+    warmup, given = config.optimizer.warmup_iterations, config.optimizer.learning_rate
+    if warmup >= config.iterations:
+        reached = given * config.iterations / (warmup + 1)
+        say(
+            f"warn: optimizer.warmup_iterations {warmup} outlasts the run's {config.iterations}: the learning rate "
+            f"ends at {reached:.2g}, not {given:g}; nearest that reaches it: {max(0, config.iterations - 1)}"
+        )
+
+
+def say_old_forwards(config: Config, algorithm: Algorithm, say: Callable[[str], None]) -> None:
+    """What old log-probs cost, where they do not come with the training forward."""
+    updates, trained = config.optimizer.updates_per_iteration, algorithm.cost(0, config.data.prompts_per_iteration)
+    old = algorithm.old_forwards(trained.trained_edges, updates)
+    if old:
+        say(f"old log-probs: at most {old} forwards an iteration, for {trained.trained_edges} trained edges")
+
+
+def check_ranks(config: Config, world: World, say: Callable[[str], None]) -> None:
+    """Every rank needs a prompt of its own, always. Says what each gets."""
+    for field, count in (
+        ("data.prompts_per_iteration", config.data.prompts_per_iteration),
+        ("evaluation.validation_prompts", config.evaluation.validation_prompts),
+        ("evaluation.test_prompts", config.evaluation.test_prompts),
+    ):
+        if count < world.size:
+            raise ValueError(f"{field}: {count} for {world.size} ranks; nearest valid: {world.size}")
+    if world.size > 1:
+        blocks = [len(world.block(config.data.prompts_per_iteration, rank)) for rank in range(world.size)]
+        say(f"{world.size} ranks by {config.parallel.mode}; prompts an iteration by rank: {blocks}")
+
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, eq=False)
+class StartingWeights:
+    """What a field names: all weights of a run by parameter name, a run's LoRA, or a LoRA's file. One of the three."""
+
+    field: str
+    path: str
+    weights: Mapping[str, Tensor] | None = None
+    lora: Lora | None = None
+    file: LoraFile | None = None
+
+    def lora_for(self, model: Any) -> Lora | None:
+        """The LoRA in the names of the model's layers; None where whole weights are given.
+
+        Raises ValueError where it does not fit, or is of a text encoder too, which no run trains or keeps.
+        """
+        if self.file is None:
+            return self.lora
+        if not hasattr(model, "fit_lora"):
+            raise ValueError(f"{self.field}: {self.path!r} is a LoRA; this model takes none; nearest valid: ''")
+        try:
+            parts: Mapping[str, Lora] = model.fit_lora(self.file)
+        except ValueError as error:
+            raise ValueError(f"{self.field}: {error}") from error
+        others = [part for part in parts if part != "transformer"]
+        if others:
+            raise ValueError(
+                f"{self.field}: {self.path!r} has {len(parts[others[0]])} layers of {others[0]} too, which a run would "
+                "not keep; nearest valid: the file without them, or `model.path` with them merged in"
+            )
+        return parts["transformer"]
+
+
+def read_start(path: str, field: str) -> StartingWeights:
+    """Reads what `path` names. Raises ValueError, naming `field`, where that is neither a run nor a LoRA."""
+    place = Path(path).expanduser()
+    try:
+        if (place / "model_index.json").is_file():
+            raise ValueError(f"{path!r} is a whole pipeline; nearest valid: --model.path {path}")
+        if (place / CONFIG_FILE).is_file() or (place / checkpoint.FOLDER).is_dir():
+            return _of_run(place, path, field)
+        return StartingWeights(field, path, file=read_lora(place))
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _of_run(run: Path, path: str, field: str) -> StartingWeights:
+    weights = checkpoint.best_weights(run)
+    if not any(".lora_A." in name for name in weights):
+        return StartingWeights(field, path, weights=weights)
+    trained = load_config(run / CONFIG_FILE).model
+    return StartingWeights(field, path, lora=paired(weights, trained.lora_alpha / trained.lora_rank))
+
+
+def check_start(start: StartingWeights, training: str) -> None:
+    """Raises ValueError for whole weights where a LoRA is trained: that LoRA's file alone would not be the model."""
+    if training == "lora" and start.weights is not None:
+        raise ValueError(
+            f"{start.field}: {start.path!r} trained the whole network, and this run trains a LoRA; "
+            f"nearest valid: --model.path {Path(start.path) / 'model'}"
+        )
+
+
+def starting_state(
+    start: StartingWeights, trainable: Trainable, base: Mapping[str, Tensor], lora: Lora | None
+) -> dict[str, Tensor]:
+    """The trained parameters with what is given: `base` is what they are without it, `lora` what `lora_for` gave.
+
+    Raises ValueError, naming the field, where names or shapes do not agree.
+    """
+    state = dict(base)
+    if lora is None:
+        state = dict(start.weights or {})
+    elif any(".lora_A." in name for name in base):
+        state |= _as_lora(start, lora, trainable.network)
+    else:
+        for layer, factors in lora.items():
+            name = f"{layer}.weight"
+            if name not in base:
+                raise ValueError(f"{start.field}: {layer!r} is no layer that is trained; another base?")
+            state[name] = base[name] + factors.dense().to(base[name].device)
+    try:
+        check_names(trainable, state)
+    except ValueError as error:
+        raise ValueError(f"{start.field}: {start.path!r}: {error}") from error
+    return state
+
+
+def _as_lora(start: StartingWeights, lora: Lora, network: nn.Module) -> dict[str, Tensor]:
+    own, told = lora_of(network), ranks_of(lora)
+    state: dict[str, Tensor] = {}
+    for layer, factors in lora.items():
+        if layer not in own or own[layer].rank != told[layer]:
+            has = f"rank {own[layer].rank}" if layer in own else "none"
+            raise ValueError(
+                f"{start.field}: {start.path!r} has a LoRA of rank {told[layer]} on {layer!r}, and what is trained has "
+                f"{has} there"
+            )
+        a, b = parameter_names(layer)
+        state[a] = factors.a.float()
+        state[b] = (factors.b.double() * (factors.scale / own[layer].scale)).float()
+    return state
+
+
+def start_summary(start: StartingWeights, lora: Lora | None, training: str) -> str:
+    """What is done with it, for the run's first lines."""
+    if lora is None:
+        return f"best weights of {start.path}"
+    ranks = " and ".join(map(str, sorted(set(ranks_of(lora).values()))))
+    done = "goes on being trained" if training == "lora" else "is merged into the weights"
+    return f"the LoRA of {start.path} ({len(lora)} layers, rank {ranks}) {done}"

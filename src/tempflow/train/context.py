@@ -1,0 +1,134 @@
+"""What the parts of an iteration share: the run's context, its counters and its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from tempflow.algorithms.base import Algorithm
+from tempflow.core.cost import equivalents
+from tempflow.core.objective.old import rounding_of
+from tempflow.core.schedule import Schedule
+from tempflow.core.scores import Scores
+from tempflow.data.prompts import Prompt
+from tempflow.models.protocol import Conditioning, Model, Size
+from tempflow.rewards.protocol import Reward
+from tempflow.train.conditions import Learned
+from tempflow.train.parallel import SINGLE, Shards, World
+from tempflow.train.signals import FIGURES
+from tempflow.train.weights import Drafter
+
+TF32_EPS = 2.0**-10
+"""Of the format in which NVIDIA's tensor cores take float32 where torch lets them."""
+
+ScoreLatents = Callable[[Tensor, Tensor, Tensor], Scores]
+"""score_latents(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
+
+ReadPictures = Callable[[Sequence[Prompt]], Tensor]
+"""read(prompts) -> uint8 [N·keys, H, W, 3], a prompt's pictures in the order of the algorithm's keys."""
+
+
+@dataclass
+class Counter:
+    """Rows given to the network so far (guidance not doubled), media decoded, and reward calls; evaluation is apart.
+
+    guided     whether each row has the empty prompt's beside it
+    rollout    with the drafts', which `draft` has of these
+    reference  of weight sets beside the policy
+    old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
+    latent     through a latent reward: no forwards of the network, but compute
+    """
+
+    guided: bool = False
+    rollout: int = 0
+    draft: int = 0
+    train: int = 0
+    reference: int = 0
+    old: int = 0
+    latent: int = 0
+    decodes: int = 0
+    reward_calls: int = 0
+
+    @property
+    def forwards(self) -> int:
+        return self.rollout + self.train + self.reference + self.old
+
+    @property
+    def equivalents(self) -> int:
+        """Compute in forward-equivalents (`core.cost.equivalents`); a draft's row counts as any other."""
+        return equivalents(self.rollout + self.reference + self.old, self.train, guided=self.guided, latent=self.latent)
+
+
+@dataclass
+class Clock:
+    """Wall time by phase, in seconds; kept apart from metrics, which must be equal from run to run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        return now
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What stays the same over a run. Its algorithm draws from its seed.
+
+    sets            the networks of the weight sets beside the policy that the algorithm asks for, by name
+    world           the ranks that share the run; each needs a prompt of every iteration
+    shards          the sharded network's switches; None where every rank has all of it
+    latent_reward   prompts' conditions -> scores of noisy latents, where the algorithm asks for a latent reward
+    figures         what to measure of leaves and their pictures (`signals.FIGURES`)
+    norms           whether to measure how large the policy's velocities are beside the reference's
+    drafter         the low-precision network that drafts; None: the sampler does, or there is no draft
+    pictures        reads the prompts' own pictures, where the algorithm takes offline samples
+    reward_weights  weights of the rewards in their sum, by which evaluations judge; None: 1 each
+    pause           called between batches of work; may raise to leave the iteration
+    learned         what prompts' sampling conditions differ by, where the algorithm asks for some
+    """
+
+    model: Model
+    algorithm: Algorithm
+    schedule: Schedule
+    size: Size
+    guidance: float
+    rewards: Sequence[Reward]
+    seed: int
+    rollout_rows: int
+    train_rows: int
+    updates: int
+    max_grad_norm: float
+    sets: Mapping[str, nn.Module]
+    world: World = SINGLE
+    shards: Shards | None = None
+    latent_reward: Callable[[Conditioning], ScoreLatents] | None = None
+    figures: Collection[str] = FIGURES
+    norms: bool = False
+    drafter: Drafter | None = None
+    pictures: ReadPictures | None = None
+    reward_weights: Mapping[str, float] | None = None
+    pause: Callable[[], None] = lambda: None
+    learned: Learned = field(default_factory=Learned)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
+        asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
+        if asked != (self.drafter is not None):
+            raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
+
+    @cached_property
+    def rounding(self) -> float:
+        """The relative rounding error of a velocity, by the coarsest dtype that the network computes in."""
+        network, device = self.model.network, self.model.device
+        dtypes = {p.dtype for p in network.parameters() if p.dtype.is_floating_point}
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({self.shards.dtype} if self.shards else set()))
+        backends = torch.backends
+        if device.type == "cuda" and (backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32):
+            eps = max(eps, TF32_EPS)
+        return rounding_of(eps, self.guidance)

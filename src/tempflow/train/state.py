@@ -1,0 +1,225 @@
+"""A run's state as tensors and JSON; whether a run can be resumed, and from where; another run's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from tempflow.config import Config, load_config, parse_config
+from tempflow.core.scores import Scores
+from tempflow.evaluate.suite import Report
+from tempflow.folder import MARKER, foreign, kind_of
+from tempflow.train import checkpoint
+from tempflow.train.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
+from tempflow.train.identity import RUN, Identity, changed_contents, check_given, read_identity, same_contents
+from tempflow.train.weights import Trainable, WeightSet, laid_out
+
+Yardstick = tuple[float, Report]
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What the untrained model showed: its test report, the grid's pictures, and the yardstick if one was asked for."""
+
+    before: Report
+    grid: Tensor
+    yardstick: Yardstick | None
+
+
+def optimizer_of(config: Config, trainable: Trainable) -> torch.optim.Optimizer:
+    """AdamW on the masters."""
+    o = config.optimizer
+    return torch.optim.AdamW(
+        trainable.masters,
+        lr=o.learning_rate,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """An optimizer's state as `name/key` tensors, for parameters in the order of `names`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{key}": torch.as_tensor(v) for i, part in state.items() for key, v in part.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave; group options stay as they are."""
+    masters = [m for group in optimizer.param_groups for m in group["params"]]
+    whole = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        place = names.index(name)
+        state.setdefault(place, {})[field] = laid_out(value, masters[place]) if value.ndim else value
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+def state_tensors(
+    trainable: Trainable, average: WeightSet | None, optimizer: torch.optim.Optimizer, baseline: Baseline
+) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's tensors by file: the run's own, no copies."""
+    reports = {"before": baseline.before} | ({"yardstick": baseline.yardstick[1]} if baseline.yardstick else {})
+    seen = {f"{name}/value": r.scores.value for name, r in reports.items()}
+    seen |= {f"{name}/ok": r.scores.ok for name, r in reports.items()}
+    files = {WEIGHTS: trainable.named(), "looks": seen | {"grid": baseline.grid}}
+    moments = optimizer_tensors(optimizer, trainable.names)
+    if moments:  # none before the first update
+        files[OPTIMIZER] = moments
+    if average is not None:
+        files[AVERAGE] = average.named()
+    return files
+
+
+def baseline_facts(baseline: Baseline) -> dict[str, Any]:
+    """What is no tensor in `baseline`, for JSON."""
+    guidance = None if baseline.yardstick is None else baseline.yardstick[0]
+    return {
+        "before": _facts(baseline.before),
+        "yardstick": baseline.yardstick and _facts(baseline.yardstick[1]),
+        "at": guidance,
+    }
+
+
+def baseline_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
+    """What `baseline_facts` and `state_tensors` were given."""
+    yardstick = None
+    if facts["yardstick"] is not None:
+        yardstick = (facts["at"], _report(facts["yardstick"], tensors, "yardstick"))
+    return Baseline(_report(facts["before"], tensors, "before"), tensors["grid"], yardstick)
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    return {
+        "names": list(report.scores.names),
+        "prompts": list(report.prompts),
+        "kinds": list(report.kinds),
+        "gold": list(report.gold),
+        "steps": report.steps,
+        "guidance": report.guidance,
+        "seed": report.seed,
+    }
+
+
+def _report(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Report:
+    scores = Scores(tensors[f"{name}/value"], tensors[f"{name}/ok"], tuple(facts["names"]))
+    prompts, kinds, gold = tuple(facts["prompts"]), tuple(facts["kinds"]), tuple(facts["gold"])
+    return Report(scores, prompts, kinds, facts["steps"], facts["guidance"], facts["seed"], gold=gold)
+
+
+FREE = ("output",)
+"""Fields that may differ: the folder may have been moved."""
+
+
+def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
+    """What can be told without work.
+
+    Raises CheckpointError where there is no run; ValueError where the folder is not a run's own, where the run would
+    write over its own model, and where it was given objects in Python that are not `given` now.
+    """
+    if not (folder / "config.yaml").is_file() and not (folder / checkpoint.FOLDER).is_dir():
+        checkpoint.newest(folder)  # no run at all: raises, naming what is there
+    if kind_of(folder) != RUN:
+        raise ValueError(
+            f"resume: {str(folder)!r} has no {MARKER} of a run, so nothing is written there; nearest valid: a folder "
+            "that `tempflow train` made (of a copied run, copy that file too)"
+        )
+    fault = foreign(folder / "model")
+    if fault is not None:
+        raise ValueError(
+            f"resume: {str(folder / fault)!r} was not written by this run, which writes model/ anew; move it away"
+        )
+    own, path = folder.resolve(), Path(config.model.path).expanduser()
+    if config.model.path != "shapes" and path.exists() and path.resolve().is_relative_to(own):
+        raise ValueError(f"model.path: {config.model.path!r} lies in the run's own folder, which it would write over")
+    was = read_identity(folder)
+    if was is not None:
+        check_given(folder, was, given)
+
+
+def resumable(
+    folder: Path, config: Config, now: Identity, allow_changes: bool, say: Callable[[str], None]
+) -> checkpoint.Saved | None:
+    """The newest whole checkpoint of the run in `folder`; None when it died before the first.
+
+    now   what the run depends on as it is called this time
+
+    Raises CheckpointError when the folder holds no run or all its checkpoints are damaged, and ValueError, naming all
+    that differs, when configuration, contents or objects are not the checkpoint's own (those of config.yaml and
+    identity.json, where there is no checkpoint) and changes are not allowed.
+    """
+    file, root, saved = folder / "config.yaml", folder / checkpoint.FOLDER, None
+    if not file.is_file() or (root.is_dir() and any(p.name.isdigit() for p in root.iterdir())):
+        saved = checkpoint.read_newest(folder, say)
+    config_was = load_config(file) if saved is None else parse_config(yaml.safe_load(saved.state["config"]))
+    was = read_identity(folder) if saved is None else read_identity(saved.state)
+    free, changes = FREE, list[str]()
+    if was is not None:
+        check_given(folder, was, now.objects)
+        free, changes = (*FREE, *same_contents(was, now)), changed_contents(was, now)
+    changes = changed_fields(config_was, config, free) + changes
+    if changes and not allow_changes:
+        raise ValueError(
+            "the configuration is not the run's own: "
+            + "; ".join(changes)
+            + ". Take back the changes, or allow them: --allow-changes (in Python: allow_changes=True)"
+        )
+    for change in changes:
+        say(f"changed on resuming: {change}")
+    if saved is None:
+        say(f"{folder} has no checkpoint yet: the run starts from the beginning")
+    else:
+        say(f"going on from {saved.path}")
+    return saved
+
+
+def changed_fields(was: Config, now: Config, free: Sequence[str] = FREE) -> list[str]:
+    """ "field: a → b" for each leaf that differs, those in `free` apart."""
+    old, new = _flat(was.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free]
+    return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+ALIKE = ("model", "reward", "prompts", "test_prompts", "data.validation", "data.test", "evaluation.", "device")
+"""Fields and objects, or beginnings of their names, that the untrained model's test depends on."""
+
+APART = ("evaluation.every", "evaluation.before", "model.training", "model.lora_", "model.reference")
+"""Of these, what it does not: a fresh LoRA changes nothing."""
+
+
+def run_baseline(config: Config, own: Identity | None = None) -> Baseline:
+    """What the untrained model showed in the run in `config.evaluation.before`, from its newest whole checkpoint.
+
+    `own`: what this run depends on; None compares the configuration alone. Raises ValueError, naming what differs,
+    where that run was not set alike; CheckpointError where it has no checkpoint.
+    """
+    folder = Path(config.evaluation.before)
+    saved = checkpoint.read_newest(folder)
+    was = parse_config(yaml.safe_load(saved.state["config"]))
+    theirs = read_identity(saved.state)
+    changes = changed_fields(was, config)
+    if own is not None and theirs is not None:
+        changes = changed_fields(was, config, same_contents(theirs, own)) + changed_contents(theirs, own)
+    other = [c for c in changes if c.startswith(ALIKE) and not c.startswith(APART)]
+    if other:
+        raise ValueError(
+            f"evaluation.before: the run in {str(folder)!r} was set otherwise: {'; '.join(other)}; "
+            "nearest valid: '', the untrained model is tested anew"
+        )
+    return baseline_of(saved.state["looks"], saved.tensors["looks"])

@@ -1,0 +1,499 @@
+"""The training loop: before, the iterations, after; and how a run is kept and put back."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from tempflow.algorithms.base import Algorithm
+from tempflow.config import OWN_REWARD, Config, to_yaml
+from tempflow.core.ema import Ema
+from tempflow.data.prompts import Prompt
+from tempflow.data.sampler import prompts_for
+from tempflow.evaluate import pictures
+from tempflow.folder import put, seal
+from tempflow.models import resolved_device
+from tempflow.models.protocol import Model
+from tempflow.rewards import build, safe
+from tempflow.rewards.protocol import Reward
+from tempflow.train import checkpoint
+from tempflow.train.build import (
+    PromptsLike,
+    borrowed_baseline,
+    check_ranks,
+    context_of,
+    device_of,
+    pictures_of,
+    prepare_model,
+    prompt_sets,
+    prompt_sources,
+    rewards_of,
+    say_old_forwards,
+    settled,
+    sharded,
+    warn_of_warmup,
+)
+from tempflow.train.context import Clock, Context, Counter
+from tempflow.train.display import Display, Interrupt, Interrupted
+from tempflow.train.evaluator import Evaluator
+from tempflow.train.experience import check_advantages, check_scored, collect, credit, rollout_metrics, tell_broken
+from tempflow.train.guards import GuardError, Guards
+from tempflow.train.identity import check_new, identity
+from tempflow.train.parallel import join, leave
+from tempflow.train.records import Records, Run, cost, steps_of, summary_table
+from tempflow.train.state import (
+    Baseline,
+    baseline_facts,
+    baseline_of,
+    check_resumable,
+    load_optimizer,
+    optimizer_of,
+    resumable,
+    state_tensors,
+)
+from tempflow.train.track import Tracker, open_trackers
+from tempflow.train.update import update
+from tempflow.train.weights import Trainable, WeightSet, WeightSets, check_draft
+
+GRID = 24
+"""Pictures in the before/after grid."""
+
+SHOWN = 8
+"""Pictures that trackers are given at a time."""
+
+DISK = (OSError, SafetensorError)
+"""What a full or broken disk raises."""
+
+
+class Trainer:
+    """One run. `run` does it all; `restore` puts it where a checkpoint left it."""
+
+    def __init__(
+        self,
+        config: Config,
+        context: Context,
+        trainable: Trainable,
+        weight_sets: WeightSets,
+        eval_rewards: Sequence[Reward],
+        prompts: Mapping[str, Sequence[Prompt]],
+        records: Records,
+        display: Display,
+        trackers: Sequence[Tracker],
+        baseline: Baseline | None = None,
+    ) -> None:
+        self.config, self.prompts = config, prompts
+        self.records, self.display, self.trackers = records, display, trackers
+        self.interrupt = Interrupt()
+        alone = context.world.size == 1  # several ranks agree between iterations, so that none waits for another
+        self.context = replace(context, pause=self.interrupt.check) if alone else context
+        self.world, self.model, self.trainable, self.weight_sets = context.world, context.model, trainable, weight_sets
+        self.average = WeightSet(trainable, Ema(config.optimizer.ema_decay)) if config.optimizer.ema_decay else None
+        self.evaluator = Evaluator(config, self.context, eval_rewards, self._say)
+        self.optimizer = optimizer_of(config, trainable)
+        counter = Counter(guided=context.guidance != 1)
+        self.counter, self.guards = counter, Guards(config.guards, records.alarms, self._say)
+        self.done, self.seconds = 0, 0.0
+        self.best: tuple[float, int] | None = None
+        self.baseline = baseline
+        self.told = set[tuple[str, int]]()  # ways in which samples broke that have been said
+        self.whole = False  # whether the state is one between two iterations, from which a run can go on
+        self.kept: int | None = None  # the iteration that the newest checkpoint is of
+
+    # ------------------------------------------------------------------------------------------------------- going
+    def run(self) -> Run:
+        """The run's result.
+
+        Raises Interrupted, after everything was kept, when that was asked for; GuardError when a guard stops the run,
+        or the disk does not take what is written; else what the model or a reward raised. What was whole is kept first.
+        """
+        with self.interrupt, self.display:
+            try:
+                return self._run()
+            except Interrupted:
+                if self.whole and self.kept != self.done:
+                    self._keep(best=False)
+                self._say(f"stopped after {self.done} of {self.config.iterations} iterations; nothing is lost")
+                self._say(f"to go on: {self.records.go_on}")
+                raise
+            except Exception as error:
+                self._leave(error)
+                if isinstance(error, DISK):
+                    raise GuardError(f"{_short(error)}. Free some space or mend the disk, then go on") from error
+                raise
+            finally:
+                for tracker in self.trackers:
+                    tracker.close()
+
+    def _run(self) -> Run:
+        if self.baseline is None:
+            test = self.prompts["test"]
+            self.display.doing(f"test of the untrained model, {len(test)} pictures")
+            self.baseline = Baseline(
+                self.evaluator.evaluate(test, "test", training=False),
+                self.evaluator.sample(test[:GRID]),
+                self.evaluator.yardstick(self.prompts),
+            )
+        metric = self.config.evaluation.metric
+        self._say(f"before: held-out {metric} {self.baseline.before.mean(metric):.3f}")
+        if self._due(self.done):
+            self._keep(best=self._validate())
+        while self.done < self.config.iterations:
+            self._iterate()
+            if self.world.any(self.interrupt.asked):
+                self.whole = True
+                raise self.interrupt.interrupted()
+        self._use_best()
+        return self._finish(self.baseline)
+
+    def _leave(self, error: Exception) -> None:
+        """After a fault: keeps what is whole, saves the best weights where a guard stopped the run, says how to go on.
+
+        What fails on top of the fault is said, no more: the fault is the news.
+        """
+        unkept = self.whole and self.kept != self.done and self.world.size == 1
+        steps = [lambda: self._keep(best=False)] if unkept else []
+        if isinstance(error, GuardError) and self.baseline is not None:
+            steps.append(self._use_best)
+        for step in steps:
+            try:
+                step()
+            except Exception as further:
+                self._say(f"then: {_short(further)}")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            rows = f"rollout_rows (now {self.config.rollout_rows}) and train_rows (now {self.config.train_rows})"
+            self._say(f"memory is short: smaller {rows} take less; --allow-changes lets a resumed run have them")
+        self._say(f"stopped after {self.done} of {self.config.iterations} iterations by {type(error).__name__}")
+        self._say(f"to go on, once that is mended: {self.records.go_on}")
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Around work that leaves the run's state as it is: if it fails, the state can be kept."""
+        self.whole = self.baseline is not None
+        yield
+        self.whole = False
+
+    def _iterate(self) -> None:
+        iteration, clock, started = self.done, Clock(), time.perf_counter()
+        before = (replace(self.counter), self.guards.state, self.records.sizes())
+        warm = min(1.0, (iteration + 1) / (self.config.optimizer.warmup_iterations + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate * warm
+        try:
+            metrics = self.train_step(iteration, clock)
+        except (Exception, Interrupted):
+            if self.whole:
+                self.counter, self.guards.state, sizes = before  # the iteration will be done anew, from its start
+                self.records.cut(sizes)
+            raise
+        self.done += 1
+        self.seconds += time.perf_counter() - started
+        self.records.iteration(self.done, metrics, self.counter, clock)
+        for tracker in self.trackers:
+            tracker.log({**metrics, **cost(self.counter)}, self.done)
+        better = self._validate() if self._due(self.done) else False
+        if self.config.track.images_every and self.done % self.config.track.images_every == 0:
+            self._show()
+        if better or self.done % self.config.checkpoint.every == 0 or self.done == self.config.iterations:
+            self._keep(best=better)
+        self.display.advance(self.done, metrics, self.records.evaluations[-1])
+
+    def train_step(self, iteration: int, clock: Clock) -> dict[str, float]:
+        """One iteration: roll out and score, give credit, update the policy and what follows it; its metrics."""
+        context, number = self.context, iteration + 1  # as records count
+        prompts = self._prompts(iteration)
+        self._gathered()
+        with self._untouched():
+            experience = collect(context, prompts, iteration, self.counter, clock)
+            tell_broken(experience, prompts, self._say, self.told)
+            check_scored(context, experience, number)
+            advantages = credit(context, experience)
+            check_advantages(advantages, number)
+        skip = self.guards.rollout(number, experience.signals)
+        try:
+            learned = update(
+                context,
+                experience,
+                advantages,
+                self.trainable,
+                self.average,
+                self.optimizer,
+                iteration,
+                self.counter,
+                clock,
+                self.guards,
+                skip,
+            )
+        except Interrupted:  # only before the first step of the optimizer
+            self.whole = True
+            raise
+        self.weight_sets.update()
+        metrics = rollout_metrics(experience, advantages.advantage) | learned
+        self.guards.update(number, metrics)
+        rule = experience.rule(context.algorithm.credit)
+        self.records.steps(number, steps_of(rule, *experience.credited, advantages))
+        return metrics
+
+    def _prompts(self, iteration: int) -> list[Prompt]:
+        """The iteration's prompts; the same for a resumed run as for an unbroken one."""
+        pool, data = self.prompts["train"], self.config.data
+        return [pool[i] for i in prompts_for(iteration, pool, data.prompts_per_iteration, self.config.seed)]
+
+    def _due(self, done: int) -> bool:
+        """Whether the weights after `done` iterations are to be validated and have not been."""
+        every = self.config.evaluation.every
+        wanted = done in (0, self.config.iterations) or (every > 0 and done % every == 0)
+        return wanted and not (self.records.evaluations and self.records.evaluations[-1]["iteration"] == done)
+
+    def _validate(self) -> bool:
+        """Judges the averaged weights on the validation prompts; whether they are the best so far."""
+        started = time.perf_counter()
+        with self._untouched(), self._evaluated():
+            report = self.evaluator.evaluate(self.prompts["validation"], "validation", training=True)
+        score = report.mean(self.config.evaluation.metric)
+        better = self.best is None or math.isnan(self.best[0]) or score > self.best[0]
+        if better:
+            self.best = (score, self.done)
+        gold = {name: report.mean(name) for name in self.config.evaluation.gold}
+        self.records.evaluation(self.done, report, self.counter)
+        for tracker in self.trackers:
+            tracker.log({f"validation/{name}": report.mean(name) for name in report.scores.names}, self.done)
+        self.seconds += time.perf_counter() - started
+        self.guards.validation(self.done, report.mean(OWN_REWARD), gold)
+        return better
+
+    # -------------------------------------------------------------------------------------------------- looking
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Inside, the network computes with the weights that are judged and kept: the average, if there is one."""
+        if self.average is None:
+            yield
+            return
+        self._scattered()
+        with self.average.applied():
+            try:
+                yield
+            finally:
+                self._scattered()
+
+    def _show(self) -> None:
+        """The averaged weights' pictures of the first validation prompts, for the trackers."""
+        prompts = self.prompts["validation"][:SHOWN]
+        with self._evaluated():
+            media = self.evaluator.sample(prompts)
+        for tracker in self.trackers:
+            tracker.images("validation", [(p.text, m.numpy()) for p, m in zip(prompts, media, strict=True)], self.done)
+
+    def _gathered(self) -> None:
+        """A sharded network computes without exchange until the next update."""
+        if self.context.shards is not None:
+            self.context.shards.gather()
+
+    def _scattered(self) -> None:
+        """A sharded network's parts are what counts again: they may be changed."""
+        if self.context.shards is not None:
+            self.context.shards.scatter()
+
+    def _say(self, line: str) -> None:
+        if self.world.first:
+            self.display.say(line)
+
+    # -------------------------------------------------------------------------------------------------- keeping
+    def _keep(self, best: bool) -> None:
+        """A checkpoint of the run as it stands between two iterations. Raises GuardError when it cannot be written."""
+        assert self.baseline is not None
+        self._scattered()
+        try:
+            checkpoint.save(
+                self.records.folder,
+                self.done,
+                state_tensors(self.trainable, self.average, self.optimizer, self.baseline) | self.weight_sets.tensors(),
+                {
+                    "counter": asdict(self.counter),
+                    "followers": self.weight_sets.updates(),
+                    "average_updates": 0 if self.average is None else self.average.updates,
+                    "best": self.best,
+                    "seconds": self.seconds,
+                    "guards": self.guards.state,
+                    "looks": baseline_facts(self.baseline),
+                    "records": self.records.sizes(),
+                    "config": to_yaml(self.config),
+                    "identity": self.records.identity.to_json(),
+                },
+                best=best,
+                keep=self.config.checkpoint.keep,
+                first=self.world.first,
+                wait=self.world.wait,
+            )
+        except DISK as error:
+            raise GuardError(
+                f"checkpoint of iteration {self.done} could not be written: {error}. Older ones are whole; free some "
+                f"space, then: {self.records.go_on}"
+            ) from error
+        self.kept = self.done
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """Goes on from a checkpoint; what the records say of later iterations is taken back."""
+        state, tensors = saved.state, saved.tensors
+        self.trainable.load(tensors[checkpoint.WEIGHTS])
+        if self.average is not None:
+            self.average.load(tensors[checkpoint.AVERAGE], state["average_updates"])
+        self.weight_sets.load(tensors, state["followers"])
+        load_optimizer(self.optimizer, self.trainable.names, tensors.get(checkpoint.OPTIMIZER, {}))
+        self.counter = Counter(**state["counter"])
+        self.done, self.seconds, self.guards.state = state["iteration"], state["seconds"], state["guards"]
+        self.kept = self.done
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.baseline = baseline_of(state["looks"], tensors["looks"])
+        if self.world.first:
+            self.records.cut(state["records"])
+        self.world.wait()  # the others read what is left
+        if not self.world.first:
+            self.records.cut(state["records"])
+
+    def _use_best(self) -> None:
+        """The network takes the best weights so far, and they are saved as the run's model."""
+        weights, shards = checkpoint.best_weights(self.records.folder, self._say), self.context.shards
+        if shards is not None:
+            shards.scatter()
+        self.trainable.load(weights)
+        self._gathered()
+        if self.world.first:
+            fresh = self.records.folder / ".model.new"
+            shutil.rmtree(fresh, ignore_errors=True)
+            self.model.save(str(fresh), None if shards is None else shards.whole_with(weights))
+            seal(fresh, "model")
+            put(fresh, self.records.folder / "model")
+        self.world.wait()
+
+    def _finish(self, baseline: Baseline) -> Run:
+        """After: the test once more, pictures, summary."""
+        assert self.best is not None
+        test = self.prompts["test"]
+        self.display.doing(f"test of the trained model, {len(test)} pictures")
+        after, grid_after = self.evaluator.evaluate(test, "test", training=True), self.evaluator.sample(test[:GRID])
+        run = Run(
+            folder=self.records.folder,
+            metric=self.config.evaluation.metric,
+            before=baseline.before,
+            after=after,
+            yardstick=baseline.yardstick,
+            best_iteration=self.best[1],
+            counter=self.counter,
+            seconds=self.seconds,
+            model=self.model,
+        )
+        if self.world.first:
+            texts = [p.text for p in test[:GRID]]
+            pictures.before_after(baseline.grid, grid_after, texts, run.folder / "before_after.png")
+            self.records.summary(run, self.best[0])
+            try:
+                pictures.curve(self.records.evaluations, run.metric, run.folder / "curve.png")
+            except ImportError as error:
+                self._say(f"no curve.png: {error}")
+            self._show_summary(run)
+        return run
+
+    def _show_summary(self, run: Run) -> None:
+        """The table at the end, and the one line that says it all."""
+        self.display.console.print(summary_table(run, self.config.name))
+        self._say(f"best validation at iteration {run.best_iteration}; pictures, curve and model in {run.folder}")
+        if run.yardstick is not None:
+            guidance, report = run.yardstick
+            self._say(f"yardstick: untrained with its best guidance, {guidance:g}: {report.mean(run.metric):.3f}")
+        self._say(run.last_line)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def train(
+    config: Config,
+    *,
+    model: Model | None = None,
+    reward: Reward | Callable | Sequence[Reward | Callable] | None = None,
+    prompts: PromptsLike | None = None,
+    test_prompts: PromptsLike | None = None,
+    algorithm: Algorithm | None = None,
+    quiet: bool = False,
+    resume: bool = False,
+    allow_changes: bool = False,
+) -> Run:
+    """Trains as `config` says; objects given here take the place of what it names.
+
+    `reward`: a `Reward`, a function of (images, prompts) or (images, prompts, metadata) → scores, or several; their sum
+    is then what the best weights are chosen and reported by, unless `evaluation.metric` names one of them. `prompts`:
+    texts, `Prompt`s or mappings with a "prompt"; they are also used for validation, and for the held-out test unless
+    `test_prompts` is given. Where the algorithm takes given samples, the pictures that the training prompts name are
+    looked for beside `config.data.train`; those of `prompts`, in the working directory.
+
+    `resume`: go on with the run in `config.output` from its newest whole checkpoint (from the start, if it died before
+    the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
+    uninterrupted one would have, bitwise on a CPU. Under torchrun every process calls this alike.
+
+    A run owns its folder: `config.output` must be new, empty, or that of the run that is gone on with. It also records
+    what it depends on (`train.identity`), and is gone on with by nothing else: what differs is named.
+
+    Everything is checked before the first forward. Raises ValueError for bad input, CheckpointError where there is
+    nothing to resume, GuardError when a guard stops the run (the best weights so far are saved), and Interrupted after
+    SIGTERM, SIGHUP or Ctrl-C, when the run's state has been kept. Interrupted is a SystemExit: a script that does not
+    catch it ends without a traceback, with status 143, 129 or 130.
+    """
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    world = join(resolved_device(config.device))
+    objects = {"model": model, "reward": reward, "prompts": prompts, "test_prompts": test_prompts}
+    given = {name: item for name, item in {**objects, "algorithm": algorithm}.items() if item is not None}
+    try:
+        config = settled(config)
+        display = Display(config.name, config.iterations, quiet or not world.first)
+        folder = Path(config.output)
+        check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
+        algorithm = algorithm or config.algorithm.build()
+        config.guards.check(algorithm.name, algorithm.objective.weight_sets)
+        rewards = rewards_of(config, reward)
+        if reward is not None and config.evaluation.metric not in {r.name for r in rewards}:
+            config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
+        if reward is None:
+            algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
+        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads)
+        sets = prompt_sets(config, sources, display.say)
+        pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
+        own = identity(config, algorithm, sources, given)
+        saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
+        baseline = borrowed_baseline(config, own, display.say) if saved is None else None
+        extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
+        eval_rewards = rewards + [safe(build(name)) for name in sorted(extra)]
+        check_ranks(config, world, display.say)
+        warn_of_warmup(config, display.say)
+        say_old_forwards(config, algorithm, display.say)
+        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+        context, trainable, weight_sets = context_of(
+            config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
+        )
+        world.wait()  # all have read what the records will write over
+        with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
+            dumped = config.model_dump(mode="json")
+            trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
+            trainer = Trainer(
+                config, context, trainable, weight_sets, eval_rewards, sets, records, display, trackers, baseline
+            )
+            if saved is not None:
+                trainer.restore(saved)
+            elif resume:
+                records.cut({})
+            return trainer.run()
+    except KeyboardInterrupt:  # before the run could keep anything, or a second Ctrl-C: at once
+        print("tempflow: interrupted", file=sys.stderr)
+        raise Interrupted(signal.SIGINT) from None
+    finally:
+        leave(world)

@@ -1,0 +1,261 @@
+"""The policy's trainable parameters, the weight sets beside them (old, average, reference), and the copy that drafts.
+
+A set holds copies of the trainable parameters alone (a LoRA's, where a LoRA is trained) and computes through the same
+network by `torch.func.functional_call`: nothing is switched, so nothing can be left switched, and the policy's
+parameters keep requiring gradients while a set never gets any.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
+
+from tempflow.algorithms.base import Algorithm
+from tempflow.core.ema import Rule
+from tempflow.models.precision import CheapCopy, cheap_copy, check_precision
+from tempflow.models.protocol import Model
+
+
+class Trainable:
+    """The parameters of `network` that require gradients, with float32 masters that the optimizer moves.
+
+    In float32 the masters are the parameters themselves. In bfloat16 the network computes with rounded copies:
+    gradients are added up in float32 (`collect`) and the moved masters are rounded back (`publish`).
+    Raises ValueError when nothing is trainable.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("model: no parameter requires gradients; choose full training or add a LoRA")
+        self.network = network
+        self.names = [n for n, _ in named]
+        self.parameters = [p for _, p in named]
+        self.split = any(p.dtype != torch.float32 for p in self.parameters)
+        self.masters: list[nn.Parameter] = (
+            [nn.Parameter(p.detach().float().clone()) for p in self.parameters] if self.split else self.parameters
+        )
+
+    def collect(self) -> None:
+        """Adds the network's fresh gradients to the masters'. To be called after each backward."""
+        if not self.split:
+            return
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is None:
+                continue
+            fresh = parameter.grad.float()
+            master.grad = fresh if master.grad is None else master.grad.add_(fresh)
+            parameter.grad = None
+
+    def zero_grad(self) -> None:
+        for p in (*self.parameters, *self.masters):
+            p.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Writes the masters into the network."""
+        if self.split:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
+
+    def named(self) -> dict[str, Tensor]:
+        """The float32 masters themselves by parameter name."""
+        return {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the float32 masters by parameter name."""
+        return {n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave. Raises ValueError naming a parameter that is missing or of another shape."""
+        check_names(self, state)
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.copy_(laid_out(state[name], master))
+        self.publish()
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the layout of `like`: this rank's part of it where that is sharded."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
+        local = tensor.to(like.device)  # every rank has read the whole: nothing is sent
+        return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
+def check_names(trainable: Trainable, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when `state` lacks a trainable parameter or has one of another shape."""
+    for name, master in zip(trainable.names, trainable.masters, strict=True):
+        if name not in state:
+            raise ValueError(f"weights: {name!r} is missing; they are of another model or another kind of training")
+        if state[name].shape != master.shape:
+            raise ValueError(f"weights: {name!r} is {list(state[name].shape)}; the model has {list(master.shape)}")
+
+
+class WeightSet:
+    """Float32 copies of the policy's trainable parameters that follow it by a rule and never get gradients."""
+
+    def __init__(self, trainable: Trainable, rule: Rule, values: Mapping[str, Tensor] | None = None) -> None:
+        self.trainable, self.rule, self.updates = trainable, rule, 0
+        start = trainable.named() if values is None else values
+        check_names(trainable, start)
+        self.values = [
+            laid_out(start[n].detach().to(m.device, torch.float32), m).clone()
+            for n, m in zip(trainable.names, trainable.masters, strict=True)
+        ]
+        self._rounded: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follows the policy as it is now."""
+        self.updates += 1
+        decay = self.rule.decay(self.updates)
+        if decay >= 1:
+            return
+        for value, master in zip(self.values, self.trainable.masters, strict=True):
+            value.lerp_(master, 1 - decay)
+        self._rounded = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The values themselves by parameter name; `updates` is kept apart."""
+        return dict(zip(self.trainable.names, self.values, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Puts back what `named` gave."""
+        check_names(self.trainable, state)
+        for name, value in zip(self.trainable.names, self.values, strict=True):
+            value.copy_(laid_out(state[name], value))
+        self.updates, self._rounded = updates, None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the network itself holds this set: for saving it, and where a view cannot stand in."""
+        kept = self.trainable.state()
+        self.trainable.load(dict(zip(self.trainable.names, self.values, strict=True)))
+        try:
+            yield
+        finally:
+            self.trainable.load(kept)
+
+    def network(self) -> nn.Module:
+        """The network as this set computes it, without gradients to the set; follows later updates."""
+        return _View(self)
+
+    def rounded(self) -> dict[str, Tensor]:
+        """The values in the dtypes that the network computes in."""
+        if self._rounded is None:
+            named = zip(self.trainable.names, self.values, self.trainable.parameters, strict=True)
+            self._rounded = {n: v.to(p.dtype) for n, v, p in named}
+        return self._rounded
+
+
+class _View(nn.Module):
+    def __init__(self, weights: WeightSet) -> None:
+        super().__init__()
+        self.weights = (weights,)  # in a tuple: the network is not this module's own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (weights,) = self.weights
+        return functional_call(weights.trainable.network, weights.rounded(), args, kwargs)
+
+
+def holds_policy(network: nn.Module, trainable: Trainable) -> bool:
+    """Whether that weight set's network computes with the very numbers that the policy has now."""
+    if not isinstance(network, _View):
+        return False  # a copy of its own, which is a frozen set's
+    (weights,) = network.weights
+    rounded = weights.rounded()
+    return all(torch.equal(p, rounded[n]) for n, p in zip(trainable.names, trainable.parameters, strict=True))
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """The network as it stands now, never to be trained: for a sharded run, where a view cannot stand in."""
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+PREFIX = "policy/set."
+"""Of their files' names in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class WeightSets:
+    """By name."""
+
+    sets: Mapping[str, WeightSet] = field(default_factory=dict[str, WeightSet])
+
+    @staticmethod
+    def of(algorithm: Algorithm, trainable: Trainable) -> WeightSets:
+        """Those that the algorithm asks for, holding the policy as it is now."""
+        rules = {name: algorithm.rule(name) for name in algorithm.sets}
+        return WeightSets({name: WeightSet(trainable, rule) for name, rule in rules.items() if rule.moves})
+
+    def update(self) -> None:
+        """After an iteration's updates."""
+        for weights in self.sets.values():
+            weights.update()
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """A checkpoint's tensors by file: the sets' own, no copies."""
+        return {PREFIX + name: weights.named() for name, weights in self.sets.items()}
+
+    def updates(self) -> dict[str, int]:
+        """How often each has followed, for the checkpoint's JSON."""
+        return {name: weights.updates for name, weights in self.sets.items()}
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: Mapping[str, int]) -> None:
+        """Puts back what `tensors` and `updates` gave."""
+        for name, weights in self.sets.items():
+            weights.load(tensors[PREFIX + name], updates[name])
+
+
+@dataclass(frozen=True, eq=False)
+class Drafter:
+    """`copy` holds the weights that `source` had when `fresh` was last called; nothing of it is trained or kept.
+
+    network: the policy's, whose untrained weights the copy shares in value.
+    """
+
+    copy: CheapCopy
+    network: nn.Module
+    source: Trainable | WeightSet
+
+    @staticmethod
+    def of(algorithm: Algorithm, model: Model, trainable: Trainable, sets: Mapping[str, WeightSet]) -> Drafter | None:
+        """None where nothing is drafted, or by the sampler itself.
+
+        sets: by name, the sampler's among them unless that is the policy. Raises ValueError for a device without that
+        precision or a network that has no use for it; ImportError where torchao is missing.
+        """
+        draft = algorithm.draft
+        if draft is None or draft.precision == "full":
+            return None
+        source = trainable if algorithm.sampler == "policy" else sets[algorithm.sampler]
+        copy = cheap_copy(model.network, model.blocks(model.network), draft.precision)
+        return Drafter(copy, model.network, source)
+
+    def fresh(self) -> nn.Module:
+        """The copy, with the source's weights as they are now."""
+        self.copy.refresh(self.network, self.source.named())
+        return self.copy
+
+
+def check_draft(algorithm: Algorithm, device: torch.device, sharded: bool) -> None:
+    """Before a model is loaded. Raises ValueError for a precision that `device` or a sharded network cannot have,
+    ImportError where torchao is missing."""
+    if algorithm.draft is None or algorithm.draft.precision == "full":
+        return
+    if sharded:
+        raise ValueError(
+            f"draft_precision: {algorithm.draft.precision!r} copies the network in one piece, and parallel.mode 'fsdp' "
+            "has it in parts; nearest valid: 'full', or parallel.mode 'ddp'"
+        )
+    check_precision(algorithm.draft.precision, device)

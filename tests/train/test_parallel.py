@@ -1,0 +1,187 @@
+"""Two gloo ranks do what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import main
+from safetensors.torch import load_file
+
+from tempflow.train import checkpoint
+from tempflow.train.parallel import World, buckets
+
+HERE = Path(__file__).parent
+
+
+def launch(ranks: int, how: str, target: Path, *cases: str) -> None:
+    """What torchrun does for one node: a process a rank, the same command, its environment. One rank needs none."""
+    if ranks == 1:
+        main(how, str(target), *cases)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "ranks.py"), how, str(target), *cases],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:  # those that wait for one that does not come
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
+    return float((a - b).abs().max()) <= relative * float(b.abs().max())
+
+
+KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
+KINDS += ["diffusion_dpo", "sft"]
+IDLE = ["flow", "dapo", "gcpo", "vipo"]
+ROUTED = ["flow", "nft", "dapo"]
+SHARDED = ["flow", "tempflow", "idle flow"]
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case on two ranks, one after the other in the same processes, as starting these is what takes time."""
+    folder = tmp_path_factory.mktemp("ddp")
+    launch(2, "ddp", folder, *KINDS, *(f"idle {name}" for name in IDLE), *(f"routed {name}" for name in ROUTED))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp")
+    launch(2, "fsdp", folder, *SHARDED)
+    return folder
+
+
+def compare(case: str, two: Path, folder: Path) -> dict[str, float]:
+    """Two ranks' metrics and tensors beside those of this process alone; the latter's metrics."""
+    launch(1, "ddp", folder, case)
+    places = [root / case.replace(" ", "_") for root in (folder, two)]
+    one, other = (load_file(place / "tensors.safetensors") for place in places)
+    assert one.keys() == other.keys() and float(one["gradient/mean.bias"].abs().max()) > 1e-4
+    assert torch.equal(one["advantage"], other["advantage"]) and bool((one["advantage"] != 0).any())
+    for name in one:
+        assert bool(other[name].isfinite().all()) and close(other[name], one[name], 1e-5), name
+    metrics = [json.loads((place / "metrics.json").read_text()) for place in places]
+    assert metrics[0].keys() == metrics[1].keys() and metrics[0]["updates"] >= 1
+    for key, value in metrics[0].items():
+        assert metrics[1][key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    return metrics[0]
+
+
+@pytest.mark.parametrize("algorithm", KINDS)
+def test_two_ranks_equal_one_process(algorithm: str, replicated: Path, tmp_path: Path) -> None:
+    """Five prompts on two ranks, failed scores and a group without spread: loss, advantages, gradients, a step."""
+    compare(algorithm, replicated, tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", IDLE)
+def test_a_rank_whose_groups_teach_nothing_leaves_the_others_gradient_as_it_is(
+    algorithm: str, replicated: Path, tmp_path: Path
+) -> None:
+    """Its groups are flat or failed, and its latents broken: 0 times these would not be 0."""
+    assert compare(f"idle {algorithm}", replicated, tmp_path)["updates"] == 1
+
+
+@pytest.mark.parametrize("algorithm", ROUTED)
+def test_ranks_that_use_different_parameters_equal_one_process(
+    algorithm: str, replicated: Path, tmp_path: Path
+) -> None:
+    """Experts of one shape, one used on each rank and one nowhere, which no optimizer may touch."""
+    compare(f"routed {algorithm}", replicated, tmp_path)
+    tensors = load_file(replicated / f"routed_{algorithm}" / "tensors.safetensors")
+    used = {f"gradient/experts.{number}.weight": number < 2 for number in range(3)}
+    assert {name: name in tensors for name in used} == used
+    assert all(float(tensors[name].abs().max()) > 1e-5 for name in used if used[name])
+    assert torch.equal(tensors["after/experts.2.weight"], torch.full((8, 2), 2.1))
+
+
+def test_buckets_keep_the_order_and_their_size() -> None:
+    assert buckets([3, 4, 5, 20, 1, 1], 8) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    assert buckets([], 8) == [] and buckets([9], 8) == [range(1)] and buckets([4, 4], 8) == [range(2)]
+    sizes = torch.randint(0, 12, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    made = buckets(sizes, 16)
+    assert [i for bucket in made for i in bucket] == list(range(50))
+    assert all(sum(sizes[i] for i in bucket) <= 16 for bucket in made)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_equals_one_process(case: str, sharded: Path, tmp_path: Path) -> None:
+    compare(case, sharded, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "two"
+    launch(2, "fsdp", folder, "run")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_run_on_two_ranks_is_a_run_on_one(mode: str, sharded_run: Path, tmp_path: Path) -> None:
+    """Files and weights."""
+    launch(1, mode, tmp_path / "one", "run")
+    if mode == "ddp":
+        launch(2, mode, tmp_path / "two", "run")
+    else:
+        shutil.copytree(sharded_run, tmp_path / "two")
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        lines = [
+            [json.loads(line) for line in (tmp_path / run / name).read_text().splitlines()] for run in ("one", "two")
+        ]
+        assert len(lines[0]) == len(lines[1]) > 1
+        for a, b in zip(*lines, strict=True):
+            assert a.keys() == b.keys()
+            for key in ("loss", "grad_norm", "reward/brightness", "forwards", "diversity", "kl"):
+                if key in a:
+                    assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-6), (name, key)
+    ends = [checkpoint.newest(tmp_path / run) for run in ("one", "two")]
+    for which in ("policy", "ema"):
+        one, two = (checkpoint.read_weights(end, which) for end in ends)
+        assert one.keys() == two.keys() and all(close(two[n], one[n], 1e-3) for n in one)
+    assert not list(ends[1].glob("*.parts"))
+    saved = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two")]
+    assert saved[0].keys() == saved[1].keys() and all(close(saved[1][n], saved[0][n], 1e-3) for n in saved[0])
+
+
+def test_a_sharded_run_goes_on_on_one_process(sharded_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(sharded_run, tmp_path / "run")
+    weights = checkpoint.read_weights(checkpoint.newest(run), "policy")
+    launch(1, "fsdp", run, "resume")
+    again = checkpoint.read_weights(checkpoint.newest(run), "policy")
+    assert all(torch.equal(weights[n], again[n]) for n in weights)
+
+
+def test_too_few_prompts_for_the_ranks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"data.prompts_per_iteration: 1 for 2 ranks; nearest valid: 2"):
+        launch(2, "ddp", tmp_path / "run", "few")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_blocks_are_even_and_cover_everything(size: int) -> None:
+    for count in range(size, 20):
+        blocks = [World(rank, size).block(count) for rank in range(size)]
+        assert [i for block in blocks for i in block] == list(range(count))
+        assert max(map(len, blocks)) - min(map(len, blocks)) <= 1

@@ -1,0 +1,204 @@
+"""A run that was stopped, killed or interrupted and resumed ends bit for bit as the uninterrupted one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake import PROMPTS, Fake, brightness, config
+from PIL import Image
+
+from tempflow.train import checkpoint, trainer
+from tempflow.train.checkpoint import CheckpointError
+from tempflow.train.display import Interrupted
+from tempflow.train.guards import GuardError
+from tempflow.train.records import LINES, Run
+from tempflow.train.trainer import train
+
+Images = list[Image.Image]
+OPTIONS: dict[str, Any] = {
+    "iterations": 5,
+    "optimizer": {"updates_per_iteration": 2, "ema_decay": 0.7, "warmup_iterations": 2},
+    "checkpoint": {"every": 2},
+    "evaluation": {"every": 2, "yardstick": (1.0, 2.0)},
+    "algorithm": {"name": "tempflow_grpo", "steps": 4, "seeds": 2, "branches": 3, "clip": 0.02, "kl": 0.01},
+}
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after this runs but what a new process does."""
+
+
+def go(folder: Path, resume: bool = False, reward: Any = brightness, **changes: Any) -> Run:
+    settings = config(folder, **{**OPTIONS, **changes})
+    return train(settings, model=Fake(), reward=reward, prompts=PROMPTS, quiet=True, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return go(tmp_path_factory.mktemp("whole") / "toy").folder
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    for name in (*LINES, "samples.json", "model/model.safetensors", "before_after.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    ends = [checkpoint.read(checkpoint.newest(folder)) for folder in (a, b)]
+    for name, part in ends[0].tensors.items():
+        assert all(t.equal(ends[1].tensors[name][k]) for k, t in part.items()), name
+    drop = {"seconds", "config"}
+    assert [{k: v for k, v in e.state.items() if k not in drop} for e in ends[:1]] == [
+        {k: v for k, v in e.state.items() if k not in drop} for e in ends[1:]
+    ]
+
+
+class Countdown:
+    """Calls through, until it is time: then `act`, once."""
+
+    def __init__(self, left: int, act: Any) -> None:
+        self.left, self.act = left, act
+
+    def wrap(self, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                self.act()
+            return original(*args, **kwargs)
+
+        return call
+
+
+def dies() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("left", [1, 2, 9, 20, 31, 44, 57, 73, 90, 104])
+def test_killed_at_any_disk_write_and_resumed(
+    left: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown = Countdown(left, dies)
+    with monkeypatch.context() as patch:
+        for name in ("save_file", "_flush", "sha256"):
+            patch.setattr(checkpoint, name, countdown.wrap(getattr(checkpoint, name)))
+        patch.setattr(trainer.Records, "_append", countdown.wrap(trainer.Records._append))
+        with pytest.raises(Killed):
+            go(tmp_path / "toy")
+    assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
+
+
+@pytest.mark.parametrize("left", [3, 12, 22, 37])
+def test_killed_during_a_forward_and_resumed_twice(
+    left: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for resume, after in ((False, left), (True, left + 5)):
+        countdown = Countdown(after, dies)
+        with monkeypatch.context() as patch:
+            patch.setattr(Fake, "decode", countdown.wrap(Fake.decode))
+            with contextlib.suppress(Killed):
+                go(tmp_path / "toy", resume=resume)
+    assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("left", [8, 30, 48, 64, 80])
+def test_a_signal_keeps_everything_and_the_run_goes_on(
+    left: int, number: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown = Countdown(left, lambda: os.kill(os.getpid(), number))
+    kept = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        velocity = type(Fake().network)
+        patch.setattr(velocity, "forward", countdown.wrap(velocity.forward))
+        with pytest.raises(Interrupted):
+            go(tmp_path / "toy")
+    assert signal.getsignal(number) is kept
+    assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    countdown = Countdown(50, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    velocity = type(Fake().network)
+    monkeypatch.setattr(velocity, "forward", countdown.wrap(velocity.forward))
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "toy", **OPTIONS), model=Fake(), reward=brightness, prompts=PROMPTS)
+    said = capsys.readouterr().out
+    given = "model=…, reward=brightness, prompts=…, resume=True)"  # the command line knows none of these
+    assert "to go on: tempflow.train(" in said and given in said and "of 5 iterations" in said
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    countdown = Countdown(14, dies)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fake, "decode", countdown.wrap(Fake.decode))
+        with pytest.raises(Killed):
+            go(tmp_path / "toy")
+    file = checkpoint.newest(tmp_path / "toy") / "policy" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
+
+
+def test_changed_fields_are_named_and_refused_unless_allowed(tmp_path: Path) -> None:
+    go(tmp_path / "toy", iterations=2)
+    changes = {"iterations": 3, "optimizer": {**OPTIONS["optimizer"], "learning_rate": 0.01}}
+    with pytest.raises(ValueError, match=r"iterations: 2 → 3; optimizer.learning_rate: 0.05 → 0.01.*--allow-changes"):
+        go(tmp_path / "toy", resume=True, **changes)
+    settings = config(tmp_path / "toy", **{**OPTIONS, **changes})
+    run = train(settings, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True, resume=True, allow_changes=True)
+    metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 3
+
+
+def test_a_finished_run_resumed_is_finished_again(whole: Path, tmp_path: Path) -> None:
+    first = go(tmp_path / "toy")
+    again = go(tmp_path / "toy", resume=True)
+    assert again.last_line.split(", ")[2] == first.last_line.split(", ")[2]
+    assert_equal(whole, again.folder)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint .*no such folder"):
+        go(tmp_path / "nowhere", resume=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        go(tmp_path / "other", resume=True)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_kept(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint.save_file
+    calls = {"n": 0}
+
+    def full(part: Any, file: Path) -> None:
+        calls["n"] += 1
+        if calls["n"] > 9:
+            raise OSError(28, "No space left on device")
+        original(part, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(GuardError, match=r"could not be written: .*No space left.*resume=True"):
+            go(tmp_path / "toy")
+    assert_equal(whole, go(tmp_path / "toy", resume=True).folder)
+
+
+def test_the_start_and_the_reference_may_be_another_run(tmp_path: Path) -> None:
+    first = go(tmp_path / "first", iterations=2)
+    best = checkpoint.best_weights(first.folder)
+    assert any(not t.equal(dict(Fake().network.named_parameters())[n]) for n, t in best.items())
+    start = {"start": str(first.folder), "reference": "start"}
+    second = go(tmp_path / "second", iterations=1, model=start)
+    assert second.before.mean("reward") == pytest.approx(first.after.mean("reward"))
+    held_to_base = go(tmp_path / "third", iterations=1, model={"start": str(first.folder)})
+    kl = [
+        float(line.split('"kl": ')[1].split(",")[0])
+        for line in ((r.folder / "metrics.jsonl").read_text() for r in (second, held_to_base))
+    ]
+    assert kl[1] > kl[0] >= 0
