@@ -12,7 +12,6 @@ from tempflow.cli import main
 from tempflow.cli.draw import SampleOptions
 from tempflow.cli.export import ExportOptions
 from tempflow.cli.judge import EvalOptions
-from tempflow.cli.lists import REWARD_NOTES
 from tempflow.cli.options import parse
 from tempflow.cli.parse import configured
 from tempflow.cli.report import ReportOptions
@@ -137,7 +136,9 @@ def test_an_interrupted_run(monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------------------------- other verbs
 def test_cost_prints_the_counts(capsys):
-    status, out, _ = run(capsys, "cost", "shapes_tempflow", "--algorithm.branch-steps", "None", "--algorithm.seeds", "4")
+    status, out, _ = run(
+        capsys, "cost", "shapes_tempflow", "--algorithm.branch-steps", "None", "--algorithm.seeds", "4"
+    )
     assert status == 0
     figures = out.replace(",", "").replace("│", " ").split()
     recipe = RECIPES["shapes_tempflow"]()
@@ -164,9 +165,9 @@ def test_lists(capsys, verb, words):
 
 
 def test_every_reward_has_a_note():
-    from tempflow.rewards import REWARDS
+    from tempflow.rewards import REWARDS, notes
 
-    assert set(REWARD_NOTES) == set(REWARDS)
+    assert notes().keys() == set(REWARDS) and all(what and licence for what, licence, _ in notes().values())
 
 
 class FakeReport:

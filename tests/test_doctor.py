@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tempflow.cli.doctor import doctor_verb
-from tempflow.cli.lists import REWARD_NOTES
 from tempflow.config import Config
 from tempflow.doctor import Check, failed, libraries, machine, run, to_json
 from tempflow.models import load, shapes_folder
 from tempflow.recipes import RECIPES
+from tempflow.rewards import notes
 
 LINES = [
     "torch>=2.6",
@@ -157,7 +157,7 @@ def test_the_hubs_settings_without_secrets() -> None:
 
 # ------------------------------------------------------------------------------------------------------- configuration
 def states(config: Config, environment: dict[str, str] | None = None) -> dict[str, Check]:
-    return {check.name: check for check in run.run_checks(config, REWARD_NOTES, environment or {})}
+    return {check.name: check for check in run.run_checks(config, notes(), environment or {})}
 
 
 def test_a_recipe_that_runs_here(tmp_path: Path) -> None:
@@ -241,11 +241,11 @@ def test_pictures_are_looked_at_where_the_algorithm_takes_them(tmp_path: Path) -
 
 
 def test_extras_that_a_configuration_needs() -> None:
-    needs = run.needed_extras(small(), REWARD_NOTES)
+    needs = run.needed_extras(small(), notes())
     assert needs == {"diffusers": ["model shapes"], "shapes": ["reward shapes", "reward shapes_strict"]}
-    assert set(run.needed_extras(RECIPES["sd35_medium_tempflow"](), REWARD_NOTES)) == {"diffusers"}
+    assert set(run.needed_extras(RECIPES["sd35_medium_tempflow"](), notes())) == {"diffusers"}
     tracked = small(track=small().track.model_copy(update={"to": ("wandb",)}))
-    assert run.needed_extras(tracked, REWARD_NOTES)["wandb"] == ["tracker wandb"]
+    assert run.needed_extras(tracked, notes())["wandb"] == ["tracker wandb"]
 
 
 def test_the_precision_of_drafts() -> None:
@@ -258,9 +258,9 @@ def test_the_precision_of_drafts() -> None:
     (check,) = run.draft_checks(drafting("float8"), "cpu")
     assert check.state == "fails" and "needs a CUDA device of compute capability 8.9" in check.found
     assert check.advice == "--algorithm.draft-precision int8"
-    assert run.needed_extras(drafting("float8"), REWARD_NOTES)["quant"] == ["drafts in float8"]
-    assert run.needed_extras(drafting("int8"), REWARD_NOTES, "cuda")["quant"] == ["drafts in int8"]
-    assert "quant" not in run.needed_extras(drafting("int8"), REWARD_NOTES)
+    assert run.needed_extras(drafting("float8"), notes())["quant"] == ["drafts in float8"]
+    assert run.needed_extras(drafting("int8"), notes(), "cuda")["quant"] == ["drafts in int8"]
+    assert "quant" not in run.needed_extras(drafting("int8"), notes())
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk

@@ -57,7 +57,9 @@ def test_rows_double_while_time_allows(monkeypatch):
 
 
 def test_the_embedded_model_is_measured():
-    config = configured("cost", ["shapes_tempflow", *SMALL, "--threads", "1", "--train-rows", "2", "--rollout-rows", "2"])
+    config = configured(
+        "cost", ["shapes_tempflow", *SMALL, "--threads", "1", "--train-rows", "2", "--rollout-rows", "2"]
+    )
     measured = measure.measured(config, seconds=0.0)
     rates = [measured.forward, measured.train, measured.decode, *measured.rewards.values()]
     assert all(rate.rows == 1 and rate.seconds > 0 for rate in rates) and [*measured.rewards] == [

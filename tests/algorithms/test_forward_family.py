@@ -278,7 +278,7 @@ BAD: list[tuple[Callable[..., Algorithm], dict[str, Any], str]] = [
     (advantage_flow, {"pairs": 0}, "strata: 0 is too small; nearest valid: 1"),
     (v_grpo, {"clip": 0.0}, "clip: 0.0 must be finite and above 0; 0.01 is usual"),
     (v_grpo, {"pairs": 50}, "strata: 50 do not fit"),
-    (v_grpo, {"soft_clip": 0.0}, "soft_clip: 0.0 must be finite and > 0"),
+    (v_grpo, {"soft_clip": 0.0}, "soft_clip: 0.0 must be finite and above 0"),
     (elbo_pg, {"kind": "ppo"}, "kind: 'ppo' is not one of 'epg'"),
     (elbo_pg, {"rollout": "ddim"}, "rollout: 'ddim' is not one of 'ode', 'sde'"),
     (elbo_pg, {"gain": 0.0}, "gain: 0.0 must be finite and above 0; 0.1 is usual"),

@@ -191,7 +191,7 @@ def test_a_sample_that_is_not_finite_is_failed_and_left_out() -> None:
 
 
 def test_grid_times_come_from_the_model_s_grid_of_that_many_steps() -> None:
-    algorithm = replace(sft(), steps=4, draws=replace(sft().renoise, times=GridTimes(1.0)))  # type: ignore[type-var]
+    algorithm = replace(sft(), steps=4, renoise=replace(sft().renoise, times=GridTimes(1.0)))  # type: ignore[type-var]
     assert algorithm.cost(0, 1) == Cost(0, 0, 4)
     run = bench(algorithm)
     assert run.iterate()["trained_edges"] == 4 * len(PROMPTS)
@@ -204,13 +204,16 @@ PAIR = OfflineSamples(("chosen", "rejected"), (1.0, 0.0))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan": lambda i, s: plan.ode(1, 2)}, r"plan: grows a rollout, and the samples \('chosen', 'rejected'\) are"),
+        (
+            {"plan": lambda i, s: plan.ode(1, 2)},
+            r"plan: grows a rollout beside offline samples \('chosen', 'rejected'\)",
+        ),
         ({"offline": OfflineSamples(("image",), (1.0,))}, r"plan: grows a rollout"),
-        ({"given": None}, r"steps: 1, but the plan has 0"),
-        ({"draws": None}, r"draws: None, and given samples have no edges to train"),
+        ({"offline": None}, r"steps: 1, but the plan has 0"),
+        ({"renoise": None}, r"renoise: None, and offline samples have no edges"),
         ({"dynamics": FlowSDE(0.7)}, r"dynamics: is a rollout's, and samples are given in its place"),
         ({"draft": Draft(4, 2)}, r"draft: is a rollout's"),
-        ({"latent_reward": "folder"}, r"judge: is a rollout's"),
+        ({"latent_reward": "folder"}, r"latent_reward: is a rollout's"),
         ({"grid": lambda i, schedule: schedule}, r"grid: is a rollout's"),
     ],
 )

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 from fake import PROMPTS, Fake, Velocity, brightness, config
 
-from tempflow import rewards
 from tempflow.cli import main
 from tempflow.config import to_yaml
 from tempflow.rewards import from_function
@@ -81,7 +80,7 @@ class Scene:
                 self.returned[here] += [v for v in result if isinstance(v, float) and math.isfinite(v)]
             return result
 
-        self.patch.setitem(rewards.REWARDS, "shapes", lambda: make(shapes))
+        self.patch.setattr("tempflow.rewards.shapes.shapes", lambda: make(shapes))
 
     def at(self, stage: str, owner: Any, name: str, act: Act) -> None:
         """From now on `act` changes what `owner.name` gives at a stage; it may raise."""

@@ -177,7 +177,7 @@ def only_for(prompt: str) -> Callable[[Scene], None]:
             scene.returned[scene.stage] += [v for v in values if v is not None]
             return values
 
-        scene.patch.setitem(rewards.REWARDS, "shapes", lambda: rewards.from_function(shapes))
+        scene.patch.setattr("tempflow.rewards.shapes.shapes", lambda: rewards.from_function(shapes))
 
     return inject
 

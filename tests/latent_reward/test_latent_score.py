@@ -213,7 +213,7 @@ def test_what_cannot_be_sampled_says_so(change: dict[str, object], message: str)
         "dynamics": FlowSDE(0.7),
         "schedule": GRID,
         "predict": velocity,
-        "judge": never,
+        "score_latents": never,
         "noise": NOISE,
         "shape": SHAPE,
         "slots": [0],

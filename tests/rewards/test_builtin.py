@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tempflow.rewards import JPEGCompressibility, Reward, ShapesReward
+from tempflow.rewards import Reward
+from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
+from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes import verify
 from tempflow.shapes.prompts import balanced
 from tempflow.shapes.render import scene

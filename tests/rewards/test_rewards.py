@@ -14,7 +14,8 @@ from torch import Tensor
 
 import tempflow.rewards as rewards
 from tempflow.core.scores import Scores
-from tempflow.rewards import REWARDS, JPEGCompressibility, Reward, RewardError, build, from_function, score_all
+from tempflow.rewards import REWARDS, Reward, RewardError, build, from_function, score_all
+from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
 from tempflow.rewards.protocol import check
 
 
@@ -65,7 +66,10 @@ def test_every_shipped_reward_is_built_under_its_own_name(name: str) -> None:
     ("name", "meant"), [("shape", "shapes"), ("shapes-strict", "shapes_strict"), ("jpeg", "jpeg_compressibility")]
 )
 def test_unknown_name_did_you_mean(name: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=rf"reward: '{name}' is unknown; did you mean '{meant}'\? Known: shapes, "):
+    with pytest.raises(
+        ValueError,
+        match=rf"reward: '{name}' is unknown; did you mean '{meant}'\? Known: jpeg_compressibility, shapes, ",
+    ):
         build(name)
 
 
@@ -75,7 +79,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 
 
 def test_installed_packages_add_rewards_but_never_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, theirs="tempflow.rewards.jpeg:JPEGCompressibility", shapes="nowhere:Missing")
+    install(monkeypatch, theirs="tempflow.rewards.jpeg_compressibility:JPEGCompressibility", shapes="nowhere:Missing")
     assert isinstance(build("theirs"), JPEGCompressibility)
     assert build("shapes").name == "shapes"
     assert rewards.names() == (*REWARDS, "theirs")

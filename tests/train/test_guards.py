@@ -295,7 +295,7 @@ def test_the_flags_that_a_message_names_are_those_of_the_command_line(guard: str
     option, field = f"--guards.{guard}".replace("_", "-"), flags[0].split(".")[-1]
     assert flags == [f"{option}.{field}", f"{option}.action"]
     value = watched().model_dump()[guard][field]
-    made = configured("train", ["demo", "--algorithm.kl", "1", flags[0], str(value), flags[1], "stop"])
+    made = configured("train", ["shapes_tempflow", "--algorithm.kl", "1", flags[0], str(value), flags[1], "stop"])
     assert made.guards == GuardsConfig.model_validate({guard: {"action": "stop", field: value}})
 
 

@@ -27,7 +27,8 @@ from tempflow.config import Config
 from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
-from tempflow.rewards import JPEGCompressibility, from_function
+from tempflow.rewards import from_function
+from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
 from tempflow.train import build, checkpoint, state, trainer
 from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError

@@ -1,143 +1,69 @@
-"""Algorithms: one file per paper, each a function of its hyper-parameters that returns an `Algorithm`."""
+"""Algorithms: one file per paper, with a function by the file's name: hyper-parameters in, an `Algorithm` out.
+
+A new file is a new algorithm: here and on the command line. Each is imported when it is first used. `base.texts_of`
+lends it the texts of arguments that others have too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-from tempflow.algorithms.advantage_flow import advantage_flow
-from tempflow.algorithms.awm import awm
 from tempflow.algorithms.base import Algorithm
-from tempflow.algorithms.branch_grpo import branch_grpo
-from tempflow.algorithms.cispo import cispo
-from tempflow.algorithms.crd import crd
-from tempflow.algorithms.dance_grpo import dance_grpo
-from tempflow.algorithms.dapo import dapo
-from tempflow.algorithms.ddpo import ddpo
-from tempflow.algorithms.dgpo import dgpo
-from tempflow.algorithms.diffusion_dpo import diffusion_dpo
-from tempflow.algorithms.diffusion_nft import diffusion_nft
-from tempflow.algorithms.dr_grpo import dr_grpo
-from tempflow.algorithms.drm_grpo import drm_grpo
-from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo
-from tempflow.algorithms.e2po import e2po
-from tempflow.algorithms.elbo_pg import elbo_pg
-from tempflow.algorithms.flash_grpo import flash_grpo
-from tempflow.algorithms.flow_cps import flow_cps
-from tempflow.algorithms.flow_dppo import flow_dppo
-from tempflow.algorithms.flow_grpo import flow_grpo
-from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast
-from tempflow.algorithms.gcpo import gcpo
-from tempflow.algorithms.grpo_guard import grpo_guard
-from tempflow.algorithms.gspo import gspo
-from tempflow.algorithms.mix_grpo import mix_grpo
-from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash
-from tempflow.algorithms.online_dpo import online_dpo
-from tempflow.algorithms.otca import otca
-from tempflow.algorithms.perceptual_entropy import perceptual_entropy
-from tempflow.algorithms.pref_grpo import pref_grpo
-from tempflow.algorithms.reinforce_pp import reinforce_pp
-from tempflow.algorithms.rejection_sft import rejection_sft
-from tempflow.algorithms.rloo import rloo
-from tempflow.algorithms.sapo import sapo
-from tempflow.algorithms.sft import sft
-from tempflow.algorithms.slas import slas
-from tempflow.algorithms.sol_rl import sol_rl
-from tempflow.algorithms.tempflow_grpo import tempflow_grpo
-from tempflow.algorithms.v_grpo import v_grpo
-from tempflow.algorithms.vipo import vipo
 from tempflow.names import nearest
+from tempflow.registry import Namesakes, Registry
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "advantage_flow": advantage_flow,
-    "awm": awm,
-    "branch_grpo": branch_grpo,
-    "cispo": cispo,
-    "crd": crd,
-    "dance_grpo": dance_grpo,
-    "dapo": dapo,
-    "ddpo": ddpo,
-    "dgpo": dgpo,
-    "diffusion_dpo": diffusion_dpo,
-    "diffusion_nft": diffusion_nft,
-    "dr_grpo": dr_grpo,
-    "drm_grpo": drm_grpo,
-    "dynamic_treerpo": dynamic_treerpo,
-    "e2po": e2po,
-    "elbo_pg": elbo_pg,
-    "flash_grpo": flash_grpo,
-    "flow_cps": flow_cps,
-    "flow_dppo": flow_dppo,
-    "flow_grpo": flow_grpo,
-    "flow_grpo_fast": flow_grpo_fast,
-    "gcpo": gcpo,
-    "grpo_guard": grpo_guard,
-    "gspo": gspo,
-    "mix_grpo": mix_grpo,
-    "mix_grpo_flash": mix_grpo_flash,
-    "online_dpo": online_dpo,
-    "otca": otca,
-    "perceptual_entropy": perceptual_entropy,
-    "pref_grpo": pref_grpo,
-    "reinforce_pp": reinforce_pp,
-    "rejection_sft": rejection_sft,
-    "rloo": rloo,
-    "sapo": sapo,
-    "sft": sft,
-    "slas": slas,
-    "sol_rl": sol_rl,
-    "tempflow_grpo": tempflow_grpo,
-    "v_grpo": v_grpo,
-    "vipo": vipo,
-}
+if TYPE_CHECKING:  # for type checkers, which would take a name for its file; nothing that runs needs it
+    from tempflow.algorithms.advantage_flow import advantage_flow as advantage_flow
+    from tempflow.algorithms.awm import awm as awm
+    from tempflow.algorithms.branch_grpo import branch_grpo as branch_grpo
+    from tempflow.algorithms.cispo import cispo as cispo
+    from tempflow.algorithms.crd import crd as crd
+    from tempflow.algorithms.dance_grpo import dance_grpo as dance_grpo
+    from tempflow.algorithms.dapo import dapo as dapo
+    from tempflow.algorithms.ddpo import ddpo as ddpo
+    from tempflow.algorithms.dgpo import dgpo as dgpo
+    from tempflow.algorithms.diffusion_dpo import diffusion_dpo as diffusion_dpo
+    from tempflow.algorithms.diffusion_nft import diffusion_nft as diffusion_nft
+    from tempflow.algorithms.dr_grpo import dr_grpo as dr_grpo
+    from tempflow.algorithms.drm_grpo import drm_grpo as drm_grpo
+    from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo as dynamic_treerpo
+    from tempflow.algorithms.e2po import e2po as e2po
+    from tempflow.algorithms.elbo_pg import elbo_pg as elbo_pg
+    from tempflow.algorithms.flash_grpo import flash_grpo as flash_grpo
+    from tempflow.algorithms.flow_cps import flow_cps as flow_cps
+    from tempflow.algorithms.flow_dppo import flow_dppo as flow_dppo
+    from tempflow.algorithms.flow_grpo import flow_grpo as flow_grpo
+    from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast as flow_grpo_fast
+    from tempflow.algorithms.gcpo import gcpo as gcpo
+    from tempflow.algorithms.grpo_guard import grpo_guard as grpo_guard
+    from tempflow.algorithms.gspo import gspo as gspo
+    from tempflow.algorithms.mix_grpo import mix_grpo as mix_grpo
+    from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash as mix_grpo_flash
+    from tempflow.algorithms.online_dpo import online_dpo as online_dpo
+    from tempflow.algorithms.otca import otca as otca
+    from tempflow.algorithms.perceptual_entropy import perceptual_entropy as perceptual_entropy
+    from tempflow.algorithms.pref_grpo import pref_grpo as pref_grpo
+    from tempflow.algorithms.reinforce_pp import reinforce_pp as reinforce_pp
+    from tempflow.algorithms.rejection_sft import rejection_sft as rejection_sft
+    from tempflow.algorithms.rloo import rloo as rloo
+    from tempflow.algorithms.sapo import sapo as sapo
+    from tempflow.algorithms.sft import sft as sft
+    from tempflow.algorithms.slas import slas as slas
+    from tempflow.algorithms.sol_rl import sol_rl as sol_rl
+    from tempflow.algorithms.tempflow_grpo import tempflow_grpo as tempflow_grpo
+    from tempflow.algorithms.v_grpo import v_grpo as v_grpo
+    from tempflow.algorithms.vipo import vipo as vipo
+
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = Registry(__name__, besides=("base",))
+"""Name → function, of all that ship with the package."""
 
 ENTRY_POINTS = "tempflow.algorithms"
+"""The entry point group by which other packages add algorithms."""
 
-__all__ = [
-    "ALGORITHMS",
-    "ENTRY_POINTS",
-    "Algorithm",
-    "advantage_flow",
-    "awm",
-    "branch_grpo",
-    "cispo",
-    "crd",
-    "dance_grpo",
-    "dapo",
-    "ddpo",
-    "dgpo",
-    "diffusion_dpo",
-    "diffusion_nft",
-    "dr_grpo",
-    "drm_grpo",
-    "dynamic_treerpo",
-    "e2po",
-    "elbo_pg",
-    "find",
-    "flash_grpo",
-    "flow_cps",
-    "flow_grpo",
-    "flow_grpo_fast",
-    "gcpo",
-    "grpo_guard",
-    "gspo",
-    "mix_grpo",
-    "mix_grpo_flash",
-    "online_dpo",
-    "otca",
-    "perceptual_entropy",
-    "pref_grpo",
-    "reinforce_pp",
-    "rejection_sft",
-    "rloo",
-    "sapo",
-    "sft",
-    "slas",
-    "sol_rl",
-    "tempflow_grpo",
-    "v_grpo",
-    "vipo",
-]
+__all__ = ["ALGORITHMS", "ENTRY_POINTS", "Algorithm", "find", "plugin"]
 
 
 def plugin(name: str) -> EntryPoint | None:
@@ -149,7 +75,7 @@ def plugin(name: str) -> EntryPoint | None:
 def find(name: str) -> Callable[..., Algorithm]:
     """The algorithm of that name: ours, or an installed package's by the entry point group "tempflow.algorithms".
 
-    Raises ValueError naming the nearest known name.
+    It imports the file of that name and no other. Raises ValueError naming the nearest known name.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
@@ -158,3 +84,16 @@ def find(name: str) -> Callable[..., Algorithm]:
         return entry.load()
     meant = nearest(name, [*ALGORITHMS, *entry_points(group=ENTRY_POINTS).names])
     raise ValueError(f"name: {name[:80]!r} is no known algorithm; nearest valid: {meant}")
+
+
+def __getattr__(name: str) -> Callable[..., Algorithm]:
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ALGORITHMS})
+
+
+sys.modules[__name__].__class__ = Namesakes

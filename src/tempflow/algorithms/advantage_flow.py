@@ -28,14 +28,15 @@ guidance, no division by the mean error (`adaptive` is DiffusionNFT's), old ← 
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm
-from tempflow.algorithms.diffusion_nft import Lag, lagged, ode_plan
+from tempflow.algorithms.base import Algorithm, texts_of
+from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged, ode_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.matching import Anchor, SignedLeastSquares
 from tempflow.core.renoise import Renoise
 from tempflow.core.times import UniformTimes
 
 
+@texts_of(diffusion_nft)
 def advantage_flow(
     steps: int = 10,
     group: int = 4,
@@ -53,8 +54,6 @@ def advantage_flow(
     """AdvantageFlow (arXiv 2605.26013): x0 regression with signed weights and an anchor at the old policy.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         pairs: (t, ε) of a picture, t uniform in each of that many parts of t_min … t_max.
         gamma: γ, the anchor at the old policy; above 1 − reference where the anchor is constant, or `concave`.
         anchor: "constant", or "balanced" for gamma − A.
@@ -63,7 +62,6 @@ def advantage_flow(
         adaptive: divide a sample's loss by its detached mean error.
         t_min: smallest t.
         t_max: largest t, at most 1.
-        lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
         eps: added to Z.
 
     Raises ValueError naming the argument, its value and a valid one.

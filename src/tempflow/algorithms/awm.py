@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of
-from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan, positive_value
+from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of
+from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan, positive_value
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.likelihood_proxy import ProxyName, proxy_of
@@ -39,6 +39,7 @@ from tempflow.core.times import LogitNormalTimes, StratifiedGridTimes, Times, Un
 TimeKind = Literal["discrete_wo_init", "discrete", "discrete_with_init", "uniform", "logit_normal"]
 
 
+@texts_of(diffusion_nft)
 def awm(
     steps: int = 14,
     group: int = 24,
@@ -58,21 +59,15 @@ def awm(
     """AWM (arXiv 2509.25050): the matching loss as log-likelihood, weighted by the advantage, held near its average.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         pairs: (t, ε) of a picture, one t in each stratum.
         times: which t: "discrete" strata of the first 90 % of the grid, "discrete_wo_init" without pure noise,
             "discrete_with_init" with it always; "uniform" or "logit_normal" strata, shifted by 3.
         likelihood: the proxy of log p: "ghuber", "huber", "t", "t2", "uniform", "adaptive" or "exact".
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         ema_kl: the same to the policy's average; 0 saves its forwards, and leaves a negative A without a bound.
         ema_hold: the average's decay once it has ramped up, by 0.001 an iteration.
         off_policy: the average samples, and the ratio is to it.
         clip: ratio clip below and above 1, at most 1; it acts off-policy only.
         advantage_max: bound of |A|.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import inspect
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
@@ -10,6 +12,7 @@ from typing import Generic, Literal, Protocol, Self, TypeVar, cast, runtime_chec
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
 from tempflow.core.credit import CreditRule
 from tempflow.core.draft import Draft
 from tempflow.core.dynamics import Dynamics
@@ -49,6 +52,10 @@ Units = Callable[[Forest, int], Tensor]
 
 Of = TypeVar("Of")
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+ARGS = "Args:"
+"""The part of a docstring that says what each argument is."""
 
 
 @runtime_checkable
@@ -276,12 +283,6 @@ def at_least(field: str, value: int, low: int, why: str = "") -> None:
         raise ValueError(f"{field}: {value} must be at least {low}{why and f', {why}'}; nearest valid: {low}")
 
 
-def positive(field: str, value: float, usual: float) -> None:
-    """Raises ValueError naming field, value and a usual one unless value is finite and > 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{field}: {value} must be finite and above 0; {usual} is usual")
-
-
 def positive_or(field: str, value: float | None, usual: float) -> float:
     """`usual` for None, else the value. Raises ValueError as `positive`."""
     given = usual if value is None else value
@@ -299,3 +300,67 @@ def one_of(field: str, value: str, options: tuple[str, ...]) -> None:
 def some_steps(name: str, seed: int, iteration: int, count: int, among: int) -> tuple[int, ...]:
     """`count` of the steps 0 … among − 1, ascending, drawn anew each iteration; the same for all its prompts."""
     return tuple(sorted(Stream(seed, f"{name}.steps").permutation((iteration,), among)[:count]))
+
+
+# ----------------------------------------------------------------------------------------------------- argument texts
+COMMON = {
+    "steps": "T, sampler steps of a rollout.",
+    "group": "pictures per prompt, compared with each other.",
+    "shared_noise": "all pictures of a prompt start from one noise.",
+    "noise_level": "a of the SDE.",
+    "clip": "ratio clip below and above 1.",
+    "clip_high": "clip above 1, where it differs.",
+    "kl": "β, weight of the KL to the starting model; 0 saves its forwards.",
+    "std": '"global": standard deviation of all the iteration\'s scores; "group": of the prompt\'s own.',
+    "eps": "added to the standard deviation.",
+    "advantage_clip": "bound of |A|; None for no bound.",
+}
+"""What an argument of that name is, unless its algorithm says otherwise."""
+
+EXACT_KL = {"kl": "β, weight of the exact KL to the starting model; 0 saves its forwards."}
+"""The same of an algorithm whose KL has one form."""
+
+
+def texts_of(*sources: Callable[..., object] | Mapping[str, str]) -> Callable[[Function], Function]:
+    """A decorator that completes a docstring: the arguments that its "Args:" part leaves out get their texts there.
+
+    sources  functions whose docstrings have the texts, or the texts by name; the first that has one counts, and
+             `COMMON` where none does
+
+    `help` and the command line then show all arguments, in the signature's order.
+    """
+
+    def complete(function: Function) -> Function:
+        doc = inspect.cleandoc(function.__doc__ or "")
+        texts = dict(COMMON)
+        for source in (*reversed(sources), function):
+            texts |= source if isinstance(source, Mapping) else argument_texts(source.__doc__ or "")
+        said = [part for part in doc.split("\n\n") if not part.startswith(ARGS)]
+        place = next((i for i, part in enumerate(said) if part.startswith("Raises ")), len(said))
+        lines = [_wrapped(f"{name}: {texts[name]}") for name in inspect.signature(function).parameters if name in texts]
+        function.__doc__ = "\n\n".join([*said[:place], "\n".join([ARGS, *lines]), *said[place:]])
+        return function
+
+    return complete
+
+
+def argument_texts(docstring: str) -> dict[str, str]:
+    """What the "Args:" part of a docstring says of each argument."""
+    part = inspect.cleandoc(docstring).partition(f"{ARGS}\n")[2]
+    texts: dict[str, str] = {}
+    current = ""
+    for line in part.splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            current = start[1]
+            texts[current] = start[2]
+        elif current and line.startswith("        "):
+            texts[current] += " " + line.strip()
+        else:
+            break
+    return texts
+
+
+def _wrapped(text: str) -> str:
+    lines = textwrap.wrap(text, 112, break_on_hyphens=False, break_long_words=False)
+    return textwrap.indent("\n".join([lines[0], *(" " * 4 + line for line in lines[1:])]), " " * 4)

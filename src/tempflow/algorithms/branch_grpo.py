@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.dance_grpo import dance_grpo
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, FromLeaves, GroupZScore, LogProb, LogProbBackup
 from tempflow.core.dynamics import DanceSDE
@@ -41,6 +42,7 @@ Value = Literal["mean", "softmax", "leaves"]
 Width = Literal["all", "branch", "extremes"]
 
 
+@texts_of(dance_grpo)
 def branch_grpo(
     steps: int = 20,
     trees: int = 1,
@@ -63,12 +65,10 @@ def branch_grpo(
     """BranchGRPO (arXiv 2509.06040): a tree of noisy steps, valued from its leaves up, compared depth by depth.
 
     Args:
-        steps: T, sampler steps of a rollout; the last is deterministic.
         trees: initial noises per prompt, a tree each.
         splits: steps at which every node has `branches` children.
         branches: children at a split.
         split_scale: multiplies η at splits.
-        noise_level: η of the SDE, the same at all σ.
         noisy_window: noise only at that many first steps and at splits; None: at all but the last.
         value: edges of a tree are compared at each step, by the "mean" of their leaves or the "softmax" of their
             children's log-probabilities; or the prompt's "leaves" are, and an edge has their mean advantage.
@@ -77,10 +77,6 @@ def branch_grpo(
         prune_stop: where the first of them stops, between 0 and where it starts; None: a step before the last split.
         width: leaves that are trained: "all", of each last split the best ("branch"), or the "extremes".
         width_keep: share of a prompt's leaves that are its extremes.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm, positive
+from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.objective.clip import Truncate
 from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
+@texts_of(flow_grpo)
 def cispo(
     steps: int = 10,
     group: int = 24,
@@ -38,16 +39,8 @@ def cispo(
     """CISPO (arXiv 2506.13585) on Flow-GRPO's chains: the importance weight is truncated, every step keeps a gradient.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
         clip: the weight is at most 1 + clip.
         clip_low: the weight is at least 1 − clip_low; 1 is no bound.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the group's standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of
+from tempflow.algorithms.base import Algorithm, one_of, texts_of
 from tempflow.algorithms.dgpo import first_times
-from tempflow.algorithms.diffusion_nft import ode_plan, positive_value
+from tempflow.algorithms.diffusion_nft import diffusion_nft, ode_plan, positive_value
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import CentredReward, Regression
@@ -36,6 +36,7 @@ from tempflow.core.renoise import Renoise
 OLD, SAMPLING = Ramp(-50, 0.005, 0.999), Ramp(75, 0.0075, 0.999)
 
 
+@texts_of(diffusion_nft)
 def crd(
     steps: int = 10,
     group: int = 24,
@@ -53,19 +54,14 @@ def crd(
     """CRD (arXiv 2603.14128): the group-centred implicit reward is regressed on the group-centred given one.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         beta: β, how small a change of likelihood a reward asks for.
         advantage_max: M, where |A| is clipped and a reaches 0 or 1.
         temperature: None: plain means; τ: softmax weights towards the best and towards the worst; 0: the best's half
             and the worst's half.
         form: "mse", or "bce" for the cross-entropy of the two sides' sigmoids.
-        fraction: share of the sampler's grid that is trained, its noisiest int(T·fraction) t.
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
+        fraction: share of the sampler's grid that is trained, the noisiest part of it.
         adaptive_kl: hold the samples that score well more than the others.
         lagged_sampler: a lagged copy samples; False: the policy itself.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

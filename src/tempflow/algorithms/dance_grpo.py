@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, GroupZScore
 from tempflow.core.dynamics import DanceSDE
@@ -32,6 +32,7 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
 
 
+@texts_of(EXACT_KL)
 def dance_grpo(
     steps: int = 16,
     group: int = 12,
@@ -48,15 +49,9 @@ def dance_grpo(
 
     Args:
         steps: T, sampler steps of a rollout; the last is deterministic.
-        group: pictures per prompt, compared with each other.
         fraction: share of the T − 1 noisy steps that is trained, drawn for every picture anew; 1 trains all.
         keep: how many pictures of a group are trained, half of them the best and half the worst; None: all.
-        shared_noise: all pictures of a prompt start from one noise.
         noise_level: η of the SDE, the same at all σ.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm, at_least
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import DynamicSampling
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of(flow_grpo)
 def dapo(
     steps: int = 10,
     group: int = 24,
@@ -42,18 +43,11 @@ def dapo(
     """DAPO (arXiv 2503.14476) on Flow-GRPO's chains: clip-higher and dynamic sampling from a pool of prompts.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
         clip: ratio clip below 1.
         clip_high: ratio clip above 1.
         keep: prompts trained an iteration: the first of the pool, which is the iteration's prompts, whose rewards
             differ; None: all such.
         kl: β, weight of the KL to the starting model; 0, as published, saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the group's standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DDIM
@@ -34,6 +34,7 @@ from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
+@texts_of()
 def ddpo(
     steps: int = 50,
     group: int = 16,
@@ -51,7 +52,6 @@ def ddpo(
     """DDPO (arXiv 2305.13301): policy gradients on the stochastic DDIM step, with statistics per prompt.
 
     Args:
-        steps: T, sampler steps of a rollout.
         group: pictures per prompt.
         train_steps: None trains every step but the last ones; n trains n of these, drawn anew each iteration.
         skip_last: steps at the end that are never trained; 2 where the last noisy one would be all there is (above).
@@ -59,10 +59,7 @@ def ddpo(
         eta: η of the step, in (0, 1]; 1 is DDPM's own noise.
         clip: ratio clip below and above 1, of "is".
         statistics: mean and standard deviation of the "prompt", or of the whole "batch".
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

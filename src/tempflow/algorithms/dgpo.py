@@ -27,8 +27,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
-from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
+from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
+from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import GroupPreference
@@ -36,6 +36,7 @@ from tempflow.core.renoise import Renoise
 from tempflow.core.times import WindowTimes
 
 
+@texts_of(diffusion_nft)
 def dgpo(
     steps: int = 10,
     group: int = 24,
@@ -53,18 +54,14 @@ def dgpo(
     """DGPO: a group's order as one preference, by matching losses at common (t, ε).
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         beta: how sharply the group's order fades out of the loss.
         clip: a sample's ratio to old beyond which it is left alone; None for no clip, and no forwards of old for it.
         compare_to: "reference", the starting model, or "old" (beta 2000).
         fraction: share of the sampler's grid that is trained, its noisiest int(T·fraction) t.
-        old_hold: the average's decay once it has ramped up, by 0.001 an iteration.
-        kl: weight of the squared velocity distance to the starting model.
+        old_hold: how much of the average stays at an update, once it has ramped up by 0.001 an iteration.
+        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards where old is compared
+            to.
         share_noise: the pictures of a prompt share their ε.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -22,7 +22,7 @@ are ours (the paper draws t evenly).
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, at_least
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import held_to_reference
 from tempflow.core.credit import AsScored
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
@@ -33,6 +33,7 @@ from tempflow.core.times import LogitNormalTimes
 PAIR = OfflineSamples(("chosen", "rejected"), (1.0, 0.0))
 
 
+@texts_of()
 def diffusion_dpo(pairs: int = 4, beta: float = 2000.0, kl: float = 0.0) -> Algorithm:
     """Diffusion-DPO: prefer the chosen picture of a pair on disk to the rejected one.
 

@@ -26,8 +26,9 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
 from tempflow.core import plan
+from tempflow.core.checks import not_negative
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.objective.matching import Mode, NegativeAware
@@ -48,6 +49,7 @@ LAGS = {
 "type0" is the policy as it is, "type2" nearly stands still late."""
 
 
+@texts_of()
 def diffusion_nft(
     steps: int = 10,
     group: int = 24,
@@ -64,16 +66,12 @@ def diffusion_nft(
     """DiffusionNFT (arXiv 2509.16117): fit good samples, and bad ones by reflection about the old policy.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         mix_beta: β, how far the implicit models are from old; the first update does not depend on it.
         advantage_max: M, where |A| is clipped and the optimality reaches 0 or 1.
         mode: "all", "positive_only", "negative_only", "one_only" or "binary": what of A is looked at.
         lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
         fraction: share of the sampler's t that are trained, int(T·fraction) of them.
         kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
         solver: walks the rollout: the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), or "euler".
 
     Raises ValueError naming the argument, its value and a valid one.
@@ -107,8 +105,7 @@ def lagged(lag: str) -> Ramp:
 
 def held_to_reference(kl: float) -> tuple[LeafRegularizer, ...]:
     """The family's KL, a squared velocity distance. Raises ValueError unless kl is finite and ≥ 0."""
-    if not 0 <= kl < float("inf"):
-        raise ValueError(f"kl: {kl} must be finite and ≥ 0; 0 turns it off")
+    not_negative("kl", kl)
     return (PredictionDistance("reference", kl),)
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm, positive
+from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of(flow_grpo)
 def dr_grpo(
     steps: int = 10,
     group: int = 24,
@@ -37,14 +38,6 @@ def dr_grpo(
     """Dr. GRPO (arXiv 2503.20783) on Flow-GRPO's chains: rewards are centred on their group's mean, and not scaled.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        clip_high: clip above 1, where it differs.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
         advantage_clip: bound of |A|, in units of the reward; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.

@@ -28,7 +28,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, texts_of
 from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
@@ -37,6 +37,7 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of()
 def drm_grpo(
     reward: str = "runs/latent-reward",
     steps: int = 10,
@@ -55,17 +56,13 @@ def drm_grpo(
 
     Args:
         reward: folder of the latent reward (scripts/train_latent_reward.py makes one); "shapes" comes with the package.
-        steps: T, sampler steps of a rollout.
         chains: independent chains per prompt.
         candidates: k, successors drawn at every step but the last, compared with each other.
         carry: how a chain goes on: "ode" by the step without noise, or "candidate" from one of them.
         dynamics: "flow" for Flow-GRPO's SDE step, "cps" for the step that keeps the noise level the reward is told.
         noise_level: of the step; None: 0.7 for "flow", 0.8 for "cps".
         clip: ratio clip below and above 1; None: 1e-4 for "flow", 1e-5 for "cps".
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
+        kl_form: "exact", "velocity", or an estimate at the sampled state: "k1", "k2" or "k3".
 
     Raises ValueError naming the argument, its value and a valid one.
     """

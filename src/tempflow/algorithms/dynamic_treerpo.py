@@ -34,7 +34,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, texts_of
+from tempflow.algorithms.mix_grpo import mix_grpo
 from tempflow.core import plan
 from tempflow.core.credit import BestPath, FromLeaves, GroupZScore, Standing
 from tempflow.core.dynamics import Dynamics, FlowSDE
@@ -46,6 +47,7 @@ from tempflow.core.schedule import Schedule
 from tempflow.core.window import Order, SlidingWindow
 
 
+@texts_of(mix_grpo)
 def dynamic_treerpo(
     steps: int = 25,
     trees: int = 1,
@@ -68,23 +70,14 @@ def dynamic_treerpo(
     """Dynamic-TreeRPO (arXiv 2509.23352): a tree in a sliding window, its noise growing with depth.
 
     Args:
-        steps: T, sampler steps of a rollout.
         trees: initial noises per prompt, a tree each; all their leaves are compared.
         depth: steps of the window, levels of the tree.
         branches: children of every node in the window; 1 makes it MixGRPO.
-        window_end: the window lies in steps 0 … window_end − 1; None: T − 1.
-        order: how the window moves: "progressive", "random", "decay" or "exp_decay".
-        every: τ, iterations at a place before it moves on (not for "random").
-        stride: steps it moves by; 0 leaves it at step 0.
-        roll_back: after its last place it starts anew; else it stays there.
+        window_end: the window lies in steps 0 … window_end − 1; None: in all but the sampler's last.
         noise_level: a of the SDE at the tree's first level.
         growth: how much stronger noise gets over the tree's depth; 0: it does not.
-        clip: ratio clip below and above 1.
         sensitivity: η in [0, 1), how much an edge's standing bends its clip; 0: not at all.
         imitation: weight of the pull to the velocity of the prompt's best path; 0: none. 0.1 ruins `shapes`.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

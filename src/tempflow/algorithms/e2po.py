@@ -33,12 +33,13 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft
 from tempflow.core import plan
 from tempflow.core.perturb import Perturbation
 
 
+@texts_of(diffusion_nft)
 def e2po(
     steps: int = 10,
     noises: int = 4,
@@ -61,7 +62,6 @@ def e2po(
     """E²PO (arXiv 2605.15803): DiffusionNFT on groups that are spread by perturbed prompts.
 
     Args:
-        steps: T, sampler steps of a rollout.
         noises: G, initial noises per prompt.
         conditions: K, conditions per prompt with its own; each noise is drawn with each. 1: DiffusionNFT.
         fade: ρ in [0, 1], the noisy part of sampling in which conditions differ, σ > 1 − ρ; unknown, ours.
@@ -72,13 +72,6 @@ def e2po(
         init: σ_init, where offsets start, in a token's root mean square; unknown, ours.
         embed_steps: steps to learn the offsets of a prompt; unknown, ours.
         embed_rate: length of the first of them, in the same unit; it falls to 0; unknown, ours.
-        mix_beta: β of DiffusionNFT.
-        advantage_max: M, where |A| is clipped and the optimality reaches 0 or 1.
-        lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
-        fraction: share of the sampler's t that are trained, int(T·fraction) of them.
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -27,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
-from tempflow.algorithms.diffusion_nft import Lag, lagged, ode_plan
+from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
+from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged, ode_plan
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -47,6 +47,7 @@ Rollout = Literal["ode", "sde"]
 Scale = Literal["none", "global", "group"]
 
 
+@texts_of(diffusion_nft)
 def elbo_pg(
     steps: int = 10,
     group: int = 24,
@@ -67,21 +68,15 @@ def elbo_pg(
     """ELBO policy gradients ("Rethinking the design space"): objective × likelihood estimate × sampler.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         kind: "epg", "pepg", "par", or "grpo" for a clipped ratio.
         likelihood: the proxy of log p: "adaptive", "uniform", "t2", "exact", "t", "huber" or "ghuber".
         rollout: "ode", or "sde" for Flow-GRPO's noisy steps (whose log-probs are not used).
-        noise_level: a of the SDE.
         ratio: weigh by the detached likelihood ratio to old; not for "grpo", which is one.
         clip: ratio clip below and above 1, for "grpo".
         gain: what the advantage is multiplied by.
         scale: "none", or divide by the standard deviation of all the iteration's scores ("global") or the "group"'s.
-        fraction: share of the sampler's t that are trained, int(T·fraction) of them.
         kl: weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "velocity", or an estimate from the likelihoods: "k1", "k2", "k3", or the code's "k3_reversed".
-        lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
-        solver: walks the rollout: the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), or "euler".
 
     Raises ValueError naming the argument, its value and a valid one.
     """

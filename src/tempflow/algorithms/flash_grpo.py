@@ -21,7 +21,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, texts_of
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import LinearSDE
@@ -29,6 +29,7 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
 
 
+@texts_of(EXACT_KL)
 def flash_grpo(
     steps: int = 20,
     group: int = 8,
@@ -42,14 +43,7 @@ def flash_grpo(
     """Flash-GRPO (arXiv 2605.15980): one noisy step per prompt, shared by its group, with a rectified gradient.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         first_steps: the step is drawn from 0 … first_steps − 1; None: the first half.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -30,7 +30,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
@@ -50,6 +50,7 @@ class UnscaledRatio(StepRatio):
         return super().__call__(at) * 2 * at.policy.std.square()
 
 
+@texts_of()
 def flow_cps(
     steps: int = 10,
     group: int = 24,
@@ -65,16 +66,10 @@ def flow_cps(
     """Flow-CPS (arXiv 2509.05952): Flow-GRPO with coefficient-preserving steps.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         noise_level: of the CPS step, in (0, 1].
         log_prob: "unscaled" for the official code's log ratio, or "density" for the true one, 1/(2S²) times it.
         clip: ratio clip below and above 1; None: 1e-5 for "unscaled", 1e-4 for "density".
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "exact", "velocity", "k1", "k2" or "k3"; the exact one is all last step on such a grid (above).
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

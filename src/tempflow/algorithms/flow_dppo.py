@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, some_steps
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, some_steps, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -36,6 +36,7 @@ from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
+@texts_of()
 def flow_dppo(
     steps: int = 10,
     group: int = 16,
@@ -53,18 +54,11 @@ def flow_dppo(
     """Flow-DPPO (arXiv 2606.11025): an exact divergence bounds the policy in place of a clipped ratio.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         noisy_steps: steps with noise, all trained, drawn anew each iteration and the same for all prompts.
         first_steps: these are drawn from 0 … first_steps − 1; None: the first half, or as many as noisy_steps.
-        noise_level: a of the SDE.
         threshold: δ, the divergence from which an edge that moves further away is left out.
         scaled: the divergence is that of the step's law, over 2S²; False: over 2.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "exact", "drift", "velocity", "k1", "k2" or "k3".
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

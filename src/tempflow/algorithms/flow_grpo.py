@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps, texts_of
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -32,6 +32,7 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of()
 def flow_grpo(
     steps: int = 10,
     group: int = 24,
@@ -48,19 +49,10 @@ def flow_grpo(
     """Flow-GRPO (arXiv 2505.05470): noisy chains, terminal reward, clipped ratio at every step.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration and the same
             for all prompts. Our own knob to save compute (DanceGRPO trains a random 60 % of steps).
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        clip_high: clip above 1, where it differs.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "drift" (the official code's, without Δ), "exact", "velocity", or an estimate at the sampled state, as
             language models have it: "k1", "k2" (its gradient is the KL's on average) or "k3".
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

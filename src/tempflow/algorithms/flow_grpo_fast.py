@@ -23,7 +23,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, positive_or
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, positive_or, texts_of
 from tempflow.algorithms.flow_cps import LogProbForm, UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
@@ -32,6 +32,7 @@ from tempflow.core.objective.ratio import clipped
 from tempflow.core.rng import Stream
 
 
+@texts_of(EXACT_KL)
 def flow_grpo_fast(
     steps: int = 10,
     group: int = 24,
@@ -50,9 +51,7 @@ def flow_grpo_fast(
     """Flow-GRPO-Fast (code yifan123/flow_grpo): a short window of noisy steps, drawn per prompt.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        window: noisy steps; all but the sampler's last are trained.
+        window: noisy steps, of which the sampler's last is not trained.
         window_end: the window lies in steps 0 … window_end − 1; None: the larger of T/2 and the window. With "cps" and
             "density" keep it below T − 1: into an SD3 grid's tiny last σ the gradient is tens of times the others'.
         shared_prefix: one initial noise and ODE prefix for the group, which fans out where the window starts.
@@ -60,11 +59,6 @@ def flow_grpo_fast(
         noise_level: of the kind, for "cps" in (0, 1]; None: 0.8 for "cps", 0.7 for "sde".
         log_prob: "unscaled" for the official CPS code's log ratio, "density" for the true one, 1/(2S²) times it, for
             which clips are larger; None: "unscaled" for "cps", "density" for "sde".
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

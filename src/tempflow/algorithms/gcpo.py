@@ -35,7 +35,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, at_least, positive
+from tempflow.algorithms.base import EXACT_KL, Algorithm, at_least, positive, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore, RelativeChange
 from tempflow.core.dynamics import Dynamics, FlowSDE
@@ -48,6 +48,7 @@ from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks
 from tempflow.core.weight import uniform
 
 
+@texts_of(EXACT_KL)
 def gcpo(
     steps: int = 17,
     group: int = 12,
@@ -69,20 +70,13 @@ def gcpo(
 
     Args:
         steps: T, sampler steps of a rollout; all but the last are trained.
-        group: pictures per prompt, compared with each other.
         sizes: steps of each chunk, which add up to T − 1; None cuts chunks by the latent's dynamics.
         largest: without sizes: a chunk of at most that many steps is not cut further.
         share: share of a path's chunks that is trained, drawn anew each iteration; 1 trains all.
         weighted: chunks are drawn in proportion to how much the path's latent changes in them.
-        shared_noise: a prompt's pictures start from one noise.
-        noise_level: a of the SDE.
         clip: clip of the chunk's ratio below and above 1.
-        clip_high: clip above 1, where it differs.
         reweight: noisy chunks weigh more, √((T − m)/m) of the step m in a chunk's middle; `sizes` must begin with 2.
         rollout_kl: weight of the KL to the policy that rolled out.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -29,7 +29,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
+from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
@@ -39,6 +39,7 @@ from tempflow.core.schedule import Schedule
 from tempflow.core.weight import Weight, equalised, inverse_step, mean_one
 
 
+@texts_of(EXACT_KL)
 def grpo_guard(
     steps: int = 10,
     group: int = 24,
@@ -55,17 +56,10 @@ def grpo_guard(
     """GRPO-Guard (arXiv 2510.22319): Flow-GRPO with a normalised ratio and gradients balanced over steps.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         kind: the step, "flow" (Flow-GRPO's) or "dance" (DanceGRPO's).
         noise_level: a of the flow step, η of the dance step; None: 0.7 for "flow", 0.3 for "dance".
         weight: loss weight of a step: "published", or "equalised" for exactly equal gradients.
         clip: clip of the normalised ratio below and above 1; about S times that of a step's ratio.
-        clip_high: clip above 1, where it differs.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.base import Algorithm, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.objective.ratio import ChunkRatio, clipped
 from tempflow.core.objective.regularizer import KLForm
 from tempflow.core.units import whole_path
 
 
+@texts_of(flow_grpo)
 def gspo(
     steps: int = 10,
     group: int = 24,
@@ -40,16 +41,7 @@ def gspo(
     """GSPO (arXiv 2507.18071) on Flow-GRPO's chains: the ratio, and its clip, belong to the whole trajectory.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
         clip: clip of the path's ratio below and above 1.
-        clip_high: clip above 1, where it differs.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the group's standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, GroupZScore, PerReward
 from tempflow.core.dynamics import FlowSDE
@@ -37,6 +37,7 @@ from tempflow.core.window import Order, SlidingWindow
 Rewards = Literal["advantages", "gdpo", "scores"]
 
 
+@texts_of(EXACT_KL)
 def mix_grpo(
     steps: int = 25,
     group: int = 12,
@@ -57,21 +58,13 @@ def mix_grpo(
     """MixGRPO (arXiv 2507.21802): an SDE inside a sliding window of steps, an ODE outside.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         window: noisy steps; all but the sampler's last are trained.
         window_end: the window lies in steps 0 … window_end − 1; None: T − 1, or T for a window of T.
         order: how the window moves: "progressive", "random", "decay" or "exp_decay".
         every: τ, iterations at a place before it moves on (not for "random").
         stride: steps it moves by; 0 leaves it at step 0.
         roll_back: after its last place it starts anew; else it stays there.
-        shared_noise: all pictures of a prompt start from one noise.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         rewards: several are joined as "advantages" of each, as these standardised again ("gdpo"), or as "scores".
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -25,8 +25,8 @@ from functools import partial
 
 import torch
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive
-from tempflow.algorithms.mix_grpo import Rewards, group_credit, window_plan
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, texts_of
+from tempflow.algorithms.mix_grpo import Rewards, group_credit, mix_grpo, window_plan
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Plan
@@ -35,6 +35,7 @@ from tempflow.core.solver import DPMSolver2
 from tempflow.core.window import Order, SlidingWindow
 
 
+@texts_of(mix_grpo)
 def mix_grpo_flash(
     steps: int = 25,
     group: int = 12,
@@ -59,23 +60,11 @@ def mix_grpo_flash(
 
     Args:
         steps: T, steps of the uncompressed grid.
-        group: pictures per prompt, compared with each other.
         window: noisy steps; all are trained.
         window_end: the window lies in steps 0 … window_end − 1; None: T − 1.
-        order: how the window moves: "progressive", "random", "decay" or "exp_decay".
-        every: τ, iterations at a place before it moves on (not for "random").
-        stride: steps it moves by; 0 leaves it at step 0.
-        roll_back: after its last place it starts anew; else it stays there.
         compress: share of the steps after the window that is left; 1 leaves all.
         shift: the time shift by which these are spread, the model's own.
         second_order: steps outside the window by DPM-Solver++(2M); else by Euler.
-        shared_noise: all pictures of a prompt start from one noise.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        rewards: several are joined as "advantages" of each, as these standardised again ("gdpo"), or as "scores".
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -18,7 +18,8 @@ the times, SD 3's pre-training density, are ours.
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, at_least
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
+from tempflow.algorithms.diffusion_dpo import diffusion_dpo
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
 from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
@@ -26,15 +27,13 @@ from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
 
+@texts_of(diffusion_dpo)
 def online_dpo(steps: int = 10, group: int = 8, pairs: int = 4, beta: float = 2000.0, kl: float = 0.0) -> Algorithm:
     """Online Diffusion-DPO: prefer the group's best picture to its worst.
 
     Args:
-        steps: T, sampler steps of a rollout.
         group: pictures per prompt, of which the best and the worst make a pair.
-        pairs: (t, ε) at which the two are compared.
         beta: how strongly the policy may leave the starting model.
-        kl: weight of the squared velocity distance to the starting model.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

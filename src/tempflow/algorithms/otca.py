@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
+from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import CreditRule, GroupZScore, MinNorm, Progress, StepCredit
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
 
 
+@texts_of(EXACT_KL)
 def otca(
     steps: int = 20,
     group: int = 12,
@@ -49,17 +50,12 @@ def otca(
     """OTCA (arXiv 2604.19234): advantages by step and by objective; formulas second-hand.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         kind: the step and the start: "dance" (DanceGRPO's, shared noise) or "flow" (Flow-GRPO's).
         noise_level: η of the dance step, a of the flow step; None: 0.3 for "dance", 0.7 for "flow".
         tcd: weigh steps by their progress toward the final latent.
         moca: mix rewards by the min-norm point; otherwise by their weights, before the z-score.
         floor: added to each step's progress; a large one makes all steps alike.
         explore: share of the plain average in the mix, in [0, 1].
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
         advantage_clip: bound of |A_k|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.

@@ -28,7 +28,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, Observation, one_of, positive
+from tempflow.algorithms.base import Algorithm, Observation, one_of, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import PathLogProb, Surprisal
 from tempflow.core.forest import Forest
@@ -36,6 +36,7 @@ from tempflow.core.objective.regularizer import KLForm
 from tempflow.perception import DinoEmbedding, Embedding, HandEmbedding
 
 
+@texts_of(flow_grpo)
 def perceptual_entropy(
     steps: int = 10,
     group: int = 24,
@@ -55,20 +56,11 @@ def perceptual_entropy(
     """Perceptual entropy (arXiv 2605.12112): Flow-GRPO whose reward adds how far a picture is from its group.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
         kind: "pec", or "pcvae", which takes the latent policy's surprise away.
         bonus: λ, weight of the surprise in the reward.
         scale: standard deviation of the Gaussian in φ's units.
         embedding: "hand", or the folder or hub name of a DINOv2 model, loaded when first asked.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
         std: "global": standard deviation of all the iteration's R̃; "group": of the prompt's own.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

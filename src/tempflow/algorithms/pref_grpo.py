@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
-from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore, WinRate
 from tempflow.core.dynamics import FlowSDE
@@ -34,6 +34,7 @@ from tempflow.core.objective.ratio import NormRatio, StepRatio, clipped
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of(flow_grpo)
 def pref_grpo(
     steps: int = 25,
     group: int = 8,
@@ -52,20 +53,10 @@ def pref_grpo(
     """Pref-GRPO (code CodeGoat24/Pref-GRPO): the reward is a picture's win rate inside its group.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration and the same
-            for all prompts.
-        noise_level: a of the SDE.
         clip: ratio clip below and above 1; a "norm" ratio strays less than a "step" ratio, by the step's noise S.
         win_rate: turn each reward into its win rate in the group; off where the reward is a win rate already.
         rounding: decimals of a win rate, which makes ties; None does not round.
         ratio: "norm": GRPO-Guard's ratio and loss weights ∝ 1/Δ, as in the scripts; "step": Flow-GRPO's.
-        shared_noise: all pictures of a prompt start from one initial noise.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the group's standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

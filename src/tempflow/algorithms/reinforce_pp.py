@@ -19,12 +19,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive
+from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of(flow_grpo)
 def reinforce_pp(
     steps: int = 10,
     group: int = 24,
@@ -40,16 +41,10 @@ def reinforce_pp(
     """REINFORCE++ (arXiv 2501.03262) on Flow-GRPO's chains: advantages are normalised over the whole iteration.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
+        group: pictures per prompt; compared with each other where `baseline` is "group".
         baseline: what is taken from a reward: the mean of the "batch", or of the prompt's "group".
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
         kl_form: "k2", "k1", "k3", "exact", "drift" or "velocity".
         eps: added to the batch's scale.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

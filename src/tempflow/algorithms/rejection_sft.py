@@ -19,23 +19,22 @@ density of t.
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, at_least
-from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
+from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan
 from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.renoise import Renoise
 from tempflow.core.times import LogitNormalTimes
 
 
+@texts_of(diffusion_nft)
 def rejection_sft(steps: int = 10, group: int = 24, best: int = 6, pairs: int = 4, kl: float = 0.0) -> Algorithm:
     """Rejection fine-tuning: flow matching on the best of each prompt's own samples.
 
     Args:
-        steps: T, sampler steps of a rollout.
         group: pictures per prompt, of which the best are kept.
         best: how many are kept, fewer than `group`.
         pairs: (t, ε) of a kept picture.
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm, positive
+from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.clip import Score
@@ -23,6 +23,7 @@ from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
+@texts_of(flow_grpo)
 def rloo(
     steps: int = 10,
     group: int = 24,
@@ -36,14 +37,8 @@ def rloo(
     """RLOO (arXiv 2402.14740) on Flow-GRPO's chains: the others' mean is the baseline, and nothing is scaled.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
         clip: ratio clip below and above 1; None: the plain score function, which nothing bounds.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        advantage_clip: bound of |A|, in units of the reward; None for no bound.
+        advantage_clip: bound of |A|, which has the reward's unit; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

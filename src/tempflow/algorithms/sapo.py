@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tempflow.algorithms.base import Algorithm, positive
+from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
 from tempflow.core.objective.clip import SoftGate
 from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
 
 
+@texts_of(flow_grpo)
 def sapo(
     steps: int = 10,
     group: int = 24,
@@ -39,16 +40,8 @@ def sapo(
     """SAPO (arXiv 2511.20347) on Flow-GRPO's chains: the ratio's gradient fades softly instead of being clipped.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration.
-        noise_level: a of the SDE.
         temperature: τ where the advantage is positive; about 1 / the clip it stands for.
         temperature_negative: τ where it is negative.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
-        eps: added to the group's standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

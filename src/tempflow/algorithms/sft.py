@@ -18,8 +18,8 @@ Defaults: the loss is standard (certain); 4 pairs and SD 3's pre-training densit
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, at_least
-from tempflow.algorithms.diffusion_nft import held_to_reference
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
+from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference
 from tempflow.core.credit import AsScored
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.offline import OfflineSamples
@@ -29,12 +29,12 @@ from tempflow.core.times import LogitNormalTimes
 PICTURE = OfflineSamples(("image",), (1.0,))
 
 
+@texts_of(diffusion_nft)
 def sft(pairs: int = 4, kl: float = 0.0) -> Algorithm:
     """Supervised fine-tuning: flow matching on pictures on disk.
 
     Args:
         pairs: (t, ε) of a picture.
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

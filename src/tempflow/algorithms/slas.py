@@ -24,14 +24,15 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or
-from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.objective.regularizer import KLForm
 
 
+@texts_of(flow_grpo)
 def slas(
     steps: int = 16,
     group: int = 12,
@@ -49,17 +50,9 @@ def slas(
     """SLAS (arXiv 2605.10937): advantages are a power above 1 of the centred reward, with one scale for the batch.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
-        train_steps: None trains every step but the last; n trains n of these, drawn anew each iteration and the same
-            for all prompts.
         gamma: γ, at least 0; 0 is linear. The paper's is not known.
         dynamics: "dance": a constant diffusion rate; "flow": Flow-GRPO's SDE.
         noise_level: η of "dance", a of "flow"; None: 0.3 for "dance", 0.7 for "flow".
-        shared_noise: all pictures of a prompt start from one initial noise.
-        clip: ratio clip below and above 1.
-        kl: β, weight of the KL to the starting model; 0 saves its forwards.
-        kl_form: "drift", "exact", "velocity", "k1", "k2" or "k3".
         eps: added to the batch's scale, in the unit of the reward to the power 1 + γ; 0 is safe.
         advantage_clip: bound of |A|, after the shaping; None for no bound.
 

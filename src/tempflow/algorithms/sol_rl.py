@@ -28,12 +28,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged
 from tempflow.core.draft import Choice, Draft, Precision
 from tempflow.core.ema import Ramp
 
 
+@texts_of(diffusion_nft)
 def sol_rl(
     steps: int = 10,
     group: int = 24,
@@ -59,15 +60,9 @@ def sol_rl(
         pool: noises per prompt that are drafted; equal to group, it only orders them.
         draft_steps: sampler steps of a draft.
         choice: "best_worst", "mean_deviation", "random" or "extremes_random": which noises are kept.
-        mix_beta: β of DiffusionNFT.
-        advantage_max: M, where |A| is clipped and the optimality reaches 0 or 1.
-        lag: how the old policy, which also samples, follows: "type0" at once, "type1", "type2" or "type3" behind.
         lag_steps: for "type3": iterations in which its decay rises to lag_hold.
         lag_hold: for "type3": the decay that it stays at, in (0, 1].
-        fraction: share of the sampler's t that are trained, int(T·fraction) of them.
-        kl: weight of the squared velocity distance to the starting model; 0 saves its forwards.
         std: "global": standard deviation of all kept scores of the iteration; "group": of the prompt's own.
-        eps: added to the standard deviation.
         draft_precision: what drafts compute in: "full" as the sampler, "bfloat16", "int8", "float8" or "nvfp4".
 
     Raises ValueError naming the argument, its value and a valid one.

@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, some_steps, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -39,6 +39,7 @@ StdGroup = Literal["seed", "prompt", "batch"]
 WEIGHTS = {"noise_aware": noise_aware, "uniform": uniform, "rectified": rectified}
 
 
+@texts_of(EXACT_KL)
 def tempflow_grpo(
     steps: int = 10,
     seeds: int = 4,
@@ -56,21 +57,14 @@ def tempflow_grpo(
     """TempFlow-GRPO (arXiv 2508.04324): a trunk that branches at every step, so each step has its own reward.
 
     Args:
-        steps: T, sampler steps of a rollout.
         seeds: initial noises (trunks) per prompt.
         branches: K, noisy children at every branched step.
         branch_steps: None branches at every step but the last; n at n of these, drawn anew each iteration and the same
             for all prompts. Our own knob to save compute, not the paper's.
-        noise_level: a of the SDE.
-        clip: ratio clip below and above 1.
-        clip_high: clip above 1, where it differs.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
         std_group: what is compared: branches of one "seed", of all the "prompt"'s seeds, or the latter with the
             standard deviation of the whole "batch"; always at one step.
         weight: loss weight of a step: "noise_aware", "uniform", or "rectified" (Flash-GRPO's; not the paper's): noise-
             aware gradients grow with a step's length Δ, which on a shifted grid is longest late; rectified ones do not.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive
-from tempflow.algorithms.diffusion_nft import ode_plan
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.diffusion_nft import diffusion_nft, ode_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Copy
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
@@ -37,6 +37,7 @@ from tempflow.core.solver import SolverName, solver_of
 from tempflow.core.times import StratifiedGridTimes
 
 
+@texts_of(diffusion_nft)
 def v_grpo(
     steps: int = 40,
     group: int = 24,
@@ -53,17 +54,12 @@ def v_grpo(
     """V-GRPO: clipped ratios of a shared-noise likelihood bound, one for each picture.
 
     Args:
-        steps: T, sampler steps of a rollout.
-        group: pictures per prompt, compared with each other.
         pairs: (t, ε) of a picture, one t in each chunk of the grid.
         clip: ratio clip below and above 1, at most 1, for several updates an iteration; None: no ratio (it is 1).
         soft_clip: η of η·tanh(A/η); None for none.
         kl: weight of the squared x0 distance to the policy before the iteration's updates.
         share_pairs: the pictures of a prompt share their (t, ε).
-        std: "global": standard deviation of all the iteration's scores; "group": of the prompt's own.
-        eps: added to the standard deviation.
         advantage_clip: hard bound of |A|; None for none.
-        solver: "euler", or the second-order "dpm2" (DPM-Solver++) or "unipc2" (UniPC), which walk the rollout.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -28,11 +28,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, positive_or, some_steps
+from tempflow.algorithms.base import (
+    EXACT_KL,
+    Algorithm,
+    Drawn,
+    at_least,
+    one_of,
+    positive,
+    positive_or,
+    some_steps,
+    texts_of,
+)
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore, Mapped
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -48,10 +58,7 @@ class ImportanceMap:
 
     provider: MapProvider
     name: str = "map"
-
-    @property
-    def of(self) -> Literal["leaf"]:
-        return "leaf"
+    of: ClassVar[Literal["leaf"]] = "leaf"
 
     def __call__(self, forest: Forest, media: Tensor) -> Tensor:
         shape = tuple(forest.nodes.shape[1:])
@@ -73,6 +80,7 @@ class Maps:
         return FeatureMaps(features, orient=self.orient, normalise=self.normalise)(media, size)
 
 
+@texts_of(EXACT_KL)
 def vipo(
     steps: int = 16,
     group: int = 12,
@@ -91,7 +99,6 @@ def vipo(
     """ViPO (arXiv 2511.18719): advantages per place of the picture, by a map of its content.
 
     Args:
-        steps: T, sampler steps of a rollout.
         group: pictures per prompt, compared with each other; they start from one noise.
         kind: the step, "dance" (DanceGRPO's) or "flow" (Flow-GRPO's).
         noise_level: η of the dance step, a of the flow step; None: 0.25 for "dance", 0.7 for "flow".
@@ -100,10 +107,6 @@ def vipo(
         dino: folder or hub id of a DINOv2 whose features make the maps; None: features by hand.
         orient: which end of a component counts as content.
         normalise: maps in [0, 1] ("minmax"), or divided by their mean ("mean_one").
-        clip: ratio clip below and above 1.
-        kl: β, weight of the exact KL to the starting model; 0 saves its forwards.
-        eps: added to the standard deviation.
-        advantage_clip: bound of |A|; None for no bound.
 
     Raises ValueError naming the argument, its value and a valid one.
     """

@@ -52,18 +52,18 @@ def _checks(words: Sequence[str]) -> list[Check]:
 
     if not words:
         return [*library_checks(), *machine_checks(_device("auto"), None, None)]
-    from tempflow.cli.lists import REWARD_NOTES
     from tempflow.cli.parse import configured
     from tempflow.doctor.run import draft_checks, needed_extras, run_checks
     from tempflow.models import resolved_dtype
+    from tempflow.rewards import notes
 
-    config = configured("doctor", words)
+    config, known = configured("doctor", words), notes()
     device = _device(config.device)
     return [
-        *library_checks(needed_extras(config, REWARD_NOTES, device)),
+        *library_checks(needed_extras(config, known, device)),
         *machine_checks(device, resolved_dtype(config.model.dtype, device), config.threads),
         *draft_checks(config, device),
-        *run_checks(config, REWARD_NOTES, os.environ),
+        *run_checks(config, known, os.environ),
     ]
 
 

@@ -26,18 +26,12 @@ def models_verb(args: Sequence[str]) -> int:
     return _list("models", args, ("path or pipeline class", "what", "licence", "needs"), rows)
 
 
-REWARD_NOTES = {
-    "shapes": ("the shapes verifier with partial credit, 0 to 1", "Apache-2.0", "tempflow[shapes]"),
-    "shapes_strict": ("the shapes verifier: 1 where the picture is right, else 0", "Apache-2.0", "tempflow[shapes]"),
-    "jpeg_compressibility": ("minus the kilobytes of the picture's JPEG", "Apache-2.0", ""),
-}
-
-
 def rewards_verb(args: Sequence[str]) -> int:
-    from tempflow.rewards import names
+    from tempflow.rewards import names, notes
 
     other = ("from an installed package", "that package's", "")
-    rows = [(name, *REWARD_NOTES.get(name, other)) for name in names()]
+    known = notes()
+    rows = [(name, *known.get(name, other)) for name in names()]
     return _list("rewards", args, ("name", "what", "licence", "needs"), rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from types import UnionType
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import Field, create_model, model_validator
 
 from tempflow.algorithms import ALGORITHMS, Algorithm, find
+from tempflow.algorithms.base import argument_texts
 from tempflow.strict import Place, Strict, shown
 
 MOST, MOST_STEPS = 10_000, 1_000
@@ -53,7 +53,7 @@ def algorithm_config(name: str) -> type[AlgorithmConfig]:
     Descriptions come from the "Args:" part of the function's docstring. Raises ValueError for an unknown name.
     """
     function = find(name)
-    hints, texts = get_type_hints(function), _argument_texts(function.__doc__ or "")
+    hints, texts = get_type_hints(function), argument_texts(function.__doc__ or "")
     fields: dict[str, Any] = {"name": (Literal[name], Field(default=name, description="which algorithm"))}
     for parameter in inspect.signature(function).parameters.values():
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
@@ -80,23 +80,6 @@ def _listable(hint: Any, most: int = MOST) -> Any:
     if get_origin(hint) in (Union, UnionType):
         return Union[tuple(_listable(option, most) for option in get_args(hint))]  # noqa: UP007 (made of a list)
     return hint
-
-
-def _argument_texts(docstring: str) -> dict[str, str]:
-    """What the "Args:" part of a docstring says of each parameter."""
-    part = inspect.cleandoc(docstring).partition("Args:\n")[2]
-    texts: dict[str, str] = {}
-    current = ""
-    for line in part.splitlines():
-        start = re.match(r"    (\w+): (.*)", line)
-        if start:
-            current = start[1]
-            texts[current] = start[2]
-        elif current and line.startswith("        "):
-            texts[current] += " " + line.strip()
-        else:
-            break
-    return texts
 
 
 def to_algorithm(given: Any) -> Any:

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -86,7 +88,7 @@ def sd3(steps: int, shift: float = 3.0, train_timesteps: int = 1000) -> Schedule
     """
     _check_count("steps", steps)
     _check_count("train_timesteps", train_timesteps)
-    _check_positive("shift", shift)
+    positive("shift", shift, 1.0)
     # float32 here and float64 below, in diffusers' order of operations: that is what makes the bits agree
     trained = torch.tensor([train_timesteps, 1], dtype=torch.float32, device="cpu") / train_timesteps
     noisiest, cleanest = shift * trained / (1 + (shift - 1) * trained)
@@ -135,7 +137,7 @@ def linear(steps: int, shift: float = 1.0) -> Schedule:
     Raises ValueError unless steps >= 1 and shift > 0.
     """
     _check_count("steps", steps)
-    _check_positive("shift", shift)
+    positive("shift", shift, 1.0)
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
     sigmas = shift * u / (1 + (shift - 1) * u)
     sigmas[0] = 1.0  # as it is without rounding
@@ -159,8 +161,3 @@ def _closed(sigmas: Tensor) -> Schedule:
 def _check_count(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name}: {value} is too small; the nearest valid value is 1")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: {value} must be finite and above 0; 1.0 leaves the grid unshifted")

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
 
@@ -157,7 +158,7 @@ class UniformTimes:
         _check_least("strata", self.strata, 1)
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low, high: {self.low}, {self.high} must keep 0 ≤ low < high ≤ 1; nearest valid: 0, 1")
-        _check_positive("shift", self.shift)
+        positive("shift", self.shift, 1.0)
 
     def count(self, steps: int) -> int:
         return self.strata
@@ -183,8 +184,8 @@ class LogitNormalTimes:
 
     def __post_init__(self) -> None:
         _check_least("strata", self.strata, 1)
-        _check_positive("std", self.std)
-        _check_positive("shift", self.shift)
+        positive("std", self.std, 1.0)
+        positive("shift", self.shift, 1.0)
         if not math.isfinite(self.mean):
             raise ValueError(f"mean: {self.mean} must be finite; 0 is usual")
         if not 0 < self.low < 1:
@@ -228,8 +229,3 @@ def _check_fraction(value: float) -> None:
 def _check_least(name: str, value: int, low: int) -> None:
     if value < low:
         raise ValueError(f"{name}: {value} is too small; nearest valid: {low}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: {value} must be finite and above 0; 1.0 is usual")

@@ -71,7 +71,7 @@ def demo() -> Config:
     return Config.model_validate(
         {
             "name": "demo",
-            "iterations": 110,
+            "iterations": 100,
             "algorithm": {"name": "v_grpo", "steps": COMMON["steps"], "group": 12, "pairs": 4, "eps": COMMON["eps"]},
             "rollout_rows": 192,
             "model": {"dtype": "auto"},

@@ -1,7 +1,12 @@
-"""Rewards by name, and the one call that scores media by several of them."""
+"""Rewards by name, and the one call that scores media by several of them.
+
+A new file here is a new reward: a function by the file's name makes it, the first line of whose docstring says what it
+measures; LICENCE and NEEDS say under which licence, and by which extra of the package ("" for none).
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,35 +16,29 @@ import torch
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.registry import Registry
 from tempflow.rewards.function import from_function
-from tempflow.rewards.jpeg import JPEGCompressibility
 from tempflow.rewards.protocol import Media, Reward, RewardError, check_media
 from tempflow.rewards.safe import Fault, Pause, SafeReward, faults, go_on, safe
-from tempflow.rewards.shapes import ShapesReward
 
 __all__ = [
     "REWARDS",
-    "JPEGCompressibility",
     "Media",
     "Reward",
     "RewardError",
     "SafeReward",
-    "ShapesReward",
     "build",
     "faults",
     "from_function",
     "names",
+    "notes",
     "plugin",
     "safe",
     "score_all",
 ]
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "shapes": ShapesReward,
-    "shapes_strict": lambda: ShapesReward(graded=False),
-    "jpeg_compressibility": JPEGCompressibility,
-}
-"""What ships with the package: name -> constructor without arguments."""
+REWARDS: Mapping[str, Callable[[], Reward]] = Registry(__name__, besides=("function", "protocol", "safe"))
+"""What ships with the package: name → constructor without arguments."""
 
 GROUP = "tempflow.rewards"
 """The entry point group by which other packages add rewards: each names a constructor without arguments."""
@@ -48,6 +47,15 @@ GROUP = "tempflow.rewards"
 def names() -> tuple[str, ...]:
     """All rewards that `build` knows: ours, then those of installed packages."""
     return (*REWARDS, *sorted(set(entry_points(group=GROUP).names) - set(REWARDS)))
+
+
+def notes() -> dict[str, tuple[str, str, str]]:
+    """What each of our rewards measures, its licence, and the extra that it needs ("" for none)."""
+    told: dict[str, tuple[str, str, str]] = {}
+    for name, make in REWARDS.items():
+        file = vars(sys.modules[make.__module__])
+        told[name] = ((make.__doc__ or "").partition("\n")[0], file["LICENCE"], file["NEEDS"])
+    return told
 
 
 def plugin(name: str) -> EntryPoint | None:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from tempflow.shapes.prompts import Spec
     from tempflow.shapes.verify import Verdict
 
+LICENCE, NEEDS = "Apache-2.0", "tempflow[shapes]"
+
+
+def shapes() -> ShapesReward:
+    """The shapes verifier with partial credit, 0 to 1."""
+    return ShapesReward()
+
 
 class ShapesReward:
     """Judges 32×32 pictures against prompts of the `shapes` world by looking at the pixels alone.

@@ -190,10 +190,10 @@ def test_no_standing_no_bend_and_a_missing_column_is_named() -> None:
     ("make", "message"),
     [
         (lambda: Clip(1.0, 0.1), "clip_low: 1.0 must be below 1"),
-        (lambda: Clip(0.1, math.inf), "clip_high: inf must be finite and > 0"),
+        (lambda: Clip(0.1, math.inf), "clip_high: inf must be finite and above 0"),
         (lambda: Clip(0.1, 0.1, 1.0), r"sensitivity: 1.0 must be in \[0, 1\)"),
         (lambda: Truncate(1.5, 0.1), "clip_low: 1.5 must be at most 1, which is no bound"),
-        (lambda: Truncate(0.0, 0.1), "clip_low: 0.0 must be finite and > 0"),
+        (lambda: Truncate(0.0, 0.1), "clip_low: 0.0 must be finite and above 0"),
         (lambda: SoftGate(0.0, 1.0), "positive: 0.0 must be finite and above 0"),
         (lambda: SoftGate(1.0, math.nan), "negative: nan must be finite and above 0"),
     ],

@@ -308,7 +308,7 @@ def test_deterministic_steps_and_missing_rates_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clip_low": 0.0}, "clip_low: 0.0 must be finite and > 0"),
+        ({"clip_low": 0.0}, "clip_low: 0.0 must be finite and above 0"),
         ({"clip_high": -1e-4}, "clip_high: -0.0001 must be"),
         ({"clip_high": float("inf")}, "clip_high: inf must be"),
         ({"clip_low": 1.0}, "clip_low: 1.0 must be below 1"),

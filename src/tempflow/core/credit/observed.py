@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import not_negative, positive
 from tempflow.core.credit.rule import Advantage, Around
 from tempflow.core.distribution import upcast
 from tempflow.core.forest import Forest
@@ -99,8 +100,7 @@ class StepCredit(Around):
     floor: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.floor) and self.floor > 0):
-            raise ValueError(f"floor: {self.floor} must be finite and above 0; 0.01 is ours")
+        positive("floor", self.floor, 0.01)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """The inner credit's advantages, each times its step's weight."""
@@ -166,10 +166,8 @@ class Surprisal(Around):
     latent: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.coefficient) and self.coefficient >= 0):
-            raise ValueError(f"coefficient: {self.coefficient} must be finite and ≥ 0; 0.05 is usual")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale: {self.scale} must be finite and above 0; 1 is usual")
+        not_negative("coefficient", self.coefficient, "0.05 is usual")
+        positive("scale", self.scale, 1)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the inner credit's advantages of their sum with the bonus."""

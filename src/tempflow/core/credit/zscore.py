@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
 from tempflow.core.credit.rule import Advantage, Key, group_index
 from tempflow.core.forest import Edges, Forest
 from tempflow.core.groups import moments
@@ -80,9 +81,8 @@ class GroupZScore:
     def __post_init__(self) -> None:
         if self.center not in get_args(Center):
             raise ValueError(f"center: {self.center!r} is not one of {', '.join(get_args(Center))}")
-        for name, value in (("power", self.power), ("gain", self.gain)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and above 0; 1 is usual")
+        positive("power", self.power, 1)
+        positive("gain", self.gain, 1)
         for key in self.by:
             if key not in get_args(Key):
                 raise ValueError(f"by: {key!r} is not one of {', '.join(get_args(Key))}")

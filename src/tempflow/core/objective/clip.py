@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from tempflow.core.checks import positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,8 @@ class Clip:
     keeps_mean = False
 
     def __post_init__(self) -> None:
-        for name, value in (("clip_low", self.low), ("clip_high", self.high)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and > 0; 1e-4 is usual, 1e-2 for tiny latents")
+        positive("clip_low", self.low, "1e-4, or 1e-2 for tiny latents,")
+        positive("clip_high", self.high, "1e-4, or 1e-2 for tiny latents,")
         if self.low >= 1:
             raise ValueError(f"clip_low: {self.low} must be below 1; 1e-4 is usual")
         if not 0 <= self.sensitivity < 1:
@@ -92,9 +92,8 @@ class Truncate:
     keeps_mean = False
 
     def __post_init__(self) -> None:
-        for name, value in (("clip_low", self.low), ("clip_high", self.high)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and > 0; 1e-4 is usual")
+        positive("clip_low", self.low, "1e-4")
+        positive("clip_high", self.high, "1e-4")
         if self.low > 1:
             raise ValueError(f"clip_low: {self.low} must be at most 1, which is no bound")
 
@@ -124,9 +123,8 @@ class SoftGate:
     keeps_mean = False
 
     def __post_init__(self) -> None:
-        for name, value in (("positive", self.positive), ("negative", self.negative)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and above 0; 1 / the usual clip is a start")
+        positive("positive", self.positive, "1 / the clip")
+        positive("negative", self.negative, "1 / the clip")
 
     @property
     def tightest(self) -> float:
@@ -170,8 +168,7 @@ class DivergenceMask:
     keeps_mean = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"threshold: {self.threshold} must be finite and above 0; 1e-5 is usual")
+        positive("threshold", self.threshold, "1e-5")
 
     @property
     def tightest(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -10,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
@@ -56,8 +56,35 @@ class Estimate:
         return values.mean(1, keepdim=True) if self.pooled else values
 
 
+class _OnEstimate:
+    """What the objectives on an estimate share."""
+
+    estimate: Estimate
+    regularizers: tuple[LeafRegularizer, ...]
+
+    @property
+    def unit(self) -> str:
+        return self.estimate.unit
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        return regularizer.named(self.estimate.weight_sets, self.regularizers)
+
+    def _compared(self, models: Mapping[str, Predict], batch: LeafBatch) -> tuple[Noised, Tensor, Tensor, Tensor]:
+        """The re-noised batch; log p_θ, log p_θ − log p_old and A, of shapes that broadcast."""
+        at = noised(models, self.weight_sets, batch)
+        policy, old = self.estimate.policy(at), self.estimate.old(at)
+        return at, policy, policy - old, batch.advantage.to(policy)[:, None]
+
+    def _loss(self, loss: Tensor, at: Noised, log_ratio: Tensor, metrics: Mapping[str, Tensor]) -> Loss:
+        """The mean of `loss` ([B, 1] or [B, M]) with the regularizers' own mean over all pairs."""
+        per_pair = loss.expand(-1, at.batch.pairs).flatten()
+        per_pair, more = regularizer.add(per_pair, self.regularizers, at)
+        return Loss(per_pair.mean(), {"log_ratio_abs": log_ratio.detach().abs().mean(1), **metrics, **more})
+
+
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(_OnEstimate):
     """The three plain objectives of "Rethinking the design space" on e = log p_θ, with δ = e − e_old, ρ = sg exp δ.
 
     epg   L = −mean ρ·A·e                (REINFORCE with an importance weight)
@@ -68,6 +95,18 @@ class PolicyGradient:
     scripts give them 0.1·(R − mean), without a standard deviation. epg has no lower bound where A < 0: it needs a
     penalty or few updates. Published: adaptive proxy, each pair by itself, velocity penalty 1e-4 to the reference.
     Certain: read in code. Raises ValueError for an unknown kind.
+
+    With `kl` · mean (v − v_ref)² as the regularizer::
+
+        x = (1 - t) * x0 + t * noise
+        gaps = [x - t * velocity(x, t, c) - x0 for velocity in (v, v_old)]
+        log_p, log_p_old = (-(g**2).mean(D, True) / g.abs().mean(D, True).clamp(min=1e-5).detach() for g in gaps)
+        delta = log_p - log_p_old
+        rho = delta.detach().exp() if ratio else 1
+        epg, pepg = -rho * A * log_p, -rho * (A - delta.detach()) * log_p
+        par = rho * (A - delta) ** 2 / 2
+        loss = {"epg": epg, "pepg": pepg, "par": par}[kind].mean()
+        loss = loss + kl * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean()
     """
 
     kind: Kind = "epg"
@@ -79,22 +118,9 @@ class PolicyGradient:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(get_args(Kind))}")
 
-    @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return self.estimate.unit
-
-    @property
-    def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
-        return regularizer.named(self.estimate.weight_sets, self.regularizers)
-
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
-        at = noised(models, self.weight_sets, batch)
-        policy, old = self.estimate.policy(at), self.estimate.old(at)
-        delta = policy - old
-        advantage = batch.advantage.to(policy)[:, None]
+        at, policy, delta, advantage = self._compared(models, batch)
         rho = delta.detach().exp() if self.ratio else torch.ones_like(delta)
         if self.kind == "par":
             loss = rho * (advantage - delta).square() / 2
@@ -102,11 +128,11 @@ class PolicyGradient:
             loss = -rho * (advantage - delta.detach()) * policy
         else:
             loss = -rho * advantage * policy
-        return _with_regularizers(loss, self.regularizers, at, _shift(delta))
+        return self._loss(loss, at, delta, {})
 
 
 @dataclass(frozen=True)
-class ClippedLikelihood:
+class ClippedLikelihood(_OnEstimate):
     """L = mean max(−A·ρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)) + regularizers, ρ = exp(log p_θ − sg log p_old).
 
     V-GRPO: adaptive proxy, `pooled`, clip 6e-3 … 1e-2, or with a single update on-policy and `soft_clip` η = 3,
@@ -115,6 +141,16 @@ class ClippedLikelihood:
 
     The pairs (t, ε) are the same for policy and old by construction. On-policy value −A, gradient −A·∇log p.
     Raises ValueError for a clip that is not finite and positive, clip_low above 1, or a soft clip that is not positive.
+
+    With `kl` · mean (v − v_ref)² as the regularizer::
+
+        x = (1 - t) * x0 + t * noise
+        gaps = [x - t * velocity(x, t, c) - x0 for velocity in (v, v_old)]
+        log_p, log_p_old = (-(g**2).mean(D, True) / g.abs().mean(D, True).clamp(min=1e-5).detach() for g in gaps)
+        r = (log_p - log_p_old).exp()
+        A = A if soft_clip is None else soft_clip * (A / soft_clip).tanh()
+        loss = torch.maximum(-A * r, -A * r.clamp(1 - clip_low, 1 + clip_high)).mean()
+        loss = loss + kl * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean()
     """
 
     clip_low: float = 1e-2
@@ -124,55 +160,29 @@ class ClippedLikelihood:
     regularizers: tuple[LeafRegularizer, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: {value} must be finite and > 0; 1e-2 is usual")
+        positive("clip_low", self.clip_low, "1e-2")
+        positive("clip_high", self.clip_high, "1e-2")
         if self.clip_low > 1:
             raise ValueError(f"clip_low: {self.clip_low} must be at most 1; 1e-2 is usual")
-        if self.soft_clip is not None and not (math.isfinite(self.soft_clip) and self.soft_clip > 0):
-            raise ValueError(f"soft_clip: {self.soft_clip} must be finite and > 0, or None for none; 3 is usual")
-
-    @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return self.estimate.unit
-
-    @property
-    def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
-        return regularizer.named(self.estimate.weight_sets, self.regularizers)
+        if self.soft_clip is not None:
+            positive("soft_clip", self.soft_clip, "3, or None for none,")
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
-        at = noised(models, self.weight_sets, batch)
-        log_ratio = self.estimate.policy(at) - self.estimate.old(at)
+        at, _, log_ratio, advantage = self._compared(models, batch)
         ratio = log_ratio.exp()
-        advantage = batch.advantage.to(ratio)[:, None]
         if self.soft_clip is not None:
             advantage = soft_clip(advantage, self.soft_clip)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
         with torch.no_grad():
-            metrics = _shift(log_ratio) | {
+            metrics = {
                 "clip_fraction": (loss > -advantage * ratio).float().mean(1),
                 "outside_clip": (ratio != clipped).float().mean(1),
             }
-        return _with_regularizers(loss, self.regularizers, at, metrics)
+        return self._loss(loss, at, log_ratio, metrics)
 
 
 def soft_clip(advantage: Tensor, bound: float) -> Tensor:
     """η·tanh(A/η): within ±η, slope 1 at 0 (V-GRPO, Eq. 17). It flattens coarse rewards such as 0 or 1."""
     return bound * (advantage / bound).tanh()
-
-
-def _shift(log_ratio: Tensor) -> dict[str, Tensor]:
-    return {"log_ratio_abs": log_ratio.detach().abs().mean(1)}
-
-
-def _with_regularizers(
-    loss: Tensor, regularizers: tuple[LeafRegularizer, ...], at: Noised, metrics: dict[str, Tensor]
-) -> Loss:
-    """The mean of `loss` ([B, 1] or [B, M]) with the regularizers' own mean over all pairs."""
-    per_pair = loss.expand(-1, at.batch.pairs).flatten()
-    per_pair, more = regularizer.add(per_pair, regularizers, at)
-    return Loss(per_pair.mean(), metrics | more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import not_negative, positive
 from tempflow.core.likelihood_proxy import adaptive_error, adaptive_scale, square_error, x0_of_velocity
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
@@ -28,7 +28,7 @@ def optimality(advantage: Tensor, maximum: float, mode: Mode = "all") -> Tensor:
     where A > 0, else 0; "binary" its sign. DiffusionNFT (certain: read in code). Raises ValueError for an unknown mode
     or a maximum that is not finite and positive.
     """
-    _check_positive("advantage_max", maximum, 5.0)
+    positive("advantage_max", maximum, 5.0)
     if mode == "positive_only":
         advantage = advantage.clamp(min=0)
     elif mode == "negative_only":
@@ -54,6 +54,18 @@ class NegativeAware:
     A' = 2r−1 and the balanced anchor β−A', so it is convex for every sample. r = ½ is not "no loss", it pulls to old.
     Published: β 1 or 0.1, M 5, a velocity penalty of 1e-4 to the reference (called train.beta there). Certain: read in
     code. Raises ValueError for a `mix_beta` or `advantage_max` that is not finite and positive, or an unknown mode.
+
+    With `kl` · mean (v − v_ref)² as the regularizer::
+
+        x = (1 - t) * x0 + t * noise
+        u, u_old, u_ref = v(x, t, c), v_old(x, t, c), v_ref(x, t, c)
+        implicit = mix_beta * u + (1 - mix_beta) * u_old, (1 + mix_beta) * u_old - mix_beta * u
+        gaps = [x - t * branch - x0 for branch in implicit]
+        scales = [gap.abs().mean(D, True).clamp(min=1e-5).detach() if adaptive else 1 for gap in gaps]
+        positive, negative = ((gap**2).mean(D, True) / scale for gap, scale in zip(gaps, scales))
+        r = (A / (2 * advantage_max) + 0.5).clamp(0, 1)
+        loss = advantage_max * (r * positive + (1 - r) * negative) / mix_beta
+        loss = (loss + kl * ((u - u_ref) ** 2).mean(D, True)).mean()
     """
 
     mix_beta: float = 1.0
@@ -61,19 +73,14 @@ class NegativeAware:
     mode: Mode = "all"
     adaptive: bool = True
     regularizers: tuple[LeafRegularizer, ...] = ()
+    unit = "pair"
 
     def __post_init__(self) -> None:
-        _check_positive("mix_beta", self.mix_beta, 1.0)
+        positive("mix_beta", self.mix_beta, 1.0)
         optimality(torch.zeros(1), self.advantage_max, self.mode)
 
     @property
-    def unit(self) -> str:
-        """Micro-batches may split the pairs of a sample."""
-        return "pair"
-
-    @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return regularizer.named(("policy", "old"), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
@@ -112,6 +119,18 @@ class SignedLeastSquares:
 
     γ 1.1 or 1−A with |A| ≤ 1, λ 1e-3: the paper's (arXiv 2605.26013, Eq. 5–7; sure). Raises ValueError for an unknown
     form or anchor, numbers that are negative or not finite, or κ that can reach 0 without `concave`.
+
+    ::
+
+        x = (1 - t) * x0 + t * noise
+        mine, before, start = x - t * v(x, t, c), x - t * v_old(x, t, c), x - t * v_ref(x, t, c)
+        g = gamma - A if anchor == "balanced" else gamma
+        kappa = A + g + reference
+        y = (A * x0 + g * before + reference * start) / kappa
+        target = kappa * ((mine - y) ** 2).mean(D, True)
+        total = (A * (mine - x0) ** 2 + g * (mine - before) ** 2 + reference * (mine - start) ** 2).mean(D, True)
+        scale = (mine - x0).abs().mean(D, True).clamp(min=1e-5).detach() if adaptive else 1
+        loss = ((total if form == "sum" or concave else target) / scale).mean()
     """
 
     gamma: float = 1.1
@@ -122,12 +141,12 @@ class SignedLeastSquares:
     concave: bool = False
     adaptive: bool = False
     regularizers: tuple[LeafRegularizer, ...] = ()
+    unit = "pair"
 
     def __post_init__(self) -> None:
-        _check_positive("advantage_max", self.advantage_max, 1.0)
-        _check_positive("gamma", self.gamma, 1.1)
-        if not (math.isfinite(self.reference) and self.reference >= 0):
-            raise ValueError(f"reference: {self.reference} must be finite and ≥ 0; 0 turns the anchor off")
+        positive("advantage_max", self.advantage_max, 1.0)
+        positive("gamma", self.gamma, 1.1)
+        not_negative("reference", self.reference, "0 turns the anchor off")
         if self.anchor not in get_args(Anchor):
             raise ValueError(f"anchor: {self.anchor!r} is not one of {', '.join(get_args(Anchor))}")
         if self.form not in get_args(Form):
@@ -140,13 +159,7 @@ class SignedLeastSquares:
             )
 
     @property
-    def unit(self) -> str:
-        """Micro-batches may split the pairs of a sample."""
-        return "pair"
-
-    @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         required = ("policy", "old", "reference") if self.reference > 0 else ("policy", "old")
         return regularizer.named(required, self.regularizers)
 
@@ -194,8 +207,3 @@ class SignedLeastSquares:
 
 def _times(weight: Tensor, t: Tensor) -> Tensor:
     return weight.view(-1, *[1] * (t.dim() - 1)) * t
-
-
-def _check_positive(name: str, value: float, usual: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: {value} must be finite and above 0; {usual} is usual")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
+from tempflow.core.checks import not_negative, positive
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy, Matching
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
@@ -26,19 +26,19 @@ class Supervised:
     """Flow matching on given samples: L = −mean of a proxy, by default mean (v − v*)². Advantages are not read.
 
     With the rollout's best samples it is rejection fine-tuning. Standard (certain).
+
+    With `kl` · mean (v − v_ref)² as the regularizer::
+
+        x = (1 - t) * x0 + t * noise
+        loss = ((v(x, t, c) - (noise - x0)) ** 2).mean() + kl * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean()
     """
 
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
-
-    @property
-    def unit(self) -> str:
-        """Micro-batches may split the pairs of a sample."""
-        return "pair"
+    unit = "pair"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return regularizer.named(("policy",), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
@@ -97,23 +97,27 @@ class PreferencePairs:
     error of the noise for s; Flow-Factory that of the velocity, as here (certain: read in code, but its online trainer
     compares the velocity with ε instead of ε − x0, which is not followed).
     Raises ValueError for a β that is not finite and positive.
+
+    With `kl` · mean (v − v_ref)² as the regularizer::
+
+        x0 = torch.stack([chosen, rejected])
+        x = (1 - t) * x0 + t * noise
+        error, error_ref = (((u(x, t, c) - (noise - x0)) ** 2).mean(D, True) for u in (v, v_ref))
+        chosen, rejected = beta / 2 * (error_ref - error)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        loss = loss + kl * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean()
     """
 
     beta: float = 2000.0
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
+    unit = "pair"
 
     def __post_init__(self) -> None:
-        _check_positive("beta", self.beta, 2000.0)
-
-    @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return "pair"
+        positive("beta", self.beta, 2000.0)
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return regularizer.named(("policy", "reference"), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: PairBatch) -> Loss:
@@ -139,18 +143,24 @@ class OnlinePairs:
     Samples of a group must share their (t, ε) (`Renoise(times, 2, 2)`). Others than these two cost their forwards and
     teach nothing, so a credit should leave them out. A group whose advantages are all equal has no pair: it counts in
     the mean, with a loss of 0. Metrics are [B], each sample bearing its pair's (0 for the rest).
+
+    With the fields of `pairs`, and `group` the number of every sample's group::
+
+        members = [(group == number).nonzero()[:, 0] for number in group.unique()]
+        best, worst = (torch.stack([i[pick(A[i].flatten())] for i in members]) for pick in (torch.argmax, torch.argmin))
+        chosen, rejected, t, noise, c = x0[best], x0[worst], t[best], noise[best], c[best]
+        x0 = torch.stack([chosen, rejected])
+        x = (1 - t) * x0 + t * noise
+        error, error_ref = (((u(x, t, c) - (noise - x0)) ** 2).mean(D, True) for u in (v, v_ref))
+        chosen, rejected = beta / 2 * (error_ref - error)
+        loss = -((A[best] > A[worst]) * torch.nn.functional.logsigmoid(chosen - rejected)).mean()
     """
 
     pairs: PreferencePairs = field(default_factory=PreferencePairs)
-
-    @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return "group"
+    unit = "group"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return self.pairs.weight_sets
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
@@ -198,6 +208,18 @@ class GroupPreference:
     Published: β 100 against the reference, 2000 against old; clip 1e-3 … 5e-2; shared noise in a group, times shared
     by all; A a group z-score. Certain: read in code, where the group's size is the configured one.
     Raises ValueError for a β or clip that is not finite and positive, or an unknown `compare_to`.
+
+    For groups of one size (of several, each group counts alike), `group` the number of every sample's::
+
+        x = (1 - t) * x0 + t * noise
+        m, m_old, m_ref = (((u(x, t, c) - (noise - x0)) ** 2).mean(D, True) for u in (v, v_old, v_ref))
+        gain = (m_ref if compare_to == "reference" else m_old) - m
+        r = (m_old - m).exp()
+        left = torch.where(A > 0, r > 1 + clip, r < 1 - clip)
+        gain = torch.where(left, gain.detach(), gain)
+        same = (group[:, None] == group).to(A)
+        order = torch.tensordot(same / same.sum(1), -beta * A * gain, dims=1)
+        loss = (torch.nn.functional.softplus(order) / beta).mean() + kl * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean()
     """
 
     beta: float = 100.0
@@ -205,22 +227,17 @@ class GroupPreference:
     compare_to: str = "reference"
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
+    unit = "group"
 
     def __post_init__(self) -> None:
-        _check_positive("beta", self.beta, 100.0)
+        positive("beta", self.beta, 100.0)
         if self.clip is not None:
-            _check_positive("clip", self.clip, 1e-2)
+            positive("clip", self.clip, 1e-2)
         if self.compare_to not in ("reference", "old"):
             raise ValueError(f"compare_to: {self.compare_to!r} is not one of reference, old")
 
     @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return "group"
-
-    @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         required = ("policy", self.compare_to) if self.clip is None else ("policy", self.compare_to, "old")
         return regularizer.named(required, self.regularizers)
 
@@ -259,6 +276,19 @@ class CentredReward:
     4.5. Certain: read in code (its authors' contribution to Flow-Factory), which centres over the gathered batch; the
     paper centres within the prompt, as here.
     Raises ValueError for a number that is not finite and positive (kl may be 0).
+
+    For groups of one size (of several, each group counts alike), `group` the number of every sample's::
+
+        x = (1 - t) * x0 + t * noise
+        gaps = [u(x, t, c) - (noise - x0) for u in (v, v_old)]
+        log_p, log_p_old = (-(g**2).mean(D, True) / g.abs().mean(D, True).clamp(min=1e-5).detach() for g in gaps)
+        a, r = (A / (2 * advantage_max) + 0.5).clamp(0, 1), log_p - log_p_old
+        same = (group[:, None] == group).to(A)
+        mean_a, mean_r = (torch.tensordot(same / same.sum(1), z, dims=1) for z in (a, r.detach()))
+        residual = beta * (r - mean_r) - (a - mean_a)
+        share = min(1, 1e-4 / kl) if adaptive_kl else 1
+        held = (share + (1 - share) * a) * ((v(x, t, c) - v_ref(x, t, c)) ** 2).mean(D, True)
+        loss = (advantage_max / beta * residual**2 + kl * held).mean()
     """
 
     beta: float = 1.0
@@ -268,25 +298,19 @@ class CentredReward:
     adaptive_kl: bool = True
     proxy: LikelihoodProxy = field(default_factory=lambda: Adaptive("velocity"))
     form: Regression = "mse"
+    unit = "group"
 
     def __post_init__(self) -> None:
-        _check_positive("beta", self.beta, 1.0)
-        _check_positive("advantage_max", self.advantage_max, 5.0)
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature: {self.temperature} must be finite and ≥ 0, or None for uniform; 1 is usual")
+        positive("beta", self.beta, 1.0)
+        positive("advantage_max", self.advantage_max, 5.0)
+        if self.temperature is not None:
+            not_negative("temperature", self.temperature, "1 is usual, None is uniform")
         if self.form not in get_args(Regression):
             raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Regression))}")
-        if not (math.isfinite(self.kl) and self.kl >= 0):
-            raise ValueError(f"kl: {self.kl} must be finite and ≥ 0; 0 turns it off")
-
-    @property
-    def unit(self) -> str:
-        """Micro-batches never split a unit."""
-        return "group"
+        not_negative("kl", self.kl)
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return ("policy", "old", "reference") if self.kl > 0 else ("policy", "old")
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
@@ -338,8 +362,3 @@ def _log_ratio(proxy: LikelihoodProxy, at: Noised, other: str) -> Tensor:
     """log p_θ − log p_other at every pair, [B·M], gradients through the policy."""
     policy, fixed = (proxy(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[other]))
     return policy - fixed
-
-
-def _check_positive(name: str, value: float, usual: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: {value} must be finite and above 0; {usual} is usual")

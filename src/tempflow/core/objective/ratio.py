@@ -143,7 +143,14 @@ class PolicyRatio:
     """L = mean over units of [ w_j · clip(log r_j, A_j) ] + Σ coefficient · mean term_j.
 
     r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the clip, so weights
-    do not move a clip. A unit's loss is the mean over its edges.
+    do not move a clip. A unit's loss is the mean over its edges. An edge goes from x at σ to y ~ N(a·x + b·v, S²)::
+
+        mean, mean_ref = a * x + b * v(x, sigma, c), a * x + b * v_ref(x, sigma, c)
+        log_p = (-(((y - mean) / S) ** 2) / 2 - S.log() - math.log(2 * math.pi) / 2).mean(D, True)
+        r = (log_p - log_p_old).exp()
+        surrogate = torch.maximum(-A * r, -A * r.clamp(1 - low, 1 + high))
+        divergence = ((mean - mean_ref) ** 2 / (2 * S**2)).mean(D, True)
+        loss = (w * surrogate + kl * divergence).mean()
     """
 
     clip: ClipRule = field(default_factory=Clip)
@@ -152,7 +159,6 @@ class PolicyRatio:
 
     @property
     def unit(self) -> str:
-        """Micro-batches never split a unit."""
         return self.ratio.unit
 
     @property
@@ -161,22 +167,18 @@ class PolicyRatio:
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        """The weight sets that `__call__` asks of `models`."""
         return tuple(dict.fromkeys(("policy", *(s for p in self._regularizers for s in p.weight_sets))))
 
     @property
     def keeps_mean(self) -> bool:
-        """Whether it reads the batch's `mean`."""
         return self.clip.keeps_mean or self.ratio.keeps_mean or any(p.keeps_mean for p in self._regularizers)
 
     @property
     def keeps_peers(self) -> bool:
-        """Whether it reads the batch's `peers`."""
         return any(p.keeps_peers for p in self._regularizers)
 
     @property
     def tightest_clip(self) -> float:
-        """The narrowest side of the range in which a ratio is free."""
         return self.clip.tightest
 
     def check(self, dynamics: Dynamics) -> None:

@@ -6,13 +6,13 @@ distance or a KL to another weight set.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from tempflow.core.checks import not_negative
 from tempflow.core.distribution import drift_kl, mean_dims, to_rows, velocity_kl
 from tempflow.core.dynamics import Diffusion, Dynamics
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
@@ -80,7 +80,7 @@ class Divergence:
     weight_sets = ("reference",)
 
     def __post_init__(self) -> None:
-        _check("kl", self.coefficient)
+        not_negative("kl", self.coefficient)
         if self.form not in get_args(KLForm):
             raise ValueError(f"kl_form: {self.form!r} is not one of {', '.join(get_args(KLForm))}")
 
@@ -133,7 +133,7 @@ class ToRollout:
     keeps_peers = False
 
     def __post_init__(self) -> None:
-        _check("rollout_kl", self.coefficient)
+        not_negative("rollout_kl", self.coefficient)
 
     @property
     def keeps_mean(self) -> bool:
@@ -163,7 +163,7 @@ class Imitation:
     weight_sets = ()
 
     def __post_init__(self) -> None:
-        _check("imitation", self.coefficient)
+        not_negative("imitation", self.coefficient)
 
     def check(self, dynamics: Dynamics) -> None:
         """Any dynamics will do."""
@@ -206,7 +206,7 @@ class PredictionDistance:
     space: Space = "velocity"
 
     def __post_init__(self) -> None:
-        _check("coefficient", self.coefficient)
+        not_negative("coefficient", self.coefficient)
         if self.space not in get_args(Space):
             raise ValueError(f"space: {self.space!r} is not one of {', '.join(get_args(Space))}")
 
@@ -236,7 +236,7 @@ class LikelihoodKL:
     proxy: LikelihoodProxy = field(default_factory=Adaptive)
 
     def __post_init__(self) -> None:
-        _check("coefficient", self.coefficient)
+        not_negative("coefficient", self.coefficient)
         if self.form not in get_args(Estimator):
             raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Estimator))}")
 
@@ -269,8 +269,3 @@ def add(loss: Tensor, regularizers: Sequence[LeafRegularizer], at: Noised) -> tu
             loss = loss + regularizer.coefficient * divergence
             metrics[f"kl_{regularizer.to}"] = at.by_sample(divergence.detach()).mean(1)
     return loss, metrics
-
-
-def _check(name: str, coefficient: float) -> None:
-    if not (math.isfinite(coefficient) and coefficient >= 0):
-        raise ValueError(f"{name}: {coefficient} must be finite and ≥ 0; 0 turns it off")

@@ -12,6 +12,13 @@ from PIL import Image
 from tempflow.core.scores import Scores
 from tempflow.rewards.protocol import Media, check_media
 
+LICENCE, NEEDS = "Apache-2.0", ""
+
+
+def jpeg_compressibility() -> JPEGCompressibility:
+    """Minus the kilobytes of the picture's JPEG."""
+    return JPEGCompressibility()
+
 
 @dataclass(frozen=True)
 class JPEGCompressibility:
