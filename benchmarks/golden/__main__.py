@@ -3,7 +3,8 @@
     python -m benchmarks.golden                     compares this tree with the numbers in tests/algorithms/golden.json
     python -m benchmarks.golden --write             freezes the cases that the file lacks (--only NAME: those anew)
     python -m benchmarks.golden --against REVISION  runs that revision and this tree, in float32 on one thread of this
-                                                    CPU, and compares all weights bit for bit
+                                                    CPU, and compares all weights bit for bit; with --pairs 7 it
+                                                    compares processor time instead
 
 The exit status is 1 where something differs.
 """
@@ -29,6 +30,7 @@ def main() -> int:
     what.add_argument("--write", action="store_true", help="freeze the cases that the file lacks")
     what.add_argument("--against", metavar="REVISION", help="compare with that revision of git, bit for bit")
     what.add_argument("--dump", metavar="FOLDER", type=Path, help="write all weights, as --against does for both trees")
+    parser.add_argument("--pairs", metavar="N", type=int, default=0, help="with --against: time N interleaved pairs")
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these cases alone")
     a = parser.parse_args()
     unknown = [name for name in a.only if name not in CASES]
@@ -39,6 +41,8 @@ def main() -> int:
         return _write(a.only)
     if a.dump:
         return against.dump(a.dump, a.only or [*CASES])
+    if a.against and a.pairs:
+        return against.race(a.against, a.only or [*CASES], a.pairs)
     if a.against:
         return against.compare(a.against, a.only or [*CASES])
     return _compare(a.only or [*CASES])
