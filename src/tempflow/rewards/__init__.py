@@ -100,7 +100,7 @@ def score_all(
 
     groups   the prompt slot of each medium. A groupwise reward is called once per slot; equal prompts in different
              slots are different groups
-    timeout  seconds that a call may take; None leaves each reward the one that it has (`patient`)
+    timeout  seconds that a call may take; None leaves each reward the one that it has (`safe`)
     sound    bool[N] on the CPU, which media are pictures at all: the others are not scored, and failed
     pause    called while a call with a timeout goes on; may raise to leave
 
