@@ -46,9 +46,10 @@ from tempflow.core.dynamics import CPS, DDIM, DanceSDE, Dynamics, FlowSDE, Linea
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict
 from tempflow.core.objective.ratio import PolicyRatio, clipped
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.models import SD3, load
+from tempflow.models import load
 from tempflow.models.protocol import Model
 from tempflow.models.quiet import quiet
+from tempflow.models.sd3 import SD3
 from tempflow.rewards import from_function
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Experience, collect, credit

@@ -19,7 +19,8 @@ from torch import Tensor
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from tempflow.core.rollout import Noise
 from tempflow.latent_reward import LatentReward, LatentScorer, bind, siblings
-from tempflow.models import SD3, load
+from tempflow.models import load
+from tempflow.models.sd3 import SD3
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
 from tempflow.stats import interval

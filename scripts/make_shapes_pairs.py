@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tempflow.evaluate.suite import draw
 from tempflow.folder import claim
-from tempflow.models import SD3, load
+from tempflow.models import load
+from tempflow.models.sd3 import SD3
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import Spec, balanced, specs
 

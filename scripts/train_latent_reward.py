@@ -48,7 +48,8 @@ from tempflow.latent_reward import (
     siblings,
     train_latent_reward,
 )
-from tempflow.models import SD3, load
+from tempflow.models import load
+from tempflow.models.sd3 import SD3
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import Split, balanced
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,12 +26,12 @@ ROOMS: dict[str, set[str]] = {
     "folder": set(),
     "shapes": set(),
     "data": {"core", "shapes"},
-    "models": {"core", "names"},
+    "models": {"core", "names", "registry"},
     "registry": set(),
     "rewards": {"core", "shapes", "registry"},
     "algorithms": {"core", "perception", "names", "registry"},
     "perception": {"models"},
-    "latent_reward": {"core", "models"},
+    "latent_reward": {"core", "models", "names"},
     "config": {"strict", "algorithms", "data", "rewards", "names"},
     "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
@@ -203,6 +204,50 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Without its docstring."""
     doc = ast.get_docstring(node, clean=False)
     return (node.end_lineno or 0) - node.lineno + 1 - (len(doc.splitlines()) if doc else 0)
+
+
+FAMILIES = re.compile(
+    r"(?<![a-z])(sd_?(xl|3\d*|1_?5|21)|stable_?diffusion\w*|flux\d?|qwen\w*|wan\d*|ltx\w*|z_?image|sana|hunyuan\w*"
+    r"|cogview\d?|lumina\d?)(?![a-z])"
+)
+"""Model families, as code would name them."""
+
+MAY_NAME = {"models", "recipes", "shapes"}
+
+
+def families_in(tree: ast.AST) -> set[str]:
+    """Identifiers and texts that name a model family; docstrings, and texts that stand by themselves, may."""
+    prose = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    said: list[str] = []
+    for node in ast.walk(tree):
+        said += [getattr(node, field) for field in ("id", "attr", "arg", "name") if hasattr(node, field)]
+        said += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            said.append(node.value)
+    snake = (re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name or "").lower() for name in said)
+    return {name for name in snake if FAMILIES.search(name)}
+
+
+def test_no_family_is_named_outside_its_rooms() -> None:
+    seen = {m: families_in(tree_of(path)) for m, path in MODULES.items() if room_of(m) not in MAY_NAME}
+    assert len(seen) > 100 and {m: sorted(names) for m, names in seen.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tempflow.models.sd3 import SD3",
+        "pipe: StableDiffusion3Pipeline",
+        "def flux(steps): pass",
+        "x = {'FluxTransformer2DModel': 1}",
+        "f(qwen_image=True)",
+        "kind == 'wan'",
+        "SD3Transformer2DModel()",
+    ],
+)
+def test_a_family_that_is_named_is_found(line: str) -> None:
+    assert families_in(ast.parse(line))
+    assert not families_in(ast.parse(f'"""As {line!r} has it."""\nwanted = influx = swan = 1'))
 
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -15,7 +15,7 @@ from tempflow.algorithms import ALGORITHMS, tempflow_grpo
 from tempflow.cli.options import assign
 from tempflow.config import Config, algorithm_config, load_config, parse_config, to_yaml
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.cost import latent_shape, run_cost
 from tempflow.data.prompts import load_prompts
 from tempflow.recipes import RECIPES
@@ -375,7 +375,7 @@ def test_stored_states_are_those_of_a_real_forest(algorithm):
     plans = [built.plan(0, slot) for slot in range(3)]
     shape = latent_shape(made)
     assert shape == (8, 8, 8)
-    forest = rollout(plans, built.dynamics, sd3(4), lambda x, s, r: torch.zeros_like(x), Noise(0), shape=shape)
+    forest = rollout(plans, built.dynamics, shifted(4), lambda x, s, r: torch.zeros_like(x), Noise(0), shape=shape)
     nodes = forest.drop_leaf_states().nodes
     cost = run_cost(made)
     assert (cost.stored_nodes, cost.state_bytes) == (len(nodes), nodes[0].nbytes)

@@ -17,6 +17,7 @@ from tempflow.cli.doctor import doctor_verb
 from tempflow.config import Config
 from tempflow.doctor import Check, failed, libraries, machine, run, to_json
 from tempflow.models import load, shapes_folder
+from tempflow.models.sd3 import LORA_TARGETS
 from tempflow.recipes import RECIPES
 from tempflow.rewards import notes
 
@@ -274,7 +275,7 @@ def test_the_size_of_a_lora_is_pefts() -> None:
     model = load("shapes")
     model.add_lora(5, 5)
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
-    assert run.lora_size(run.weight_shapes(shapes_folder() / "transformer"), 5) == trained
+    assert run.lora_size(run.weight_shapes(shapes_folder() / "transformer"), 5, LORA_TARGETS) == trained
 
 
 def test_what_a_full_run_writes() -> None:

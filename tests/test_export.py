@@ -23,9 +23,10 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.evaluate.suite import draw
 from tempflow.export import export_run
 from tempflow.export import write as export_write
-from tempflow.models import SD3, load, shapes_folder
+from tempflow.models import load, shapes_folder
+from tempflow.models.pipeline_folder import licence_of
 from tempflow.models.quiet import quiet
-from tempflow.models.sd3 import licence_of
+from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_lora, shapes_tempflow
 from tempflow.train import checkpoint
 

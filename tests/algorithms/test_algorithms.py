@@ -40,7 +40,7 @@ from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, FlowSDE, LinearSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.scores import Scores
 
 
@@ -48,7 +48,12 @@ def grown(algorithm: Algorithm, prompts: int = 2, iteration: int = 0):
     """A forest on four-element latents with the velocity of a linear toy."""
     plans = [algorithm.plan(iteration, slot) for slot in range(prompts)]
     return rollout(
-        plans, algorithm.dynamics, sd3(algorithm.steps), lambda x, s, r: 0.8 * x - 0.3, Noise(7, iteration), shape=(4,)
+        plans,
+        algorithm.dynamics,
+        shifted(algorithm.steps),
+        lambda x, s, r: 0.8 * x - 0.3,
+        Noise(7, iteration),
+        shape=(4,),
     )
 
 
@@ -192,11 +197,11 @@ def test_flow_grpo_gives_every_step_of_a_chain_its_leaf_advantage():
 def test_noise_aware_weights_of_the_paper():
     algorithm = tempflow_grpo()
     forest = grown(algorithm, prompts=1)
-    weights = algorithm.weight(forest, sd3(10), algorithm.dynamics)
+    weights = algorithm.weight(forest, shifted(10), algorithm.dynamics)
     by_step = [float(weights[forest.edges.step == i][0]) for i in range(9)]
     np.testing.assert_allclose(by_step, [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508], atol=6e-4)
     flat = tempflow_grpo(weight="uniform")
-    assert torch.equal(flat.weight(forest, sd3(10), flat.dynamics), torch.ones(len(forest.edges)))
+    assert torch.equal(flat.weight(forest, shifted(10), flat.dynamics), torch.ones(len(forest.edges)))
 
 
 # -------------------------------------------------------------------------------------------------- reductions
@@ -322,7 +327,7 @@ def test_unknown_names_and_entry_points(monkeypatch):
     group, other = "tempflow.algorithms", "tempflow.core.schedule:sd3"
     points = EntryPoints(EntryPoint(name, other, group) for name in ("my_grpo", "flow_grpo"))
     monkeypatch.setattr(algorithms, "entry_points", points.select)
-    assert find("my_grpo") is sd3
+    assert find("my_grpo") is shifted
     assert find("flow_grpo") is flow_grpo  # ours stay ours
     with pytest.raises(ValueError, match=r"nearest valid: 'my_grpo'"):
         find("my_grop")

@@ -25,7 +25,7 @@ from tempflow.algorithms.dance_grpo import dance_grpo
 from tempflow.core.dynamics import ODE, DanceSDE
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import linear, sd3
+from tempflow.core.schedule import linear, shifted
 from tempflow.core.units import leaf_of
 from tempflow.train.experience import credit
 
@@ -64,7 +64,7 @@ def test_every_chain_draws_its_own_steps_and_none_is_favoured() -> None:
 
 def test_last_step_is_the_clean_prediction_and_without_noise_all_is_the_ode() -> None:
     plan = dance_grpo(steps=6, group=4).plan(0, 0)
-    grid = sd3(6)
+    grid = shifted(6)
     predict = lambda x, sigma, rows: 0.7 * x - 0.2  # noqa: E731
     calm = rollout([plan], DanceSDE(0.0), grid, predict, Noise(1), shape=(5,), keep="all")
     want = rollout([plan], ODE(), grid, predict, Noise(1), shape=(5,), keep="all")
@@ -80,7 +80,7 @@ def test_last_step_is_the_clean_prediction_and_without_noise_all_is_the_ode() ->
 
 
 def test_a_noisy_last_step_would_magnify_an_error_by_eta_squared_over_two_sigma() -> None:
-    for grid, gain in ((sd3(10).double(), -5.0), (linear(16, 3.0).double(), -0.27)):
+    for grid, gain in ((shifted(10).double(), -5.0), (linear(16, 3.0).double(), -0.27)):
         step = torch.tensor([grid.steps - 1])
         sigma = float(grid.sigmas[-2])
         a, b, _ = DanceSDE(0.3).coefficients(grid, step)

@@ -27,7 +27,7 @@ from tempflow.algorithms.ddpo import ddpo
 from tempflow.core.dynamics import DDIM, FlowSDE
 from tempflow.core.objective.clip import Clip, Score
 from tempflow.core.plan import Cost
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.train.experience import credit
 
 
@@ -70,7 +70,7 @@ def test_the_last_noisy_step_may_be_left_out() -> None:
     assert {len(s) for s in seen} == {2} and frozenset.union(*seen) == {0, 1, 2, 3}
     check_sound(toy(skip_last=2))
     for steps, last, before in ((6, 48.0, 0.81), (50, 7.4, 1.43)):
-        _, b, std = DDIM(1.0).coefficients(sd3(steps), torch.arange(steps - 1))
+        _, b, std = DDIM(1.0).coefficients(shifted(steps), torch.arange(steps - 1))
         assert (b.abs() / std)[-2:].tolist() == pytest.approx([before, last], rel=0.01)
 
 

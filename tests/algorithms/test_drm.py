@@ -22,7 +22,7 @@ from tempflow.core import plan
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
 
@@ -110,7 +110,7 @@ def test_with_cps_candidates_have_the_noise_their_sigma_says() -> None:
     picture = torch.linspace(-1, 1, 4096)
 
     def noise_over_sigma(algorithm: Algorithm) -> list[float]:
-        plan, grid = algorithm.plan(0, 0), sd3(6)
+        plan, grid = algorithm.plan(0, 0), shifted(6)
         forest = rollout(
             [plan], algorithm.dynamics, grid, lambda x, s, r: (x - picture) / s.view(-1, 1), Noise(3), shape=(4096,)
         )

@@ -17,7 +17,7 @@ from tempflow.core.objective.edges import EdgeBatch, replay
 from tempflow.core.objective.ratio import StepRatio
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 
 
 def small(**fields) -> Algorithm:
@@ -45,7 +45,7 @@ def test_in_the_loop(log_prob: str) -> None:
 
 
 def edges_of(algorithm: Algorithm, predict) -> EdgeBatch:
-    schedule = sd3(algorithm.steps).double()
+    schedule = shifted(algorithm.steps).double()
     forest = rollout([algorithm.plan(0, 0)], algorithm.dynamics, schedule, predict, Noise(1), shape=(3, 4))
     e = forest.edges
     n = len(e)
@@ -75,7 +75,7 @@ def test_unscaled_ratio_is_the_difference_of_squares() -> None:
 
 def test_the_density_drowns_all_steps_in_the_last_one_of_sd3s_grid_and_the_unscaled_one_does_not() -> None:
     """|b|/S and 2S|b| of every trained step; the numbers in the docstring."""
-    schedule, steps = sd3(10), torch.arange(9)
+    schedule, steps = shifted(10), torch.arange(9)
     _, b, std = CPS(0.8).coefficients(schedule, steps)
     density, unscaled = b.abs() / std, 2 * std * b.abs()
     assert 28 < float(density[-1] / density[-2]) < 31 and float(density[-1] / density[:-1].sum()) > 5

@@ -26,7 +26,7 @@ from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.clip import DivergenceMask
 from tempflow.core.objective.edges import EdgeBatch
 from tempflow.core.plan import Cost
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 
 
 def small(**fields: Any) -> Algorithm:
@@ -52,7 +52,7 @@ def test_loss_and_gradient_against_the_published_mask(scaled: bool) -> None:
     """Every edge by itself: κ = mean (μ − μ_old)²/(2S²), S = 1 unless scaled; dropped where κ ≥ δ and A(ρ − 1) > 0."""
     n = 64
     x, z, old, step = draw(n, 3, 4, seed=1), draw(n, 3, 4, seed=2), draw(n, 3, 4, seed=3), torch.arange(n) % 9
-    grid, dynamics, one = sd3(10), FlowSDE(0.7), torch.ones(n, dtype=torch.float64)
+    grid, dynamics, one = shifted(10), FlowSDE(0.7), torch.ones(n, dtype=torch.float64)
     v = (old + draw(n, 3, 4, seed=4) * torch.logspace(-3, 0, n, dtype=torch.float64).view(-1, 1, 1)).requires_grad_()
     was = dynamics.transition(x, old, grid, step, one)
     y, advantage = was.sample(z), draw(n, seed=5)

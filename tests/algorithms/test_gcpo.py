@@ -27,7 +27,7 @@ from tempflow.core.objective.edges import EdgeBatch
 from tempflow.core.objective.ratio import ChunkRatio, clipped
 from tempflow.core.plan import Cost
 from tempflow.core.rollout import skeleton
-from tempflow.core.schedule import linear, sd3
+from tempflow.core.schedule import linear, shifted
 from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks, leaf_of, whole_path
 from tempflow.core.weight import uniform
 from tempflow.train.experience import credit
@@ -136,7 +136,7 @@ def test_reweighting_is_the_codes_by_the_chunks_middle_step() -> None:
     """√((T − m)/m), m = start + size // 2: of T 17 and (2, 3, 4, 7) the steps 1, 3, 7 and 12."""
     algorithm = gcpo(reweight=True)
     forest = skeleton([algorithm.plan(0, 0)], range(1))
-    found = algorithm.weight(forest, sd3(17), algorithm.dynamics).double()
+    found = algorithm.weight(forest, shifted(17), algorithm.dynamics).double()
     want = [4.0] * 2 + [2.1602468994692867] * 3 + [1.1952286093343936] * 4 + [0.6454972243679028] * 7
     by_step = [found[forest.edges.step == i] for i in range(16)]
     torch.testing.assert_close(torch.stack([v[0] for v in by_step]), torch.tensor(want, dtype=torch.float64))

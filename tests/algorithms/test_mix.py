@@ -27,7 +27,7 @@ from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash
 from tempflow.core.dynamics import DanceSDE
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import linear, sd3
+from tempflow.core.schedule import linear, shifted
 from tempflow.core.solver import predict_clean
 from tempflow.core.window import SlidingWindow
 from tempflow.train.experience import Experience, credit
@@ -168,7 +168,7 @@ def test_flash_without_compression_walks_the_models_grid() -> None:
     for shift in (1.0, 2.0, 3.0):
         algorithm = mix_grpo_flash(compress=1.0, shift=shift, every=1)
         for m in range(24):
-            for grid in (linear(25, shift), sd3(25, shift)):  # SD 3's jumps at its end
+            for grid in (linear(25, shift), shifted(25, shift)):  # SD 3's jumps at its end
                 assert torch.equal(algorithm.schedule(m, grid).sigmas, grid.sigmas)
             assert algorithm.plan(m, 0) == mix_grpo(every=1).plan(m, 0)
 
@@ -182,7 +182,7 @@ def test_flash_by_euler_without_compression_is_mix_grpo() -> None:
 @given(st.integers(0, 200), st.floats(0.05, 0.99), st.sampled_from([1.0, 3.0]))
 def test_the_compressed_grid(iteration: int, compress: float, shift: float) -> None:
     algorithm = mix_grpo_flash(compress=compress, shift=shift, every=3)
-    for grid in (linear(25, shift), sd3(25, shift)):
+    for grid in (linear(25, shift), shifted(25, shift)):
         walked, plan = algorithm.schedule(iteration, grid), algorithm.plan(iteration, 0)
         last = noisy(plan)[-1]
         points = max(int((25 - last) * compress + 1e-9), 2)

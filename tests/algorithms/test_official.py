@@ -34,7 +34,7 @@ from tempflow.core.objective.leaves import LeafBatch
 from tempflow.core.objective.matching import SignedLeastSquares
 from tempflow.core.objective.ratio import StepRatio
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.weight import inverse_step
 from tempflow.train.experience import credit
 from tempflow.train.weights import Trainable, WeightSets
@@ -243,7 +243,7 @@ def test_drms_candidates_hang_off_a_chain_of_ode_steps() -> None:
 def test_how_much_noisier_a_candidate_is_than_its_sigma(carry: Any) -> None:
     """Of one known picture: off an ODE chain only the step's own excess, √((σ' − S²/2σ)² + S²)/σ', in float64; down an
     SDE chain it adds up."""
-    picture, grid = torch.linspace(-1, 1, 1 << 18), sd3(6)
+    picture, grid = torch.linspace(-1, 1, 1 << 18), shifted(6)
     a = drm_grpo(steps=6, noise_level=0.9, carry=carry)
 
     def known(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from tempflow.core.credit import GroupZScore, PathLogProb, Surprisal
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Cost
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.perception import HandEmbedding
 from tempflow.train.experience import credit
 
@@ -120,7 +120,7 @@ def test_pcvae_takes_the_latent_policys_surprise_away() -> None:
 
 def test_a_steps_entropy_does_not_depend_on_the_weights() -> None:
     """Why an entropy bonus cannot help: N(μ_θ, S²I) has the entropy of S for every θ."""
-    schedule, step = sd3(6), torch.arange(5)
+    schedule, step = shifted(6), torch.arange(5)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     laws = [FlowSDE(0.7).transition(x, slope * x, schedule, step) for slope in (0.2, 0.9)]
     for a, b in itertools.pairwise(laws):

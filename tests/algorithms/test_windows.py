@@ -10,7 +10,7 @@ from tempflow.algorithms import Algorithm, flash_grpo, flow_grpo, flow_grpo_fast
 from tempflow.core.objective.edges import EdgeBatch
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.weight import uniform
 
 
@@ -72,10 +72,10 @@ def test_the_ratio_is_exactly_one_before_any_update(make: type) -> None:
     algorithm: Algorithm = make(steps=6, group=4)
     predict = lambda x, sigma, rows: 0.8 * x - 0.3  # noqa: E731
     plans = [algorithm.plan(0, slot) for slot in range(4)]
-    forest = rollout(plans, algorithm.dynamics, sd3(6), predict, Noise(7), shape=(4,))
+    forest = rollout(plans, algorithm.dynamics, shifted(6), predict, Noise(7), shape=(4,))
     edges = forest.edges
     rows = edges.trained.nonzero()[:, 0]
-    weight = algorithm.weight(forest, sd3(6), algorithm.dynamics)[rows]
+    weight = algorithm.weight(forest, shifted(6), algorithm.dynamics)[rows]
     batch = EdgeBatch(
         forest.nodes[edges.parent[rows]],
         forest.nodes[edges.child[rows]],
@@ -85,7 +85,7 @@ def test_the_ratio_is_exactly_one_before_any_update(make: type) -> None:
         edges.log_prob[rows],
         torch.ones(len(rows)),
         weight,
-        sd3(6),
+        shifted(6),
         algorithm.dynamics,
     )
     loss = algorithm.objective({"policy": predict}, batch)
@@ -95,8 +95,8 @@ def test_the_ratio_is_exactly_one_before_any_update(make: type) -> None:
 def test_flash_weights_are_one_where_all_prompts_share_a_step() -> None:
     algorithm = flash_grpo(steps=6, first_steps=1)
     plans = [algorithm.plan(0, slot) for slot in range(3)]
-    forest = rollout(plans, algorithm.dynamics, sd3(6), lambda x, s, r: 0.5 * x, Noise(1), shape=(2,))
-    assert torch.allclose(algorithm.weight(forest, sd3(6), algorithm.dynamics), torch.ones(len(forest.edges)))
+    forest = rollout(plans, algorithm.dynamics, shifted(6), lambda x, s, r: 0.5 * x, Noise(1), shape=(2,))
+    assert torch.allclose(algorithm.weight(forest, shifted(6), algorithm.dynamics), torch.ones(len(forest.edges)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from benchmarks import first_ratio as bench
 from tempflow.config import Config
 from tempflow.core.dynamics import FlowSDE
 from tempflow.data.prompts import Prompt
-from tempflow.models import SD3
+from tempflow.models.sd3 import SD3
 from tempflow.recipes import RECIPES
 from tempflow.train.context import Clock, Counter
 from tempflow.train.experience import collect

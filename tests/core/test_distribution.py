@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from tempflow.core.distribution import Gaussian, drift_kl, mean_dims, upcast, velocity_kl
 from tempflow.core.dynamics import DanceSDE, FlowSDE
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 
 SHAPES = [(7,), (4, 3, 5), (2, 3, 4, 5), ()]
 
@@ -168,7 +168,7 @@ def test_upcast() -> None:
 
 def test_relations_of_the_three_kls() -> None:
     """velocity KL · B²/(2S²) = exact KL; Flow-GRPO's form = Δ · exact KL."""
-    schedule, step = sd3(10).double(), torch.tensor([0, 3, 8])
+    schedule, step = shifted(10).double(), torch.tensor([0, 3, 8])
     for dynamics in (FlowSDE(0.7), DanceSDE(0.3)):
         x, v, v_ref = draw(0, 3, 4, 5), draw(1, 3, 4, 5), draw(2, 3, 4, 5)
         policy = dynamics.transition(x, v, schedule, step)
@@ -181,7 +181,7 @@ def test_relations_of_the_three_kls() -> None:
 
 
 def test_gradients_of_the_kls_by_finite_differences() -> None:
-    schedule, step = sd3(10).double(), torch.tensor([2, 6])
+    schedule, step = shifted(10).double(), torch.tensor([2, 6])
     dynamics = FlowSDE(0.7)
     x, v, v_ref = draw(0, 2, 3), draw(1, 2, 3).requires_grad_(), draw(2, 2, 3)
     reference = dynamics.transition(x, v_ref, schedule, step)

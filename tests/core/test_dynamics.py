@@ -20,7 +20,7 @@ from tempflow.core.dynamics import (
     LinearSDE,
     gradient_scale,
 )
-from tempflow.core.schedule import Schedule, flux, linear, sd3
+from tempflow.core.schedule import Schedule, linear, shifted, token_shifted
 
 NOISY: list[Dynamics] = [FlowSDE(0.7), DanceSDE(0.3), LinearSDE(), CPS(0.8), DDIM(1.0), DDIM(0.4), CPS(1.0)]
 SDES = [FlowSDE(0.7), FlowSDE(1.2), DanceSDE(0.3), LinearSDE()]
@@ -50,7 +50,9 @@ def grids(draw_: st.DrawFn) -> Schedule:
 
 
 @pytest.mark.parametrize("dynamics", [ODE(), *SILENT], ids=str)
-@pytest.mark.parametrize("schedule", [sd3(10), flux(6, 4096), linear(16, 3.0)], ids=["sd3", "flux", "linear"])
+@pytest.mark.parametrize(
+    "schedule", [shifted(10), token_shifted(6, 4096), linear(16, 3.0)], ids=["sd3", "flux", "linear"]
+)
 def test_no_noise_has_the_bits_of_diffusers_euler(dynamics: Dynamics, schedule: Schedule) -> None:
     theirs = FlowMatchEulerDiscreteScheduler()
     theirs.set_timesteps(schedule.steps)
@@ -79,12 +81,12 @@ def test_scale_zero_is_the_ode_to_the_last_bit(schedule: Schedule) -> None:
 def test_a_deterministic_step_has_no_log_prob() -> None:
     x, step = draw(0, 2, 3), torch.tensor([0, 9])
     for dynamics in (ODE(), FlowSDE(0.0), CPS(0.8)):  # CPS is deterministic into σ = 0
-        law = dynamics.transition(x, x, sd3(10), step)
+        law = dynamics.transition(x, x, shifted(10), step)
         assert law.stochastic is False
         with pytest.raises(ValueError, match=r"a deterministic \(ODE\) step has no log-probability"):
             law.log_prob(x)
         with pytest.raises(ValueError, match=r"step: (0|9) .*\(ODE\)"):
-            gradient_scale(dynamics, sd3(10), step)
+            gradient_scale(dynamics, shifted(10), step)
 
 
 # ---- the coefficients
@@ -112,7 +114,9 @@ def explicit(dynamics: Dynamics, sigma: float, below: float, second: float) -> t
 
 
 @pytest.mark.parametrize("dynamics", NOISY, ids=str)
-@pytest.mark.parametrize("schedule", [sd3(10), flux(6, 4096), linear(16, 3.0), linear(1)], ids=lambda s: str(s.steps))
+@pytest.mark.parametrize(
+    "schedule", [shifted(10), token_shifted(6, 4096), linear(16, 3.0), linear(1)], ids=lambda s: str(s.steps)
+)
 def test_coefficients_are_the_literatures(dynamics: Dynamics, schedule: Schedule) -> None:
     second = float(schedule.sigmas[1])
     for sigma, below, a, b, s in numbers(dynamics, schedule):
@@ -149,7 +153,7 @@ def test_every_kind_keeps_the_coefficient_of_the_data(schedule: Schedule, dynami
 def test_ddim_at_eta_one_is_the_posterior_of_the_chain() -> None:
     """x' given (x, x0), where x = (α/α')x' + w and x' ~ N(α'x0, σ'²): ordinary Gaussian conditioning."""
     x0, x = 0.7, -0.4
-    for sigma, below, a, b, s in numbers(DDIM(1.0), sd3(10)):
+    for sigma, below, a, b, s in numbers(DDIM(1.0), shifted(10)):
         alpha, alpha_below = 1 - sigma, 1 - below
         gain = alpha / alpha_below * below**2 / sigma**2
         mean = alpha_below * x0 + gain * (x - alpha * x0)
@@ -174,7 +178,7 @@ def test_first_std_is_the_noise_level_on_any_grid_from_one(level: float, steps: 
 
 @pytest.mark.parametrize(("level", "printed"), [(0.7, 1.001), (0.9, 1.118), (1.2, 1.498)])
 def test_first_marginal_variance_is_inflated(level: float, printed: float) -> None:
-    _, below, a, b, s = numbers(FlowSDE(level), sd3(10))[0]
+    _, below, a, b, s = numbers(FlowSDE(level), shifted(10))[0]
     variance = (a + b) ** 2 + s**2  # data at 0, so v = x at σ = 1
     d = 1 - below
     assert variance == pytest.approx((1 - d) ** 2 + level**2 * d + level**4 / 4, rel=1e-9)
@@ -210,7 +214,7 @@ def test_later_steps_of_a_fine_grid_keep_their_own_rate() -> None:
 
 
 def test_gradient_scale_of_sd35() -> None:
-    schedule, steps = sd3(10).double(), torch.arange(9)
+    schedule, steps = shifted(10).double(), torch.arange(9)
     c = gradient_scale(FlowSDE(0.7), schedule, steps)
     want = [0.057, 0.078, 0.129, 0.188, 0.264, 0.371, 0.536, 0.825, 1.487]
     assert [round(value, 3) for value in c.tolist()] == want
@@ -221,7 +225,7 @@ def test_gradient_scale_of_sd35() -> None:
 
 @pytest.mark.parametrize("dynamics", SDES, ids=str)
 def test_gradient_scale_from_the_rate(dynamics) -> None:
-    schedule, steps = sd3(10).double(), torch.arange(10)
+    schedule, steps = shifted(10).double(), torch.arange(10)
     s, sigma, delta = dynamics.rate(schedule, steps), schedule.at(steps), schedule.delta(steps)
     want = delta.sqrt() / s + s * delta.sqrt() * (1 - sigma) / (2 * sigma)
     torch.testing.assert_close(gradient_scale(dynamics, schedule, steps), want)
@@ -230,7 +234,7 @@ def test_gradient_scale_from_the_rate(dynamics) -> None:
 
 @pytest.mark.parametrize("dynamics", NOISY, ids=str)
 def test_score_of_the_velocity_is_proportional_to_gradient_scale(dynamics: Dynamics) -> None:
-    schedule, steps, n = sd3(10).double(), torch.arange(9), 20000
+    schedule, steps, n = shifted(10).double(), torch.arange(9), 20000
     x, z = draw(0, 9, n).double(), draw(1, 9, n).double()
     v = draw(2, 9, n).double().requires_grad_()
     law = dynamics.transition(x, v, schedule, steps)
@@ -250,7 +254,7 @@ def qwen_image() -> Schedule:
 
 @pytest.mark.parametrize(
     ("make", "level", "printed"),
-    [(lambda: sd3(10), 0.7, 2.252), (lambda: flux(10, 4096), 0.9, 1.726), (qwen_image, 1.2, 1.533)],
+    [(lambda: shifted(10), 0.7, 2.252), (lambda: token_shifted(10, 4096), 0.9, 1.726), (qwen_image, 1.2, 1.533)],
     ids=["sd35", "flux", "qwen"],
 )
 def test_tempflows_reciprocal_mean_stds(make, level: float, printed: float) -> None:
@@ -259,7 +263,7 @@ def test_tempflows_reciprocal_mean_stds(make, level: float, printed: float) -> N
 
 
 def test_tempflows_weights_of_sd35() -> None:
-    _, _, s = FlowSDE(0.7).coefficients(sd3(10), torch.arange(9))
+    _, _, s = FlowSDE(0.7).coefficients(shifted(10), torch.arange(9))
     want = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]
     np.testing.assert_allclose((s / s.mean()).numpy(), want, atol=6e-4)
 
@@ -295,7 +299,7 @@ def final_variance(dynamics: Dynamics, schedule: Schedule) -> float:
     ids=str,
 )
 def test_marginals_on_sd3_grids(dynamics: Dynamics, printed: tuple[float, ...]) -> None:
-    got = [final_variance(dynamics, sd3(steps)) for steps in (10, 25, 100, 1000)]
+    got = [final_variance(dynamics, shifted(steps)) for steps in (10, 25, 100, 1000)]
     np.testing.assert_allclose(got, printed, atol=2e-3)  # the printed ones were sampled
 
 
@@ -309,7 +313,7 @@ def test_sdes_converge_to_the_data_and_cps_does_not() -> None:
 
 @pytest.mark.parametrize("dynamics", [FlowSDE(0.7), LinearSDE(), CPS(0.8), DDIM(1.0)], ids=str)
 def test_sampled_trajectories_have_the_propagated_variance(dynamics: Dynamics) -> None:
-    schedule, n = sd3(10), 40000
+    schedule, n = shifted(10), 40000
     x = draw(0, 1, n)
     for i in range(10):
         sigma = float(schedule.sigmas[i])
@@ -329,15 +333,15 @@ def point_mass_ratios(dynamics: Dynamics, schedule: Schedule) -> list[float]:
 
 @pytest.mark.parametrize("dynamics", [ODE(), CPS(0.8), CPS(0.3), DDIM(1.0)], ids=str)
 def test_coefficient_preserving_kinds_are_exact_on_a_point(dynamics: Dynamics) -> None:
-    *ratios, last = point_mass_ratios(dynamics, sd3(10))
+    *ratios, last = point_mass_ratios(dynamics, shifted(10))
     np.testing.assert_allclose(ratios, 1.0, rtol=1e-9)
     assert last == pytest.approx(0, abs=1e-12)
 
 
 def test_sde_kinds_are_not() -> None:
-    ratios = point_mass_ratios(FlowSDE(0.7), sd3(10))[:8]
+    ratios = point_mass_ratios(FlowSDE(0.7), shifted(10))[:8]
     assert (round(min(ratios), 2), round(max(ratios), 2)) == (1.09, 1.64)
-    assert point_mass_ratios(DanceSDE(0.3), sd3(10))[-1] == pytest.approx(0.65, abs=5e-3)
+    assert point_mass_ratios(DanceSDE(0.3), shifted(10))[-1] == pytest.approx(0.65, abs=5e-3)
 
 
 @given(grids(), st.sampled_from(SDES), st.floats(-3, 3))
@@ -357,8 +361,8 @@ def test_gain_of_the_last_step() -> None:
         return a + b / sigma
 
     assert gain(FlowSDE(0.7), linear(16, 3.0)) == pytest.approx(-0.245 / (1 - 1 / 6), rel=1e-6)
-    assert gain(FlowSDE(0.7), sd3(10)) == pytest.approx(-0.245, rel=0.01)  # −a²/2 as σ → 0
-    assert gain(DanceSDE(0.3), sd3(10)) == pytest.approx(-5, abs=0.06)
+    assert gain(FlowSDE(0.7), shifted(10)) == pytest.approx(-0.245, rel=0.01)  # −a²/2 as σ → 0
+    assert gain(DanceSDE(0.3), shifted(10)) == pytest.approx(-5, abs=0.06)
     assert gain(DanceSDE(0.3), linear(16, 3.0)) == pytest.approx(-0.27, abs=1e-6)
 
 
@@ -369,7 +373,7 @@ def test_gain_of_the_last_step() -> None:
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (2, 3, 4, 5), ()])
 def test_rows_of_a_batch_take_their_own_steps(dynamics: Dynamics, shape: tuple[int, ...]) -> None:
     x, v = draw(0, 4, *shape), draw(1, 4, *shape)
-    schedule, steps, scale = sd3(10), torch.tensor([8, 0, 3, 3]), torch.tensor([1.0, 0.5, 0.25, 1.0])
+    schedule, steps, scale = shifted(10), torch.tensor([8, 0, 3, 3]), torch.tensor([1.0, 0.5, 0.25, 1.0])
     law = dynamics.transition(x, v, schedule, steps, scale)
     assert law.mean.shape == x.shape
     assert law.std.shape == (4,)
@@ -385,27 +389,27 @@ def test_rows_of_a_batch_take_their_own_steps(dynamics: Dynamics, shape: tuple[i
 @pytest.mark.parametrize("dynamics", NOISY, ids=str)
 def test_entropy_does_not_depend_on_the_velocity(dynamics: Dynamics) -> None:
     x, z, steps = draw(0, 3, 50).double(), draw(1, 3, 50).double(), torch.tensor([0, 4, 8])
-    laws = [dynamics.transition(x, draw(seed, 3, 50).double(), sd3(10), steps) for seed in (2, 3)]
+    laws = [dynamics.transition(x, draw(seed, 3, 50).double(), shifted(10), steps) for seed in (2, 3)]
     assert not torch.allclose(laws[0].mean, laws[1].mean)
     torch.testing.assert_close(laws[0].log_prob(laws[0].sample(z)), laws[1].log_prob(laws[1].sample(z)))
 
 
 def test_maths_is_in_float32_at_least() -> None:
     x, v, step = draw(0, 2, 3), draw(1, 2, 3), torch.tensor([1, 2])
-    half = FlowSDE().transition(x.bfloat16(), v.bfloat16(), sd3(10), step)
-    full = FlowSDE().transition(x.bfloat16().float(), v.bfloat16().float(), sd3(10), step)
+    half = FlowSDE().transition(x.bfloat16(), v.bfloat16(), shifted(10), step)
+    full = FlowSDE().transition(x.bfloat16().float(), v.bfloat16().float(), shifted(10), step)
     assert half.mean.dtype == torch.float32
     assert torch.equal(half.mean, full.mean)
-    assert FlowSDE().transition(x.bfloat16(), v.double(), sd3(10), step).mean.dtype == torch.float64
-    assert FlowSDE().transition(x.double(), v.half(), sd3(10), step).mean.dtype == torch.float64
-    assert FlowSDE().transition(x, v, sd3(10).double(), step).mean.dtype == torch.float32
+    assert FlowSDE().transition(x.bfloat16(), v.double(), shifted(10), step).mean.dtype == torch.float64
+    assert FlowSDE().transition(x.double(), v.half(), shifted(10), step).mean.dtype == torch.float64
+    assert FlowSDE().transition(x, v, shifted(10).double(), step).mean.dtype == torch.float32
 
 
 def test_nothing_waits_for_the_device_of_the_latents() -> None:
     """A meta tensor raises when its values are looked at, as a GPU would have to wait."""
     x, step = torch.empty(2, 3, device="meta"), torch.tensor([0, 4])
     for dynamics in (ODE(), *NOISY):
-        law = dynamics.transition(x, x, sd3(10), step, torch.tensor([1.0, 0.5]))
+        law = dynamics.transition(x, x, shifted(10), step, torch.tensor([1.0, 0.5]))
         assert (law.mean.device.type, law.std.device.type) == ("meta", "meta")
         assert law.sample(x).shape == (2, 3)
         if law.stochastic:
@@ -414,16 +418,16 @@ def test_nothing_waits_for_the_device_of_the_latents() -> None:
 
 def test_gradient_reaches_the_velocity() -> None:
     v = draw(1, 1, 3).requires_grad_()
-    law = FlowSDE().transition(draw(0, 1, 3), v, sd3(10), torch.tensor([4]))
+    law = FlowSDE().transition(draw(0, 1, 3), v, shifted(10), torch.tensor([4]))
     law.mean.sum().backward()
-    _, b, _ = FlowSDE().coefficients(sd3(10), torch.tensor([4]))
+    _, b, _ = FlowSDE().coefficients(shifted(10), torch.tensor([4]))
     torch.testing.assert_close(v.grad, b.expand(1, 3))
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None)
 def test_scale_multiplies_the_noise_level(level: float, scale: float) -> None:
-    schedule, steps = sd3(10).double(), torch.arange(10)
+    schedule, steps = shifted(10).double(), torch.arange(10)
     for kind in (FlowSDE, DanceSDE, CPS, DDIM):
         scaled = torch.stack(kind(level).coefficients(schedule, steps, scale))
         torch.testing.assert_close(scaled, torch.stack(kind(level * scale).coefficients(schedule, steps)))
@@ -432,7 +436,7 @@ def test_scale_multiplies_the_noise_level(level: float, scale: float) -> None:
 
 
 def test_rates() -> None:
-    schedule, steps = sd3(10).double(), torch.arange(10)
+    schedule, steps = shifted(10).double(), torch.arange(10)
     assert DanceSDE(0.3).rate(schedule, steps, 0.5).tolist() == [0.15] * 10
     torch.testing.assert_close(LinearSDE().rate(schedule, steps), schedule.sigmas[1] * schedule.sigmas[:-1])
     torch.testing.assert_close(
@@ -461,7 +465,7 @@ def test_bad_hyper_parameters(make, words: str) -> None:
 
 @pytest.mark.parametrize("dynamics", [ODE(), *NOISY], ids=str)
 def test_bad_calls(dynamics: Dynamics) -> None:
-    schedule, step = sd3(10), torch.tensor([0, 1])
+    schedule, step = shifted(10), torch.tensor([0, 1])
     for scale in (-0.5, float("nan"), torch.tensor([1.0, float("inf")])):
         with pytest.raises(ValueError, match="scale"):
             dynamics.coefficients(schedule, step, scale)
@@ -477,6 +481,6 @@ def test_bad_calls(dynamics: Dynamics) -> None:
 
 def test_cps_and_ddim_refuse_more_noise_than_there_is() -> None:
     with pytest.raises(ValueError, match=r"nearest valid value is 1\.25"):
-        CPS(0.8).coefficients(sd3(10), torch.tensor([0]), 1.3)
+        CPS(0.8).coefficients(shifted(10), torch.tensor([0]), 1.3)
     with pytest.raises(ValueError, match="exceeds 1"):
-        DDIM(1.0).coefficients(sd3(10), torch.tensor([0]), torch.tensor([1.01]))
+        DDIM(1.0).coefficients(shifted(10), torch.tensor([0]), torch.tensor([1.01]))

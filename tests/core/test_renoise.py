@@ -7,10 +7,10 @@ import torch
 
 from tempflow.core.likelihood_proxy import Matching, corrupt
 from tempflow.core.renoise import Renoise
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.times import GridTimes, StratifiedGridTimes, UniformTimes
 
-SCHEDULE, SHAPE = sd3(10), (2, 3)
+SCHEDULE, SHAPE = shifted(10), (2, 3)
 IDS = [(4, slot, root) for slot in range(3) for root in range(4)]
 SAME = torch.tensor([i[1] for i in IDS])[:, None] == torch.tensor([i[1] for i in IDS])[None]
 

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempflow.core.schedule import Schedule, flux, linear, sd3
+from tempflow.core.schedule import Schedule, linear, shifted, token_shifted
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.3, 3.0, 5.0, 0.5])
@@ -17,20 +17,20 @@ from tempflow.core.schedule import Schedule, flux, linear, sd3
 def test_sd3_has_the_bits_of_diffusers(steps: int, shift: float) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(steps)
-    assert torch.equal(sd3(steps, shift).sigmas, theirs.sigmas)
+    assert torch.equal(shifted(steps, shift).sigmas, theirs.sigmas)
 
 
 def test_sd3_never_starts_above_one() -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=0.2)
     theirs.set_timesteps(5)
     assert theirs.sigmas[0] > 1
-    assert torch.equal(sd3(5, 0.2).sigmas, theirs.sigmas.clamp(max=1))
+    assert torch.equal(shifted(5, 0.2).sigmas, theirs.sigmas.clamp(max=1))
 
 
 def test_sd3_with_another_training_length() -> None:
     theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=250, shift=3.0)
     theirs.set_timesteps(7)
-    assert torch.equal(sd3(7, train_timesteps=250).sigmas, theirs.sigmas)
+    assert torch.equal(shifted(7, train_timesteps=250).sigmas, theirs.sigmas)
 
 
 @pytest.mark.parametrize("tokens", [100, 256, 1024, 4096, 5000])
@@ -39,7 +39,7 @@ def test_flux_has_the_bits_of_diffusers(steps: int, tokens: int) -> None:
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    ours = flux(steps, tokens).sigmas
+    ours = token_shifted(steps, tokens).sigmas
     if tokens in (256, 4096):
         assert torch.equal(ours, theirs.sigmas)
     torch.testing.assert_close(ours, theirs.sigmas, rtol=2e-7, atol=0)
@@ -50,7 +50,7 @@ def test_flux_follows_the_pipelines_own_shift() -> None:
     for tokens in (300, 1024, 3999):
         theirs = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 10, 10), mu=pipeline.calculate_shift(tokens))
-        assert torch.equal(flux(10, tokens).sigmas, theirs.sigmas)
+        assert torch.equal(token_shifted(10, tokens).sigmas, theirs.sigmas)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
@@ -66,7 +66,7 @@ def test_linear_is_a_shifted_even_grid(steps: int, shift: float) -> None:
 
 def test_sd35_table() -> None:
     want = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]
-    assert [round(float(sigma), 4) for sigma in sd3(10).sigmas] == want
+    assert [round(float(sigma), 4) for sigma in shifted(10).sigmas] == want
 
 
 def test_danceGRPOs_own_grid_has_a_large_last_sigma() -> None:
@@ -85,7 +85,7 @@ def test_look_ups() -> None:
 
 
 def test_double_keeps_the_values() -> None:
-    schedule = sd3(10)
+    schedule = shifted(10)
     wide = schedule.double()
     assert wide.sigmas.dtype == torch.float64
     assert torch.equal(wide.sigmas.float(), schedule.sigmas)
@@ -94,7 +94,7 @@ def test_double_keeps_the_values() -> None:
 
 @given(st.integers(1, 200), st.floats(0.2, 12.0))
 def test_every_grid_descends_from_one_to_zero_by_its_deltas(steps: int, shift: float) -> None:
-    for schedule in (sd3(steps, shift), linear(steps, shift), flux(steps, 200 + 17 * steps)):
+    for schedule in (shifted(steps, shift), linear(steps, shift), token_shifted(steps, 200 + 17 * steps)):
         every = torch.arange(steps)
         assert schedule.steps == steps
         assert float(schedule.sigmas[0]) == pytest.approx(1.0, abs=1e-6)
@@ -136,15 +136,15 @@ def test_bad_steps() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: sd3(0), "steps: 0"),
-        (lambda: sd3(10, shift=0.0), "shift: 0.0"),
-        (lambda: sd3(10, train_timesteps=0), "train_timesteps: 0"),
+        (lambda: shifted(0), "steps: 0"),
+        (lambda: shifted(10, shift=0.0), "shift: 0.0"),
+        (lambda: shifted(10, train_timesteps=0), "train_timesteps: 0"),
         (lambda: linear(10, shift=float("nan")), "shift: nan"),
         (lambda: linear(-1), "steps: -1"),
-        (lambda: flux(0, 4096), "steps: 0"),
-        (lambda: flux(10, 0), "tokens: 0"),
-        (lambda: flux(10, 64, base_tokens=256, max_tokens=256), "nearest valid value is 257"),
-        (lambda: flux(10, 64, max_shift=float("inf")), "no finite shift"),
+        (lambda: token_shifted(0, 4096), "steps: 0"),
+        (lambda: token_shifted(10, 0), "tokens: 0"),
+        (lambda: token_shifted(10, 64, base_tokens=256, max_tokens=256), "nearest valid value is 257"),
+        (lambda: token_shifted(10, 64, max_shift=float("inf")), "no finite shift"),
     ],
 )
 def test_bad_arguments(make, words: str) -> None:

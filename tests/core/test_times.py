@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempflow.core.rng import Stream
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.times import GridTimes, LogitNormalTimes, StratifiedGridTimes, Times, UniformTimes, WindowTimes
 
-SCHEDULE = sd3(14)
+SCHEDULE = shifted(14)
 STREAM = Stream(5, "test")
 IDS = [(0, slot, root) for slot in range(20) for root in range(5)]
 KINDS: tuple[Times, ...] = (

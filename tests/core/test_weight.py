@@ -12,7 +12,7 @@ from tempflow.core.dynamics import CPS, DDIM, DanceSDE, Dynamics, FlowSDE, Linea
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import Schedule, flux, linear, sd3
+from tempflow.core.schedule import Schedule, linear, shifted, token_shifted
 from tempflow.core.weight import Weight, noise_aware, ratio_norm, rectified, uniform
 
 WEIGHTS: dict[str, Weight] = {
@@ -40,7 +40,7 @@ def by_step(forest: Forest, weight: torch.Tensor) -> list[float]:
 
 def qwen_image(steps: int) -> Schedule:
     """Qwen-Image at 512²: FLUX's shift with its own constants, then stretched so that the last σ is .02."""
-    u = 1 - flux(steps, 1024, 0.5, 0.9, 256, 8192).sigmas[:-1]
+    u = 1 - token_shifted(steps, 1024, 0.5, 0.9, 256, 8192).sigmas[:-1]
     return Schedule(torch.cat([1 - u * (1 - 0.02) / u[-1], torch.zeros(1)]))
 
 
@@ -58,7 +58,7 @@ PLANS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_mean_is_one_over_trained_steps(name: str, dynamics: Dynamics, plan: Plan) -> None:
     """Also where an untrained last step has no noise (CPS, DDIM), or where steps differ in their number of edges."""
-    schedule = sd3(10)
+    schedule = shifted(10)
     forest = grow(plan, schedule, dynamics)
     weight = WEIGHTS[name](forest, schedule, dynamics)
     assert weight.shape == forest.edges.step.shape and weight.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_mean_is_one_over_trained_steps(name: str, dynamics: Dynamics, plan: Pla
 
 @pytest.mark.parametrize(
     ("schedule", "level", "constant"),
-    [(sd3(10), 0.7, 2.252), (flux(10, 4096), 0.9, 1.726), (qwen_image(10), 1.2, 1.533)],
+    [(shifted(10), 0.7, 2.252), (token_shifted(10, 4096), 0.9, 1.726), (qwen_image(10), 1.2, 1.533)],
     ids=["sd3.5", "flux-1024", "qwen-512"],
 )
 def test_noise_aware_reproduces_the_official_reciprocal_means(
@@ -86,14 +86,14 @@ def test_noise_aware_reproduces_the_official_reciprocal_means(
 
 
 def test_noise_aware_weights_of_sd35() -> None:
-    forest = grow(P.chain(10, roots=2), sd3(10), FlowSDE(0.7))
+    forest = grow(P.chain(10, roots=2), shifted(10), FlowSDE(0.7))
     want = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]
-    assert by_step(forest, noise_aware(forest, sd3(10), FlowSDE(0.7))) == pytest.approx(want, abs=1e-3)
+    assert by_step(forest, noise_aware(forest, shifted(10), FlowSDE(0.7))) == pytest.approx(want, abs=1e-3)
 
 
 def test_noise_aware_makes_the_gradient_proportional_to_the_step_size() -> None:
     """TempFlow-GRPO's theorem times its weight: c·w ∝ Δ at σ < 1."""
-    schedule, dynamics = sd3(10), FlowSDE(0.7)
+    schedule, dynamics = shifted(10), FlowSDE(0.7)
     forest = grow(P.branch_each_step(10, 1, 2, at=range(1, 9)), schedule, dynamics)
     step = forest.edges.step
     product = gradient_scale(dynamics, schedule, step) * noise_aware(forest, schedule, dynamics)
@@ -103,7 +103,7 @@ def test_noise_aware_makes_the_gradient_proportional_to_the_step_size() -> None:
 
 @pytest.mark.parametrize("dynamics", KINDS, ids=repr)
 def test_rectified_makes_the_gradient_equal_at_all_steps(dynamics: Dynamics) -> None:
-    schedule = sd3(10)
+    schedule = shifted(10)
     forest = grow(P.chain(10, roots=2, stochastic=range(9)), schedule, dynamics)
     product = gradient_scale(dynamics, schedule, forest.edges.step) * rectified(forest, schedule, dynamics)
     assert torch.allclose(product, product[0].expand_as(product), rtol=1e-5)
@@ -112,7 +112,7 @@ def test_rectified_makes_the_gradient_equal_at_all_steps(dynamics: Dynamics) -> 
 
 
 def test_ratio_norm_is_rectified_for_flow_sde_below_sigma_one() -> None:
-    schedule, dynamics = sd3(10), FlowSDE(0.9)
+    schedule, dynamics = shifted(10), FlowSDE(0.9)
     below = grow(P.branch_each_step(10, 1, 2, at=range(1, 9)), schedule, dynamics)
     torch.testing.assert_close(
         ratio_norm(below, schedule, dynamics), rectified(below, schedule, dynamics), rtol=1e-5, atol=1e-6
@@ -146,7 +146,7 @@ def test_untrained_edges_take_no_part_in_the_mean() -> None:
 
 
 def test_how_many_edges_a_step_has_does_not_matter() -> None:
-    schedule, dynamics = sd3(10), FlowSDE(0.7)
+    schedule, dynamics = shifted(10), FlowSDE(0.7)
     forest = grow(P.branch_each_step(10, seeds=2, branches=3), schedule, dynamics)
     thinned = forest.select((forest.edges.step != 2) | (torch.arange(len(forest.edges)) % 3 == 0))
     assert by_step(thinned, noise_aware(thinned, schedule, dynamics)) == pytest.approx(

@@ -7,8 +7,8 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from tempflow.core.rng import Stream
 from tempflow.latent_reward import Rated
-from tempflow.models import SD3
 from tempflow.models.quiet import quiet
+from tempflow.models.sd3 import SD3
 from tempflow.shapes import build
 
 PROMPTS = ("a red circle", "two squares")

@@ -39,8 +39,8 @@ def test_tokens_are_those_of_the_transformers_own_block(drop: int) -> None:
     network.transformer_blocks[4 - drop].register_forward_hook(lambda _m, _i, out: seen.append(out[1]))
     call = dual_call(3)
     network(**call, return_dict=False)
-    tokens = reward.trunk(*(call[n] for n in call))
-    assert torch.equal(tokens, seen[0])
+    tokens, grid = reward.trunk(*(call[n] for n in call))
+    assert torch.equal(tokens, seen[0]) and grid == (3, 5)
     assert len(reward.trunk.transformer_blocks) == reward.spec.kept == 5 - drop
 
 
@@ -230,7 +230,7 @@ def test_broken_files_say_so(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- errors
 def test_what_has_no_reward_says_so() -> None:
-    with pytest.raises(ValueError, match="transformer: Linear has no latent reward; nearest valid: SD3Transformer2D"):
+    with pytest.raises(ValueError, match="transformer: Linear has no latent reward; nearest valid: 'SD3Transformer2D"):
         LatentReward.from_transformer(nn.Linear(2, 2))
     model = world.adapter()
     with pytest.raises(ValueError, match="drop: 4 of 4 blocks cannot be left off; nearest valid: 3"):
@@ -261,7 +261,7 @@ def test_another_models_tensors_are_refused(name: str, shape: tuple[int, ...], m
 
 def test_a_spec_without_a_field_is_refused() -> None:
     with pytest.raises(ValueError, match=r"transformer\.in_channels: None"):
-        RewardSpec({"num_layers": 2}, 1)
+        RewardSpec("SD3Transformer2DModel", {"num_layers": 2}, 1)
 
 
 def test_a_reward_of_another_transformer_does_not_fit() -> None:

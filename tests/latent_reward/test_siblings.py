@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tempflow.core.dynamics import CPS
 from tempflow.core.rollout import Noise
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.latent_reward import Rated, RewardTraining, accuracy, fit, pairs_of, siblings
 
-GRID, SHAPE, PROMPTS = sd3(5), (3, 2), ("fog", "snow")
+GRID, SHAPE, PROMPTS = shifted(5), (3, 2), ("fog", "snow")
 
 
 def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import tiny
 from worlds import World, plain_pipeline
 
 from tempflow import models
-from tempflow.models import SD3
 from tempflow.models.quiet import quiet
+from tempflow.models.sd3 import SD3
 from tempflow.shapes import build
 
 

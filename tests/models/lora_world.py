@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from torch import Tensor, nn
 from worlds import World
 
-from tempflow.models import SD3
+from tempflow.models.sd3 import SD3
 
 Update = tuple[Tensor, Tensor, float | None]
 """a [rank, in, …], b [out, rank, …], alpha (None: as the rank)."""

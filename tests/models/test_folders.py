@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from worlds import World, ours, plain_pipeline, theirs
 
 from tempflow import models
-from tempflow.models import SD3
+from tempflow.models.sd3 import SD3
 
 Change = Callable[[Path], None]
 

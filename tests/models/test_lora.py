@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempflow.evaluate.suite import draw
-from tempflow.models import SD3, load
+from tempflow.models import load
 from tempflow.models.lora import LORA_FILE
 from tempflow.models.lora_files import load_lora, lora_file
+from tempflow.models.sd3 import SD3
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 

@@ -17,9 +17,10 @@ from transformers.utils import logging as transformers_logging
 from worlds import World
 
 from tempflow import models
-from tempflow.models import SD3, Model
+from tempflow.models import Model
+from tempflow.models.pipeline_folder import licence_of
 from tempflow.models.quiet import quiet
-from tempflow.models.sd3 import licence_of
+from tempflow.models.sd3 import SD3
 
 
 def test_an_adapter_is_a_model(world: World) -> None:

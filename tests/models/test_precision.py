@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.core.draft import Precision
-from tempflow.models import SD3, load, precision
+from tempflow.models import load, precision
 from tempflow.models.precision import CheapCopy, cheap_copy, check_precision, lack, nearest, quantised
 from tempflow.models.quantise import Int8Linear, torchao_converter
+from tempflow.models.sd3 import SD3
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

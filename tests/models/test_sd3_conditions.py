@@ -11,7 +11,8 @@ from worlds import World
 
 from tempflow import models
 from tempflow.core.perturb import Perturbation
-from tempflow.models import SD3, Conditioning
+from tempflow.models import Conditioning
+from tempflow.models.sd3 import SD3
 from tempflow.train.conditions import Learned, blended, moved_conditions, perturbed
 
 

@@ -17,8 +17,8 @@ from tempflow.core.dynamics import Dynamics, FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.rollout import rollout
 from tempflow.core.schedule import Schedule
-from tempflow.models import SD3, Predict
-from tempflow.models.sd3 import LORA_TARGETS
+from tempflow.models import Predict
+from tempflow.models.sd3 import LORA_TARGETS, SD3
 from tempflow.train.weights import frozen_copy
 
 STEPS, ROOTS = 3, 4

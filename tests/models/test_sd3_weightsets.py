@@ -12,7 +12,7 @@ from tempflow.core.objective.edges import Predict
 from tempflow.core.objective.leaves import LeafBatch
 from tempflow.core.objective.matching import NegativeAware
 from tempflow.core.objective.regularizer import PredictionDistance
-from tempflow.models import SD3
+from tempflow.models.sd3 import SD3
 from tempflow.train.weights import Trainable, WeightSet
 
 RULES = {"old": Copy(), "reference": Frozen(), "ema": Ema(0.5)}

@@ -11,8 +11,9 @@ from diffusers import StableDiffusion3Pipeline
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
-from tempflow.models import SD3, Size
+from tempflow.models import Size
 from tempflow.models.quiet import quiet
+from tempflow.models.sd3 import SD3
 
 NOISE = Noise(seed=3)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from tempflow.config import Config
 from tempflow.evaluate.source import find, load_source
 from tempflow.export import export_run
-from tempflow.models import SD3, load
+from tempflow.models import load
 from tempflow.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE, lora_of
 from tempflow.models.lora_files import load_lora
+from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_flow
 from tempflow.train import build, trainer
 from tempflow.train.build import read_start, starting_state

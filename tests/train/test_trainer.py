@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Fake, brightness, config, same, weights
+from fake import PROMPTS, Fake, Velocity, brightness, config, same, weights
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempflow.config import load_config
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import evaluate, fixed_prompts
 from tempflow.models import resolved_dtype
+from tempflow.models.experts import Experts
+from tempflow.models.protocol import Conditioning, Predict
 from tempflow.rewards import from_function
 from tempflow.train import build
 from tempflow.train.guards import GuardError
@@ -31,6 +33,33 @@ Images = list[Image.Image]
 
 def go(output: Path, model: Fake | None = None, reward: Any = brightness, quiet: bool = True, **changes: Any) -> Run:
     return train(config(output, **changes), model=model or Fake(), reward=reward, prompts=PROMPTS, quiet=quiet)
+
+
+class TwoExperts(Fake):
+    """Its network is two, each for one half of the noise levels, as a single module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Experts({"high": Velocity(), "low": Velocity()}, (0.5,))
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule(f"{name}.mean") for name in ("high", "low")]
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        module, tokens = self.network if network is None else network, condition.tensors["embeds"][:, 0]
+        return lambda x, sigma, rows: module(sigma, x=x, sigma=sigma, condition=tokens[rows])
+
+
+def test_a_model_of_two_networks_trains_both(tmp_path: Path) -> None:
+    model = TwoExperts()
+    before = weights(model)
+    run = go(tmp_path / "run", model)
+    after = weights(model)
+    assert run.after.mean("reward") > run.before.mean("reward") + 0.03  # each learns from its half of the steps
+    assert {name.split(".")[0] for name in before} == {"high", "low"}
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+    kept = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert kept.keys() == before.keys()
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class Schedule:
         return self.sigmas.to(step.device)[step + offset]
 
 
-def sd3(steps: int, shift: float = 3.0, train_timesteps: int = 1000) -> Schedule:
+def shifted(steps: int, shift: float = 3.0, train_timesteps: int = 1000) -> Schedule:
     """The grid of SD3 / SD3.5, bit for bit that of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
 
     u runs evenly from 1 down to σ_min (the smallest σ of the shifted training grid, .00299 for shift 3), is shifted
@@ -96,7 +96,7 @@ def sd3(steps: int, shift: float = 3.0, train_timesteps: int = 1000) -> Schedule
     return _closed(shift * u / (1 + (shift - 1) * u))
 
 
-def flux(
+def token_shifted(
     steps: int,
     tokens: int,
     base_shift: float = 0.5,
@@ -122,7 +122,7 @@ def flux(
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     mu = tokens * slope + (base_shift - slope * base_tokens)
     if not math.isfinite(mu):
-        raise ValueError(f"base_shift, max_shift: {base_shift}, {max_shift} give no finite shift; FLUX uses 0.5, 1.15")
+        raise ValueError(f"base_shift, max_shift: {base_shift}, {max_shift} give no shift; nearest valid: 0.5, 1.15")
     u = _even(1.0, 1.0 / steps, steps).float()
     strength = torch.tensor(math.exp(mu), dtype=torch.float32, device="cpu")
     return _closed(strength / (strength + (1 / u - 1)))
@@ -132,7 +132,7 @@ def linear(steps: int, shift: float = 1.0) -> Schedule:
     """The grid of the FastVideo-derived codes (DanceGRPO, MixGRPO, BranchGRPO, GCPO, Pref-GRPO).
 
     u runs evenly from 1 to 0 in T steps, then σ = shift·u / (1 + (shift−1)·u); they use shift 3 for images and 5 for
-    video. Its last non-zero σ is shift / (T + shift − 1), much larger than in :func:`sd3`.
+    video. Its last non-zero σ is shift / (T + shift − 1), much larger than in :func:`shifted`.
 
     Raises ValueError unless steps >= 1 and shift > 0.
     """

@@ -15,10 +15,9 @@ from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
-from tempflow.models import HUB_ID, shapes_folder
-from tempflow.models.pipeline_folder import check_folder, read_index
+from tempflow.models import HUB_ID, adapter_of, shapes_folder
+from tempflow.models.pipeline_folder import check_folder, licence_of, read_index
 from tempflow.models.precision import lack, nearest, needs_torchao
-from tempflow.models.sd3 import LORA_TARGETS, licence_of
 from tempflow.train.identity import check_new
 
 Notes = Mapping[str, tuple[str, str, str]]
@@ -84,7 +83,7 @@ def model_check(config: Config, folder: Path | None, offline: bool) -> Check:
         return Check("model", "fails", f"{path} is no pipeline folder", advice)
     try:
         found = read_index(path, folder)["_class_name"]
-        check_folder(path, folder)
+        check_folder(path, folder, adapter_of(path, folder).family)
     except ValueError as error:
         fault, _, advice = str(error).removeprefix("model.path: ").rpartition("; ")
         return Check("model", "fails", fault, advice)
@@ -184,7 +183,11 @@ def disk_check(config: Config, folder: Path | None) -> Check:
         found = f"{gigabytes(free)} free; what the run writes is unknown without the model's folder"
         return Check("disk", "warning", found)
     kept = config.checkpoint.keep + 2  # the newest, the best, and one while it is written
-    need = written_bytes(config, folder, kept)
+    try:
+        need = written_bytes(config, folder, kept)
+    except ValueError:  # `model_check` says why
+        found = f"{gigabytes(free)} free; what the run writes is unknown for a model without an adapter"
+        return Check("disk", "warning", found)
     found = f"{gigabytes(free)} free, about {gigabytes(need)} to be written ({kept} checkpoints at most)"
     if need > free:
         return Check("disk", "fails", found, "an --output on a larger disk")
@@ -196,9 +199,10 @@ def disk_check(config: Config, folder: Path | None) -> Check:
 def written_bytes(config: Config, folder: Path, kept: int) -> int:
     """Bytes of `kept` checkpoints (policy, AdamW's two moments, and the average if there is one, in float32), of model/
     at the end, and of reports."""
-    network = weight_shapes(folder / "transformer")
+    family = adapter_of(config.model.path, folder).family
+    network = {f"{part}.{n}": s for part in family.networks for n, s in weight_shapes(folder / part).items()}
     if config.model.training == "lora":
-        trained = lora_size(network, config.model.lora_rank)
+        trained = lora_size(network, config.model.lora_rank, family.lora_targets)
         model = 4 * trained
     else:
         trained = sum(map(math.prod, network.values()))
@@ -208,9 +212,9 @@ def written_bytes(config: Config, folder: Path, kept: int) -> int:
     return kept * sets * 4 * trained + model + REPORTS
 
 
-def lora_size(network: Mapping[str, Sequence[int]], rank: int) -> int:
-    """Numbers in a LoRA of the attention: rank·(in + out) for each targeted layer."""
-    ends = tuple(f".{target}.weight" for target in LORA_TARGETS)
+def lora_size(network: Mapping[str, Sequence[int]], rank: int, targets: Sequence[str]) -> int:
+    """Numbers in a LoRA: rank·(in + out) for each targeted layer."""
+    ends = tuple(f".{target}.weight" for target in targets)
     return sum(rank * sum(shape) for name, shape in network.items() if name.endswith(ends) and len(shape) == 2)
 
 

@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from tempflow.config import OWN_REWARD, Config, load_config
-from tempflow.models import HUB_ID, load
+from tempflow.models import HUB_ID, Adapter, load
 from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
 from tempflow.models.lora_files import PICKLED, load_lora, lora_file
 from tempflow.models.protocol import Size
-from tempflow.models.sd3 import SD3
 from tempflow.rewards import names
 
 PIPELINE_FILE, CONFIG_FILE = "model_index.json", "config.yaml"
@@ -73,7 +72,7 @@ def find(what: str, base: str = "") -> Source:
     return Source(what)
 
 
-def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu") -> SD3:
+def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu") -> Adapter:
     """The source's model, frozen. Raises what `models.load` and `models.lora_files.load_lora` raise."""
     model = load(source.base, revision=source.revision, dtype=dtype, device=device)
     if source.lora is not None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tempflow.config import OWN_REWARD, Config
-from tempflow.models import HUB_ID, shapes_folder
-from tempflow.models.sd3 import licence_of
+from tempflow.models import HUB_ID, Family, adapter_of, shapes_folder
+from tempflow.models.pipeline_folder import licence_of
 
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail")
 """Names that a card's `license` may have; any other stands in `license_name`."""
-
-USUAL_TOKENS = 256
-"""The pipeline's own `max_sequence_length`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,18 @@ def base_file(config: Config, name: str) -> Path | None:
     return folder / name if (folder / name).is_file() else None
 
 
+def base_settings(config: Config, name: str) -> Mapping[str, Any] | None:
+    """A JSON file of the base model, where it is on this machine."""
+    file = base_file(config, name)
+    return json.loads(file.read_text(encoding="utf-8")) if file else None
+
+
+def family_of(config: Config) -> Family | None:
+    """The base's family; None where its folder is not on this machine."""
+    index = base_file(config, "model_index.json")
+    return adapter_of(config.model.path, index.parent).family if index else None
+
+
 def licence(run: Path, config: Config) -> str:
     """The base's licence: as the run wrote it down, else as the base's folder says, else "unknown"."""
     if (run / "model" / "licence.json").is_file():
@@ -93,10 +103,11 @@ def _licence_text(name: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- text
 def _front_matter(config: Config, name: str, form: str) -> str:
+    family = family_of(config)
     fields: dict[str, Any] = {
         **_licence_fields(config, name),
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        **({"pipeline_tag": family.task} if family else {}),
         "tags": ["tempflow", config.algorithm.name] + (["lora"] if form != "merged" else []),
     }
     if HUB_ID.fullmatch(config.model.path) and not Path(config.model.path).exists():
@@ -187,7 +198,7 @@ def _number(value: float | None) -> str:
 # ------------------------------------------------------------------------------------------------------------------ use
 def _usage(config: Config, export: Export) -> str:
     """Lines that draw a picture as the run's evaluation did, by diffusers alone."""
-    imports = ["import torch", "from diffusers import DiffusionPipeline"]
+    imports, family = ["import torch", "from diffusers import DiffusionPipeline"], family_of(config)
     base = json.dumps(base_name(config))
     if export.adapter and config.model.path == "shapes":
         imports, base = [*imports, "from tempflow.models import shapes_folder"], "shapes_folder()"
@@ -197,7 +208,8 @@ def _usage(config: Config, export: Export) -> str:
         peft = export.form == "peft"
         name = json.dumps(export.name)
         imports = [*imports, "from peft import PeftModel"] if peft else imports
-        put = f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name})"
+        part = f"pipe.{family.networks[0] if family else 'transformer'}"
+        put = f"{part} = PeftModel.from_pretrained({part}, {name})"
         loading = [
             f"pipe = DiffusionPipeline.from_pretrained({base}, {dtype}{revision})",
             put if peft else f"pipe.load_lora_weights({name})",
@@ -206,14 +218,8 @@ def _usage(config: Config, export: Export) -> str:
         loading = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(export.name)}, {dtype})"]
     e = config.evaluation
     size = f"height={config.model.height}, width={config.model.width}"
-    options = f"num_inference_steps={e.steps}, guidance_scale={e.guidance:g}, {size}{_tokens(config)}"
+    more = {} if family is None else family.call_options(partial(base_settings, config))
+    named = "".join(f", {name}={value!r}" for name, value in more.items())
+    options = f"num_inference_steps={e.steps}, guidance_scale={e.guidance:g}, {size}{named}"
     drawing = [f'image = pipe("a red circle", {options}).images[0]', 'image.save("picture.png")']
     return "\n".join(["```python", *imports, "", *loading, *drawing, "```", ""])
-
-
-def _tokens(config: Config) -> str:
-    """T5's length, where its tokenizer allows less than the pipeline's own default."""
-    file = base_file(config, "tokenizer_3/tokenizer_config.json")
-    stated = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    length = stated.get("model_max_length", USUAL_TOKENS)
-    return f", max_sequence_length={length}" if length < USUAL_TOKENS else ""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -157,8 +157,8 @@ def _write_pipeline(source: Path, config: Config, weights: Which, lora: Lora, fo
             merge(model.network, lora)
         except ValueError as error:
             raise ValueError(f"run: {error}") from error
-        model.pipe.to(DTYPES[dtype])
-    _check_space(folder, _bytes(model.pipe))
+        model.to_dtype(DTYPES[dtype])
+    _check_space(folder, model.nbytes)
     model.save(str(folder))
 
 
@@ -173,11 +173,6 @@ def _parameter(network: nn.Module, name: str) -> nn.Parameter:
         return network.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"run: its weight {name!r} is not in the base model; is model.path still the same?") from error
-
-
-def _bytes(pipe: Any) -> int:
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return sum(t.nbytes for module in modules for t in module.state_dict().values())
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tempflow.models.protocol import Conditioning, Model, Predict
+from tempflow.models import TRUNKS
+from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
+from tempflow.names import nearest
 
 WEIGHTS, RECORD = "latent_reward.safetensors", "latent_reward.json"
-FAMILY = "SD3Transformer2DModel"
 FORMAT = 1
 EMBEDDED = "shapes"
 """Name of the reward that comes with the package, made of the `shapes` model."""
@@ -37,25 +38,28 @@ WIDTH = 256
 class RewardSpec:
     """What a `LatentReward` is built from.
 
-    transformer  the configuration of the SD3 transformer that it is a copy of
-    kept         how many of its blocks are kept, 1 … num_layers
+    family       class of the network that it is a copy of, one of `models.TRUNKS`
+    transformer  that network's configuration
+    kept         how many of its blocks are kept, 1 … all
     width        channels of the head, ≥ 1
     licence      of the weights that it was made from; "unknown" where nobody said
 
-    Raises ValueError for a field out of range or a configuration that lacks a field.
+    Raises ValueError for a family without a trunk, a field out of range or a configuration that lacks a field.
     """
 
+    family: str
     transformer: Mapping[str, Any]
     kept: int
     width: int = WIDTH
     licence: str = "unknown"
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
+        trunk = _trunk_of(self.family)
+        for field in (trunk.layers, *trunk.fields):
             value = self.transformer.get(field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"transformer.{field}: {value!r} must be a whole number; nearest valid: 1")
-        layers = self.transformer["num_layers"]
+        layers = self.transformer[trunk.layers]
         if not 1 <= self.kept <= layers:
             near = min(max(self.kept, 1), layers)
             raise ValueError(f"kept: {self.kept} of {layers} blocks cannot be kept; nearest valid: {near}")
@@ -63,8 +67,17 @@ class RewardSpec:
             raise ValueError(f"width: {self.width} is too small; nearest valid: 1, {WIDTH} is usual")
 
 
+def _trunk_of(family: str) -> type[Trunk]:
+    """Raises ValueError for a network's class without one."""
+    if family not in TRUNKS:
+        raise ValueError(
+            f"transformer: {family[:60]} has no latent reward; nearest valid: {nearest(family, tuple(TRUNKS))}"
+        )
+    return TRUNKS[family]
+
+
 class LatentReward(nn.Module):
-    """Early blocks of an SD3 transformer and a head, float32, frozen; fresh weights are a function of `seed` alone.
+    """Early blocks of a transformer and a head, float32, frozen; fresh weights are a function of `seed` alone.
 
     `forward` is called as the transformer itself is, so that an adapter binds σ and prompts for both: see `bind`.
     Scores mean something beside scores at the same σ only.
@@ -75,7 +88,7 @@ class LatentReward(nn.Module):
         self.spec = spec
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.trunk = _Trunk(spec)
+            self.trunk: Any = _trunk_of(spec.family)(spec.transformer, spec.kept)
             self.head = _Head(self.trunk.inner, spec.width)
         self.requires_grad_(False).eval()
 
@@ -95,74 +108,39 @@ class LatentReward(nn.Module):
 
         Raises ValueError for another class of network, one that a LoRA was added to, or a `drop` that leaves no block.
         """
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-        if not isinstance(transformer, SD3Transformer2DModel):
-            raise ValueError(f"transformer: {type(transformer).__name__} has no latent reward; nearest valid: {FAMILY}")
+        family = type(transformer).__name__
+        trunk = _trunk_of(family)
         state = transformer.state_dict()
         if any(".lora_" in name for name in state):
             raise ValueError("transformer: it has a LoRA; make the reward of the model as loaded, before add_lora")
-        config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-        layers = config["num_layers"]
+        told: Any = transformer
+        config = {k: v for k, v in told.config.items() if not k.startswith("_")}
+        layers = config[trunk.layers]
         leave = min(DROP, max(layers - LEAST, 0)) if drop is None else drop
         if not 0 <= leave < layers:
             near = min(max(leave, 0), layers - 1)
             raise ValueError(f"drop: {leave} of {layers} blocks cannot be left off; nearest valid: {near}")
-        reward = cls(RewardSpec(config, layers - leave, width, licence), seed)
+        reward = cls(RewardSpec(family, config, layers - leave, width, licence), seed)
         reward.trunk.load_state_dict({name: state[name] for name in reward.trunk.state_dict()})
         return reward.to(next(transformer.parameters()).device)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor]:
         """Scores, one tensor [B] in the reward's dtype, inside a tuple as the transformer returns its velocity.
 
-        Args:
-            hidden_states: x_σ, [B, C, h, w], whole patches.
-            timestep: σ · num_train_timesteps, [B].
-            encoder_hidden_states, pooled_projections: a prompt's tensors, [B, L, d] and [B, p].
-            return_dict: only False.
-
-        Raises ValueError where a shape is not that of the transformer it was made from.
+        It is called as that is, with what the trunk takes (`models.protocol.Trunk`). Raises ValueError where a shape is
+        not that of the transformer it was made from.
         """
-        if return_dict:
-            raise ValueError("return_dict: True, but scores come as a tuple; nearest valid: False")
-        self._check(hidden_states, encoder_hidden_states, pooled_projections)
-        dtype = self.head.out.weight.dtype
-        patch = self.spec.transformer["patch_size"]
-        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
-        tokens = self.trunk(
-            hidden_states.to(dtype), timestep, encoder_hidden_states.to(dtype), pooled_projections.to(dtype)
-        )
+        tokens, grid = self.trunk(*inputs, **named)
         return (self.head(tokens, grid),)
-
-    def _check(self, x: Tensor, embeds: Tensor, pooled: Tensor) -> None:
-        config = self.spec.transformer
-        for name, value, field in (
-            ("x: channels", x.shape[1], "in_channels"),
-            ("embeds: width", embeds.shape[-1], "joint_attention_dim"),
-            ("pooled: width", pooled.shape[-1], "pooled_projection_dim"),
-        ):
-            if value != config[field]:
-                raise ValueError(f"{name} {value} is another model's; nearest valid: {config[field]}, as it was made")
-        patch = config["patch_size"]
-        if x.dim() != 4 or x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(f"x: shape {list(x.shape)} must be [B, C, h, w]; nearest valid: h, w multiples of {patch}")
 
     def check_fits(self, network: nn.Module) -> None:
         """Raises ValueError unless `network` is a transformer whose latents and prompts this one can read."""
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
         how = "scripts/train_latent_reward.py makes one of the model's own"
-        if not isinstance(network, SD3Transformer2DModel):
-            raise ValueError(f"a latent reward of {FAMILY} cannot judge {type(network).__name__}; {how}")
-        for field in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
-            mine, theirs = self.spec.transformer[field], network.config[field]
+        if type(network).__name__ != self.spec.family:
+            raise ValueError(f"a latent reward of {self.spec.family} cannot judge {type(network).__name__}; {how}")
+        told: Any = network
+        for field in _trunk_of(self.spec.family).fields:
+            mine, theirs = self.spec.transformer[field], told.config[field]
             if mine != theirs:
                 raise ValueError(f"the latent reward's {field} is {mine}, the model's {theirs}; {how}")
 
@@ -180,7 +158,7 @@ class LatentReward(nn.Module):
         place.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(state if bits is None else _packed(state, self._matrices(), bits), place / WEIGHTS)
-        record = {"format": FORMAT, "family": FAMILY, "bits": bits, **asdict(self.spec)}
+        record = {"format": FORMAT, "bits": bits, **asdict(self.spec)}
         (place / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
@@ -250,32 +228,6 @@ def bind(model: Model, reward: nn.Module, condition: Conditioning) -> Predict:
     return model.predictor(condition, 1.0, network=reward)
 
 
-class _Trunk(nn.Module):
-    """The transformer up to its last kept block; names of parameters are the transformer's."""
-
-    def __init__(self, spec: RewardSpec) -> None:
-        super().__init__()
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-        # the last block of a network lacks parts that the kept ones have, so one more is built where there is one
-        layers = min(spec.kept + 1, spec.transformer["num_layers"])
-        network: Any = SD3Transformer2DModel.from_config({**spec.transformer, "num_layers": layers})
-        self.inner: int = network.inner_dim
-        self.pos_embed = network.pos_embed
-        self.time_text_embed = network.time_text_embed
-        self.context_embedder = network.context_embedder
-        self.transformer_blocks = network.transformer_blocks[: spec.kept]
-
-    def forward(self, x: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        """Picture tokens [B, L, d]."""
-        tokens = self.pos_embed(x).contiguous()
-        moment = self.time_text_embed(timestep, pooled)
-        text = self.context_embedder(embeds)
-        for block in self.transformer_blocks:
-            text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=moment)
-        return tokens
-
-
 class _Head(nn.Module):
     """Tokens [B, h·w, d] on a grid (h, w) -> scores [B]; 0 for all until trained."""
 
@@ -300,10 +252,12 @@ def _read_record(file: Path) -> tuple[RewardSpec, int | None]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"latent reward: {str(file)!r} is not JSON ({error})") from error
-    if not isinstance(record, dict) or (record.get("format"), record.get("family")) != (FORMAT, FAMILY):
-        raise ValueError(f"latent reward: {str(file)!r} must say format {FORMAT} and family {FAMILY!r}")
-    fields: dict[str, Any] = {name: record.get(name) for name in ("transformer", "kept", "width", "licence")}
-    for (name, value), kind in zip(fields.items(), (dict, int, int, str), strict=True):
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("family") not in TRUNKS:
+        known = " or ".join(map(repr, TRUNKS))
+        raise ValueError(f"latent reward: {str(file)!r} must say format {FORMAT} and family {known}")
+    kinds = {"family": str, "transformer": dict, "kept": int, "width": int, "licence": str}
+    fields: dict[str, Any] = {name: record.get(name) for name in kinds}
+    for (name, value), kind in zip(fields.items(), kinds.values(), strict=True):
         if not isinstance(value, kind):
             raise ValueError(f"latent reward: {name} in {str(file)!r} is {value!r}; it must be a {kind.__name__}")
     bits = record.get("bits")

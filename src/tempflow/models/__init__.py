@@ -1,32 +1,48 @@
-"""Model adapters: one file per family."""
+"""Model adapters: one file per family.
+
+A new file here is a new family: its `PIPELINES = {"pipeline class": "adapter class"}` says what it serves, and its
+`TRUNKS`, where it has one, of which networks a latent reward can be made. Other packages add families by entry points
+of the group "tempflow.models", named by the pipeline class.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tempflow.models.pipeline_folder import FAMILIES, check_family, check_folder
-from tempflow.models.protocol import Conditioning, Model, Predict, Size
+from tempflow.models.family import Adapter, Family
+from tempflow.models.pipeline_folder import check_folder, read_index
+from tempflow.models.protocol import Conditioning, Model, Predict, Size, Trunk
 from tempflow.models.quiet import quiet
-from tempflow.models.sd3 import SD3
 from tempflow.names import nearest
+from tempflow.registry import Declared
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
 
+ADAPTERS: Mapping[str, type[Adapter]] = Declared(__name__, "PIPELINES", group="tempflow.models")
+"""Pipeline class → the adapter that serves it. Listing them imports none."""
+
+TRUNKS: Mapping[str, type[Trunk]] = Declared(__name__, "TRUNKS")
+"""Class of a network → its early blocks, for latent rewards."""
+
 __all__ = [
+    "ADAPTERS",
     "DTYPES",
-    "FAMILIES",
-    "SD3",
+    "TRUNKS",
+    "Adapter",
     "Conditioning",
+    "Family",
     "Model",
     "Predict",
     "Size",
+    "adapter_of",
     "load",
     "local_folder",
     "resolved_device",
@@ -80,7 +96,21 @@ def resolved_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def load(path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> SD3:
+def adapter_of(path: str, folder: Path) -> type[Adapter]:
+    """The adapter of the pipeline in `folder`, by its model_index.json; `path` is what the user called it.
+
+    Raises ValueError where that names no pipeline class, or one without an adapter.
+    """
+    return _adapter(path, read_index(path, folder)["_class_name"])
+
+
+def _adapter(path: str, pipeline: object) -> type[Adapter]:
+    if not isinstance(pipeline, str) or pipeline not in ADAPTERS:
+        raise ValueError(f"model.path: {path!r} is a {str(pipeline)[:60]}; supported are {', '.join(ADAPTERS)}")
+    return ADAPTERS[pipeline]
+
+
+def load(path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> Adapter:
     """The adapter for "shapes", a diffusers pipeline folder, or a hub id ("owner/name", at `revision`).
 
     `dtype` may be "auto" (`resolved_dtype`).
@@ -97,7 +127,7 @@ def load(path: str, *, revision: str | None = None, dtype: str = "float32", devi
         )
     folder = local_folder(path, revision)
     _check_libraries()
-    return SD3.load(folder, path, DTYPES[dtype], device)
+    return adapter_of(path, folder).load(folder, path, DTYPES[dtype], device)
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:
@@ -105,7 +135,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
     local = path == "shapes" or folder.exists() or not HUB_ID.fullmatch(path)
     if local:
-        check_folder(path, folder)
+        check_folder(path, folder, adapter_of(path, folder).family)
         return folder
     _check_libraries()
     return _download(path, revision)
@@ -123,11 +153,11 @@ def _download(path: str, revision: str | None) -> Path:
     """The snapshot folder of a hub id; its class is looked at before gigabytes travel."""
     try:
         with quiet():
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-            index: Any = StableDiffusion3Pipeline.load_config(path, revision=revision)
-        check_family(path, index["_class_name"])
-        return Path(StableDiffusion3Pipeline.download(path, revision=revision, use_safetensors=True))
+            index: Any = DiffusionPipeline.load_config(path, revision=revision)
+        _adapter(path, index["_class_name"])
+        return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
     except OSError as error:
         raise ValueError(
             f"model.path: {path!r} is no folder, and as a hub id it cannot be had ({error}); "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ Lora = Mapping[str, Factors]
 """Layer name → update."""
 
 
+@dataclass(frozen=True, eq=False)
+class FittedLora:
+    """A LoRA in the names of a model's layers: of the trained network, and of the pipeline's other parts by name."""
+
+    network: Lora
+    others: Mapping[str, Lora]
+
+    def by_part(self, network: str) -> dict[str, Lora]:
+        """All of it, the trained network's under the name `network`."""
+        return {**({network: self.network} if self.network else {}), **self.others}
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of a linear layer or a convolution → shape of its weight."""
 
@@ -92,6 +105,35 @@ def add_adapter(network: Any, ranks: Mapping[str, int], scale: float) -> None:
     for layer in ranks:
         network.get_submodule(layer).scaling[ADAPTER] = scale
     network.eval()
+
+
+def fresh_adapter(network: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """`add_adapter` of scale alpha/rank on the linear layers whose names end as one of `targets` does.
+
+    Raises ValueError when rank or alpha is below 1, there is a LoRA already, or one of `targets` ends no such name.
+    """
+    for name, value in (("lora rank", rank), ("lora alpha", alpha)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} is too small; the nearest valid value is 1")
+    if lora_of(network):
+        raise ValueError("lora: the model has one already; load it afresh to add another")
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    _check_targets(linear, targets)
+    chosen = [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
+    add_adapter(network, dict.fromkeys(chosen, rank), alpha / rank)
+
+
+def _check_targets(linear: Sequence[str], targets: Sequence[str]) -> None:
+    inside = (re.fullmatch(r".*?\.\d+\.(.+)", name) for name in linear)  # of a numbered block
+    known = sorted({found[1] for found in inside if found})
+    if not targets:
+        raise ValueError(f"lora targets: the list is empty; there are {', '.join(known)}")
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            nearest = difflib.get_close_matches(target, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"lora targets: {target!r} is no linear layer; nearest is {nearest!r} of {', '.join(known)}"
+            )
 
 
 def _usual_rank(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:

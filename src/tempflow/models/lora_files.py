@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tempflow.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE, Factors, Lora, Shapes
+from tempflow.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE, Factors, FittedLora, Lora, Shapes
+from tempflow.models.protocol import Model
 
 METADATA = "lora_adapter_metadata"
 """The key of a safetensors header under which diffusers keeps an adapter's configuration."""
@@ -84,12 +85,31 @@ class Part:
     swapped: bool = False
 
 
-class Fits(Protocol):
-    """A model that takes a LoRA."""
+@runtime_checkable
+class TakesLora(Protocol):
+    """A model on whose network a LoRA can be trained, and that takes one from a file."""
 
-    def fit_lora(self, file: LoraFile) -> dict[str, Lora]: ...
+    def add_lora(self, rank: int, alpha: int) -> None:
+        """A fresh LoRA of scale alpha/rank, on the family's usual layers, becomes the policy: A Gaussian, from torch's
+        generator, and B zero, so that the policy starts as the base.
 
-    def attach_lora(self, lora: Mapping[str, Lora]) -> None: ...
+        Raises ValueError when rank or alpha is below 1, or there is a LoRA already.
+        """
+        ...
+
+    def add_lora_on(self, ranks: Mapping[str, int], scale: float) -> None:
+        """The same on exactly the layers of `ranks`, each of its own rank."""
+        ...
+
+    def fit_lora(self, file: LoraFile) -> FittedLora:
+        """What the file holds, in the names of the model's layers. Raises ValueError, naming it, for a tensor that fits
+        no layer."""
+        ...
+
+    def attach_lora(self, lora: FittedLora) -> None:
+        """Puts it beside the weights of the parts that it is of, frozen. Raises ValueError where the network has a LoRA
+        already."""
+        ...
 
 
 Aliases = Mapping[str, Sequence[Part]]
@@ -423,12 +443,14 @@ def _split(raw: Raw, parts: Sequence[Part], scale: float, table: _Names, base: s
     return [Factors(raw.a.float(), r.float().contiguous(), scale) for r in rows]
 
 
-def load_lora(model: Fits, path: str | Path) -> None:
+def load_lora(model: Model, path: str | Path) -> None:
     """Puts the LoRA at `path`, a file or its folder in any form, beside the weights of `model`, frozen.
 
-    Raises ValueError for a file that is no LoRA, or one of another architecture.
+    Raises ValueError for a file that is no LoRA, one of another architecture, or a model that takes none.
     """
     try:
+        if not isinstance(model, TakesLora):
+            raise ValueError(f"{str(path)!r} is a LoRA, and the model {model.name!r} takes none; nearest valid: none")
         model.attach_lora(model.fit_lora(read_lora(path)))
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error

@@ -16,13 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-INDEX = "model_index.json"
-FAMILIES = {"StableDiffusion3Pipeline": "Stable Diffusion 3 / 3.5 (and the embedded `shapes`)"}
-LIBRARIES = ("diffusers", "transformers")
-OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
-"""Parts of the pipeline that may be null; SD 3 without its T5 is drawn with zeros in T5's place."""
+from tempflow.models.family import Family
 
-NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Library → what the weights' file of one of its networks is called."""
 
@@ -30,7 +27,7 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def read_index(path: str, folder: Path) -> dict[str, Any]:
-    """The folder's model_index.json. Raises ValueError where there is none, or for a pipeline that has no adapter."""
+    """The folder's model_index.json. Raises ValueError where there is none, or it names no pipeline class."""
     index = folder / INDEX
     if not index.is_file():
         near = sorted(str(p.parent) for p in folder.parent.glob(f"*/{INDEX}")) if folder.parent.is_dir() else []
@@ -44,20 +41,13 @@ def read_index(path: str, folder: Path) -> dict[str, Any]:
         found = told["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path: {str(index)!r} names no pipeline class; write the folder anew") from error
-    check_family(path, found)
+    if isinstance(found, list):
+        raise ValueError(_own_code(path, "the pipeline", found))
     return told
 
 
-def check_family(path: str, found: object) -> None:
-    """Raises ValueError for a pipeline class without an adapter."""
-    if isinstance(found, list):
-        raise ValueError(_own_code(path, "the pipeline", found))
-    if found not in FAMILIES:
-        raise ValueError(f"model.path: {path!r} is a {found}; supported are {', '.join(FAMILIES)}")
-
-
-def check_folder(path: str, folder: Path) -> tuple[str, ...]:
-    """Looks at every part that the pipeline needs, at headers only. Returns the optional parts that it lacks.
+def check_folder(path: str, folder: Path, family: Family) -> tuple[str, ...]:
+    """Looks at every part that a pipeline of `family` needs, at headers only. Returns the optional parts that it lacks.
 
     Raises ValueError for a part that is missing, damaged, pickled or of code of its own, and for a scheduler that
     cannot be honoured.
@@ -66,19 +56,18 @@ def check_folder(path: str, folder: Path) -> tuple[str, ...]:
     for name, told in index.items():
         if isinstance(told, list) and told and told[0] is not None and told[0] not in LIBRARIES:
             raise ValueError(_own_code(path, name, told))
-    parts = {name: _part(index, name) for name in (*NEEDED, *OPTIONAL)}
-    for name in NEEDED:
+    parts = {name: _part(index, name) for name in (*family.needed, *family.optional)}
+    for name in family.needed:
         if parts[name] is None:
-            others = "only text_encoder_3 and tokenizer_3 (T5) may be null"
+            others = f"only {family.may_be_null} may be null" if family.may_be_null else "get it again"
             raise ValueError(f"model.path: {path!r} has no {name} in its {INDEX}; {others}")
-    if parts["text_encoder_3"] and not parts["tokenizer_3"]:
-        raise ValueError(
-            f"model.path: {path!r} has a text_encoder_3 and no tokenizer_3; nearest valid: both or neither"
-        )
+    for name, other in family.together:
+        if parts[name] and not parts[other]:
+            raise ValueError(f"model.path: {path!r} has a {name} and no {other}; nearest valid: both or neither")
     for name, part in parts.items():
         if part is not None:
-            _check_part(path, folder / name, *part)
-    return tuple(name for name in OPTIONAL if parts[name] is None)
+            _check_part(path, folder / name, *part, family)
+    return tuple(name for name in family.optional if parts[name] is None)
 
 
 def _part(index: Mapping[str, Any], name: str) -> tuple[str, str] | None:
@@ -95,11 +84,11 @@ def _own_code(path: str, name: str, told: list[Any]) -> str:
     )
 
 
-def _check_part(path: str, folder: Path, library: str, kind: str) -> None:
+def _check_part(path: str, folder: Path, library: str, kind: str, family: Family) -> None:
     if not folder.is_dir():
         raise ValueError(f"model.path: {path!r} lacks the folder {folder.name} ({kind}); get it again")
     if folder.name == "scheduler":
-        check_scheduler(path, kind, _json(folder / "scheduler_config.json"))
+        family.scheduler(path, kind, _json(folder / "scheduler_config.json"))
     elif not folder.name.startswith(("tokenizer", "feature_extractor")):
         _json(folder / "config.json")
         tensor_names(folder, WEIGHTS[library])
@@ -206,8 +195,9 @@ CANNOT = {
 """Settings of the Euler scheduler that change more than the σ grid; every other one is in the grid that it gives."""
 
 
-def check_scheduler(path: str, kind: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming class and setting, for a scheduler whose samples would not be the pipeline's."""
+def check_flow_match_euler(path: str, kind: str, config: Mapping[str, Any]) -> None:
+    """For families that are walked by Euler steps of flow matching: raises ValueError, naming class and setting, for a
+    scheduler whose samples would not be the pipeline's."""
     if kind != EULER:
         raise ValueError(
             f"model.path: {path!r} has the scheduler {kind!r}, whose steps are not those walked here; nearest valid: "
@@ -219,3 +209,32 @@ def check_scheduler(path: str, kind: str, config: Mapping[str, Any]) -> None:
                 f"model.path: {path!r} has a {EULER} with {setting} {config[setting]!r}: {why}; "
                 f"nearest valid: {setting} false in scheduler/scheduler_config.json"
             )
+
+
+# -------------------------------------------------------------------------------------------------------------- licence
+def licence_of(folder: Path) -> str:
+    """The licence of the weights: `license` in the README's front matter ("other": its `license_name`), else the
+    `licence` that `licence.json` names, else "unknown"."""
+    card, record = folder / "README.md", folder / "licence.json"
+    stated = _front_matter(card.read_text(errors="replace")) if card.is_file() else {}
+    licence = stated.get("license", "")
+    if licence == "other":
+        licence = stated.get("license_name", licence)
+    if not licence and record.is_file():
+        licence = str(json.loads(record.read_text()).get("licence", ""))
+    return licence or "unknown"
+
+
+def _front_matter(text: str) -> dict[str, str]:
+    """The plain `key: value` lines between the two `---` that open a model card."""
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    fields: dict[str, str] = {}
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        key, colon, value = line.partition(":")
+        if colon and not key.startswith((" ", "-", "#")):
+            fields[key.strip()] = value.strip().strip("\"'")
+    return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,31 @@ class Encoded:
     vectors: Mapping[str, Tensor]
 
 
+class Trunk(Protocol):
+    """The early blocks of a network as a module of their own, float32: what a latent reward is made of.
+
+    A file of `models/` declares those of its networks, `TRUNKS = {"the network's class": "the trunk's class"}`.
+    Parameters are called as the network's are.
+
+    inner   channels of a token
+    fields  of the network's configuration, which say whose latents and prompts it reads: whole numbers ≥ 1
+    layers  the field that counts the blocks
+    """
+
+    inner: int
+    fields: ClassVar[tuple[str, ...]]
+    layers: ClassVar[str]
+
+    def __init__(self, config: Mapping[str, Any], kept: int) -> None: ...
+
+    def __call__(self, *inputs: Any, **named: Any) -> tuple[Tensor, tuple[int, int]]:
+        """Called as the network is, by its adapter: the picture's tokens [B, h·w, d], and their grid (h, w).
+
+        Raises ValueError where what it is called with is another network's.
+        """
+        ...
+
+
 @runtime_checkable
 class EncodesInputs(Protocol):
     """A model whose text encoders can be asked with other token embeddings than a prompt's own: E²PO wants this."""
@@ -86,7 +111,15 @@ class Model(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The module that is trained. Parameters with `requires_grad` are the policy's."""
+        """The module that is trained. Parameters with `requires_grad` are the policy's.
+
+        Of a model with several networks the one module that holds them all (`models.experts.Experts`).
+        """
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; latents stay float32."""
         ...
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:

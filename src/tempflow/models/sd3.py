@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,22 +14,26 @@ from torch import Tensor, nn
 from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
 from tempflow.models.attention import FusedForward
+from tempflow.models.family import Family, Settings
 from tempflow.models.finite import to_pictures
-from tempflow.models.lora import Lora, add_adapter, attach, layer_shapes, lora_of, write_lora
+from tempflow.models.lora import FittedLora, add_adapter, attach, fresh_adapter, layer_shapes, lora_of, write_lora
 from tempflow.models.lora_files import LoraFile, fit
 from tempflow.models.pipeline_folder import (
     LOADING_FAULTS,
-    NEEDED,
     cannot_load,
+    check_flow_match_euler,
     check_folder,
     check_names,
-    check_scheduler,
+    licence_of,
     readable_index,
 )
 from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3_names import original_names
-from tempflow.models.text_inputs import encode_inputs, text_inputs
+from tempflow.models.sd3_text_inputs import encode_inputs, text_inputs
+
+PIPELINES = {"StableDiffusion3Pipeline": "SD3"}
+"""The pipeline classes that this file serves, and by which class: `models.ADAPTERS` reads it."""
 
 LORA_TARGETS = (
     "attn.to_q",
@@ -55,6 +58,25 @@ T5_TOKENS = 256
 """The pipeline's own `max_sequence_length`; a T5 whose tokenizer allows less (`shapes`: 10) gets what it allows."""
 
 
+def _call_options(settings: Settings) -> dict[str, object]:
+    """T5's length, where its tokenizer allows less than the pipeline's own default."""
+    length = (settings("tokenizer_3/tokenizer_config.json") or {}).get("model_max_length", T5_TOKENS)
+    return {"max_sequence_length": length} if length < T5_TOKENS else {}
+
+
+FAMILY = Family(
+    title="Stable Diffusion 3 / 3.5 (and the embedded `shapes`)",
+    needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    # without its T5 it is drawn with zeros in T5's place
+    optional=("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"),
+    together=(("text_encoder_3", "tokenizer_3"),),
+    may_be_null="text_encoder_3 and tokenizer_3 (T5)",
+    lora_targets=LORA_TARGETS,
+    scheduler=check_flow_match_euler,
+    call_options=_call_options,
+)
+
+
 class SD3:
     """The adapter. Holds a loaded pipeline, all of it frozen and in eval mode until `train_fully` or `add_lora`.
 
@@ -65,14 +87,16 @@ class SD3:
     Raises ValueError for a scheduler that cannot be honoured, or a pipeline without a part that is needed.
     """
 
+    family = FAMILY
+
     def __init__(self, pipe: Any, name: str, licence: str, max_tokens: int) -> None:
         self.pipe, self.name, self.licence = pipe, name, licence
         self._max_tokens = max_tokens
         self._cache: dict[str, tuple[Tensor, Tensor]] = {}
-        for part in NEEDED:
+        for part in FAMILY.needed:
             if getattr(pipe, part) is None:
                 raise ValueError(f"model.path: {name!r} has no {part}; only T5 (text_encoder_3) may be missing")
-        check_scheduler(name, type(pipe.scheduler).__name__, pipe.scheduler.config)
+        check_flow_match_euler(name, type(pipe.scheduler).__name__, pipe.scheduler.config)
         for module in (pipe.vae, pipe.transformer, *self._text_encoders().values()):
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -84,7 +108,7 @@ class SD3:
 
         Raises ValueError for a folder that is not whole, or that cannot be honoured.
         """
-        absent = dict.fromkeys(check_folder(name, folder))
+        absent = dict.fromkeys(check_folder(name, folder, FAMILY))
         with quiet(), readable_index(folder) as place:
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
@@ -170,7 +194,7 @@ class SD3:
 
         _, height, width = self.noise_shape(size)
         config = self.pipe.scheduler.config
-        check_scheduler(self.name, type(self.pipe.scheduler).__name__, config)
+        check_flow_match_euler(self.name, type(self.pipe.scheduler).__name__, config)
         scheduler = type(self.pipe.scheduler).from_config(config)
         if config.get("use_dynamic_shifting"):
             mu = calculate_shift(
@@ -301,44 +325,37 @@ class SD3:
         self.pipe.transformer.requires_grad_(True)
 
     def add_lora(self, rank: int, alpha: int, targets: Sequence[str] = LORA_TARGETS) -> None:
-        """A fresh LoRA of scale alpha/rank becomes the policy: A Gaussian, from torch's generator, and B zero, so that
-        the policy starts as the base.
-
-        Raises ValueError when rank or alpha is below 1, there is a LoRA already, or one of `targets` ends no linear
-        layer's name.
-        """
-        for name, value in (("lora rank", rank), ("lora alpha", alpha)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is too small; the nearest valid value is 1")
-        if lora_of(self.network):
-            raise ValueError("lora: the model has one already; load it afresh to add another")
-        linear = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
-        _check_targets(linear, targets)
-        chosen = [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
-        self.add_lora_on(dict.fromkeys(chosen, rank), alpha / rank)
+        """See `TakesLora.add_lora`; the attention's projections of both streams, unless `targets` says otherwise."""
+        fresh_adapter(self.network, rank, alpha, targets)
 
     def add_lora_on(self, ranks: Mapping[str, int], scale: float) -> None:
-        """A fresh LoRA as `add_lora` makes it, on exactly the layers of `ranks`, each of its own rank."""
+        """See `TakesLora.add_lora_on`."""
         add_adapter(self.network, ranks, scale)
 
-    def fit_lora(self, file: LoraFile) -> dict[str, Lora]:
-        """What the file holds for each part of the pipeline ("transformer", "text_encoder" …), in its layers' names.
-
-        Raises ValueError, naming it, for a tensor that fits no layer.
-        """
+    def fit_lora(self, file: LoraFile) -> FittedLora:
+        """See `TakesLora.fit_lora`; of the transformer and the text encoders."""
         components = {"transformer": self.network, **self._text_encoders()}
         shapes = {part: layer_shapes(module) for part, module in components.items()}
-        return fit(file, shapes, original_names(shapes["transformer"]), self.name)
+        found = fit(file, shapes, original_names(shapes["transformer"]), self.name)
+        return FittedLora(found.pop("transformer", {}), found)
 
-    def attach_lora(self, lora: Mapping[str, Lora]) -> None:
-        """Puts a LoRA beside the weights of the parts that it is of, frozen. Prompts are encoded anew.
-
-        Raises ValueError where the transformer has a LoRA already.
-        """
+    def attach_lora(self, lora: FittedLora) -> None:
+        """See `TakesLora.attach_lora`; prompts are encoded anew."""
         if lora_of(self.network):
             raise ValueError("the model has a LoRA already; load it afresh to add another")
-        for part, factors in lora.items():
+        for part, factors in lora.by_part("transformer").items():
             attach(getattr(self.pipe, part), factors)
+        self._cache.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """See `Model.nbytes`."""
+        modules = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return sum(t.nbytes for module in modules for t in module.state_dict().values())
+
+    def to_dtype(self, dtype: torch.dtype) -> None:
+        """See `Model.to_dtype`."""
+        self.pipe.to(dtype)
         self._cache.clear()
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:
@@ -360,43 +377,3 @@ class SD3:
 
 def _rows_at_once(size: Size) -> int:
     return max(1, min(VAE_ROWS, VAE_PIXELS // (size[0] * size[1])))
-
-
-def _check_targets(linear: Sequence[str], targets: Sequence[str]) -> None:
-    known = sorted({name.split(".", 2)[2] for name in linear if name.startswith("transformer_blocks.")})
-    if not targets:
-        raise ValueError(f"lora targets: the list is empty; there are {', '.join(known)}")
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
-            nearest = difflib.get_close_matches(target, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"lora targets: {target!r} is no linear layer; nearest is {nearest!r} of {', '.join(known)}"
-            )
-
-
-def licence_of(folder: Path) -> str:
-    """The licence of the weights: `license` in the README's front matter ("other": its `license_name`), else the
-    `licence` that `licence.json` names, else "unknown"."""
-    card, record = folder / "README.md", folder / "licence.json"
-    stated = _front_matter(card.read_text(errors="replace")) if card.is_file() else {}
-    licence = stated.get("license", "")
-    if licence == "other":
-        licence = stated.get("license_name", licence)
-    if not licence and record.is_file():
-        licence = str(json.loads(record.read_text()).get("licence", ""))
-    return licence or "unknown"
-
-
-def _front_matter(text: str) -> dict[str, str]:
-    """The plain `key: value` lines between the two `---` that open a model card."""
-    lines = text.splitlines()
-    if not lines or lines[0].strip() != "---":
-        return {}
-    fields: dict[str, str] = {}
-    for line in lines[1:]:
-        if line.strip() == "---":
-            break
-        key, colon, value = line.partition(":")
-        if colon and not key.startswith((" ", "-", "#")):
-            fields[key.strip()] = value.strip().strip("\"'")
-    return fields

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import load, resolved_device, resolved_dtype
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
-from tempflow.models.lora_files import LoraFile, read_lora
+from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.rewards import SafeReward, build, from_function, safe
 from tempflow.rewards.protocol import Reward
@@ -67,6 +66,8 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
     dtype = "float32" if sharded(config, world) else m.dtype
     model = load(m.path, revision=m.revision, dtype=dtype, device=str(device_of(config, None, world)))
     if m.training == "lora":
+        if not isinstance(model, TakesLora):
+            raise ValueError(f"model.training: 'lora', but {m.path!r} takes no LoRA; nearest valid: 'full'")
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # LoRA's initial weights are a function of the run's seed
             lora = None if begun is None else begun.lora_for(model)
@@ -325,26 +326,25 @@ class StartingWeights:
     lora: Lora | None = None
     file: LoraFile | None = None
 
-    def lora_for(self, model: Any) -> Lora | None:
+    def lora_for(self, model: Model) -> Lora | None:
         """The LoRA in the names of the model's layers; None where whole weights are given.
 
         Raises ValueError where it does not fit, or is of a text encoder too, which no run trains or keeps.
         """
         if self.file is None:
             return self.lora
-        if not hasattr(model, "fit_lora"):
+        if not isinstance(model, TakesLora):
             raise ValueError(f"{self.field}: {self.path!r} is a LoRA; this model takes none; nearest valid: ''")
         try:
-            parts: Mapping[str, Lora] = model.fit_lora(self.file)
+            fitted = model.fit_lora(self.file)
         except ValueError as error:
             raise ValueError(f"{self.field}: {error}") from error
-        others = [part for part in parts if part != "transformer"]
-        if others:
+        for part, lora in fitted.others.items():
             raise ValueError(
-                f"{self.field}: {self.path!r} has {len(parts[others[0]])} layers of {others[0]} too, which a run would "
-                "not keep; nearest valid: the file without them, or `model.path` with them merged in"
+                f"{self.field}: {self.path!r} has {len(lora)} layers of {part} too, which a run would not keep; "
+                "nearest valid: the file without them, or `model.path` with them merged in"
             )
-        return parts["transformer"]
+        return fitted.network
 
 
 def read_start(path: str, field: str) -> StartingWeights:

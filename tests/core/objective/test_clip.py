@@ -15,7 +15,7 @@ from tempflow.core.dynamics import CPS, Dynamics, FlowSDE
 from tempflow.core.objective.clip import Clip, ClipRule, Score, SoftGate, Truncate
 from tempflow.core.objective.edges import EdgeBatch, replay
 from tempflow.core.objective.regularizer import Divergence, KLForm
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 
 NONE: dict[str, Tensor] = {}
 TAUS = st.floats(0.125, 20, width=32)  # the gate rounds τ to float32
@@ -211,7 +211,7 @@ ELEMENTS = 200_000
 def sampled(dynamics: Dynamics, offset: Tensor) -> tuple[EdgeBatch, Tensor, Tensor]:
     """Children drawn from the policy at steps 0 … 4, its velocity (a leaf) and the reference's, `offset` apart."""
     g = torch.Generator().manual_seed(11)
-    step, schedule = torch.arange(5), sd3(6).double()
+    step, schedule = torch.arange(5), shifted(6).double()
     x, v = (torch.randn(5, ELEMENTS, generator=g, dtype=torch.float64) for _ in range(2))
     law = dynamics.transition(x, v, schedule, step)
     y = law.sample(torch.randn(5, ELEMENTS, generator=g, dtype=torch.float64))
@@ -222,7 +222,7 @@ def sampled(dynamics: Dynamics, offset: Tensor) -> tuple[EdgeBatch, Tensor, Tens
 
 def gap(dynamics: Dynamics, size: float) -> Tensor:
     """Velocity offsets that put the two means `size` stds apart at every step."""
-    _, b, s = dynamics.coefficients(sd3(6).double(), torch.arange(5))
+    _, b, s = dynamics.coefficients(shifted(6).double(), torch.arange(5))
     return size * s / b.abs()
 
 

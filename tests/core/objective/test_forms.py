@@ -16,12 +16,12 @@ from tempflow.core.forest import Forest
 from tempflow.core.objective.edges import EdgeBatch, Replayed, replay
 from tempflow.core.objective.ratio import ChunkRatio, NormRatio, PositionRatio, RegionRatio, StepRatio, clipped
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.weight import Weight, equalised, inverse_step, uniform
 
 SHAPE = (3, 4, 5)
 CHANNELS, D = 3, 60
-SCHEDULE = sd3(6)
+SCHEDULE = shifted(6)
 KINDS: tuple[Dynamics, ...] = (FlowSDE(0.7), DanceSDE(0.3), LinearSDE(), CPS(0.8))
 
 

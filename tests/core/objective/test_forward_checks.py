@@ -30,7 +30,7 @@ from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, Poli
 from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import linear, sd3
+from tempflow.core.schedule import linear, shifted
 from tempflow.core.scores import Scores
 from tempflow.core.times import StratifiedGridTimes
 
@@ -110,7 +110,7 @@ def test_equal_samples_with_shared_pairs_have_no_spread_at_all() -> None:
     ids = [(0, 4, root) for root in range(8)]
 
     def spread(share: int | None) -> float:
-        t, noise = (a.double() for a in Renoise(StratifiedGridTimes(4), share, share)(7, ids, sd3(8), SHAPE))
+        t, noise = (a.double() for a in Renoise(StratifiedGridTimes(4), share, share)(7, ids, shifted(8), SHAPE))
         flat, rows = noise.flatten(0, 1), x0.repeat_interleave(4, 0)
         value = Adaptive()(0.3 * corrupt(rows, flat, t.flatten()), rows, flat, t.flatten())
         return float(value.view(8, 4).mean(1).var())
@@ -249,9 +249,9 @@ def test_a_batchs_pairs_are_no_function_of_who_else_is_in_it() -> None:
     """V-GRPO on several ranks: each draws for its own prompts, and all agree bit for bit on a prompt they share."""
     draws = Renoise(StratifiedGridTimes(4), 2, 2)
     ids = [(9, slot, root) for slot in range(4) for root in range(3)]
-    whole = draws(5, ids, sd3(10), SHAPE)
+    whole = draws(5, ids, shifted(10), SHAPE)
     for rank in (ids[:6], ids[6:], ids[3:9:2]):
         place = [ids.index(i) for i in rank]
-        assert all(torch.equal(a, b[place]) for a, b in zip(draws(5, rank, sd3(10), SHAPE), whole, strict=True))
-    own = replace(draws, share_noise=None)(5, ids, sd3(10), SHAPE)
+        assert all(torch.equal(a, b[place]) for a, b in zip(draws(5, rank, shifted(10), SHAPE), whole, strict=True))
+    own = replace(draws, share_noise=None)(5, ids, shifted(10), SHAPE)
     assert torch.equal(own[0], whole[0]) and not torch.equal(own[1], whole[1])

@@ -16,7 +16,7 @@ from tempflow.core.objective.matching import NegativeAware, SignedLeastSquares, 
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.objective.regularizer import LikelihoodKL, PredictionDistance, kl_estimate
 from tempflow.core.renoise import Renoise
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.times import GridTimes
 
 HEADS = {
@@ -250,10 +250,12 @@ def test_draw_leaves_and_slices() -> None:
     ids = [(0, slot, root) for slot in range(2) for root in range(3)]
     x0 = torch.randn(6, 2, 3).to(torch.bfloat16)
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    b = renoise_leaves(x0, torch.ones(6), rows, ids, Renoise(GridTimes()), 3, sd3(10))
+    b = renoise_leaves(x0, torch.ones(6), rows, ids, Renoise(GridTimes()), 3, shifted(10))
     assert (len(b), b.pairs) == (6, 9) and b.x0.dtype == b.t.dtype == b.noise.dtype == torch.float32
     assert torch.equal(b.group, rows)
-    part = renoise_leaves(x0[3:], torch.ones(3), rows[3:], ids[3:], Renoise(GridTimes()), 3, sd3(10), only=range(2, 4))
+    part = renoise_leaves(
+        x0[3:], torch.ones(3), rows[3:], ids[3:], Renoise(GridTimes()), 3, shifted(10), only=range(2, 4)
+    )
     assert torch.equal(part.noise, b.take(slice(3, 6)).only(slice(2, 4)).noise)
     with pytest.raises(ValueError, match="t: 0"):
         replace(b, t=torch.zeros(6, 9))

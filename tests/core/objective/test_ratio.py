@@ -20,12 +20,12 @@ from tempflow.core.objective.edges import EdgeBatch, Predict
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Plan
 from tempflow.core.rollout import Noise, rollout
-from tempflow.core.schedule import sd3
+from tempflow.core.schedule import shifted
 from tempflow.core.weight import Weight, noise_aware, ratio_norm, rectified, uniform
 
 SHAPE = (2, 3, 4)
 D = math.prod(SHAPE)
-SCHEDULE = sd3(6)
+SCHEDULE = shifted(6)
 KINDS: tuple[Dynamics, ...] = (FlowSDE(0.7), DanceSDE(0.3), LinearSDE(), CPS(0.8), DDIM(1.0))
 PLANS = {
     "chain": P.chain(6, 4),

@@ -1,0 +1,82 @@
+"""What is known of a family of pipelines before anything of it is loaded, and what an adapter's class offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+
+from tempflow.models.protocol import Model
+
+Settings = Callable[[str], Mapping[str, Any] | None]
+"""settings("tokenizer/tokenizer_config.json") -> that JSON file of the base model; None where it is not here."""
+
+
+def any_scheduler(path: str, kind: str, config: Mapping[str, Any]) -> None:
+    """Every scheduler will do."""
+
+
+def no_options(settings: Settings) -> Mapping[str, object]:
+    """A call of the pipeline needs nothing more."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines that one adapter serves.
+
+    title        what people call them
+    needed       parts that must be there, the networks among them, by the names of model_index.json
+    optional     parts that may be null
+    together     pairs of optional parts: the first needs the second
+    may_be_null  the optional ones in words, for the message over a part that is missing
+    networks     the parts that are trained
+    lora_targets ends of the names of the layers that a LoRA is put on
+    task         the hub's pipeline tag, for model cards
+    scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
+    call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
+    """
+
+    title: str
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    together: tuple[tuple[str, str], ...] = ()
+    may_be_null: str = ""
+    networks: tuple[str, ...] = ("transformer",)
+    lora_targets: Sequence[str] = ()
+    task: str = "text-to-image"
+    scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
+    call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
+
+
+class Adapter(Model, Protocol):
+    """A model of a pipeline's folder; `models.ADAPTERS` finds the class by the class of the pipeline.
+
+    One on which a LoRA can be trained has the members of `lora_files.TakesLora` too.
+    """
+
+    family: ClassVar[Family]
+
+    @classmethod
+    def load(cls, folder: Path, name: str, dtype: torch.dtype, device: str) -> Self:
+        """The pipeline in `folder`, safetensors only, frozen; `name` is what the user called it.
+
+        Raises ValueError, naming `model.path`, for a folder that is not whole or cannot be honoured.
+        """
+        ...
+
+    def train_fully(self) -> None:
+        """All of the network's parameters become the policy."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of the pipeline's weights."""
+        ...
+
+    def to_dtype(self, dtype: torch.dtype) -> None:
+        """All of the pipeline's weights in that dtype, for `save`."""
+        ...
