@@ -84,7 +84,7 @@ def own_samples(config: Config, budget: int, out: Path, rounds: int = 10, batch:
     for r in range(rounds):
         count = budget // (3 * rounds * e.steps)
         order = fixed_prompts(prompts, count)
-        condition = model.encode([p.text for p in order])
+        condition = model.encode(order, size)
         predict = model.predictor(condition, 1.0)
         forest = rollout(
             [plan.ode(e.steps, 1)] * count, ODE(), schedule, predict, Noise(config.seed, r), shape=shape,

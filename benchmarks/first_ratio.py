@@ -45,11 +45,13 @@ from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, DDIM, DanceSDE, Dynamics, FlowSDE, LinearSDE
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict
 from tempflow.core.objective.ratio import PolicyRatio, clipped
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.protocol import Model
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
+from tempflow.request import Prompt, asked
 from tempflow.rewards import from_function
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Experience, collect, credit
@@ -57,7 +59,7 @@ from tempflow.train.guards import Guards
 from tempflow.train.update import loss_of, training_batch, update
 from tempflow.train.weights import Trainable
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 GUIDANCE = (1.0, 4.5)
 ROWS = ((24, 6), (24, 24), (7, 96))
 
@@ -239,7 +241,7 @@ def trained(model: SD3, network: str, updates: int, prompts: Sequence[Prompt]) -
 
 def faults(context: Context, texts: Sequence[str], networks: Mapping[str, nn.Module]) -> dict[str, Predict]:
     """What training asks in the policy's place."""
-    model, condition = context.model, context.model.encode(texts)
+    model, condition = context.model, context.model.encode(asked(texts), SIZE)
     right = model.predictor(condition, context.guidance)
     sigmas = context.schedule.sigmas
 

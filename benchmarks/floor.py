@@ -23,8 +23,10 @@ from tempflow.algorithms import tempflow_grpo
 from tempflow.config import GuardsConfig
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.media import Size
 from tempflow.models import load
+from tempflow.request import Prompt, asked
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
@@ -32,7 +34,7 @@ from tempflow.train.guards import Guards
 from tempflow.train.update import update
 from tempflow.train.weights import Trainable
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 
 
 def setting_for(dtype: str, rows: int) -> Context:
@@ -71,7 +73,7 @@ def timed(*sides: Callable[[], float | None], repeats: int) -> list[float]:
 def bare(context: Context, batches: list[int], train: bool) -> None:
     """The transformer alone on these row counts: forward, or forward and backward."""
     model, dtype = context.model, next(context.model.network.parameters()).dtype
-    condition = model.encode(["a circle"])
+    condition = model.encode(asked(["a circle"]), SIZE)
     predict = model.predictor(condition, 1.0)
     context = torch.enable_grad if train else torch.no_grad
     for rows in batches:
@@ -100,7 +102,7 @@ def published_way(context: Context, texts: list[str], children_at_once: bool) ->
     model, algorithm, schedule = context.model, context.algorithm, context.schedule
     dynamics = algorithm.dynamics
     assert dynamics is not None
-    predict = model.predictor(model.encode(texts), 1.0)
+    predict = model.predictor(model.encode(asked(texts), SIZE), 1.0)
     noise, shape = Noise(0), model.noise_shape(SIZE)
     rows_given, seeds, branches = 0, 4, 6
 

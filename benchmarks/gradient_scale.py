@@ -29,10 +29,11 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
 from tempflow.data.prompts import load_prompts
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.protocol import Model, Predict
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 DYNAMICS = FlowSDE(0.7)
 METHODS: Mapping[str, tuple[Ratio, weight.Weight]] = {
     "none (Flow-GRPO)": (StepRatio(), weight.uniform),
@@ -142,7 +143,7 @@ def main() -> None:
     model = load("shapes", dtype="float32")
     model.train_fully()
     schedule = model.schedule(a.steps, SIZE)
-    predict = model.predictor(model.encode([p.text for p in load_prompts("shapes:train")[: a.prompts]]), 1.0)
+    predict = model.predictor(model.encode(load_prompts("shapes:train")[: a.prompts], SIZE), 1.0)
     with torch.no_grad():
         chains = plan.chain(a.steps, a.group, stochastic=range(a.steps - 1))
         noise, shape = Noise(0, 0), model.noise_shape(SIZE)

@@ -19,13 +19,15 @@ from torch import Tensor
 from tempflow.core.dynamics import CPS, DanceSDE, Dynamics, FlowSDE
 from tempflow.core.rollout import Noise
 from tempflow.latent_reward import LatentReward, LatentScorer, bind, siblings
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
 from tempflow.stats import interval
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 ROWS = 512
 DYNAMICS = {"flow": FlowSDE, "cps": CPS, "dance": DanceSDE}
 
@@ -35,7 +37,7 @@ def table(model: SD3, reward: LatentReward, dynamics: Dynamics, a: argparse.Name
     """One row a step: σ of the candidates, share of sibling pairs that the reward orders as their ends are graded."""
     known = {s.prompt for s in balanced("train", 4000)}  # those that the package's reward was trained on
     texts = [p for p in dict.fromkeys(s.prompt for s in balanced("validation", 4000)) if p not in known][: a.prompts]
-    condition = model.encode(texts)
+    condition = model.encode(asked(texts), SIZE)
     rated = siblings(
         texts,
         model.predictor(condition, 1.0),

@@ -42,10 +42,10 @@ from benchmarks.runs import (
     unpacked,
 )
 from tempflow.config import Config, ConfigError, parse_config
-from tempflow.data.prompts import Prompt
 from tempflow.folder import remove
 from tempflow.recipes.shapes import OPTIMIZER, REWARDS
 from tempflow.recipes.zoo import ENTRIES, Entry
+from tempflow.request import Prompt
 
 METRIC, SEARCH_SEED, ATTEMPTS = "shapes_strict", 0, 2
 PAGE = "leaderboard_second_edition"

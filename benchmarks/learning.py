@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.runs import affordable, gain, lines, reach, run_all, samples, summary, tested
 from tempflow.config import Config, parse_config
-from tempflow.data.prompts import Prompt
 from tempflow.recipes.shapes import COMMON, OPTIMIZER, REWARDS
+from tempflow.request import Prompt
 
 RATES = (5e-5, 1e-4, 2e-4)
 SEARCH_SEED = 100

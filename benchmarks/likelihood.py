@@ -15,6 +15,7 @@ from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule
 from tempflow.core.times import Id
 from tempflow.data.prompts import load_prompts
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.protocol import Model, Predict
 from tempflow.recipes.shapes import REWARDS
@@ -22,7 +23,7 @@ from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 GROUP = 24
 ROWS = 96
 """At most, of a forward."""

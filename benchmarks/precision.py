@@ -36,6 +36,10 @@ from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
 from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.times import StratifiedGridTimes
+from tempflow.media import Size
+from tempflow.request import asked
+
+SIZE = Size(32, 32)
 
 STEPS = 10
 CLIPS = (1e-5, 1e-3, 6e-3, 1e-2)
@@ -47,7 +51,7 @@ class Asked:
 
     def __init__(self, group: Group, network: nn.Module, weights: torch.dtype, dtype: torch.dtype) -> None:
         self.network = copy.deepcopy(network).to(weights).to(dtype)
-        condition = group.model.encode(group.texts)
+        condition = group.model.encode(asked(group.texts), SIZE)
         self.embeds, self.pooled = (condition.tensors[n].to(dtype) for n in ("embeds", "pooled"))
         self.dtype = dtype
 
@@ -96,7 +100,7 @@ WAYS: Mapping[str, Way] = {
 def trained(group: Group, updates: int, rate: float) -> nn.Module:
     """A copy of the network after V-GRPO's updates on the group."""
     network = copy.deepcopy(group.model.network)
-    condition = group.model.encode(group.texts)
+    condition = group.model.encode(asked(group.texts), SIZE)
     predict = group.model.predictor(condition, 1.0, network)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=rate)
     objective = ClippedLikelihood(estimate=Estimate(pooled=True, on_policy=True), soft_clip=3.0)

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from tempflow.algorithms import Algorithm
 from tempflow.config import Config, to_yaml
 from tempflow.core.cost import equivalents
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.folder import remove
+from tempflow.request import Prompt
 from tempflow.stats import paired_interval
 
 ASIDE: dict[str, Any] = {

@@ -21,6 +21,7 @@ from tempflow.config import parse_config
 from tempflow.core.groups import moments
 from tempflow.data.prompts import load_prompts
 from tempflow.data.sampler import prompts_for
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
@@ -28,7 +29,7 @@ from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Advantages, Experience, collect, credit
 from tempflow.train.update import Batch, loss_of
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 
 
 @dataclass(frozen=True, eq=False)

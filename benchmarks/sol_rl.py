@@ -39,11 +39,13 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.plan import ode
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.precision import cheap_copy, lack
 from tempflow.models.protocol import Model
 from tempflow.recipes.shapes import EVALUATION, OPTIMIZER, REWARDS
+from tempflow.request import Prompt, asked
 from tempflow.rewards import build, score_all
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
@@ -51,7 +53,7 @@ from tempflow.train.guards import Guards
 from tempflow.train.update import update
 from tempflow.train.weights import Drafter, Trainable, WeightSets
 
-SIZE, SEED, ROWS = (32, 32), 11, 192
+SIZE, SEED, ROWS = Size(32, 32), 11, 192
 FULL_STEPS, KEEP = 10, 24
 DRAFT_STEPS = (2, 3, 4, 6, 8, 10)
 ENDS, SHOWN = (4, 8, 12), 12
@@ -74,7 +76,7 @@ class Drawn:
 def drawn(model: Model, precision: Precision, steps: int, prompts: Sequence[Prompt], pool: int) -> Drawn:
     """Each prompt's pool by so many ODE steps in that precision; noise is a function of prompt and place alone."""
     network = None if precision == "full" else cheap_copy(model.network, model.blocks(model.network), precision)
-    predict = model.predictor(model.encode([p.text for p in prompts]), 1.0, network=network)
+    predict = model.predictor(model.encode(prompts, SIZE), 1.0, network=network)
     rewards, parts, seconds = [build(r["name"]) for r in REWARDS], [], 0.0
     for slot, prompt in enumerate(prompts):
         began = time.process_time()
@@ -98,7 +100,7 @@ def drawn(model: Model, precision: Precision, steps: int, prompts: Sequence[Prom
 def speed(model: Model, precision: Precision) -> float:
     """Rows a second of the processor, of a forward, the best of three."""
     network = None if precision == "full" else cheap_copy(model.network, model.blocks(model.network), precision)
-    predict = model.predictor(model.encode(["a red circle"]), 1.0, network=network)
+    predict = model.predictor(model.encode(asked(["a red circle"]), SIZE), 1.0, network=network)
     rows, best = ROWS // 2, float("inf")
     with torch.no_grad():
         for _ in range(3):

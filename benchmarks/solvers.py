@@ -18,18 +18,20 @@ from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.solver import SOLVERS, Solver
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import fixed_prompts
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.protocol import Model
+from tempflow.request import Prompt
 from tempflow.rewards import build, score_all
 
-SIZE, STEPS = (32, 32), (4, 6, 8, 10)
+SIZE, STEPS = Size(32, 32), (4, 6, 8, 10)
 
 
 def latents(model: Model, prompts: list[Prompt], steps: int, solver: Solver | None) -> Tensor:
     """[N, *S], a picture a prompt."""
-    predict = model.predictor(model.encode([p.text for p in prompts]), 1.0)
+    predict = model.predictor(model.encode(prompts, SIZE), 1.0)
     grid, shape = model.schedule(steps, SIZE), model.noise_shape(SIZE)
     chain = plan.ode(steps, 1)
     forest = rollout(

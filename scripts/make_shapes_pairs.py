@@ -21,12 +21,14 @@ from torch import Tensor
 
 from tempflow.evaluate.suite import draw
 from tempflow.folder import claim
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import Spec, balanced, specs
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 ROWS = 192
 PROMPTS_AT_ONCE = 24
 
@@ -58,10 +60,10 @@ def couples(model: SD3, samples: int, steps: int, seed: int) -> Iterator[tuple[S
         part = wanted[first : first + PROMPTS_AT_ONCE]
         texts = [spec.prompt for spec in part]
         how = {"steps": steps, "guidance": 1.0, "seed": seed + first, "size": SIZE, "rows": ROWS}
-        media = draw(model, texts, samples_per_prompt=samples, **how)
+        media = draw(model, asked(texts), samples_per_prompt=samples, **how)
         owner = [text for text in texts for _ in range(samples)]
         right = verifier.score(media, owner, [{}] * len(owner)).value[:, 0].view(-1, samples) == 1
-        for spec, pictures, good in zip(part, media.unflatten(0, (-1, samples)), right, strict=True):
+        for spec, pictures, good in zip(part, media.pictures().unflatten(0, (-1, samples)), right, strict=True):
             yield from zip(repeat(spec), pictures[good], pictures[~good], strict=False)
 
 

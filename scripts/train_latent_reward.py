@@ -48,12 +48,14 @@ from tempflow.latent_reward import (
     siblings,
     train_latent_reward,
 )
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import Split, balanced
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 STEPS = 10
 CHUNK = 512
 
@@ -74,7 +76,7 @@ def drawn(model: SD3, texts: tuple[str, ...], pictures: int, noise_level: float,
         [plan.chain(STEPS, pictures)] * len(texts),
         FlowSDE(noise_level),
         model.schedule(STEPS, SIZE),
-        model.predictor(model.encode(texts), 1.0),
+        model.predictor(model.encode(asked(texts), SIZE), 1.0),
         Noise(seed),
         shape=model.noise_shape(SIZE),
         max_rows=CHUNK,
@@ -93,8 +95,8 @@ def sampled(model: SD3, reward: LatentReward, prompts: tuple[str, ...], roots: i
     found = guided_sample(
         FlowSDE(level),
         model.schedule(STEPS, SIZE),
-        model.predictor(model.encode(prompts), 1.0),
-        LatentScorer.of(model, reward, prompts, rows=CHUNK),
+        model.predictor(model.encode(asked(prompts), SIZE), 1.0),
+        LatentScorer.of(model, reward, prompts, SIZE, rows=CHUNK),
         Noise(seed=77),
         shape=model.noise_shape(SIZE),
         slots=range(len(prompts)),
@@ -119,7 +121,7 @@ def main() -> None:
     count = len(pairs_of(rated, a.margin))
     log("drawn", began, prompts=len(texts), pictures=len(rated.latents), pairs=count, held_prompts=len(held.prompts))
     reward = trained(a, model, rated, began)
-    score = bind(model, reward, model.encode(held.prompts))
+    score = bind(model, reward, model.encode(asked(held.prompts), SIZE))
     for bucket in accuracy(score, held, held_pairs, buckets=a.buckets):
         span = f"({bucket.low:.2f}, {bucket.high:.2f}]"
         log("held out", began, sigma=span, accuracy=round(bucket.accuracy, 3), pairs=bucket.pairs)
@@ -141,7 +143,7 @@ def trained(a: argparse.Namespace, model: SD3, rated: Rated, began: float) -> La
 
     made = {"drop": a.drop, "width": a.width, "seed": a.seed, "licence": model.licence}
     start = LatentReward.load(a.start) if a.start else LatentReward.from_transformer(model.network, **made)
-    reward = train_latent_reward(model, rated, config, reward=start, report=report)
+    reward = train_latent_reward(model, rated, config, SIZE, reward=start, report=report)
     reward.save(a.out, bits=a.bits)
     return LatentReward.load(a.out)
 
@@ -150,7 +152,7 @@ def of_siblings(a: argparse.Namespace, model: SD3, texts: tuple[str, ...], began
     """Trains on candidates of one state, as the recipe of `drm_grpo` draws them."""
     rated = siblings(
         texts,
-        model.predictor(model.encode(texts), 1.0),
+        model.predictor(model.encode(asked(texts), SIZE), 1.0),
         model.schedule(6, SIZE),
         CPS(0.8),
         lambda x, prompts: graded(model, x, prompts),

@@ -17,7 +17,9 @@ from tempflow.cli.parse import configured
 from tempflow.cli.report import ReportOptions
 from tempflow.cli.train import TrainOptions
 from tempflow.config import Config, algorithm_config, load_config, to_yaml
+from tempflow.media import Size
 from tempflow.recipes import RECIPES
+from tempflow.request import asked
 from tempflow.strict import leaves, validated
 
 
@@ -204,7 +206,7 @@ def test_eval_asks_the_suite(monkeypatch, capsys, tmp_path):
     ]  # fmt: skip
     assert seen == {
         "model": ("shapes", {"dtype": "bfloat16", "device": "cpu"}), "steps": 10, "guidance": 1.0, "seed": 1234,
-        "size": (32, 32), "rows": 96, "total": None, "gold": ("jpeg_compressibility",), "samples_per_prompt": 3,
+        "size": Size(32, 32), "rows": 96, "total": None, "gold": ("jpeg_compressibility",), "samples_per_prompt": 3,
     }  # fmt: skip
 
 
@@ -221,10 +223,10 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
     words = ["--prompt", "a red circle", "--prompts", str(tmp_path / "p.txt"), "--prompt", "a cross", "--seed", "4"]
     assert run(capsys, "sample", *words, "--width", "64") == (0, "a.png\nb.png\n", "")
-    prompts = ["a red circle", "a cross", "one", "two", "three"]
+    prompts = [*asked(["a red circle", "a cross", "one", "two", "three"])]
     assert seen == {
         "path": "shapes", "prompts": prompts, "steps": 10, "guidance": 1.0, "seed": 4,
-        "size": (32, 64), "device": "cpu", "out": Path("samples"),
+        "size": Size(32, 64), "device": "cpu", "out": Path("samples"),
     }  # fmt: skip
     assert run(capsys, "sample", *words, "--count", "2")[2] == "prompts: 2 of 5 prompts are used"
     assert seen["prompts"] == prompts[:2]
@@ -234,7 +236,7 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
     assert seen["prompts"] == (prompts * 3)[:11]
     (tmp_path / "p.jsonl").write_text('{"prompt": "x", "image": "a.png"}')
     status, out, err = run(capsys, "sample", "--prompts", str(tmp_path / "p.jsonl"))
-    assert (status, out) == (2, "") and 'p.jsonl:1: "image" would change what is drawn' in err
+    assert (status, out) == (2, "") and 'p.jsonl:1: "image": pictures would change what is drawn' in err
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,10 @@ import tempflow, tempflow.train.trainer as trainer
 trainer.train = lambda config, reward=None: (config, reward)
 assert tempflow.train("c", reward=1) == ("c", 1)
 from tempflow import train
+from tempflow.media import Size
+from tempflow.request import asked
+from tempflow.media import Size
+from tempflow.request import asked
 assert train("c") == ("c", None)
 import tempflow.train.guards as guards
 assert guards.GuardError

@@ -23,14 +23,16 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.evaluate.suite import draw
 from tempflow.export import export_run
 from tempflow.export import write as export_write
+from tempflow.media import Size
 from tempflow.models import load, shapes_folder
 from tempflow.models.pipeline_folder import licence_of
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_lora, shapes_tempflow
+from tempflow.request import asked
 from tempflow.train import checkpoint
 
-PROMPT, STEPS, SIZE, TOKENS = "a red circle", 3, (32, 32), 10
+PROMPT, STEPS, SIZE, TOKENS = "a red circle", 3, Size(32, 32), 10
 NOISE = Noise(seed=11)
 
 
@@ -101,7 +103,7 @@ class MadeRun:
             [plan.ode(STEPS, 1)],
             ODE(),
             self.model.schedule(STEPS, SIZE),
-            self.model.predictor(self.model.encode([PROMPT]), 1.0),
+            self.model.predictor(self.model.encode(asked([PROMPT]), SIZE), 1.0),
             NOISE,
             shape=self.model.noise_shape(SIZE),
         )
@@ -188,7 +190,9 @@ def test_an_export_draws_the_runs_own_latents_bit_by_bit(made, tmp_path: Path, t
         assert agree(called(pipe), expected)
     adapter = SD3(pipe, "export", "unknown", TOKENS)
     options = {"steps": STEPS, "guidance": 1.0, "seed": 5, "size": SIZE, "rows": 8}
-    assert agree(draw(adapter, [PROMPT], **options), draw(run.model, [PROMPT], **options))
+    assert agree(
+        draw(adapter, asked([PROMPT]), **options).pictures(), draw(run.model, asked([PROMPT]), **options).pictures()
+    )
 
 
 def test_a_peft_folder_draws_the_same_latents(made, tmp_path: Path) -> None:
@@ -315,8 +319,8 @@ def test_a_real_run(tmp_path: Path) -> None:
     export_run(tmp_path / "run", tmp_path / "out")
     pipe = plain(shapes_folder(), load_config(tmp_path / "run" / "config.yaml").model.dtype, lora=tmp_path / "out")
     options = {"steps": 10, "guidance": 1.0, "seed": 1234, "size": SIZE, "rows": 8}
-    drawn = draw(SD3(pipe, "export", "unknown", TOKENS), [PROMPT], **options)
-    assert agree(drawn, draw(run.model, [PROMPT], **options))
+    drawn = draw(SD3(pipe, "export", "unknown", TOKENS), asked([PROMPT]), **options).pictures()
+    assert agree(drawn, draw(run.model, asked([PROMPT]), **options).pictures())
     assert f"{run.after.mean('shapes_strict'):.4g}" in (tmp_path / "out" / "README.md").read_text()
 
 

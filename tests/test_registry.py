@@ -100,7 +100,7 @@ def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_registry_is_a_read_only_mapping(registry: Any) -> None:
     assert list(registry) == sorted(registry) and len(registry) == len(list(registry)) > 2
     assert all(make.__name__ == name for name, make in registry.items())
-    assert not {"base", "function", "protocol", "safe", "__init__", ""} & registry.keys()
+    assert not {"base", "frames", "function", "protocol", "safe", "__init__", ""} & registry.keys()
     for nothing in ("base", "flow_grpo.py", "os.path", "", 3):
         assert nothing not in registry
         with pytest.raises(KeyError):
@@ -134,7 +134,7 @@ assert files("algorithms") == {"base", "rloo", "flow_grpo"}, files("algorithms")
 assert algorithms.flow_grpo().name == "flow_grpo" and algorithms.rloo().name == "rloo"
 import tempflow.algorithms.dapo, tempflow.algorithms.base
 assert tempflow.algorithms.dapo().name == "dapo" and tempflow.algorithms.base.Algorithm
-tools = {"function", "protocol", "safe"}
+tools = {"frames", "function", "protocol", "safe"}
 assert "jpeg_compressibility" in rewards.names() and files("rewards") == tools, files("rewards")
 rewards.build("jpeg_compressibility")
 assert files("rewards") == tools | {"jpeg_compressibility"}, files("rewards")

@@ -59,6 +59,23 @@ def losses() -> set[type]:
     }
 
 
+def guidance() -> Any:
+    """The kind of guidance that a model says it has; None where models do not say."""
+    found = _found("tempflow.models.guidance")
+    return None if found is None else found.Guidance
+
+
+def media(pictures: Tensor) -> Any:
+    """Pictures, uint8 [N, H, W, 3], as a model decodes to them."""
+    found = _found("tempflow.media")
+    return pictures if found is None else found.Media.of(pictures)
+
+
+def pictures(media: Any) -> Tensor:
+    """And back."""
+    return media if isinstance(media, Tensor) else media.pictures()
+
+
 def _found(name: str) -> Any:
     try:
         return importlib.import_module(name)

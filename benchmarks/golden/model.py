@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.golden import library
 from benchmarks.golden.library import Conditioning, Encoded, Schedule, TextInputs, linear
 
 SHAPE, SIZE = (2, 2, 2), (4, 4)
@@ -45,6 +46,7 @@ class Generator:
     """Implements `models.protocol.Model`, in float64 or float32."""
 
     name, licence = "golden", "Apache-2.0"
+    makes, takes_sources, guidance = "picture", False, library.guidance()
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.network, self.dtype, self.device = Network().to(dtype), dtype, torch.device("cpu")
@@ -52,15 +54,17 @@ class Generator:
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("mean"), network.get_submodule("mix")]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[Any], size: Any = None) -> Conditioning:
+        """Of prompts, which older revisions have as texts."""
         embeds = torch.stack([self.text_inputs(p).tokens["text"] for p in prompts])
-        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": torch.zeros(1, 1, 2)})
+        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": torch.zeros(len(prompts), 1, 2)})
 
-    def text_inputs(self, prompt: str) -> TextInputs:
-        token = torch.tensor([[len(prompt) / 16, sum(c in "aeiou" for c in prompt) / 8]])
+    def text_inputs(self, prompt: Any) -> TextInputs:
+        text = getattr(prompt, "text", prompt)
+        token = torch.tensor([[len(text) / 16, sum(c in "aeiou" for c in text) / 8]])
         return TextInputs({"text": token}, {"text": torch.ones(1, dtype=torch.bool)})
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Any, tokens: Mapping[str, Tensor]) -> Encoded:
         return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Any) -> Schedule:
@@ -70,30 +74,32 @@ class Generator:
         return SHAPE
 
     def predictor(
-        self, condition: Conditioning, guidance: float, network: nn.Module | None = None
+        self, condition: Conditioning, guidance: Any, network: nn.Module | None = None
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         module = self.network if network is None else network
-        tokens = condition.tensors["embeds"][:, 0].to(self.dtype)
+        tokens, factor = condition.tensors["embeds"][:, 0].to(self.dtype), getattr(guidance, "guidance", guidance)
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             v = module(x.to(self.dtype), sigma, tokens[rows])
-            if guidance == 1:
+            if factor == 1:
                 return v
             base = module(x.to(self.dtype), sigma, torch.zeros_like(tokens[rows]))
-            return base + guidance * (v - base)
+            return base + factor * (v - base)
 
         return predict
 
-    def decode(self, x: Tensor, size: Any) -> Tensor:
+    def decode(self, x: Tensor, size: Any) -> Any:
         """Two by two pixels for each of the latent's, and a vignette: without it a picture's border would be as light
         as its inside, and the last bit would say which of the two ViPO takes for the content."""
         wide = x.double().repeat_interleave(2, 2).repeat_interleave(2, 3)
         tint = wide[:, 0, ..., None] * torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
         light = 127.5 + 40 * wide.mean(1) + 20 * VIGNETTE
-        return (light[..., None] + tint).clamp(0, 255).round().to(torch.uint8).contiguous()
+        return library.media((light[..., None] + tint).clamp(0, 255).round().to(torch.uint8).contiguous())
 
-    def encode_media(self, media: Tensor, size: Any) -> Tensor:
-        grey = (media.double().mean(-1).unflatten(2, (2, 2)).unflatten(1, (2, 2)).mean((2, 4)) - 127.5) / 40
+    def encode_media(self, media: Any, size: Any) -> Tensor:
+        grey = (
+            library.pictures(media).double().mean(-1).unflatten(2, (2, 2)).unflatten(1, (2, 2)).mean((2, 4)) - 127.5
+        ) / 40
         return torch.stack([grey, grey.flip(-1)], 1).float()
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:

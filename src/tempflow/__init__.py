@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from tempflow.core.rollout import Noise, rollout
     from tempflow.core.schedule import Schedule
     from tempflow.core.scores import Scores
-    from tempflow.data.prompts import Prompt, load_prompts
+    from tempflow.data.prompts import load_prompts
+    from tempflow.media import Media, Size
+    from tempflow.request import Prompt
     from tempflow.train.trainer import Run, train
 
 _HOMES = {
@@ -42,7 +44,9 @@ _HOMES = {
     "rollout": "tempflow.core.rollout",
     "Schedule": "tempflow.core.schedule",
     "Scores": "tempflow.core.scores",
-    "Prompt": "tempflow.data.prompts",
+    "Prompt": "tempflow.request",
+    "Media": "tempflow.media",
+    "Size": "tempflow.media",
     "load_prompts": "tempflow.data.prompts",
     "Run": "tempflow.train.trainer",
 }
@@ -53,12 +57,14 @@ __all__ = [
     "Config",
     "Cost",
     "Forest",
+    "Media",
     "Noise",
     "Plan",
     "Prompt",
     "Run",
     "Schedule",
     "Scores",
+    "Size",
     "algorithms",
     "core",
     "data",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from tempflow.config import Config
 from tempflow.core.cost import equivalents
 from tempflow.core.plan import Cost, Plan
+from tempflow.models import adapter_of, shapes_folder
+from tempflow.models.pipeline_folder import settings_in
 
 STATE_BYTES = 4
 """States are stored in float32."""
@@ -156,25 +156,12 @@ def _edge_states(plan: Plan, means: bool) -> int:
     return len({plan.parent[e] for e in noisy} | {plan.roots + e for e in noisy}) + means * len(noisy)
 
 
-def latent_shape(config: Config) -> tuple[int, int, int] | None:
-    """(channels, height, width) of a latent by the folder's JSON files; None where there are none.
+def latent_shape(config: Config) -> tuple[int, ...] | None:
+    """Shape of a latent by the folder's JSON files; None where it is not on this machine, or its family doesn't say.
 
-    Raises ValueError for a file that does not say what it should.
+    Raises ValueError for a file that does not say what it should, or a size that cannot be drawn.
     """
-    height, width = config.size
-    if config.model.path == "shapes":
-        return (8, height // 4, width // 4)
-    folder = Path(config.model.path)
-    transformer, vae = folder / "transformer" / "config.json", folder / "vae" / "config.json"
-    if not (transformer.is_file() and vae.is_file()):
+    folder = shapes_folder() if config.model.path == "shapes" else Path(config.model.path).expanduser()
+    if not (folder / "model_index.json").is_file():
         return None
-    channels = _read(transformer, "in_channels")
-    scale = 2 ** (len(_read(vae, "block_out_channels")) - 1)
-    return (channels, height // scale, width // scale)
-
-
-def _read(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model.path: {path} does not say {key!r}; is the folder whole?") from error
+    return adapter_of(config.model.path, folder).family.latent_shape(partial(settings_in, folder), config.size)

@@ -14,6 +14,8 @@ from torch import Tensor
 from tempflow.config import Config
 from tempflow.cost import RunCost
 from tempflow.data.prompts import load_prompts
+from tempflow.media import Media
+from tempflow.models.guidance import guidance_of
 from tempflow.rewards import build, score_all
 from tempflow.train.build import prepare_model
 
@@ -104,7 +106,8 @@ def measured(config: Config, seconds: float = SECONDS) -> Measured:
     rewards = [build(reward.name) for reward in config.rewards]
     model = prepare_model(config)
     shape, size = model.noise_shape(config.size), config.size
-    predict = model.predictor(model.encode([p.text for p in prompts]), config.model.guidance)
+    guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)
+    predict = model.predictor(model.encode(prompts, size), guidance)
     generator = torch.Generator().manual_seed(0)
 
     def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,14 +123,14 @@ def measured(config: Config, seconds: float = SECONDS) -> Measured:
         for parameter in model.network.parameters():
             parameter.grad = None
 
-    pictures: dict[int, Tensor] = {}
+    pictures: dict[int, Media] = {}
 
     def decode(rows: int) -> None:
         pictures[rows] = model.decode(inputs(rows)[0], size)
 
     def score(reward_rows: int, which: int) -> None:
         owner = [prompts[row % len(prompts)] for row in range(reward_rows)]
-        media = pictures[max(pictures)][:reward_rows]
+        media = pictures[max(pictures)][slice(reward_rows)]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
         score_all([rewards[which]], media, texts, metadata, groups=list(range(reward_rows)))
 

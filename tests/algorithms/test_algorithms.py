@@ -324,7 +324,7 @@ def test_our_algorithms_are_found_by_their_own_names():
 def test_unknown_names_and_entry_points(monkeypatch):
     with pytest.raises(ValueError, match=r"name: 'tempflow' is no known algorithm; nearest valid: 'tempflow_grpo'"):
         find("tempflow")
-    group, other = "tempflow.algorithms", "tempflow.core.schedule:sd3"
+    group, other = "tempflow.algorithms", "tempflow.core.schedule:shifted"
     points = EntryPoints(EntryPoint(name, other, group) for name in ("my_grpo", "flow_grpo"))
     monkeypatch.setattr(algorithms, "entry_points", points.select)
     assert find("my_grpo") is shifted

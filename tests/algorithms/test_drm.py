@@ -23,6 +23,7 @@ from tempflow.core.dynamics import CPS
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
+from tempflow.request import asked
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
 
@@ -64,10 +65,10 @@ def test_with_one_noisy_step_and_the_pictures_reward_it_is_tempflow_grpo() -> No
     sigma = b.context.schedule.sigmas[1]
 
     def score(x: Tensor, s: Tensor, rows: Tensor) -> Tensor:
-        predict = b.model.predictor(b.model.encode(PROMPTS), 1.0)
+        predict = b.model.predictor(b.model.encode(asked(PROMPTS), SIZE), 1.0)
         with torch.no_grad():
             end = x - sigma * predict(x, s, rows)
-        return b.model.decode(end, SIZE)[..., 0].double().mean((1, 2)) / 255
+        return b.model.decode(end, SIZE).pictures()[..., 0].double().mean((1, 2)) / 255
 
     b.context = replace(b.context, latent_reward=judging(score), max_grad_norm=1e9)
     b.iterate()
@@ -84,7 +85,7 @@ def test_an_expected_reward_of_noisy_latents_gives_the_gradients_direction() -> 
     b = bench(candidates=24, chains=24, steps=4)
 
     def expected(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-        predict = b.model.predictor(b.model.encode(PROMPTS), 1.0)
+        predict = b.model.predictor(b.model.encode(asked(PROMPTS), SIZE), 1.0)
         with torch.no_grad():
             clean = x - sigma.view(-1, 1, 1, 1).to(x) * predict(x, sigma, rows)
         return clean.flatten(1) @ u

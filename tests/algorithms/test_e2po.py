@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+from fake import PROMPTS, SIZE, Bench, Fake, brightness, config, same, weights
 from loop_checks import check_errors, check_learns
 from PIL import Image
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict, TextInputs
+from tempflow.request import Prompt, asked
 from tempflow.train import experience as module
 from tempflow.train import trainer
 from tempflow.train.conditions import Learned, moved_conditions, perturbed
@@ -106,7 +107,7 @@ def test_training_asks_with_the_clean_condition_and_sampling_fades_the_others() 
     experience = bench.collect()
     model.sampling = False
     bench.update(experience)
-    clean = model.encode(PROMPTS).tensors["embeds"][:, 0]
+    clean = model.encode(asked(PROMPTS), SIZE).tensors["embeds"][:, 0]
     trained, sampled = torch.cat(model.seen[False]), torch.cat(model.seen[True])
     assert len(trained) == 6 * 6 * 3 * 3 and len(sampled) == 6 * 6 * 4  # policy, old, reference
 
@@ -138,8 +139,8 @@ def test_guidance_contrasts_with_an_empty_prompt_that_is_not_perturbed(guidance:
     """v = v_∅ + g·(v_k − v_∅), with v_k of the perturbed condition and v_∅ of the empty prompt as it is."""
     model, given = Fake(), small(fade=1.0).conditions
     assert given is not None
-    condition = model.encode(PROMPTS)
-    offsets = Learned().of(model, PROMPTS, given, 5)
+    condition = model.encode(asked(PROMPTS), SIZE)
+    offsets = Learned().of(model, asked(PROMPTS), given, 5)
     moved = moved_conditions(model, condition, offsets)
     x, sigma = torch.randn(18, 2, 2, 2, generator=torch.Generator().manual_seed(1)), torch.full((18,), 0.75)
     with torch.no_grad():
@@ -205,15 +206,15 @@ def test_batches_and_chunks_of_prompts_do_not_matter(monkeypatch: pytest.MonkeyP
 def test_offsets_are_the_prompts_own_whatever_stands_beside_it() -> None:
     model, conditions = Fake(), small().conditions
     assert conditions is not None
-    together = [o.delta["text"] for o in Learned().of(model, PROMPTS, conditions, 5)]
+    together = [o.delta["text"] for o in Learned().of(model, asked(PROMPTS), conditions, 5)]
     for prompt, want in zip(PROMPTS, together, strict=True):
-        (alone,) = Learned().of(model, [prompt], conditions, 5)
+        (alone,) = Learned().of(model, asked([prompt]), conditions, 5)
         assert torch.equal(alone.delta["text"], want)
     again = Learned()
-    twice = [again.of(model, [PROMPTS[2], PROMPTS[0], PROMPTS[2]], conditions, 5) for _ in range(2)]
+    twice = [again.of(model, asked([PROMPTS[2], PROMPTS[0], PROMPTS[2]]), conditions, 5) for _ in range(2)]
     for offsets in twice:
         assert all(torch.equal(o.delta["text"], together[n]) for o, n in zip(offsets, (2, 0, 2), strict=True))
-    (other,) = Learned().of(model, [PROMPTS[0]], conditions, 6)
+    (other,) = Learned().of(model, asked([PROMPTS[0]]), conditions, 6)
     assert not torch.equal(other.delta["text"], together[0])
 
 
@@ -221,9 +222,9 @@ def test_kept_offsets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempflow.train.conditions.KEPT_BYTES", 3 * 2 * 4 * 2)  # two prompts of [3, 1, 2] floats
     learned, model, conditions = Learned(), Fake(), small().conditions
     assert conditions is not None
-    want = Learned().of(model, PROMPTS, conditions, 5)
+    want = Learned().of(model, asked(PROMPTS), conditions, 5)
     for _ in range(2):
-        found = learned.of(model, PROMPTS, conditions, 5)
+        found = learned.of(model, asked(PROMPTS), conditions, 5)
         assert all(torch.equal(a.delta["text"], b.delta["text"]) for a, b in zip(found, want, strict=True))
     assert len(learned._kept) == 2
 
@@ -278,7 +279,7 @@ def test_models_that_do_not_show_what_enters_their_encoders_are_refused() -> Non
     shut = type("Shut", (), {k: getattr(model, k) for k in dir(model) if not k.startswith("__")} | {"name": "shut"})
     del shut.encode_inputs
     with pytest.raises(ValueError, match=r"conditions: the model 'shut' does not show what enters its text encoders"):
-        Learned().of(shut(), PROMPTS, small().conditions, 5)  # type: ignore[arg-type]
+        Learned().of(shut(), asked(PROMPTS), small().conditions, 5)  # type: ignore[arg-type]
 
 
 def test_variants_need_conditions() -> None:
@@ -307,12 +308,12 @@ def test_offsets_belong_to_what_enters_the_encoders() -> None:
     """Another encoder, or a picture beside the text, has other inputs for one text."""
 
     class Other(Fake):
-        def text_inputs(self, prompt: str) -> TextInputs:
+        def text_inputs(self, prompt: Prompt) -> TextInputs:
             own = super().text_inputs(prompt)
             return replace(own, tokens={name: tokens + 1 for name, tokens in own.tokens.items()})
 
     learned, conditions = Learned(), small().conditions
     assert conditions is not None
-    kept = [learned.of(m, PROMPTS[:1], conditions, 5)[0].delta["text"] for m in (Fake(), Other(), Fake())]
-    assert torch.equal(kept[1], Learned().of(Other(), PROMPTS[:1], conditions, 5)[0].delta["text"])
+    kept = [learned.of(m, asked(PROMPTS[:1]), conditions, 5)[0].delta["text"] for m in (Fake(), Other(), Fake())]
+    assert torch.equal(kept[1], Learned().of(Other(), asked(PROMPTS[:1]), conditions, 5)[0].delta["text"])
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])

@@ -36,6 +36,7 @@ from tempflow.core.objective.ratio import StepRatio
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
 from tempflow.core.weight import inverse_step
+from tempflow.request import asked
 from tempflow.train.experience import credit
 from tempflow.train.weights import Trainable, WeightSets
 
@@ -135,7 +136,7 @@ FAST: dict[str, dict[str, Any]] = {"cps": {}, "density": {"log_prob": "density"}
 def test_the_released_solver_walks_by_default(make: Any) -> None:
     """DPM-Solver++(2M) as DiffusionNFT's diffusers_patch/solver.py has it, step by step in float64."""
     model, solver = Fake(), make(steps=6).solver
-    predict, grid = model.predictor(model.encode(PROMPTS[:1]), 1.0), model.schedule(6, SIZE)
+    predict, grid = model.predictor(model.encode(asked(PROMPTS[:1]), SIZE), 1.0), model.schedule(6, SIZE)
     rows, x, data = torch.zeros(3, dtype=torch.long), Noise(0).initial([(0, k) for k in range(3)], SHAPE).double(), []
     sigma = [float(s) for s in grid.sigmas]
     lam = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in sigma]
@@ -230,7 +231,7 @@ def test_drms_candidates_hang_off_a_chain_of_ode_steps() -> None:
     goes_on = [e for e in range(len(grown.parent)) if grown.roots + e in parents or grown.step[e] == 4]
     assert len(goes_on) == 2 * 5 and not any(grown.stochastic[e] for e in goes_on)
     model = Fake()
-    predict = model.predictor(model.encode(PROMPTS[:1]), 1.0)
+    predict = model.predictor(model.encode(asked(PROMPTS[:1]), SIZE), 1.0)
     with torch.no_grad():
         tree = rollout([grown], drm_grpo().dynamics, model.schedule(5, SIZE), predict, Noise(1), shape=SHAPE)
         chain = rollout([plan.ode(5, 2)], ODE(), model.schedule(5, SIZE), predict, Noise(1), shape=SHAPE)

@@ -24,7 +24,7 @@ from tempflow.core.offline import OfflineSamples
 from tempflow.core.plan import Cost
 from tempflow.core.times import GridTimes
 from tempflow.cost import run_cost
-from tempflow.data.prompts import Prompt
+from tempflow.request import Prompt, asked
 
 OFFLINE = {"dpo": lambda **o: diffusion_dpo(2, **o), "sft": lambda **o: sft(3, **o)}
 every = pytest.mark.parametrize("name", OFFLINE)
@@ -120,7 +120,7 @@ def test_sft_is_plain_flow_matching() -> None:
     model.network.double()
     t, noise = algorithm.renoise(5, ids, model.schedule(1, SIZE), (2, 2, 2))  # 5: the bench's seed
     x0, noise = latents.double().repeat_interleave(3, 0), noise.double().flatten(0, 1)
-    tokens = model.encode(PROMPTS).tensors["embeds"].double().repeat_interleave(3, 0)
+    tokens = model.encode(asked(PROMPTS), SIZE).tensors["embeds"].double().repeat_interleave(3, 0)
     velocity = model.network(corrupt(x0, noise, t.flatten()), t.flatten(), tokens)
     (velocity - (noise - x0)).square().mean().backward()
     want = {n: p.grad.float() for n, p in model.network.named_parameters() if p.grad is not None}

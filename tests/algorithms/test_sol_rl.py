@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, brightness
+from fake import PROMPTS, SIZE, Bench, brightness
 from PIL import Image
 
 from tempflow.algorithms.diffusion_nft import diffusion_nft
@@ -14,6 +14,7 @@ from tempflow.algorithms.sol_rl import sol_rl
 from tempflow.core.dynamics import ODE
 from tempflow.core.plan import ode
 from tempflow.core.rollout import Noise, rollout
+from tempflow.request import asked
 from tempflow.train.experience import credit
 
 SMALL: dict[str, Any] = {"steps": 4, "group": 4, "kl": 0.0}
@@ -49,7 +50,7 @@ def test_kept_pictures_come_from_the_ends_of_the_pool_and_from_the_same_noises()
         [ode(4, 12)] * len(PROMPTS),
         ODE(),
         context.schedule,
-        model.predictor(model.encode(PROMPTS), 1.0),
+        model.predictor(model.encode(asked(PROMPTS), SIZE), 1.0),
         Noise(context.seed, 0),
         shape=(2, 2, 2),
         solver=context.algorithm.solver,
@@ -57,7 +58,7 @@ def test_kept_pictures_come_from_the_ends_of_the_pool_and_from_the_same_noises()
     pool = everything.nodes[everything.leaves.node].view(len(PROMPTS), 12, -1)
     kept = experience.forest.nodes[experience.forest.edges.child].view(len(PROMPTS), 4, -1)
     for slot in range(len(PROMPTS)):
-        value = model.decode(pool[slot].view(12, 2, 2, 2), (2, 2)).float().mean((1, 2, 3))
+        value = model.decode(pool[slot].view(12, 2, 2, 2), SIZE).pictures().float().mean((1, 2, 3))
         order = sorted(range(12), key=lambda i: (-float(value[i]), i))
         want = sorted(order[:2] + order[-2:])
         torch.testing.assert_close(kept[slot], pool[slot][want], rtol=1e-5, atol=1e-5)

@@ -10,9 +10,9 @@ import torch
 from benchmarks import first_ratio as bench
 from tempflow.config import Config
 from tempflow.core.dynamics import FlowSDE
-from tempflow.data.prompts import Prompt
 from tempflow.models.sd3 import SD3
 from tempflow.recipes import RECIPES
+from tempflow.request import Prompt
 from tempflow.train.context import Clock, Counter
 from tempflow.train.experience import collect
 

@@ -19,8 +19,8 @@ from benchmarks import leaderboard, runs
 from benchmarks.claims import CLAIMS
 from benchmarks.leaderboard import ENTRIES, METRIC, RATES, Board, Entry, Standing, Worker
 from tempflow.config import Config, parse_config, to_yaml
-from tempflow.data.prompts import Prompt
 from tempflow.folder import claim
+from tempflow.request import Prompt
 
 BASE = "b" * 64
 FLOW = next(e for e in ENTRIES if e.name == "flow_grpo_global")

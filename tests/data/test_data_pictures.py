@@ -15,13 +15,14 @@ from PIL import Image
 
 from tempflow.data import pictures as module
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import Prompt
+from tempflow.media import Size
+from tempflow.request import Prompt
 
-SIZE = (4, 6)  # height, width
+SIZE = Size(4, 6)  # height, width
 KEYS = ("chosen", "rejected")
 
 
-def noise(seed: int, size: tuple[int, int] = SIZE, channels: int = 3) -> np.ndarray:
+def noise(seed: int, size: tuple[int, int] = (4, 6), channels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, channels), np.uint8)
 
 
@@ -46,8 +47,8 @@ def test_pictures_are_read_bit_for_bit_in_the_keys_order(folder: Path) -> None:
     found = Pictures(folder, KEYS, SIZE)
     prompts = [pair(), pair(chosen="deep/c.png", rejected="./a.png")]
     found.check(prompts)
-    media = found(prompts)
-    assert media.dtype == torch.uint8 and media.shape == (4, *SIZE, 3)
+    media = found(prompts).pictures()
+    assert media.dtype == torch.uint8 and media.shape == (4, 4, 6, 3)
     for got, seed in zip(media, (0, 1, 2, 0), strict=True):
         assert np.array_equal(got.numpy(), noise(seed))
 
@@ -66,7 +67,7 @@ def test_other_modes_become_rgb(folder: Path, mode: str) -> None:
         want = np.array(again.convert("RGB"))
     found = Pictures(folder, ("image",), SIZE)
     found.check([Prompt("x", {"image": name})])
-    assert np.array_equal(found([Prompt("x", {"image": name})])[0].numpy(), want)
+    assert np.array_equal(found([Prompt("x", {"image": name})]).pictures()[0].numpy(), want)
 
 
 # ------------------------------------------------------------------------------------------------------------ outside
@@ -139,7 +140,7 @@ def test_files_that_are_no_pictures(folder: Path) -> None:
 
 
 def test_deep_colour_and_turned_pictures_are_not_guessed_at(folder: Path) -> None:
-    Image.fromarray(np.zeros(SIZE, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.zeros((4, 6), np.uint16)).save(folder / "deep.png")
     exif = Image.Exif()
     exif[module.ORIENTATION] = 6
     Image.fromarray(noise(0)).save(folder / "turned.jpg", exif=exif)
@@ -169,7 +170,7 @@ def test_a_file_that_is_cut_short_is_named_when_it_is_read(folder: Path) -> None
     """Its header is whole, which is all that the check before a run looks at."""
     whole = saved(folder / "long.png", size=(64, 64)).read_bytes()
     (folder / "long.png").write_bytes(whole[: len(whole) // 2])
-    found = Pictures(folder, ("image",), (64, 64))
+    found = Pictures(folder, ("image",), Size(64, 64))
     found.check([Prompt("x", {"image": "long.png"})])
     with pytest.raises(ValueError, match=r"prompt \('x'\), image 'long\.png': no picture that can be read"):
         found([Prompt("x", {"image": "long.png"})])

@@ -1,11 +1,20 @@
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from tempflow.data import files as module
-from tempflow.data.prompts import Prompt, as_prompts, check_source, load_prompts, shared_out, source_path
+from tempflow.data.prompts import (
+    as_prompts,
+    check_source,
+    load_prompts,
+    shared_out,
+    source_path,
+    unused_negatives,
+)
 from tempflow.evaluate.suite import fixed_prompts
+from tempflow.request import Prompt, Source
 from tempflow.shapes.prompts import SPLITS, specs
 
 
@@ -205,8 +214,7 @@ def test_a_key_of_another_name_is_shown_with_what_would_do(tmp_path: Path, key: 
 
 # ---------------------------------------------------------------------------------------------------------------- keys
 CHANGES = [
-    "negative_prompt", "negative", "neg_prompt", "Negative-Prompt", "negativePrompt", "negative_prompt_2",
-    "prompt_2", "image", "images", "image_path", "source_image", "input_images", "init_image", "ref_image",
+    "negative_prompt_2", "prompt_2", "image_path", "source_image", "input_images", "init_image", "ref_image",
     "control_image", "cond_image", "edit_image", "mask", "mask_image", "video", "source_video", "first_frame",
     "audio", "latents", "control", "seed", "size", "height", "width", "resolution", "guidance_scale", "cfg",
     "steps", "num_inference_steps", "num_frames", "fps", "lora",
@@ -229,6 +237,46 @@ def test_keys_that_would_change_what_is_drawn_are_refused_with_their_line(tmp_pa
     with pytest.raises(ValueError, match=rf'a\.csv:3: "{key}" would change'):
         load_prompts("a.csv", tmp_path)
     assert load_prompts("a.csv", tmp_path, uses=(key,))[1] == Prompt("b", {key: "5"})
+
+
+@pytest.mark.parametrize("key", ["negative", "neg_prompt", "Negative-Prompt", "negativePrompt", "uncond_prompt"])
+def test_the_negative_text_has_one_name(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "c", key: "blurry"}))
+    with pytest.raises(ValueError, match=rf"""a\.jsonl:1: "{key}" is not read; nearest valid: "negative_prompt"$"""):
+        load_prompts("a.jsonl", tmp_path)
+
+
+def test_a_negative_prompt_is_the_prompts_own(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "negative_prompt": " blurry "}, {"prompt": "b", "negative_prompt": None, "tag": "x"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = load_prompts("a.jsonl", tmp_path)
+    assert found == (Prompt("a", {}, "blurry"), Prompt("b", {"tag": "x"}))
+    assert as_prompts(found) == found == as_prompts(lines)
+    (tmp_path / "a.csv").write_text("prompt,negative_prompt\na,blurry\nb,\n")
+    assert [p.negative for p in load_prompts("a.csv", tmp_path)] == ["blurry", ""]
+    with pytest.raises(ValueError, match=r'prompts\[0\]: "negative_prompt" is 3; nearest valid: a text'):
+        as_prompts([{"prompt": "a", "negative_prompt": 3}])
+    assert '1 of 2 prompts have a "negative_prompt", which guidance 1 makes no use of' in unused_negatives(found, 1.0)
+    assert unused_negatives(found, 1.5) == unused_negatives(found[1:], 1.0) == ""
+
+
+def test_pictures_to_start_from_are_refused_or_read_with_their_sums(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "b.png").write_bytes(b"two")
+    lines = [{"prompt": "x", "image": "a.png"}, {"prompt": "y", "images": ["b.png", "a.png"]}, {"prompt": "z"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r'a\.jsonl:1: "image": pictures would change .* draws from text alone'):
+        load_prompts("a.jsonl", tmp_path)
+    one, two, none = load_prompts("a.jsonl", tmp_path, sources=True)
+    assert [s.path for s in two.sources] == [tmp_path / "b.png", tmp_path / "a.png"] and none.sources == ()
+    assert one.sources == (Source(tmp_path / "a.png", hashlib.sha256(b"one").hexdigest()),) == two.sources[1:]
+    assert as_prompts([one], sources=True) == (one,)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: .*draws from text alone"):
+        as_prompts([Prompt("x", {}, "", one.sources)])
+    for name in ("../a.png", str(tmp_path / "a.png"), "c.png", 3):
+        (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "image": name}))
+        with pytest.raises(ValueError, match=r"b\.jsonl:1: the picture .* is no file in .*; nearest valid: a relative"):
+            load_prompts("b.jsonl", tmp_path, sources=True)
 
 
 def test_all_other_keys_are_kept(tmp_path: Path) -> None:

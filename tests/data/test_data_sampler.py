@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
 from tempflow.data.sampler import prompts_for, strata_of
+from tempflow.request import Prompt
 
 
 def plain(n: int) -> list[Prompt]:

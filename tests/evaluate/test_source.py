@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tempflow.cli.judge import EvalOptions, chosen, run_eval
 from tempflow.config import Config, to_yaml
 from tempflow.evaluate.source import Settings, Source, check_rewards, find, settings
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.lora import LORA_FILE
 from tempflow.recipes.shapes import shapes_flow
@@ -160,8 +161,8 @@ def test_a_runs_settings_are_its_tests(tmp_path: Path) -> None:
     how = settings(Source("x", run=tmp_path, config=config))
     assert how == Settings(
         prompts="shapes:test", count=12, rewards=("shapes", "shapes_strict"), gold=("shapes_strict",),
-        total={"shapes": -1.0}, steps=3, guidance=1.5, seed=77, size=(64, 48), dtype="bfloat16", device="cpu", rows=7,
-        threads=1,
+        total={"shapes": -1.0}, steps=3, guidance=1.5, seed=77, size=Size(64, 48), dtype="bfloat16", device="cpu",
+        rows=7, threads=1,
     )  # fmt: skip
     assert settings(Source("shapes")) == Settings()
 
@@ -173,7 +174,7 @@ def test_the_command_line_goes_before_the_run(tmp_path: Path) -> None:
     assert (how.steps, how.seed, how.size, how.dtype, how.prompts, how.guidance) == (
         9,
         0,
-        (32, 64),
+        Size(32, 64),
         "bfloat16",
         "p.txt",
         2,

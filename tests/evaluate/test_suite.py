@@ -16,30 +16,33 @@ from PIL import Image
 
 from tempflow.core.rollout import Noise
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
 from tempflow.evaluate import pictures, suite
 from tempflow.evaluate.grid import CAPTION, CELL, GAP, grid
 from tempflow.evaluate.suite import Report, draw, evaluate, fixed_prompts, numbered, sample_path
+from tempflow.media import Media, Size
 from tempflow.models.finite import NotFiniteError, to_pictures
 from tempflow.perception.diversity import features, within_groups
+from tempflow.request import Prompt, asked
 from tempflow.rewards import from_function
 from tempflow.stats import interval
 
+ASKED = asked(PROMPTS)
+
 
 def picture(prompts: list[str], rows: int = 64, seed: int = 3, steps: int = 5) -> torch.Tensor:
-    return draw(Fake(), prompts, steps=steps, guidance=1.0, seed=seed, size=SIZE, rows=rows)
+    return draw(Fake(), asked(prompts), steps=steps, guidance=1.0, seed=seed, size=SIZE, rows=rows).pictures()
 
 
 def test_draw_is_an_euler_walk_from_the_seeds_noise() -> None:
     model = Fake()
     x = Noise(3, iteration=-1).initial([(n, 0) for n in range(len(PROMPTS))], (2, 2, 2))
-    predict = model.predictor(model.encode(PROMPTS), 1.0)
+    predict = model.predictor(model.encode(asked(PROMPTS), SIZE), 1.0)
     sigmas = model.schedule(5, SIZE).sigmas
     with torch.no_grad():
         for i in range(5):
             v = predict(x, sigmas[i].expand(len(x)), torch.arange(len(x)))
             x = x + (sigmas[i + 1] - sigmas[i]) * v
-    assert torch.equal(picture(list(PROMPTS)), model.decode(x, SIZE))
+    assert torch.equal(picture(list(PROMPTS)), model.decode(x, SIZE).pictures())
 
 
 def test_a_picture_depends_on_seed_place_and_prompt_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +192,19 @@ FIXED: dict = {"steps": 5, "guidance": 1.0, "seed": 3, "size": SIZE, "rows": 64}
 
 def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     one = picture(list(PROMPTS))
-    three = draw(Fake(), PROMPTS, samples_per_prompt=3, **FIXED)
-    assert torch.equal(three[::3], one) and torch.equal(draw(Fake(), PROMPTS, samples_per_prompt=1, **FIXED), one)
+    three = draw(Fake(), ASKED, samples_per_prompt=3, **FIXED).pictures()
+    assert torch.equal(three[::3], one) and torch.equal(
+        draw(Fake(), asked(PROMPTS), samples_per_prompt=1, **FIXED).pictures(), one
+    )
     assert not torch.equal(three[1::3], three[::3]) and not torch.equal(three[2::3], three[1::3])
     monkeypatch.setattr(suite, "PROMPTS_AT_ONCE", 7)  # two whole prompts of three
     model, sizes = Fake(), list[int]()
     monkeypatch.setattr(model, "decode", lambda x, size: (sizes.append(len(x)), Fake.decode(model, x, size))[1])
-    assert torch.equal(draw(model, PROMPTS, samples_per_prompt=3, **FIXED), three) and sizes == [6, 6, 6]
+    assert torch.equal(draw(model, ASKED, samples_per_prompt=3, **FIXED).pictures(), three) and sizes == [
+        6,
+        6,
+        6,
+    ]
 
 
 def test_groups_of_a_prompt_are_scored_and_their_diversity_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +228,7 @@ def test_groups_of_a_prompt_are_scored_and_their_diversity_told(monkeypatch: pyt
     assert groups == [[p.text] * 4 for p in prompts]  # the same prompt in another place is another group
     assert report.values("rank").tolist() == [0.0, 1.0, 2.0, 3.0] * 4 and report.kinds == tuple("aaaabbbb" * 2)
     assert report.gold == ("brightness",) and report.scores.names == ("rank", "brightness", "reward")
-    media = draw(Fake(), [p.text for p in prompts], samples_per_prompt=4, **FIXED)
+    media = draw(Fake(), prompts, samples_per_prompt=4, **FIXED).pictures()
     want = [within_groups(features(m), torch.zeros(4, dtype=torch.long))[1].item() for m in media.split(4)]
     assert report.diversity is not None and report.diversity.tolist() == pytest.approx(want, rel=1e-9)
     assert min(want) > 0
@@ -272,7 +281,7 @@ def test_grid_puts_a_prompts_pictures_side_by_side(tmp_path: Path) -> None:
 def sampled(folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, model: Fake | None = None) -> list[Path]:
     monkeypatch.setattr(suite, "load_source", lambda source, device: model or Fake())
     how = {"steps": 2, "guidance": 1.0, "size": SIZE, "device": "cpu", "out": folder}
-    return sample_path("shapes", texts, seed=len(texts), **how)  # type: ignore[arg-type]
+    return sample_path("shapes", asked(texts), seed=len(texts), **how)  # type: ignore[arg-type]
 
 
 def test_samples_sort_go_on_and_write_nothing_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +302,7 @@ def test_samples_sort_go_on_and_write_nothing_over(tmp_path: Path, monkeypatch: 
 
 def test_a_sample_that_is_not_finite_is_named_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(Fake):
-        def decode(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        def decode(self, x: torch.Tensor, size: Size) -> Media:
             images = x[:, :1].expand(-1, 3, -1, -1).clone()
             images[1] = math.nan
             return to_pictures([images])

@@ -12,13 +12,15 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.latent_reward import EMBEDDED, Bucket, LatentReward, Rated, accuracy, bind, pairs_of
 from tempflow.latent_reward.model import RECORD, embedded_folder
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.recipes import RECIPES
+from tempflow.request import asked
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes.prompts import balanced
 from tempflow.train.trainer import train
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 
 
 def test_it_is_the_shapes_transformers_and_its_licence_is_known() -> None:
@@ -40,7 +42,7 @@ def right() -> list[Bucket]:
         [plan.ode(6, 12)] * len(texts),
         ODE(),
         model.schedule(6, SIZE),
-        model.predictor(model.encode(texts), 1.0),
+        model.predictor(model.encode(asked(texts), SIZE), 1.0),
         Noise(3),
         shape=model.noise_shape(SIZE),
         max_rows=144,
@@ -50,7 +52,7 @@ def right() -> list[Bucket]:
     rated = Rated(latents, scores.value[:, 0], rows, tuple(texts))
     pairs = pairs_of(rated, 0.1)
     reward = LatentReward.load(EMBEDDED)
-    return accuracy(bind(model, reward, model.encode(texts)), rated, pairs[::3], buckets=2)
+    return accuracy(bind(model, reward, model.encode(asked(texts), SIZE)), rated, pairs[::3], buckets=2)
 
 
 def test_it_orders_pictures_of_prompts_that_it_was_not_trained_on(right: list[Bucket]) -> None:

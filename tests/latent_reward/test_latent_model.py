@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from tempflow.latent_reward import LatentReward, RewardSpec, bind
 from tempflow.latent_reward.model import RECORD, WEIGHTS
+from tempflow.media import Size
+from tempflow.request import asked
+
+SIZE = Size(32, 32)
 
 
 def awake(reward: LatentReward) -> LatentReward:
@@ -96,7 +100,9 @@ def test_an_untrained_reward_prefers_nothing_and_is_a_function_of_its_seed() -> 
 
 def test_a_rows_score_does_not_depend_on_its_batch() -> None:
     model = world.adapter()
-    score = bind(model, awake(LatentReward.from_transformer(model.network, width=16)), model.encode(world.PROMPTS))
+    score = bind(
+        model, awake(LatentReward.from_transformer(model.network, width=16)), model.encode(asked(world.PROMPTS), SIZE)
+    )
     x, sigma, rows = world.normal("x", 5), torch.tensor([0.1, 0.9, 0.5, 1.0, 0.0]), torch.tensor([0, 1, 1, 0, 1])
     together = score(x, sigma, rows)
     alone = torch.cat([score(x[i : i + 1], sigma[i : i + 1], rows[i : i + 1]) for i in range(5)])
@@ -107,7 +113,9 @@ def test_a_rows_score_does_not_depend_on_its_batch() -> None:
 
 def test_it_hears_noise_level_prompt_and_picture() -> None:
     model = world.adapter()
-    score = bind(model, awake(LatentReward.from_transformer(model.network, width=16)), model.encode(world.PROMPTS))
+    score = bind(
+        model, awake(LatentReward.from_transformer(model.network, width=16)), model.encode(asked(world.PROMPTS), SIZE)
+    )
     x = world.normal("x", 1)
     base = score(x, torch.tensor([0.5]), torch.tensor([0]))
     assert base.shape == (1,) and base.dtype == torch.float32
@@ -125,7 +133,7 @@ def test_the_adapter_hands_over_what_it_hands_the_transformer() -> None:
     reward = LatentReward.from_transformer(model.network, width=8)
     for module in (model.network, reward):
         module.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
-    condition = model.encode(world.PROMPTS)
+    condition = model.encode(asked(world.PROMPTS), SIZE)
     x, sigma, rows = world.normal("x", 2), torch.tensor([0.3, 0.8]), torch.tensor([1, 0])
     model.predictor(condition, 1.0)(x, sigma, rows)
     bind(model, reward, condition)(x, sigma, rows)

@@ -15,6 +15,10 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
 from tempflow.core.scores import Scores
 from tempflow.latent_reward import Guided, LatentReward, LatentScorer, guided_sample
+from tempflow.media import Size
+from tempflow.request import asked
+
+SIZE = Size(32, 32)
 
 SHAPE, NOISE, GRID = (2, 3), Noise(seed=5, iteration=2), linear(6, 3.0)
 U = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]])
@@ -77,9 +81,9 @@ def test_a_judge_made_of_a_reward_is_the_reward() -> None:
     reward = LatentReward.from_transformer(model.network, width=8)
     with torch.no_grad():
         reward.head.out.weight.fill_(1.0)
-    judge = LatentScorer.of(model, reward, world.PROMPTS)
+    judge = LatentScorer.of(model, reward, world.PROMPTS, SIZE)
     x, sigma, rows = world.normal("x", 3), torch.full((3,), 0.4), torch.tensor([1, 0, 1])
-    condition = model.encode(world.PROMPTS).tensors
+    condition = model.encode(asked(world.PROMPTS), SIZE).tensors
     want = reward(x, sigma * 1000, condition["embeds"][rows], condition["pooled"][rows])[0]
     assert torch.equal(judge(x, sigma, rows).value[:, 0], want) and len(set(want.tolist())) == 3
 
@@ -183,14 +187,14 @@ def test_a_tiny_pipeline_is_sampled_by_its_own_reward() -> None:
     reward = LatentReward.from_transformer(model.network, width=8)
     with torch.no_grad():
         reward.head.out.weight.copy_(torch.linspace(-1, 1, 8)[None])
-    predict = model.predictor(model.encode(world.PROMPTS), 1.0)
+    predict = model.predictor(model.encode(asked(world.PROMPTS), SIZE), 1.0)
     drawn = guided_sample(
         FlowSDE(0.7),
-        model.schedule(3, (32, 32)),
+        model.schedule(3, Size(32, 32)),
         predict,
-        LatentScorer.of(model, reward, world.PROMPTS),
+        LatentScorer.of(model, reward, world.PROMPTS, SIZE),
         NOISE,
-        shape=model.noise_shape((32, 32)),
+        shape=model.noise_shape(Size(32, 32)),
         slots=[0, 1],
         candidates=3,
     )

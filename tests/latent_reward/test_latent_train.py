@@ -24,6 +24,10 @@ from tempflow.latent_reward import (
     pairs_of,
     train_latent_reward,
 )
+from tempflow.media import Size
+from tempflow.request import asked
+
+SIZE = Size(32, 32)
 
 SIGMA = torch.tensor([0.2, 0.5, 1.0])
 
@@ -177,7 +181,7 @@ def test_eight_pairs_are_learnt_by_heart() -> None:
     reward = LatentReward.from_transformer(model.network, width=32)
     losses: list[float] = []
     config = RewardTraining(steps=60, pairs=16, lr=2e-3, times=UniformTimes(high=0.3))
-    score = bind(model, reward, model.encode(world.PROMPTS))
+    score = bind(model, reward, model.encode(asked(world.PROMPTS), SIZE))
     fit(reward, score, rated, eight, config, lambda _s, loss, _a: losses.append(loss))
     assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
     assert sum(losses[-5:]) / 5 < 0.1
@@ -188,7 +192,9 @@ def test_eight_pairs_are_learnt_by_heart() -> None:
 def test_two_runs_are_equal_and_another_seed_is_not() -> None:
     model, rated = world.adapter(), world.rated()
     config = RewardTraining(steps=3, pairs=4, lr=1e-3)
-    first, again, other = (train_latent_reward(model, rated, c) for c in (config, config, replace(config, seed=1)))
+    first, again, other = (
+        train_latent_reward(model, rated, c, SIZE) for c in (config, config, replace(config, seed=1))
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.trunk.context_embedder.weight, other.trunk.context_embedder.weight)
     assert first.spec.licence == "apache-2.0" and first.spec.kept == 2
@@ -199,7 +205,7 @@ def test_two_runs_are_equal_and_another_seed_is_not() -> None:
 def test_a_reward_that_is_given_is_trained_further() -> None:
     model, rated = world.adapter(), world.rated()
     reward = LatentReward.from_transformer(model.network, drop=1, width=8)
-    done = train_latent_reward(model, rated, RewardTraining(steps=2, pairs=2, lr=1e-3), reward=reward)
+    done = train_latent_reward(model, rated, RewardTraining(steps=2, pairs=2, lr=1e-3), SIZE, reward=reward)
     assert done is reward and bool(reward.head.out.weight.abs().sum() > 0)
 
 

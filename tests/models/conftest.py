@@ -10,6 +10,7 @@ import tiny
 from worlds import World, plain_pipeline
 
 from tempflow import models
+from tempflow.media import Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
 from tempflow.shapes import build
@@ -43,8 +44,8 @@ def tiny_world(tiny_folder: Path) -> World:
         folder=tiny_folder,
         adapter=models.load(str(tiny_folder)),
         plain=plain_pipeline(tiny_folder),
-        size=(64, 64),
-        others=((96, 32), (16, 80)),
+        size=Size(64, 64),
+        others=(Size(96, 32), Size(16, 80)),
         prompts=("a red cat on the house", "a small bird", "the dog under a tree"),
         tokens=16,
     )
@@ -56,8 +57,8 @@ def shapes_world(shapes_folder: Path) -> World:
         folder=shapes_folder,
         adapter=models.load(str(shapes_folder)),
         plain=plain_pipeline(shapes_folder),
-        size=(32, 32),
-        others=((16, 40), (64, 64)),
+        size=Size(32, 32),
+        others=(Size(16, 40), Size(64, 64)),
         prompts=("a red circle", "two squares", "a circle left of a blue cross"),
         tokens=build.TOKENS,
     )

@@ -15,10 +15,12 @@ from arithmetic import agree
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from lora_world import own_pipeline
 from safetensors.torch import load_file, save_file
-from worlds import World, ours, plain_pipeline, theirs
+from worlds import SIZE, World, ours, plain_pipeline, theirs
 
 from tempflow import models
+from tempflow.media import Size
 from tempflow.models.sd3 import SD3
+from tempflow.request import Prompt, asked
 
 Change = Callable[[Path], None]
 
@@ -51,18 +53,18 @@ def test_without_t5_it_draws_what_diffusers_draws(tiny_world: World, copied: Pat
     adapter = models.load(str(copied))
     plain = StableDiffusion3Pipeline(**{**tiny_world.plain.components, "text_encoder_3": None, "tokenizer_3": None})
     prompts = [tiny_world.prompts[0]]
-    drawn = ours(adapter, prompts, 2, 3.0, (32, 32))
-    assert agree(drawn, theirs(plain, prompts, 2, 3.0, (32, 32), 256))  # the pipeline's own default
-    with_t5 = theirs(tiny_world.plain, prompts, 2, 3.0, (32, 32), tiny_world.tokens)
+    drawn = ours(adapter, prompts, 2, 3.0, Size(32, 32))
+    assert agree(drawn, theirs(plain, prompts, 2, 3.0, Size(32, 32), 256))  # the pipeline's own default
+    with_t5 = theirs(tiny_world.plain, prompts, 2, 3.0, Size(32, 32), tiny_world.tokens)
     assert (drawn - with_t5).abs().max() > 1e-2
-    inputs = adapter.text_inputs(prompts[0])
+    inputs = adapter.text_inputs(Prompt(prompts[0]))
     assert set(inputs.tokens) == {"text_encoder", "text_encoder_2"}
-    again = adapter.encode_inputs(prompts[0], {name: tokens[None] for name, tokens in inputs.tokens.items()})
-    assert agree(again.tensors["embeds"], adapter.encode(prompts).tensors["embeds"])
+    again = adapter.encode_inputs(Prompt(prompts[0]), {name: tokens[None] for name, tokens in inputs.tokens.items()})
+    assert agree(again.tensors["embeds"], adapter.encode(asked(prompts), SIZE).tensors["embeds"])
     if null is None:
         adapter.save(str(tmp_path / "again"))
         again = models.load(str(tmp_path / "again"))
-        assert torch.equal(ours(again, prompts, 2, 3.0, (32, 32)), drawn)
+        assert torch.equal(ours(again, prompts, 2, 3.0, Size(32, 32)), drawn)
 
 
 def test_without_t5_in_python(tiny_world: World) -> None:
@@ -70,7 +72,7 @@ def test_without_t5_in_python(tiny_world: World) -> None:
     plain = StableDiffusion3Pipeline(**{**tiny_world.plain.components, "text_encoder_3": None})
     prompts = [tiny_world.prompts[0]]
     adapter = SD3(plain, "x", "y", 77)
-    assert agree(ours(adapter, prompts, 2, 3.0, (32, 32)), theirs(plain, prompts, 2, 3.0, (32, 32), 77))
+    assert agree(ours(adapter, prompts, 2, 3.0, Size(32, 32)), theirs(plain, prompts, 2, 3.0, Size(32, 32), 77))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer_2", "vae"])
@@ -107,12 +109,12 @@ def test_an_autoencoder_without_shift_or_scale(
     assert plain.vae.config.shift_factor == shift
     plain.vae.register_to_config(shift_factor=shift or 0.0, scaling_factor=scale or 1.0)
     prompts = [tiny_world.prompts[0]]
-    media = adapter.decode(ours(adapter, prompts, 2, 3.0, (32, 32)), (32, 32))
-    pictures = theirs(plain, prompts, 2, 3.0, (32, 32), tiny_world.tokens, output="np")
+    media = adapter.decode(ours(adapter, prompts, 2, 3.0, Size(32, 32)), Size(32, 32)).pictures()
+    pictures = theirs(plain, prompts, 2, 3.0, Size(32, 32), tiny_world.tokens, output="np")
     assert (media.float() / 255 - torch.from_numpy(pictures)).abs().max() <= 0.51 / 255
     z = plain.vae.encode(media.permute(0, 3, 1, 2).float() / 255 * 2 - 1).latent_dist.mode()
     wanted = (z - (shift or 0.0)) * (scale or 1.0)
-    assert torch.allclose(adapter.encode_media(media, (32, 32)), wanted, atol=1e-5)
+    assert torch.allclose(adapter.encode_media(media, Size(32, 32)), wanted, atol=1e-5)
 
 
 def test_a_tiny_autoencoder(tiny_world: World) -> None:
@@ -124,11 +126,11 @@ def test_a_tiny_autoencoder(tiny_world: World) -> None:
         )
     plain = StableDiffusion3Pipeline(**{**own_pipeline(tiny_world).components, "vae": vae.eval()})
     adapter, prompts = SD3(plain, "x", "y", tiny_world.tokens), [tiny_world.prompts[0]]
-    media = adapter.decode(ours(adapter, prompts, 2, 3.0, (32, 32)), (32, 32))
+    media = adapter.decode(ours(adapter, prompts, 2, 3.0, Size(32, 32)), Size(32, 32)).pictures()
     plain.set_progress_bar_config(disable=True)
-    pictures = theirs(plain, prompts, 2, 3.0, (32, 32), tiny_world.tokens, output="np")
+    pictures = theirs(plain, prompts, 2, 3.0, Size(32, 32), tiny_world.tokens, output="np")
     assert (media.float() / 255 - torch.from_numpy(pictures)).abs().max() <= 0.51 / 255
-    assert adapter.encode_media(media, (32, 32)).shape == (1, 16, 4, 4)
+    assert adapter.encode_media(media, Size(32, 32)).shape == (1, 16, 4, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedulers
@@ -149,9 +151,9 @@ def test_what_is_accepted_is_the_pipelines_own_grid(tiny_world: World, settings:
     pipe = own_pipeline(tiny_world)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(**ACCEPTED[settings])
     adapter, prompts = SD3(pipe, "x", "y", tiny_world.tokens), [tiny_world.prompts[0]]
-    drawn = ours(adapter, prompts, 4, 3.0, (32, 32))
-    wanted = theirs(pipe, prompts, 4, 3.0, (32, 32), tiny_world.tokens)
-    grid = adapter.schedule(4, (32, 32)).sigmas
+    drawn = ours(adapter, prompts, 4, 3.0, Size(32, 32))
+    wanted = theirs(pipe, prompts, 4, 3.0, Size(32, 32), tiny_world.tokens)
+    grid = adapter.schedule(4, Size(32, 32)).sigmas
     assert torch.equal(grid, pipe.scheduler.sigmas.clamp(max=1))
     assert torch.equal(grid[:-1] * pipe.scheduler.config.num_train_timesteps, pipe.scheduler.timesteps)
     assert agree(drawn, wanted)
@@ -186,10 +188,10 @@ def test_a_scheduler_put_in_later_is_looked_at_too(tiny_world: World) -> None:
     adapter = SD3(pipe, "x", "y", tiny_world.tokens)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     with pytest.raises(ValueError, match=r"^model.path: 'x' has a .* with invert_sigmas True"):
-        adapter.schedule(2, (32, 32))
+        adapter.schedule(2, Size(32, 32))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
     with pytest.raises(ValueError, match=r"^model.path: the scheduler of 'x' gives no falling grid for 1 steps"):
-        adapter.schedule(1, (32, 32))
+        adapter.schedule(1, Size(32, 32))
 
 
 # ------------------------------------------------------------------------------------------------------ what is broken

@@ -10,16 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempflow.evaluate.suite import draw
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.lora import LORA_FILE
 from tempflow.models.lora_files import load_lora, lora_file
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
 def pictures(model: SD3) -> Tensor:
-    return draw(model, ["a red circle", "two squares"], steps=2, guidance=1.0, seed=0, size=(32, 32), rows=8)
+    return draw(
+        model, asked(["a red circle", "two squares"]), steps=2, guidance=1.0, seed=0, size=Size(32, 32), rows=8
+    ).pictures()
 
 
 def trained(dtype: str, rank: int, alpha: int) -> SD3:

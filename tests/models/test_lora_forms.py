@@ -34,11 +34,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from worlds import World, plain_pipeline
+from worlds import SIZE, World, plain_pipeline
 
 from tempflow.models import load
 from tempflow.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE, lora_of, write_peft
 from tempflow.models.lora_files import load_lora
+from tempflow.request import asked
 
 STYLES = {
     "kohya": ("lora_unet_", "flat", "lora_down", "lora_up"),
@@ -198,9 +199,9 @@ def test_text_encoders_parts_are_applied(tiny_world: World, tmp_path: Path) -> N
     for form, tensors in forms.items():
         save_file(tensors, tmp_path / f"{form}.safetensors")
         model = load(str(tiny_world.folder))
-        model.encode([tiny_world.prompts[0]])  # what was encoded before does not stay
+        model.encode(asked([tiny_world.prompts[0]]), SIZE)  # what was encoded before does not stay
         load_lora(model, tmp_path / f"{form}.safetensors")
-        ours = model.encode([tiny_world.prompts[0]]).tensors["embeds"]
+        ours = model.encode(asked([tiny_world.prompts[0]]), SIZE).tensors["embeds"]
         assert torch.equal(ours, encoded(theirs, tiny_world))
 
 

@@ -115,9 +115,10 @@ def test_loading_drawing_and_saving_print_nothing(shapes_folder: Path, tmp_path:
     code = """
 import sys
 from tempflow.models import load
+from tempflow.request import asked
 for dtype in ("float32", "bfloat16"):
     model = load(sys.argv[1], dtype=dtype)
-    model.encode(["a red circle"])
+    model.encode(asked(["a red circle"]), None)
     model.save(sys.argv[2] + "/full")
     model.add_lora(2, 4)
     model.save(sys.argv[2] + "/lora")

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from worlds import SIZE
 
 from tempflow.core.draft import Precision
+from tempflow.media import Size
 from tempflow.models import load, precision
 from tempflow.models.precision import CheapCopy, cheap_copy, check_precision, lack, nearest, quantised
 from tempflow.models.quantise import Int8Linear, torchao_converter
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -27,10 +30,10 @@ def model(shapes_folder: Path) -> SD3:
 
 
 def inputs(model: SD3, rows: int = 6) -> dict[str, Tensor]:
-    condition = model.encode([f"a red circle {i}" for i in range(rows)])
+    condition = model.encode(asked([f"a red circle {i}" for i in range(rows)]), SIZE)
     generator = torch.Generator().manual_seed(1)
     return {
-        "hidden_states": torch.randn(rows, *model.noise_shape((32, 32)), generator=generator),
+        "hidden_states": torch.randn(rows, *model.noise_shape(Size(32, 32)), generator=generator),
         "timestep": torch.linspace(3.3, 997.7, rows),
         "encoder_hidden_states": condition.tensors["embeds"],
         "pooled_projections": condition.tensors["pooled"],

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from worlds import World
+from worlds import SIZE, World
 
 from tempflow import models
 from tempflow.core.perturb import Perturbation
+from tempflow.media import Size
 from tempflow.models import Conditioning
 from tempflow.models.sd3 import SD3
+from tempflow.request import Prompt, asked
 from tempflow.train.conditions import Learned, blended, moved_conditions, perturbed
 
 
@@ -38,69 +40,75 @@ def states(world: World, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------------ encode
 @torch.no_grad()
 def test_encode_equals_encode_prompt(world: World) -> None:
-    condition = world.adapter.encode(world.prompts)
-    assert condition.prompts == world.prompts and len(condition) == 3
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
+    assert condition.prompts == asked(world.prompts) and len(condition) == 3
     for row, prompt in enumerate(world.prompts):
         embeds, no_embeds, pooled, no_pooled = world.plain.encode_prompt(
             prompt, None, None, max_sequence_length=world.tokens
         )
         assert torch.equal(condition.tensors["embeds"][row], embeds[0])
         assert torch.equal(condition.tensors["pooled"][row], pooled[0])
-        assert torch.equal(condition.empty["embeds"], no_embeds)
-        assert torch.equal(condition.empty["pooled"], no_pooled)
+        assert torch.equal(condition.negative["embeds"][row], no_embeds[0])
+        assert torch.equal(condition.negative["pooled"][row], no_pooled[0])
     assert not any(t.requires_grad for t in condition.tensors.values())
 
 
 def test_encode_keeps_order_and_duplicates(world: World) -> None:
     a, b, _ = world.prompts
-    condition = world.adapter.encode([b, a, b, ""])
-    single = {p: world.adapter.encode([p]).tensors for p in (a, b, "")}
-    assert condition.prompts == (b, a, b, "")
+    condition = world.adapter.encode(asked([b, a, b, ""]), SIZE)
+    single = {p: world.adapter.encode(asked([p]), SIZE).tensors for p in (a, b, "")}
+    assert condition.prompts == asked((b, a, b, ""))
     for name, tensor in condition.tensors.items():
         assert torch.equal(tensor, torch.cat([single[p][name] for p in (b, a, b, "")]))
-        assert torch.equal(tensor[3:], condition.empty[name])
+        assert torch.equal(tensor[3:], condition.negative[name][:1])
 
 
 def test_encode_runs_once_per_prompt(fresh: SD3, world: World) -> None:
     calls = encoded(fresh)
     a, b, c = world.prompts
-    first = fresh.encode([a, b, a])
+    first = fresh.encode(asked([a, b, a]), SIZE)
     assert sorted(p for call in calls for p in call) == sorted(["", a, b])
     calls.clear()
-    again = fresh.encode([a, b, a])
+    again = fresh.encode(asked([a, b, a]), SIZE)
     assert calls == []
     assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
-    fresh.encode([c, a])
+    fresh.encode(asked([c, a]), SIZE)
     assert calls == [[c]]
 
 
 def test_encoding_does_not_depend_on_what_came_before(fresh: SD3, world: World) -> None:
     """Bitwise, or a resumed run, whose cache is empty, would drift from an uninterrupted one."""
-    alone = fresh.encode([world.prompts[2]])
-    together = models.load(str(world.folder)).encode(world.prompts)
+    alone = fresh.encode(asked([world.prompts[2]]), SIZE)
+    together = models.load(str(world.folder)).encode(asked(world.prompts), SIZE)
     assert torch.equal(alone.tensors["embeds"][0], together.tensors["embeds"][2])
     assert torch.equal(alone.tensors["pooled"][0], together.tensors["pooled"][2])
 
 
 def test_cache_is_bounded(fresh: SD3, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempflow.models.sd3.CACHED_PROMPTS", 2)
-    whole = fresh.encode(world.prompts)
-    assert torch.equal(whole.tensors["embeds"], world.adapter.encode(world.prompts).tensors["embeds"])
+    whole = fresh.encode(asked(world.prompts), SIZE)
+    assert torch.equal(whole.tensors["embeds"], world.adapter.encode(asked(world.prompts), SIZE).tensors["embeds"])
     calls = encoded(fresh)
-    fresh.encode(world.prompts[-2:])
+    fresh.encode(asked(world.prompts[-2:]), SIZE)
     assert calls == [[""]]  # the oldest were dropped
 
 
 def test_encode_needs_a_prompt(world: World) -> None:
     with pytest.raises(ValueError, match="prompts: the list is empty"):
-        world.adapter.encode([])
+        world.adapter.encode(asked([]), SIZE)
 
 
 # ------------------------------------------------------------------------------------------------------- noise_shape
 def test_noise_shape_is_what_the_pipeline_draws(world: World) -> None:
     for size in (world.size, *world.others):
         expected = world.plain.prepare_latents(
-            1, world.plain.transformer.config.in_channels, *size, torch.float32, "cpu", torch.Generator()
+            1,
+            world.plain.transformer.config.in_channels,
+            size.height,
+            size.width,
+            torch.float32,
+            "cpu",
+            torch.Generator(),
         )
         assert world.adapter.noise_shape(size) == expected.shape[1:]
 
@@ -108,15 +116,14 @@ def test_noise_shape_is_what_the_pipeline_draws(world: World) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((60, 64), r"^height: 60 must be a multiple of 16 up to 96; nearest is 64$"),
-        ((64, 39), r"^width: 39 must be a multiple of 16 up to 96; nearest is 32$"),
-        ((112, 64), r"^height: 112 must be a multiple of 16 up to 96; nearest is 96$"),
-        ((64, 5), r"^width: 5 must be a multiple of 16 up to 96; nearest is 16$"),
-        ((0, 64), r"^height: 0 must be a multiple of 16 up to 96; nearest is 16$"),
-        ((64, -16), r"^width: -16 must be a multiple of 16 up to 96; nearest is 16$"),
+        (Size(60, 64), r"^height: 60 must be a multiple of 16 up to 96; nearest is 64$"),
+        (Size(64, 39), r"^width: 39 must be a multiple of 16 up to 96; nearest is 32$"),
+        (Size(112, 64), r"^height: 112 must be a multiple of 16 up to 96; nearest is 96$"),
+        (Size(64, 5), r"^width: 5 must be a multiple of 16 up to 96; nearest is 16$"),
+        (Size(64, 64, frames=5), r"^frames: 5 of '.*', which draws pictures; nearest valid: 1$"),
     ],
 )
-def test_sizes_that_cannot_be_drawn(tiny_world: World, size: tuple[int, int], message: str) -> None:
+def test_sizes_that_cannot_be_drawn(tiny_world: World, size: Size, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_world.adapter.noise_shape(size)
 
@@ -125,11 +132,11 @@ def test_the_limit_is_the_transformers_own(world: World) -> None:
     """The largest size that we allow runs; one patch more is refused by the transformer itself."""
     unit = world.plain.vae_scale_factor * world.plain.transformer.config.patch_size
     largest = world.plain.transformer.config.pos_embed_max_size * unit
-    predict = world.adapter.predictor(world.adapter.encode(world.prompts), 1.0)
-    shape = world.adapter.noise_shape((unit, largest))
+    predict = world.adapter.predictor(world.adapter.encode(asked(world.prompts), SIZE), 1.0)
+    shape = world.adapter.noise_shape(Size(unit, largest))
     assert predict(torch.zeros(1, *shape), torch.ones(1), torch.zeros(1, dtype=torch.long)).shape == (1, *shape)
     with pytest.raises(ValueError, match=f"nearest is {largest}"):
-        world.adapter.noise_shape((unit, largest + unit))
+        world.adapter.noise_shape(Size(unit, largest + unit))
     wider = (*shape[:2], shape[2] + world.plain.transformer.config.patch_size)
     with pytest.raises(ValueError, match="pos_embed_max_size"):
         predict(torch.zeros(1, *wider), torch.ones(1), torch.zeros(1, dtype=torch.long))
@@ -139,7 +146,7 @@ def test_the_limit_is_the_transformers_own(world: World) -> None:
 def transformer_velocity(world: World, condition: Conditioning, which: str) -> Tensor:
     """The plain pipeline's transformer, called by hand."""
     x, sigma, rows = states(world)
-    tensors = condition.tensors if which == "prompt" else condition.empty
+    tensors = condition.tensors if which == "prompt" else condition.negative
     index = rows if which == "prompt" else torch.zeros_like(rows)
     with torch.no_grad():
         return world.plain.transformer(
@@ -152,7 +159,7 @@ def transformer_velocity(world: World, condition: Conditioning, which: str) -> T
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 4.5])
 def test_guidance_is_the_formula(world: World, guidance: float) -> None:
-    condition = world.adapter.encode(world.prompts)
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
     prompt = transformer_velocity(world, condition, "prompt")
     empty = transformer_velocity(world, condition, "empty")
     with torch.no_grad():
@@ -163,7 +170,7 @@ def test_guidance_is_the_formula(world: World, guidance: float) -> None:
 
 
 def test_rows_given_to_the_network(world: World, rows_seen: Callable[[SD3], list[int]]) -> None:
-    condition = world.adapter.encode(world.prompts)
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
     seen = rows_seen(world.adapter)
     with torch.no_grad():
         world.adapter.predictor(condition, 1.0)(*states(world))
@@ -175,12 +182,12 @@ def test_rows_given_to_the_network(world: World, rows_seen: Callable[[SD3], list
 
 
 def test_rows_choose_the_prompt(world: World) -> None:
-    condition = world.adapter.encode(world.prompts)
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
     predict = world.adapter.predictor(condition, 3.0)
     x, sigma, _ = states(world)
     with torch.no_grad():
         turned = predict(x, sigma, torch.tensor([2, 0, 0]))
-        other = world.adapter.predictor(world.adapter.encode([world.prompts[i] for i in (2, 0, 0)]), 3.0)
+        other = world.adapter.predictor(world.adapter.encode(asked([world.prompts[i] for i in (2, 0, 0)]), SIZE), 3.0)
         straight = predict(x, sigma, torch.arange(3))
         assert torch.equal(turned, other(x, sigma, torch.arange(3)))
     assert (turned - straight).abs().mean() > 1e-2
@@ -188,7 +195,7 @@ def test_rows_choose_the_prompt(world: World) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_gradients_do_not_change_values(world: World, guidance: float) -> None:
-    predict = world.adapter.predictor(world.adapter.encode(world.prompts), guidance)
+    predict = world.adapter.predictor(world.adapter.encode(asked(world.prompts), SIZE), guidance)
     with torch.no_grad():
         without = predict(*states(world))
     assert (predict(*states(world)) - without).abs().max() <= 1e-5 * without.abs().max()
@@ -197,7 +204,7 @@ def test_gradients_do_not_change_values(world: World, guidance: float) -> None:
 def test_the_empty_branch_carries_no_gradient(world: World, fresh: SD3) -> None:
     """∂v/∂θ = g·∂v_c/∂θ: with the empty branch it would be g·∂v_c/∂θ + (1 − g)·∂v_∅/∂θ."""
     fresh.train_fully()
-    condition = fresh.encode(world.prompts)
+    condition = fresh.encode(asked(world.prompts), SIZE)
 
     def gradient(guidance: float) -> Tensor:
         fresh.network.zero_grad()
@@ -210,9 +217,9 @@ def test_the_empty_branch_carries_no_gradient(world: World, fresh: SD3) -> None:
 
 
 def test_guidance_needs_an_empty_prompt(world: World) -> None:
-    condition = world.adapter.encode(world.prompts)
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
     bare = Conditioning(condition.prompts, condition.tensors)
-    with pytest.raises(ValueError, match=r"guidance: 4.5 needs conditions with an empty prompt; without one only 1"):
+    with pytest.raises(ValueError, match=r"guidance: 4.5 needs conditions with negative prompts; without them only 1"):
         world.adapter.predictor(bare, 4.5)
     with torch.no_grad():
         v = world.adapter.predictor(bare, 1.0)(*states(world))
@@ -231,7 +238,7 @@ def test_content_is_the_prompts_words_for_every_encoder(world: World) -> None:
     """By hand: a word is a token in both worlds; CLIP's tokens open with a mark of the beginning, T5's do not."""
     clip = world.plain.tokenizer_max_length
     for prompt, count in WORDS["shapes" if "circle" in world.prompts[0] else "tiny"]:
-        content = world.adapter.text_inputs(prompt).content
+        content = world.adapter.text_inputs(Prompt(prompt)).content
         assert content.keys() == dict.fromkeys(ENCODERS).keys()
         for name in ENCODERS[:2]:
             assert content[name].tolist() == [1 <= place <= min(count, clip - 2) for place in range(clip)], prompt
@@ -239,7 +246,7 @@ def test_content_is_the_prompts_words_for_every_encoder(world: World) -> None:
 
 
 def test_prompts_that_are_cut_are_content_up_to_the_cut(world: World) -> None:
-    content, clip = world.adapter.text_inputs("a red " * 40).content, world.plain.tokenizer_max_length
+    content, clip = world.adapter.text_inputs(Prompt("a red " * 40)).content, world.plain.tokenizer_max_length
     assert content[ENCODERS[0]].tolist() == [False, *[True] * (clip - 2), False]
     assert content[ENCODERS[2]].tolist() == [*[True] * (world.tokens - 1), False]
 
@@ -247,13 +254,13 @@ def test_prompts_that_are_cut_are_content_up_to_the_cut(world: World) -> None:
 def test_a_prompts_own_tokens_give_its_own_condition(world: World) -> None:
     """The pipeline's encoding, of a batch of two; and each encoder's vector is what the encoder itself says of it."""
     prompt, pipe = world.prompts[0], world.plain
-    inputs = world.adapter.text_inputs(prompt)
+    inputs = world.adapter.text_inputs(Prompt(prompt))
     for name, own in inputs.tokens.items():
         encoder = getattr(pipe, name)
         assert own.shape[1] == encoder.get_input_embeddings().weight.shape[1]
     with torch.no_grad():
         twice = {name: own.expand(2, *own.shape) for name, own in inputs.tokens.items()}
-        encoded = world.adapter.encode_inputs(prompt, twice)
+        encoded = world.adapter.encode_inputs(Prompt(prompt), twice)
         ids = [
             t([prompt], padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
             for t, n in (
@@ -264,22 +271,22 @@ def test_a_prompts_own_tokens_give_its_own_condition(world: World) -> None:
         ]
         want = [pipe.text_encoder(ids[0]).text_embeds[0], pipe.text_encoder_2(ids[1]).text_embeds[0]]
         want.append(pipe.text_encoder_3(ids[2])[0][0, inputs.content["text_encoder_3"]].mean(0))
-    own = world.adapter.encode([prompt]).tensors
+    own = world.adapter.encode(asked([prompt]), SIZE).tensors
     for name, tensor in encoded.tensors.items():
         for row in tensor:
             torch.testing.assert_close(row, own[name][0], rtol=1e-5, atol=1e-5)
     for name, vector in zip(ENCODERS, want, strict=True):
         torch.testing.assert_close(encoded.vectors[name], vector.expand(2, -1), rtol=1e-5, atol=1e-5)
     # nothing of it is left behind
-    again = models.load(str(world.folder)).encode([prompt]).tensors
+    again = models.load(str(world.folder)).encode(asked([prompt]), SIZE).tensors
     assert all(torch.equal(again[name], own[name]) for name in own)
 
 
 def test_gradients_reach_what_enters_each_encoder_and_no_weight(world: World) -> None:
     prompt = world.prompts[1]
-    inputs = world.adapter.text_inputs(prompt)
+    inputs = world.adapter.text_inputs(Prompt(prompt))
     tokens = {name: own[None].clone().requires_grad_() for name, own in inputs.tokens.items()}
-    vectors = world.adapter.encode_inputs(prompt, tokens).vectors
+    vectors = world.adapter.encode_inputs(Prompt(prompt), tokens).vectors
     for name in ENCODERS:
         slopes = torch.autograd.grad(
             vectors[name].square().sum(), list(tokens.values()), materialize_grads=True, retain_graph=True
@@ -290,10 +297,11 @@ def test_gradients_reach_what_enters_each_encoder_and_no_weight(world: World) ->
 
 def test_perturbed_words_move_what_the_encoders_say_and_the_picture(world: World) -> None:
     given = Perturbation(3, 1.0, 0.5, 0.9, 0.05, 0.1, 12, 0.05)
-    condition = world.adapter.encode(world.prompts)
-    offsets = Learned().of(world.adapter, world.prompts, given, 7)
+    condition = world.adapter.encode(asked(world.prompts), SIZE)
+    offsets = Learned().of(world.adapter, asked(world.prompts), given, 7)
     moved = moved_conditions(world.adapter, condition, offsets)
-    assert moved.prompts[:4] == (world.prompts[0],) * 3 + (world.prompts[1],) and moved.empty is condition.empty
+    assert moved.prompts[:4] == asked((world.prompts[0],) * 3 + (world.prompts[1],))
+    assert all(torch.equal(moved.negative[n][::3], t) for n, t in condition.negative.items())
     none, full = blended(condition, moved, 0.0), blended(condition, moved, 1.0)
     for name, own in condition.tensors.items():
         repeated = own.repeat_interleave(3, 0)
@@ -318,14 +326,14 @@ def test_perturbed_words_move_what_the_encoders_say_and_the_picture(world: World
 def test_offsets_are_learned_for_what_each_encoder_says(world: World) -> None:
     """The learned vectors are as far from the prompt's own as asked, encoder by encoder, and apart from each other."""
     given = Perturbation(3, 1.0, 0.5, 0.8, 0.05, 0.1, 60, 0.05)
-    (offsets,) = Learned().of(world.adapter, world.prompts[:1], given, 7)
-    inputs = world.adapter.text_inputs(world.prompts[0])
+    (offsets,) = Learned().of(world.adapter, asked(world.prompts[:1]), given, 7)
+    inputs = world.adapter.text_inputs(Prompt(world.prompts[0]))
     with torch.no_grad():
         tokens = {
             name: own + torch.zeros(3, *own.shape).index_copy(1, offsets.places[name], offsets.delta[name])
             for name, own in inputs.tokens.items()
         }
-        vectors = world.adapter.encode_inputs(world.prompts[0], tokens).vectors
+        vectors = world.adapter.encode_inputs(Prompt(world.prompts[0]), tokens).vectors
     for name, e in vectors.items():
         cosine = torch.cosine_similarity(e[1:], e[:1])
         assert float((cosine - 0.8).abs().max()) < 0.12, name

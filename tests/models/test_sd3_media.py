@@ -10,13 +10,14 @@ from torch import Tensor
 from worlds import World
 
 from tempflow import models
+from tempflow.media import Media, Size
 from tempflow.shapes.prompts import balanced
 
 
-def noise(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+def noise(count: int, size: Size, seed: int = 0) -> Tensor:
     """Smooth random pictures."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    fine = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+    fine = torch.nn.functional.interpolate(coarse, (size.height, size.width), mode="bilinear")
     return (fine * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -44,7 +45,7 @@ def test_parts_bound_memory_and_change_no_more_than_rounding(world: World, monke
     media, seen = noise(5, world.size), list[int]()
     whole = world.adapter.encode_media(media, world.size)
     handle = world.adapter.pipe.vae.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size[0] * world.size[1])
+    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size.pixels)
     parts = world.adapter.encode_media(media, world.size)
     handle.remove()
     assert seen == [2, 2, 1]
@@ -66,7 +67,7 @@ def test_rendered_shapes_survive(shapes_world: World) -> None:
 
     wanted, rng = balanced("validation", 60), np.random.default_rng(0)
     media = torch.stack([torch.from_numpy(scene(spec, rng)) for spec in wanted])
-    back = shapes_world.adapter.decode(shapes_world.adapter.encode_media(media, (32, 32)), (32, 32))
+    back = shapes_world.adapter.decode(shapes_world.adapter.encode_media(media, Size(32, 32)), Size(32, 32)).pictures()
     scores = ShapesReward(graded=False).score(back, [s.prompt for s in wanted], [{}] * 60)
     assert float(scores.value.mean()) >= 0.9
     assert float((back.float() - media.float()).abs().mean()) < 4
@@ -74,8 +75,11 @@ def test_rendered_shapes_survive(shapes_world: World) -> None:
 
 def test_media_of_another_kind(world: World) -> None:
     media = noise(1, world.size)
-    for wrong in (media.float(), media[:, :-1], media[..., :1], media[0]):
-        with pytest.raises(ValueError, match=rf"media: .* must be torch.uint8 .B, {world.size[0]}, {world.size[1]}, 3"):
+    for wrong in (media.float(), media[..., :1], media[0]):
+        with pytest.raises(ValueError, match=r"nearest valid: torch.uint8 \[N, H, W, 3\] on cpu"):
+            world.adapter.encode_media(wrong, world.size)
+    for wrong in (media[:, :-1], Media(media[:, None].expand(-1, 2, -1, -1, -1))):
+        with pytest.raises(ValueError, match=rf"and {world.size} is asked for; nearest valid: pictures"):
             world.adapter.encode_media(wrong, world.size)
     with pytest.raises(ValueError, match="height: 3 must be a multiple of"):
-        world.adapter.encode_media(noise(1, (3, 32)), (3, 32))
+        world.adapter.encode_media(noise(1, Size(3, 32)), Size(3, 32))

@@ -7,12 +7,13 @@ import pytest
 import torch
 from arithmetic import EXACT, agree
 from diffusers import FlowMatchEulerDiscreteScheduler
-from worlds import NOISE, World, ours, theirs
+from worlds import NOISE, SIZE, World, ours, theirs
 
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE, FlowSDE
 from tempflow.core.rollout import rollout
-from tempflow.models import Size
+from tempflow.media import Size
+from tempflow.request import asked
 
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, "base_shift": 0.4}
 SCHEDULERS = {
@@ -50,15 +51,15 @@ def test_many_prompts_differ_by_the_text_encoders_rounding_alone(world: World, g
     a = ours(world.adapter, prompts, 4, guidance, world.size, roots=2)
     b = theirs(world.plain, prompts, 4, guidance, world.size, world.tokens, roots=2)
     assert (a - b).abs().max() <= 1e-5 * max(1.0, guidance) * a.abs().max()  # guidance enlarges the rounding
-    condition = world.adapter.encode(prompts)
+    condition = world.adapter.encode(asked(prompts), SIZE)
     repeat = lambda t: t.repeat_interleave(2, 0)  # noqa: E731
     c = world.plain(
         prompt_embeds=repeat(condition.tensors["embeds"]),
         pooled_prompt_embeds=repeat(condition.tensors["pooled"]),
-        negative_prompt_embeds=condition.empty["embeds"].expand(6, -1, -1),
-        negative_pooled_prompt_embeds=condition.empty["pooled"].expand(6, -1),
-        height=world.size[0],
-        width=world.size[1],
+        negative_prompt_embeds=repeat(condition.negative["embeds"]),
+        negative_pooled_prompt_embeds=repeat(condition.negative["pooled"]),
+        height=world.size.height,
+        width=world.size.width,
         num_inference_steps=4,
         guidance_scale=guidance,
         latents=NOISE.initial([(p, r) for p in range(3) for r in range(2)], world.adapter.noise_shape(world.size)),
@@ -96,7 +97,7 @@ def test_schedule_is_the_pipelines_own(scheduled: World) -> None:
 
 def test_dynamic_shift_depends_on_the_size(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.adapter.pipe, "scheduler", SCHEDULERS["dynamic"])
-    small, large = (world.adapter.schedule(4, s).sigmas[1] for s in (world.others[0], (64, 64)))
+    small, large = (world.adapter.schedule(4, s).sigmas[1] for s in (world.others[0], Size(64, 64)))
     assert large > small
 
 
@@ -117,8 +118,8 @@ def test_schedule_rejects_no_steps(world: World) -> None:
 def test_media_are_the_pipelines(world: World, which: int) -> None:
     size = (world.size, world.others[0])[which]
     prompts = [world.prompts[0]]
-    media = world.adapter.decode(ours(world.adapter, prompts, 3, 3.0, size, roots=3), size)
-    assert media.dtype == torch.uint8 and media.shape == (3, *size, 3) and media.is_contiguous()
+    media = world.adapter.decode(ours(world.adapter, prompts, 3, 3.0, size, roots=3), size).pictures()
+    assert media.dtype == torch.uint8 and media.shape == (3, size.height, size.width, 3) and media.is_contiguous()
     pil = theirs(world.plain, prompts, 3, 3.0, size, world.tokens, roots=3, output="pil")
     assert agree(media, torch.from_numpy(np.stack([np.asarray(p) for p in pil])))
     floats = theirs(world.plain, prompts, 3, 3.0, size, world.tokens, roots=3, output="np")
@@ -128,19 +129,19 @@ def test_media_are_the_pipelines(world: World, which: int) -> None:
 
 def test_decoding_in_parts_changes_no_picture(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, *world.adapter.noise_shape(world.size), generator=torch.Generator().manual_seed(0))
-    whole = world.adapter.decode(x, world.size)
+    whole = world.adapter.decode(x, world.size).pictures()
     seen: list[int] = []
     decode = world.adapter.pipe.vae.decode
     monkeypatch.setattr(world.adapter.pipe.vae, "decode", lambda z, **k: (seen.append(len(z)), decode(z, **k))[1])
-    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size[0] * world.size[1])
-    parts = world.adapter.decode(x, world.size)
+    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size.pixels)
+    parts = world.adapter.decode(x, world.size).pictures()
     assert seen == [2, 2, 1]
     assert (whole.int() - parts.int()).abs().max() <= 1  # a value between two levels may round either way
     monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 1)
-    assert world.adapter.decode(x[:2], world.size).shape == (2, *world.size, 3) and seen[3:] == [1, 1]
+    assert len(world.adapter.decode(x[:2], world.size)) == 2 and seen[3:] == [1, 1]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+@pytest.mark.parametrize("size", [Size(32, 32), Size(16, 48)])
 def test_flow_sde_without_noise_is_the_pipeline(tiny_world: World, size: Size) -> None:
     adapter, prompts = tiny_world.adapter, [tiny_world.prompts[2]]
     forests = [
@@ -148,7 +149,7 @@ def test_flow_sde_without_noise_is_the_pipeline(tiny_world: World, size: Size) -
             [tree],
             dynamics,
             adapter.schedule(4, size),
-            adapter.predictor(adapter.encode(prompts), 3.0),
+            adapter.predictor(adapter.encode(asked(prompts), SIZE), 3.0),
             NOISE,
             shape=adapter.noise_shape(size),
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from worlds import NOISE, World, ours, plain_pipeline, theirs
+from worlds import NOISE, SIZE, World, ours, plain_pipeline, theirs
 
 from tempflow import models
 from tempflow.core import plan
@@ -19,6 +19,7 @@ from tempflow.core.rollout import rollout
 from tempflow.core.schedule import Schedule
 from tempflow.models import Predict
 from tempflow.models.sd3 import LORA_TARGETS, SD3
+from tempflow.request import asked
 from tempflow.train.weights import frozen_copy
 
 STEPS, ROOTS = 3, 4
@@ -33,7 +34,7 @@ def train_a_little(adapter: SD3, world: World) -> None:
     moved = [p for p in adapter.network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(moved, lr=0.02)  # the size of a step does not depend on the gradient's
     x = NOISE.initial([(p, 0) for p in range(3)], adapter.noise_shape(world.size))
-    predict = adapter.predictor(adapter.encode(world.prompts), 1.0)
+    predict = adapter.predictor(adapter.encode(asked(world.prompts), SIZE), 1.0)
     for _ in range(2):  # LoRA's A has a gradient only once B has moved
         optimizer.zero_grad()
         predict(x, torch.full((3,), 0.7), torch.arange(3)).float().square().mean().backward()
@@ -108,7 +109,7 @@ def test_a_copy_with_lora_is_a_reference(fresh: SD3, world: World) -> None:
     fresh.add_lora(4, 8)
     reference = frozen_copy(fresh.network)
     assert not any(p.requires_grad for p in reference.parameters())
-    condition = fresh.encode(world.prompts)
+    condition = fresh.encode(asked(world.prompts), SIZE)
     x = NOISE.initial([(p, 0) for p in range(3)], fresh.noise_shape(world.size))
     arguments = (x, torch.full((3,), 0.5), torch.arange(3))
     with torch.no_grad():
@@ -182,8 +183,8 @@ def half(world: World) -> SD3:
 def test_bfloat16_computes_in_bfloat16_and_keeps_latents(half: SD3, world: World) -> None:
     assert half.dtype == torch.bfloat16
     assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
-    condition = half.encode(world.prompts)
-    assert {t.dtype for t in (*condition.tensors.values(), *condition.empty.values())} == {torch.bfloat16}
+    condition = half.encode(asked(world.prompts), SIZE)
+    assert {t.dtype for t in (*condition.tensors.values(), *condition.negative.values())} == {torch.bfloat16}
     x = NOISE.initial([(p, 0) for p in range(3)], half.noise_shape(world.size))
     with torch.no_grad():
         v = half.predictor(condition, 1.0)(x, torch.full((3,), 0.5), torch.arange(3))
@@ -204,7 +205,7 @@ def test_bfloat16_decodes_like_float32(half: SD3, world: World) -> None:
     """The autoencoder too is bfloat16, as diffusers loads it; the trained one is then off by at most 2 of 255."""
     assert half.pipe.vae.dtype == torch.bfloat16
     x = drawn(world.adapter, world, 1.0)
-    exact, rough = world.adapter.decode(x, world.size), half.decode(x, world.size)
+    exact, rough = (m.decode(x, world.size).pictures() for m in (world.adapter, half))
     assert rough.dtype == torch.uint8 and rough.shape == exact.shape
     assert (exact.int() - rough.int()).abs().float().mean() < 3
 
@@ -217,8 +218,8 @@ def test_bfloat16_draws_what_diffusers_draws_in_train_a_little(half: SD3, world:
     pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0]))
     pipe(
         world.prompts[0],
-        height=world.size[0],
-        width=world.size[1],
+        height=world.size.height,
+        width=world.size.width,
         num_inference_steps=1,
         guidance_scale=1.0,
         latents=x,
@@ -227,7 +228,7 @@ def test_bfloat16_draws_what_diffusers_draws_in_train_a_little(half: SD3, world:
     )
     sigma = half.schedule(1, world.size).sigmas[:1]
     with torch.no_grad():
-        v = half.predictor(half.encode([world.prompts[0]]), 1.0)(x.float(), sigma, torch.tensor([0]))
+        v = half.predictor(half.encode(asked([world.prompts[0]]), SIZE), 1.0)(x.float(), sigma, torch.tensor([0]))
     assert (v - seen[0]).abs().max() <= 0.05 * v.abs().max()  # another attention kernel
 
 
@@ -257,7 +258,7 @@ def test_forward_equivalents_are_the_rows_that_the_network_sees(fresh: SD3, worl
         with_kwargs=True,
     )
     try:
-        predict = fresh.predictor(fresh.encode(world.prompts[:1]), guidance)
+        predict = fresh.predictor(fresh.encode(asked(world.prompts[:1]), SIZE), guidance)
         x, rows = torch.zeros(3, *fresh.noise_shape(world.size)), torch.zeros(3, dtype=torch.long)
         sigma = torch.full((3,), 0.5)
         with torch.no_grad():
@@ -270,7 +271,7 @@ def test_forward_equivalents_are_the_rows_that_the_network_sees(fresh: SD3, worl
 
 def grown(adapter: SD3, world: World, guidance: float) -> tuple[Forest, Dynamics, Schedule, Predict]:
     dynamics, grid = FlowSDE(0.7), adapter.schedule(STEPS, world.size)
-    predict = adapter.predictor(adapter.encode(world.prompts), guidance)
+    predict = adapter.predictor(adapter.encode(asked(world.prompts), SIZE), guidance)
     shape = adapter.noise_shape(world.size)
     return rollout([plan.chain(STEPS, ROOTS)] * 3, dynamics, grid, predict, NOISE, shape=shape), dynamics, grid, predict
 

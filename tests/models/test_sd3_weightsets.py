@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from worlds import NOISE, World
+from worlds import NOISE, SIZE, World
 
 from tempflow.core.ema import Copy, Ema, Frozen
 from tempflow.core.objective.edges import Predict
@@ -13,6 +13,7 @@ from tempflow.core.objective.leaves import LeafBatch
 from tempflow.core.objective.matching import NegativeAware
 from tempflow.core.objective.regularizer import PredictionDistance
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
 from tempflow.train.weights import Trainable, WeightSet
 
 RULES = {"old": Copy(), "reference": Frozen(), "ema": Ema(0.5)}
@@ -45,7 +46,7 @@ def test_asking_other_sets_leaves_the_policy_trainable_and_them_without_gradient
     names = trained(fresh, kind)
     trainable = Trainable(fresh.network)
     sets = {name: WeightSet(trainable, rule) for name, rule in RULES.items()}
-    condition, batch = fresh.encode(world.prompts), leaves(fresh, world)
+    condition, batch = fresh.encode(asked(world.prompts), SIZE), leaves(fresh, world)
     models: dict[str, Predict] = {name: fresh.predictor(condition, 1.0, s.network()) for name, s in sets.items()}
     models["policy"] = fresh.predictor(condition, 1.0)
     start = {n: p.detach().clone() for n, p in fresh.network.named_parameters()}
@@ -79,7 +80,7 @@ def test_a_set_computes_with_its_own_weights_and_the_policy_with_the_policys(
 ) -> None:
     names = trained(fresh, kind)
     old = WeightSet(Trainable(fresh.network), Frozen())
-    condition, batch = fresh.encode(world.prompts), leaves(fresh, world)
+    condition, batch = fresh.encode(asked(world.prompts), SIZE), leaves(fresh, world)
     policy, before = fresh.predictor(condition, 1.0), fresh.predictor(condition, 1.0, old.network())
     ask = (batch.x0, batch.t[:, 0], batch.rows)
     with torch.no_grad():

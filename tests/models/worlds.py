@@ -11,11 +11,16 @@ from diffusers import StableDiffusion3Pipeline
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
-from tempflow.models import Size
+from tempflow.media import Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
+from tempflow.request import asked
+
+SIZE = Size(32, 32)
 
 NOISE = Noise(seed=3)
+SIZE = Size(32, 32)
+"""Of no account to encodings."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def ours(adapter: SD3, prompts: list[str], steps: int, guidance: float, size: Si
         [plan.ode(steps, roots)] * len(prompts),
         ODE(),
         adapter.schedule(steps, size),
-        adapter.predictor(adapter.encode(prompts), guidance),
+        adapter.predictor(adapter.encode(asked(prompts), size), guidance),
         NOISE,
         shape=adapter.noise_shape(size),
     )
@@ -63,12 +68,12 @@ def theirs(
 ) -> torch.Tensor:
     """The same by the pipeline's `__call__`, from the same noise."""
     scale = pipe.vae_scale_factor
-    shape = (pipe.transformer.config.in_channels, size[0] // scale, size[1] // scale)
+    shape = (pipe.transformer.config.in_channels, size.height // scale, size.width // scale)
     noise = NOISE.initial([(p, r) for p in range(len(prompts)) for r in range(roots)], shape)
     return pipe(
         prompts,
-        height=size[0],
-        width=size[1],
+        height=size.height,
+        width=size.width,
         num_inference_steps=steps,
         guidance_scale=guidance,
         num_images_per_prompt=roots,

@@ -16,6 +16,8 @@ import torch
 
 from tempflow import models
 from tempflow.cli import main
+from tempflow.media import Size
+from tempflow.request import asked
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding_a_model.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -62,7 +64,7 @@ def test_the_page_is_enough(glow: ModuleType, capsys: pytest.CaptureFixture[str]
 def test_the_pages_model_hears_its_prompt_and_its_guidance(glow: ModuleType) -> None:
     glow.write(Path("glow"), glow.GlowNetwork(16))
     model = models.load("glow")
-    condition = model.encode(["a lamp", "fog"])
+    condition = model.encode(asked(["a lamp", "fog"]), Size(8, 8))
     x, sigma = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.5)
     plain, other = (model.predictor(condition, 1.0)(x, sigma, torch.tensor(r)) for r in ([0, 0], [1, 1]))
     assert (plain - other).abs().max() > 1e-3

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tempflow.rewards as rewards
 from tempflow.core.scores import Scores
+from tempflow.media import Media
 from tempflow.rewards import REWARDS, Reward, RewardError, build, from_function, score_all
 from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
 from tempflow.rewards.protocol import check
@@ -36,8 +37,8 @@ class Rank:
     name: str = "rank"
     groupwise: bool = True
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
-        values = media[:, 0, 0, 0].tolist()
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        values = media.pictures()[:, 0, 0, 0].tolist()
         self.calls.append((values, list(prompts), [m["row"] for m in metadata]))
         rank = torch.tensor([-float(sorted(values).index(v)) for v in values])[:, None]
         return Scores(rank, torch.ones_like(rank, dtype=torch.bool), ("rank",))
@@ -51,7 +52,7 @@ class Constant:
     def __init__(self, result: object, name: str = "constant") -> None:
         self.result, self.name = result, name
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         return self.result  # type: ignore[return-value]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.media import Media
 from tempflow.rewards import RewardError, faults, from_function, safe, score_all
 from tempflow.rewards.safe import Fault, SafeReward
 
@@ -29,9 +29,9 @@ class Own:
         self.act, self.columns, self.name, self.groupwise = act, columns, "own", groupwise
         self.calls: list[list[str]] = []
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         self.calls.append(list(prompts))
-        value = media[:, 0, 0, :1].float().expand(-1, len(self.columns)).clone()
+        value = media.pictures()[:, 0, 0, :1].float().expand(-1, len(self.columns)).clone()
         self.act(media, prompts, metadata)
         return Scores(value, torch.ones_like(value, dtype=torch.bool), self.columns)
 
@@ -45,7 +45,7 @@ def fails(*given: object) -> None:
 
 
 def fails_for(prompt: str) -> Callable[..., None]:
-    def act(media: Tensor, prompts: Sequence[str], metadata: object) -> None:
+    def act(media: Media, prompts: Sequence[str], metadata: object) -> None:
         if prompt in prompts:
             raise KeyError(prompt)
 
@@ -107,8 +107,8 @@ def test_what_is_no_exception_passes() -> None:
 
 
 def test_a_reward_changes_nothing_that_others_see() -> None:
-    def spoil(media: Tensor, prompts: Any, metadata: Any) -> None:
-        media.zero_()
+    def spoil(media: Media, prompts: Any, metadata: Any) -> None:
+        media.frames.zero_()
         prompts.clear()
         for line in metadata:
             line["tags"].clear()
@@ -130,12 +130,12 @@ def test_a_reward_changes_nothing_that_others_see() -> None:
 
 def test_what_is_no_picture_is_not_scored() -> None:
     reward = Own(nothing)
-    scores = score(reward, sound=torch.tensor([True, False, True, False]))
+    scores = score(reward, ok=torch.tensor([True, False, True, False]))
     assert reward.calls == [["a", "c"]]
     assert scores.ok.flatten().tolist() == [True, False, True, False] and scores.value[2] == 2.0
-    assert not score(reward, sound=torch.zeros(4, dtype=torch.bool)).ok.any() and len(reward.calls) == 1
-    with pytest.raises(ValueError, match="sound has 3 entries for 4 media"):
-        score(reward, sound=torch.ones(3, dtype=torch.bool))
+    assert not score(reward, ok=torch.zeros(4, dtype=torch.bool)).ok.any() and len(reward.calls) == 1
+    with pytest.raises(ValueError, match="ok has 3 entries for 4 media"):
+        score(reward, ok=torch.ones(3, dtype=torch.bool))
 
 
 def test_a_failure_has_the_columns_that_the_reward_has() -> None:

@@ -11,9 +11,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from tempflow import models
+from tempflow.media import Size
 from tempflow.models.quiet import quiet
+from tempflow.request import asked
 from tempflow.shapes import build
 from tempflow.shapes.prompts import specs
+
+SIZE = Size(32, 32)
 
 LIMIT = 16 * 2**20
 
@@ -123,7 +127,7 @@ def test_the_default_size_is_the_worlds(loaded: StableDiffusion3Pipeline) -> Non
 def test_the_adapter_reads_as_much_text_as_training_did(folder: Path, loaded: StableDiffusion3Pipeline) -> None:
     with torch.no_grad():
         embeds, *_ = loaded.encode_prompt(["a red circle"], None, None, max_sequence_length=build.TOKENS)
-    mine = models.load(str(folder)).encode(["a red circle"]).tensors["embeds"]
+    mine = models.load(str(folder)).encode(asked(["a red circle"]), SIZE).tensors["embeds"]
     assert mine.shape == (1, 20, 128)
     assert torch.allclose(mine, embeds, atol=1e-5)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from tempflow.data.prompts import Prompt
+from tempflow.media import Media
+from tempflow.request import Prompt
 from tempflow.rewards.protocol import Reward
 
 
@@ -27,10 +28,10 @@ class Album:
     group: int = 12
     generator: Generator = field(default_factory=seeded)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Tensor:
+    def __call__(self, prompts: Sequence[Prompt]) -> Media:
         found: list[Tensor] = []
         for prompt in prompts:
             media = self.drawn(self.group, self.generator)
             value = self.reward.score(media, [prompt.text] * self.group, [{}] * self.group).value[:, 0]
             found += [media[value.argmax()], media[value.argmin()]][: self.wanted]
-        return torch.stack(found)
+        return Media.of(torch.stack(found))

@@ -11,7 +11,10 @@ from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
+from tempflow.media import Kind, Media, Size
+from tempflow.models.guidance import Guidance
+from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
+from tempflow.request import Prompt
 from tempflow.train.context import ScoreLatents
 
 PROMPTS = ("up", "down")
@@ -36,6 +39,8 @@ class Line:
     """Implements `models.protocol.Model`; latents are [1, 1, 1]."""
 
     name, licence = "line", "Apache-2.0"
+    makes: Kind = "picture"
+    takes_sources, guidance, dtype = False, Guidance, torch.float32
 
     def __init__(self) -> None:
         self.network = Velocity()
@@ -52,13 +57,13 @@ class Line:
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("mean")]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(tuple(prompts), {"embeds": torch.eye(2)[[PROMPTS.index(p) for p in prompts], None]})
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+        return Conditioning(tuple(prompts), {"embeds": torch.eye(2)[[PROMPTS.index(p.text) for p in prompts], None]})
 
-    def text_inputs(self, prompt: str) -> TextInputs:
-        return TextInputs({"text": torch.eye(2)[None, PROMPTS.index(prompt)]}, {"text": torch.ones(1).bool()})
+    def text_inputs(self, prompt: Prompt) -> TextInputs:
+        return TextInputs({"text": torch.eye(2)[None, PROMPTS.index(prompt.text)]}, {"text": torch.ones(1).bool()})
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Prompt, tokens: Mapping[str, Tensor]) -> Encoded:
         return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
@@ -67,15 +72,17 @@ class Line:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         return (1, 1, 1)
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(
+        self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None
+    ) -> Predict:
         module, tokens = self.network if network is None else network, condition.tensors["embeds"][:, 0]
         return lambda x, sigma, rows: module(x, sigma, tokens[rows])
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        return painted(x.flatten(1))
+    def decode(self, x: Tensor, size: Size) -> Media:
+        return Media.of(painted(x.flatten(1)))
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        return seen(media).float().view(-1, 1, 1, 1)
+    def encode_media(self, media: Media, size: Size) -> Tensor:
+        return seen(media.pictures()).float().view(-1, 1, 1, 1)
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         raise NotImplementedError("a toy is not kept")
@@ -88,9 +95,9 @@ class Height:
     name: str = "height"
     groupwise: bool = False
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+    def score(self, media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
-        value = (seen(media)[:, 0] * sign).float()[:, None]
+        value = (seen(Media.of(media).pictures())[:, 0] * sign).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
 
 

@@ -22,13 +22,16 @@ from torch import Generator, Tensor, nn
 from tempflow.algorithms import Algorithm
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
+from tempflow.media import Kind, Media, Size
+from tempflow.models.guidance import Guidance
+from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
+from tempflow.request import Prompt, asked
 from tempflow.train.context import ScoreLatents
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
 RANGE = 4.0  # what it can show: −RANGE … RANGE
-SIZE: Size = (2, 2)  # what the bench asks for; this model has one size
+SIZE = Size(2, 2)  # what the bench asks for; this model has one size
 
 PROMPTS = ("north east", "north west", "south west", "south east")
 MEANS = torch.tensor([[1.5, 1.5], [-1.5, 1.5], [-1.5, -1.5], [1.5, -1.5]])
@@ -113,6 +116,8 @@ class Mixture:
     """Implements `models.protocol.Model`; each has a pretrained network of its own."""
 
     name, licence = "mixture", "Apache-2.0"
+    makes: Kind = "picture"
+    takes_sources, guidance, dtype = False, Guidance, torch.float32
 
     def __init__(self) -> None:
         self.network = copy.deepcopy(pretrained())
@@ -124,16 +129,16 @@ class Mixture:
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("body")]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        number = torch.tensor([PROMPTS.index(p) for p in prompts])
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+        number = torch.tensor([PROMPTS.index(p.text) for p in prompts])
         return Conditioning(tuple(prompts), {"embeds": torch.eye(len(PROMPTS))[number, None]})
 
-    def text_inputs(self, prompt: str) -> TextInputs:
+    def text_inputs(self, prompt: Prompt) -> TextInputs:
         return TextInputs(
-            {"text": torch.eye(len(PROMPTS))[None, PROMPTS.index(prompt)]}, {"text": torch.ones(1).bool()}
+            {"text": torch.eye(len(PROMPTS))[None, PROMPTS.index(prompt.text)]}, {"text": torch.ones(1).bool()}
         )
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Prompt, tokens: Mapping[str, Tensor]) -> Encoded:
         return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
@@ -142,16 +147,18 @@ class Mixture:
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         return SHAPE
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(
+        self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None
+    ) -> Predict:
         module = self.network if network is None else network
         tokens = condition.tensors["embeds"][:, 0]
         return lambda x, sigma, rows: module(x, sigma, tokens[rows])
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        return painted(x.flatten(1))
+    def decode(self, x: Tensor, size: Size) -> Media:
+        return Media.of(painted(x.flatten(1)))
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        return seen(media).float().view(-1, *SHAPE)
+    def encode_media(self, media: Media, size: Size) -> Tensor:
+        return seen(media.pictures()).float().view(-1, *SHAPE)
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:
         save_file((self.network if network is None else network).state_dict(), f"{folder}/model.safetensors")
@@ -182,9 +189,9 @@ class Closeness:
     name: str = "closeness"
     groupwise: bool = False
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+    def score(self, media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         goal = MEANS[torch.tensor([PROMPTS.index(p) for p in prompts])]
-        value = torch.exp(-(seen(media) - goal).square().sum(1) / (2 * REACH**2)).float()[:, None]
+        value = torch.exp(-(seen(Media.of(media).pictures()) - goal).square().sum(1) / (2 * REACH**2)).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
 
 
@@ -195,7 +202,8 @@ class Chance:
     name: str = "chance"
     groupwise: bool = False
 
-    def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+    def score(self, media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        media = Media.of(media).pictures()
         weight = torch.arange(1, media[0].numel() + 1, dtype=torch.float64).sqrt()
         value = (media.flatten(1).double() @ weight * 1e3).frac().float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
@@ -206,7 +214,7 @@ def samples(model: Mixture, count: int = 256, steps: int = 10) -> tuple[Tensor, 
     """Points [4·count, 2] drawn by ODE, from the same noises for every prompt, with their prompts."""
     noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(17)).repeat(len(PROMPTS), 1, 1, 1)
     rows = torch.arange(len(PROMPTS)).repeat_interleave(count)
-    predict = model.predictor(model.encode(PROMPTS), 1.0)
+    predict = model.predictor(model.encode(asked(PROMPTS), SIZE), 1.0)
     schedule = model.schedule(steps, SIZE)
     x = noise
     for i in range(steps):

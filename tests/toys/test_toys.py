@@ -34,6 +34,7 @@ from settings import build, toy
 from tempflow.algorithms import flow_grpo, tempflow_grpo
 from tempflow.core.scores import Scores
 from tempflow.models.protocol import Model
+from tempflow.request import asked
 from tempflow.rewards.protocol import Reward
 
 
@@ -128,7 +129,7 @@ def test_line_draws_its_means() -> None:
     model = line.Line()
     with torch.no_grad():
         model.network.mean.weight.copy_(torch.tensor([[0.5, -0.25]]))
-    predict = model.predictor(model.encode(line.PROMPTS), 1.0)
+    predict = model.predictor(model.encode(asked(line.PROMPTS), SIZE), 1.0)
     x = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(4))
     rows = torch.arange(4000) % 2
     schedule = model.schedule(50, SIZE)

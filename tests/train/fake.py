@@ -18,8 +18,10 @@ from tempflow.config import Config
 from tempflow.config.guards import GuardsConfig
 from tempflow.core.ema import Ema, Frozen
 from tempflow.core.schedule import Schedule, linear
-from tempflow.data.prompts import Prompt
-from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
+from tempflow.media import Kind, Media, Size
+from tempflow.models.guidance import Guidance, guided
+from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
+from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
 from tempflow.train.context import Clock, Context, Counter
@@ -28,7 +30,7 @@ from tempflow.train.guards import Guards
 from tempflow.train.update import update
 from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets
 
-SHAPE, SIZE = (2, 2, 2), (2, 2)
+SHAPE, SIZE = (2, 2, 2), Size(2, 2)
 TOKENS = (4, 2)
 """The same latent as tokens [N, C], one for each pixel."""
 
@@ -60,6 +62,9 @@ class Fake:
 
     name, licence = "fake", "Apache-2.0"
     shape: tuple[int, ...] = SHAPE
+    makes: Kind = "picture"
+    takes_sources = False
+    guidance = Guidance
 
     def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         self.network = Velocity(dropout, self.shape).to(dtype)
@@ -74,16 +79,17 @@ class Fake:
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("mean")]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
         embeds = torch.stack([self.text_inputs(p).tokens["text"] for p in prompts])
-        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": torch.zeros(1, 1, 2)})
+        negative = torch.stack([self.text_inputs(Prompt(p.negative)).tokens["text"] for p in prompts])
+        return Conditioning(tuple(prompts), {"embeds": embeds}, {"embeds": negative})
 
-    def text_inputs(self, prompt: str) -> TextInputs:
-        """One token, which the encoder hands on as it is."""
-        token = torch.tensor([[len(prompt) / 10, sum(c in "aeiou" for c in prompt) / 5]])
+    def text_inputs(self, prompt: Prompt) -> TextInputs:
+        """One token, which the encoder hands on as it is; nothing for nothing."""
+        token = torch.tensor([[len(prompt.text) / 10, sum(c in "aeiou" for c in prompt.text) / 5]])
         return TextInputs({"text": token}, {"text": torch.ones(1, dtype=torch.bool)})
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Prompt, tokens: Mapping[str, Tensor]) -> Encoded:
         return Encoded({"embeds": tokens["text"]}, {"text": tokens["text"].mean(1)})
 
     def schedule(self, steps: int, size: Size) -> Schedule:
@@ -94,25 +100,28 @@ class Fake:
             raise ValueError(f"height, width: {size} must be {SIZE}; nearest valid: {SIZE}")
         return self.shape
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
-        module = self.network if network is None else network
-        tokens, empty = condition.tensors["embeds"][:, 0].to(self.dtype), torch.zeros(1, 2, dtype=self.dtype)
+    def predictor(
+        self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None
+    ) -> Predict:
+        module, guide = self.network if network is None else network, guided(guidance)
+        tokens = condition.tensors["embeds"][:, 0].to(self.dtype)
+        negative = condition.negative["embeds"][:, 0].to(self.dtype)
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             v = module(x.to(self.dtype), sigma, tokens[rows])
-            if guidance == 1:
+            if guide.rows == 1:
                 return v
-            base = module(x.to(self.dtype), sigma, empty.expand(len(x), -1))
-            return base + guidance * (v - base)
+            base = module(x.to(self.dtype), sigma, negative[rows])
+            return guide(v, base)
 
         return predict
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def decode(self, x: Tensor, size: Size) -> Media:
         gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255).round().to(torch.uint8)
-        return gray[..., None].expand(-1, -1, -1, 3).contiguous()
+        return Media.of(gray[..., None].expand(-1, -1, -1, 3).contiguous())
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        gray = media.float().mean(-1)
+    def encode_media(self, media: Media, size: Size) -> Tensor:
+        gray = media.pictures().float().mean(-1)
         return ((gray - 127.5) / 40)[:, None].expand(-1, 2, -1, -1).contiguous()
 
     def save(self, folder: str, network: nn.Module | None = None) -> None:
@@ -126,10 +135,10 @@ class TokenFake(Fake):
 
     name, shape = "token fake", TOKENS
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        return super().decode(x.transpose(1, 2).unflatten(2, SIZE), size)
+    def decode(self, x: Tensor, size: Size) -> Media:
+        return super().decode(x.transpose(1, 2).unflatten(2, (2, 2)), size)
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+    def encode_media(self, media: Media, size: Size) -> Tensor:
         return super().encode_media(media, size).flatten(2).transpose(1, 2).contiguous()
 
 
@@ -141,7 +150,7 @@ def album(folder: Path, count: int = 6) -> Path:
     for number in range(count):
         line = {"prompt": PROMPTS[number % len(PROMPTS)]}
         for key, low in (("chosen", 150), ("rejected", 60)):
-            pixels = torch.randint(low, low + 50, (*SIZE, 1), generator=grey, dtype=torch.uint8).expand(-1, -1, 3)
+            pixels = torch.randint(low, low + 50, (2, 2, 1), generator=grey, dtype=torch.uint8).expand(-1, -1, 3)
             line[key] = f"{number}_{key}.png"
             Image.fromarray(pixels.contiguous().numpy()).save(folder / line[key])
         lines.append({**line, "image": line["chosen"]})
@@ -194,7 +203,7 @@ class Bench:
             algorithm=algorithm,
             schedule=self.model.schedule(algorithm.steps, SIZE),
             size=SIZE,
-            guidance=1.0,
+            guidance=Guidance(),
             rewards=[reward if isinstance(reward, Reward) else from_function(reward)],
             seed=5,
             rollout_rows=64,

@@ -17,7 +17,8 @@ from torch import nn
 
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.data.prompts import load_prompts
+from tempflow.request import Prompt
 from tempflow.train import parallel as exchange
 from tempflow.train.experience import credit
 from tempflow.train.parallel import Shards, World, join, leave, shard

@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from fake import Fake
+from fake import SIZE, Fake
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tempflow.config import Config
 from tempflow.evaluate.source import find, load_source
 from tempflow.export import export_run
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, LORA_FILE, lora_of
 from tempflow.models.lora_files import load_lora
 from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_flow
+from tempflow.request import asked
 from tempflow.train import build, trainer
 from tempflow.train.build import read_start, starting_state
 from tempflow.train.weights import Trainable
@@ -82,8 +84,10 @@ def begun(output: Path, start: Path, **model: Any) -> tuple[SD3, Trainable]:
 
 @torch.no_grad()
 def predicted(model: SD3) -> Tensor:
-    x = torch.randn(2, *model.noise_shape((32, 32)), generator=torch.Generator().manual_seed(0))
-    return model.predictor(model.encode(["a red circle"]), 1.0)(x, torch.tensor([0.3, 0.8]), torch.tensor([0, 0]))
+    x = torch.randn(2, *model.noise_shape(Size(32, 32)), generator=torch.Generator().manual_seed(0))
+    return model.predictor(model.encode(asked(["a red circle"]), SIZE), 1.0)(
+        x, torch.tensor([0.3, 0.8]), torch.tensor([0, 0])
+    )
 
 
 def with_lora(path: Path) -> Tensor:

@@ -12,10 +12,14 @@ from fake import PROMPTS, Bench, Fake, brightness, config
 from torch import nn
 
 from tempflow.algorithms import sol_rl
+from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.precision import cheap_copy
+from tempflow.request import asked
 from tempflow.train.trainer import train
 from tempflow.train.weights import Drafter, Trainable, WeightSets, check_draft
+
+SIZE = Size(32, 32)
 
 SMALL: dict[str, Any] = {"steps": 4, "group": 4, "pool": 8, "draft_steps": 2, "kl": 0.0, "draft_precision": "bfloat16"}
 
@@ -68,7 +72,7 @@ def test_a_lora_is_drafted_with_and_follows() -> None:
     made = Drafter.of(algorithm, model, trainable, sets)
     assert made is not None and all(".lora_" in name for name in trainable.names)
     x, sigma, rows = torch.randn(3, 8, 8, 8), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
-    condition = model.encode(["a red circle"])
+    condition = model.encode(asked(["a red circle"]), SIZE)
 
     @torch.no_grad()
     def velocity(network: nn.Module) -> torch.Tensor:

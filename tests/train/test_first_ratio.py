@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, Bench, Fake, brightness, config, flow, same, tempflow, weights
+from fake import PROMPTS, SIZE, Bench, Fake, brightness, config, flow, same, tempflow, weights
 from torch import Tensor, nn
 
 from tempflow.algorithms import Algorithm, dapo, dynamic_treerpo, flow_cps, gcpo, grpo_guard, gspo, v_grpo, vipo
 from tempflow.core.ema import Copy, Ema
+from tempflow.request import asked
 from tempflow.train.guards import GuardError
 from tempflow.train.trainer import train
 
@@ -123,7 +124,7 @@ def faulty(bench: Bench, fault: str) -> Callable[[], object]:
             bench.model.network.mean.bias.add_(0.02)
         return lambda: bench.update(experience)
     experience, context, model = bench.collect(), bench.context, bench.model
-    condition = model.encode(PROMPTS)
+    condition = model.encode(asked(PROMPTS), SIZE)
     right, bare = (model.predictor(condition, g) for g in (context.guidance, 1.0))
     after = {float(s): float(t) for s, t in zip(context.schedule.sigmas, context.schedule.sigmas[1:], strict=False)}
     ask: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake import Bench, Fake, brightness, flow, same, tempflow, weights
+from fake import SIZE, Bench, Fake, brightness, flow, same, tempflow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tempflow.cli.parse import configured
 from tempflow.config.guards import GuardsConfig
+from tempflow.request import asked
 from tempflow.rewards import from_function
 from tempflow.strict import ConfigError, validated
 from tempflow.train import guards
@@ -114,7 +115,7 @@ def test_one_nan_reward_is_dropped_and_harmless() -> None:
 
 def guidance_changes(bench: Bench) -> Callable[[], object]:
     experience = bench.collect()
-    condition = bench.model.encode([str(n) * (n + 1) for n in range(6)])
+    condition = bench.model.encode(asked([str(n) * (n + 1) for n in range(6)]), SIZE)
     models = {"policy": bench.model.predictor(condition, 1.5)}
     changed = replace(experience, models=models)
     return lambda: bench.update(changed)

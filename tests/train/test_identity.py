@@ -26,7 +26,7 @@ from tempflow.cli import main
 from tempflow.config import Config
 from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
+from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
 from tempflow.train import build, checkpoint, state, trainer

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tempflow.algorithms import sol_rl
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import draw, evaluate
+from tempflow.media import Media, Size
 from tempflow.models.finite import (
     GIVEN,
     LATENT,
@@ -34,7 +34,8 @@ from tempflow.models.finite import (
     to_pictures,
     told,
 )
-from tempflow.models.protocol import Conditioning, Predict, Size
+from tempflow.models.protocol import Conditioning, Predict
+from tempflow.request import Prompt, asked
 from tempflow.rewards import RewardError, from_function, score_all
 from tempflow.train.experience import check_advantages, credit, tell_broken
 from tempflow.train.guards import GuardError
@@ -52,22 +53,22 @@ class Broken(Fake):
         super().__init__()
         self.place, self.value = place, value
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        condition = super().encode(prompts)
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+        condition = super().encode(prompts, size)
         if self.place == "encoder":
-            condition.tensors["embeds"][[p == BAD for p in prompts]] = self.value
-        if self.place == "empty prompt" and condition.empty is not None:
-            condition.empty["embeds"].fill_(self.value)
+            condition.tensors["embeds"][[p.text == BAD for p in prompts]] = self.value
+        if self.place == "empty prompt" and condition.negative is not None:
+            condition.negative["embeds"].fill_(self.value)
         return condition
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(self, condition: Conditioning, guidance: Any, network: nn.Module | None = None) -> Predict:
         predict = super().predictor(condition, guidance, network)
         if self.place != "network":
             return predict
-        bad = torch.tensor([p == BAD for p in condition.prompts])
+        bad = torch.tensor([p.text == BAD for p in condition.prompts])
         return lambda x, s, rows: predict(x, s, rows).masked_fill(bad[rows].view(-1, 1, 1, 1), self.value)
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def decode(self, x: Tensor, size: Size) -> Media:
         assert x.isfinite().all()  # an adapter is given nothing else
         if self.place != "decoder":
             return super().decode(x, size)
@@ -75,10 +76,10 @@ class Broken(Fake):
         images[:1, 0, 0, 0] = self.value
         return to_pictures(images.split(2))
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+    def encode_media(self, media: Media, size: Size) -> Tensor:
         latents = super().encode_media(media, size)
         if self.place == "given pictures":
-            latents[media[..., 0].flatten(1).sum(1) % 2 == 0] = self.value
+            latents[media.frames[..., 0].flatten(1).sum(1) % 2 == 0] = self.value
         return latents
 
 
@@ -118,7 +119,7 @@ def test_an_evaluation_leaves_broken_pictures_out_and_says_so(place: str, value:
 
 @pytest.mark.parametrize("place", SAYS)
 def test_a_drawing_crosses_out_what_is_none(place: str) -> None:
-    media, whole = draw(Broken(place), list(PROMPTS), **FIXED), draw(Fake(), list(PROMPTS), **FIXED)
+    media, whole = (draw(m, asked(PROMPTS), **FIXED).pictures() for m in (Broken(place), Fake()))
     lost = PROMPTS.index(BAD) if place == "network" else 0
     assert (media[lost] == torch.tensor([255, 0, 0], dtype=torch.uint8)).all(-1).any()
     if place == "network":
@@ -131,7 +132,7 @@ def test_a_drawing_crosses_out_what_is_none(place: str) -> None:
 def test_a_condition_that_is_not_finite_is_named_before_anything_is_drawn(place: str, value: float) -> None:
     model = Broken(place, value)
     for act in (
-        lambda: draw(model, list(PROMPTS), **FIXED),
+        lambda: draw(model, asked(PROMPTS), **FIXED),
         lambda: evaluate(model, [Prompt(p) for p in PROMPTS], [from_function(brightness)], **FIXED),
         lambda: Bench(model).collect(),
     ):
@@ -207,24 +208,24 @@ def test_given_pictures_whose_latents_are_not_finite_are_failed_and_told_of(
 def test_to_pictures_equals_plain_rounding_and_marks_what_is_none() -> None:
     images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 - 1.5
     want = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert torch.equal(to_pictures(images.split(2)), want)
+    assert torch.equal(to_pictures(images.split(2)).pictures(), want)
     for n, value in enumerate((NAN, INF, -INF)):
         images[n, n, 1, 1] = value
     with pytest.raises(BrokenPicturesError, match="3 of 5 decoded pictures are not finite") as caught:
         to_pictures(images.split(2))
     assert caught.value.ok.tolist() == [False] * 3 + [True] * 2
-    assert torch.equal(caught.value.media[3:], want[3:]) and not caught.value.media[:3].any()
+    assert torch.equal(caught.value.media.pictures()[3:], want[3:]) and not caught.value.media.frames[:3].any()
 
 
 @pytest.mark.parametrize(
     "media",
-    [torch.zeros(2, 2, 2, 3), torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.zeros(2, 2, 2, dtype=torch.uint8)],
+    [torch.zeros(2, 2, 2, 3, dtype=torch.uint8), Media(torch.zeros(1, 1, 2, 2, 3, dtype=torch.uint8)), None],
 )
-def test_media_of_another_kind_are_refused(media: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_of_another_kind_are_refused(media: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Fake()
     monkeypatch.setattr(model, "decode", lambda x, size: media)
     with pytest.raises(
-        ValueError, match=r"fake decoded 2 latents to torch\.\w+ \[.*\]; expected torch.uint8 \[2, H, W"
+        ValueError, match=r"fake decoded 2 latents to (1 media|a Tensor|a NoneType); expected Media of 2"
     ):
         decoded(model, torch.zeros(2, 2, 2, 2), SIZE)
 
@@ -232,8 +233,10 @@ def test_media_of_another_kind_are_refused(media: Tensor, monkeypatch: pytest.Mo
 def test_nothing_broken_changes_nothing() -> None:
     model, x = Fake(), torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     seen = decoded(model, x, SIZE)
-    assert torch.equal(seen.media, model.decode(x, SIZE)) and seen.ok.all()
-    assert torch.equal(encoded(model, PROMPTS).tensors["embeds"], model.encode(PROMPTS).tensors["embeds"])
+    assert torch.equal(seen.media.frames, model.decode(x, SIZE).frames) and seen.ok.all()
+    assert torch.equal(
+        encoded(model, asked(PROMPTS), SIZE).tensors["embeds"], model.encode(asked(PROMPTS), SIZE).tensors["embeds"]
+    )
 
 
 def test_lines_name_causes_and_prompts() -> None:

@@ -11,7 +11,7 @@ import torch
 from fake import PROMPTS, Fake, album, brightness, config, same, weights
 from PIL import Image
 
-from tempflow.data.prompts import Prompt
+from tempflow.request import Prompt
 from tempflow.train import checkpoint, trainer
 from tempflow.train.records import LINES, Run
 from tempflow.train.trainer import train

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from tempflow.config import load_config
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import evaluate, fixed_prompts
+from tempflow.media import Media, Size
 from tempflow.models import resolved_dtype
 from tempflow.models.experts import Experts
 from tempflow.models.protocol import Conditioning, Predict
+from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.train import build
 from tempflow.train.guards import GuardError
@@ -36,16 +37,16 @@ def go(output: Path, model: Fake | None = None, reward: Any = brightness, quiet:
 
 
 class TwoExperts(Fake):
-    """Its network is two, each for one half of the noise levels, as a single module."""
+    """Its network is two, each for some of the noise levels, as a single module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = Experts({"high": Velocity(), "low": Velocity()}, (0.5,))
+        self.network = Experts({"high": Velocity(), "low": Velocity()}, (0.8,))
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule(f"{name}.mean") for name in ("high", "low")]
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(self, condition: Conditioning, guidance: Any, network: nn.Module | None = None) -> Predict:
         module, tokens = self.network if network is None else network, condition.tensors["embeds"][:, 0]
         return lambda x, sigma, rows: module(sigma, x=x, sigma=sigma, condition=tokens[rows])
 
@@ -165,7 +166,7 @@ def test_the_best_validation_is_what_is_kept_saved_and_reported(ema: float, tmp_
     reward, model = from_function(near), Fake()
     model.network.load_state_dict(saved)
     prompts = [Prompt(p) for p in PROMPTS]
-    fixed = {"steps": 4, "guidance": 1.0, "seed": 1234, "size": (2, 2), "rows": 64}
+    fixed = {"steps": 4, "guidance": 1.0, "seed": 1234, "size": Size(2, 2), "rows": 64}
     best = evaluate(model, fixed_prompts(prompts, 6), [reward], stream="validation", **fixed)
     assert best.mean("near") == pytest.approx(max(means))
     assert evaluate(model, fixed_prompts(prompts, 12), [reward], **fixed).mean("near") == run.after.mean("near")
@@ -229,7 +230,7 @@ def test_an_existing_run_is_refused_before_the_first_forward(finished: Run) -> N
 
 def test_what_the_model_cannot_draw_is_refused_before_the_first_forward(tmp_path: Path) -> None:
     model, settings = Fake(), config(tmp_path / "run", model={"height": 4})
-    with pytest.raises(ValueError, match=r"height, width: \(4, 2\) must be \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"height, width: 4×2 must be 2×2"):
         train(settings, model=model, reward=brightness, prompts=PROMPTS, quiet=True)
     assert model.rows == [] and not (tmp_path / "run").exists()
 
@@ -295,10 +296,10 @@ class Pair:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def score(self, media: Tensor, prompts: Any, metadata: Any) -> Scores:
+    def score(self, media: Media, prompts: Any, metadata: Any) -> Scores:
         self.sizes.append(len(media))
         assert len(set(prompts)) == 1
-        value = media.float().mean((1, 2, 3))[:, None] / 255
+        value = media.pictures().float().mean((1, 2, 3))[:, None] / 255
         return Scores(value, torch.ones_like(value, dtype=torch.bool), ("pair",))
 
 
@@ -430,6 +431,6 @@ def test_it_says_how_prompts_are_used(tmp_path: Path) -> None:
     few = settings.replace(iterations=1, data=settings.data.model_copy(update={"prompts_per_iteration": 2}))
     build.prompt_sets(few, build.prompt_sources(few, ["a", "b", "c"], None, ()), said.append)
     assert said[-1] == "data.train: 1 iterations draw 2 of 3 prompts"
-    with pytest.raises(ValueError, match=r'prompts\[0\]: "image" would change what is drawn'):
+    with pytest.raises(ValueError, match=r'prompts\[0\]: "image": pictures would change what is drawn'):
         build.prompt_sources(few, [{"prompt": "a", "image": "a.png"}], None, ())
     assert build.prompt_sources(few, [{"prompt": "a", "image": "a.png"}], None, ("image",))["prompts"]

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -58,7 +58,10 @@ class ImportanceMap:
 
     provider: MapProvider
     name: str = "map"
-    of: ClassVar[Literal["leaf"]] = "leaf"
+
+    @property
+    def of(self) -> Literal["edge", "leaf"]:
+        return "leaf"
 
     def __call__(self, forest: Forest, media: Tensor) -> Tensor:
         shape = tuple(forest.nodes.shape[1:])

@@ -28,6 +28,9 @@ class SampleOptions(Strict):
     seed: int = Field(default=0, description="of the noise")
     height: int = Field(default=32, ge=1, le=16_384, description="pixels")
     width: int = Field(default=32, ge=1, le=16_384, description="pixels")
+    frames: int = Field(default=1, ge=1, le=100_000, description="of a clip; 1 = a picture")
+    fps: float | None = Field(default=None, gt=0, description="frames a second of a clip (the model's own)")
+    seconds: float | None = Field(default=None, gt=0, description="of sound (as long as the frames)")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
     output: Place = Field(default="samples", min_length=1, description="folder for the pictures")
 
@@ -43,27 +46,32 @@ def run_sample(options: SampleOptions) -> list[Path]:
 
     Raises ValueError where nothing is asked for, or a prompt is blank.
     """
-    from tempflow.data.prompts import as_prompts, load_prompts, shared_out
+    from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives
+    from tempflow.evaluate.source import find, takes_sources
 
     pool = [*(as_prompts(options.prompt) if options.prompt else ())]
-    pool += load_prompts(options.prompts) if options.prompts else ()
+    if options.prompts:
+        pool += load_prompts(options.prompts, sources=takes_sources(find(options.path)))
     if not pool:
         raise ValueError("prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation")
     chosen = [pool[n % len(pool)] for n in range(options.count or len(pool))]
     if shares := shared_out(chosen, pool):
         print(f"prompts: {shares}", file=sys.stderr)
+    if unused := unused_negatives(chosen, options.guidance):
+        print(f"prompts: {unused}", file=sys.stderr)
     from tempflow.evaluate.suite import sample_path
+    from tempflow.media import Size
     from tempflow.models import resolved_device
 
     device = resolved_device(options.device)
     with writing("output", options.output):
         return sample_path(
             options.path,
-            [prompt.text for prompt in chosen],
+            chosen,
             steps=options.steps,
             guidance=options.guidance,
             seed=options.seed,
-            size=(options.height, options.width),
+            size=Size(options.height, options.width, options.frames, options.fps, options.seconds),
             device=device,
             out=Path(options.output),
         )

@@ -14,10 +14,10 @@ from tempflow.cli.parse import writing
 from tempflow.strict import Place, Strict, shown
 
 if TYPE_CHECKING:
-    from tempflow.data.prompts import Prompt
     from tempflow.evaluate.source import Settings
     from tempflow.evaluate.suite import Report
     from tempflow.models.protocol import Model
+    from tempflow.request import Prompt
 
 GRID = 24
 """Prompts in the grid of pictures."""
@@ -74,7 +74,7 @@ def run_eval(options: EvalOptions) -> Report:
 def _judged(options: EvalOptions) -> tuple[Report, str]:
     """The report, and how the source's prompts were used, where it isn't each of them once."""
     from tempflow.data.prompts import load_prompts, shared_out
-    from tempflow.evaluate.source import check_rewards, find, settings
+    from tempflow.evaluate.source import check_rewards, find, settings, takes_sources
     from tempflow.rewards import build
 
     _check_outputs(options)
@@ -83,10 +83,13 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
         check_rewards(source)
     how = chosen(options, settings(source))
     reads = () if source.config is None else source.config.algorithm.build().reads
-    rewards, loaded = [build(name) for name in how.rewards], load_prompts(how.prompts, uses=reads)
+    rewards, loaded = (
+        [build(name) for name in how.rewards],
+        load_prompts(how.prompts, uses=reads, sources=takes_sources(source)),
+    )
     import torch
 
-    from tempflow.evaluate.source import load_source
+    from tempflow.evaluate.source import guidance_for, load_source
     from tempflow.evaluate.suite import evaluate, fixed_prompts
     from tempflow.models import resolved_device
 
@@ -101,7 +104,7 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
         prompts,
         rewards,
         steps=how.steps,
-        guidance=how.guidance,
+        guidance=guidance_for(model, how),
         seed=how.seed,
         size=how.size,
         rows=how.rows,
@@ -131,7 +134,7 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
     return replace(
         usual,
         **given,
-        size=(options.height or usual.size[0], options.width or usual.size[1]),
+        size=replace(usual.size, height=options.height or usual.size.height, width=options.width or usual.size.width),
         rewards=rewards,
         gold=tuple(name for name in rewards if name in untrained),
         total=usual.total if set(trained) <= set(rewards) else None,
@@ -159,26 +162,27 @@ def _write(options: EvalOptions, how: Settings, report: Report) -> None:
 
     if options.output:
         told = {"what": options.what, "base": options.base or None, "prompts": how.prompts, "dtype": how.dtype}
-        told |= {"height": how.size[0], "width": how.size[1], **report.to_json()}
+        told |= {"height": how.size.height, "width": how.size.width, **report.to_json()}
         with writing("output", options.output):
             write_json(options.output, plain(told))
 
 
 def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Sequence[Prompt]) -> None:
     from tempflow.evaluate.grid import grid
+    from tempflow.evaluate.source import guidance_for
     from tempflow.evaluate.suite import FOLDER, draw
     from tempflow.folder import claim
 
     texts = [prompt.text for prompt in prompts]
     media = draw(
         model,
-        texts,
+        prompts,
         steps=how.steps,
-        guidance=how.guidance,
+        guidance=guidance_for(model, how),
         seed=how.seed,
         size=how.size,
         rows=how.rows,
         samples_per_prompt=options.samples_per_prompt,
     )
     with writing("pictures", options.pictures):
-        grid(media, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")
+        grid(media.strips(), texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")

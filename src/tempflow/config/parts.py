@@ -26,7 +26,13 @@ class ModelConfig(Strict):
     )
     height: int = Field(default=32, ge=1, le=16_384, description="pixels")
     width: int = Field(default=32, ge=1, le=16_384, description="pixels")
+    frames: int = Field(default=1, ge=1, le=100_000, description="of a clip; 1 = a picture")
+    fps: float | None = Field(default=None, gt=0, description="frames a second of a clip; null = the model's own")
+    seconds: float | None = Field(default=None, gt=0, description="of sound; null = as long as the frames")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance in rollout and training; 1 = none")
+    guidance_options: dict[str, float | bool] = Field(
+        default={}, description="the family's further settings of guidance, by name"
+    )
     training: Literal["full", "lora"] = Field(
         default="full", description="train all of the network, or a LoRA on its attention"
     )

@@ -20,6 +20,7 @@ from tempflow.config.parts import (
     RewardConfig,
 )
 from tempflow.config.track import TrackConfig
+from tempflow.media import Size
 from tempflow.strict import Place, Strict, nearest, shown
 
 
@@ -55,9 +56,10 @@ class Config(Strict):
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="several processes")
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return (self.model.height, self.model.width)
+    def size(self) -> Size:
+        """Of what is drawn."""
+        m = self.model
+        return Size(m.height, m.width, m.frames, m.fps, m.seconds)
 
     def replace(self, **fields: Any) -> Config:
         """A copy with other top-level fields, checked as a whole; `output` follows a new `name` unless it is given."""

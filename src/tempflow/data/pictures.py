@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from tempflow.data.prompts import Prompt, source_path
+from tempflow.data.prompts import source_path
+from tempflow.media import Media, Size
+from tempflow.request import Prompt
 
 MAX_BYTES = 64 * 2**20
 """Of a picture's file."""
@@ -38,18 +39,18 @@ class Pictures:
 
     root  the folder that all pictures are in; a path that leaves it, by "..", from "/" or by a link, is refused
     keys  which of a prompt's metadata
-    size  height and width in pixels. A picture of another size is refused: cropping or scaling is a choice about the
-          data, and nobody would see a wrong one
+    size  of the run's media; a clip is an animated PNG or WebP. A picture of another size is refused: cropping or
+          scaling is a choice about the data, and nobody would see a wrong one
 
     PNG, JPEG and WebP files up to 64 MiB. Grey, palette and CMYK pictures become RGB; transparency is dropped.
     """
 
     root: Path
     keys: tuple[str, ...]
-    size: tuple[int, int]
+    size: Size
 
     @classmethod
-    def beside(cls, source: str, keys: tuple[str, ...], size: tuple[int, int]) -> Pictures:
+    def beside(cls, source: str, keys: tuple[str, ...], size: Size) -> Pictures:
         """Those that a prompts' file names: its folder is the root."""
         return cls(source_path(source).parent, keys, size)
 
@@ -64,15 +65,15 @@ class Pictures:
                 with self._opened(prompt, key, f"prompt {number}"):
                     pass
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Tensor:
-        """uint8 [N·keys, H, W, 3], a prompt's pictures in the keys' order. Raises ValueError as `check` does, and where
+    def __call__(self, prompts: Sequence[Prompt]) -> Media:
+        """N·keys media, a prompt's in the keys' order. Raises ValueError as `check` does, and where
         a file's data are broken, which its header does not show."""
         found: list[np.ndarray] = []
         for prompt in prompts:
             for key in self.keys:
                 with self._opened(prompt, key, "prompt") as picture:
-                    found.append(np.array(picture.convert("RGB")))
-        return torch.from_numpy(np.stack(found))
+                    found.append(np.stack([np.array(frame.convert("RGB")) for frame in _frames(picture, self.size)]))
+        return Media(torch.from_numpy(np.stack(found)), self.size.fps)
 
     @contextmanager
     def _opened(self, prompt: Prompt, key: str, who: str) -> Iterator[Image.Image]:
@@ -123,14 +124,25 @@ def _inside(root: Path, name: str, where: str) -> Path:
     return path
 
 
-def _fault(picture: Image.Image, size: tuple[int, int]) -> str:
+def _frames(picture: Image.Image, size: Size) -> Iterator[Image.Image]:
+    """Those of a clip; of a picture, and of an animation where pictures are asked for, the first."""
+    for number in range(size.frames):
+        if number:
+            picture.seek(number)
+        yield picture
+
+
+def _fault(picture: Image.Image, size: Size) -> str:
     """What is wrong with a picture by its header; "" where nothing is."""
     width, height = picture.size
-    if (height, width) != size:
+    if (height, width) != (size.height, size.width):
         return (
-            f"is {height}×{width} (height × width), and the run draws {size[0]}×{size[1]}; scale or crop it, or set "
-            f"model.height {height} and model.width {width} where all are alike"
+            f"is {height}×{width} (height × width), and the run draws {size.height}×{size.width}; scale or crop it, or "
+            f"set model.height {height} and model.width {width} where all are alike"
         )
+    frames = getattr(picture, "n_frames", 1)
+    if size.frames > 1 and frames != size.frames:
+        return f"has {frames} frames, and the run draws {size.frames}; nearest valid: model.frames {frames}"
     if picture.mode not in MODES:
         return f"has mode {picture.mode}, whose range is not 8 bits; nearest valid: RGB"
     turned = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1  # of a PNG it would read all

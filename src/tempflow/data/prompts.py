@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
+from tempflow.request import Prompt, Source
 from tempflow.shapes.prompts import SPLITS, specs
 
 SHAPES = "shapes:"
 KEY = "prompt"
 """What the text is called, unless the source names another key."""
 
-KINDS = ("kind", "tag")
-"""Where a prompt says what kind of task it is, the first before the others; GenEval calls it "tag"."""
+NEGATIVE = "negative_prompt"
+"""What a prompt's negative text is called: what guidance leads away from."""
+
+SOURCES = ("image", "images")
+"""What the pictures are called that an editing model starts from: a path, or a list of them."""
 
 SYNONYMS = ("prompt_en", "caption", "text", "prompts", "captions", "description", "instruction", "query", "input", "p")
 """What other files call the text."""
@@ -36,19 +40,8 @@ CHANGES = re.compile(
 )
 """Names of keys that would change what is drawn. Nothing reads them, so they are refused, never passed over."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and what else its line said: for rewards, which get it as `metadata`."""
-
-    text: str
-    metadata: Mapping[str, object] = field(default_factory=dict[str, object])
-
-    @property
-    def kind(self) -> str:
-        """Its kind of task, by "kind" or else "tag"; "" without one. Balances draws, names rows of tables."""
-        said = (self.metadata.get(key) for key in KINDS)
-        return next((str(s).strip() for s in said if isinstance(s, str | int) and str(s).strip()), "")
+OTHER_NEGATIVES = re.compile(r"neg(ative)?(_?(prompts?|texts?|captions?))?|uncond(itional)?_prompt")
+"""Other names of the negative text. Which of two would count is not for us to say, so one name is read."""
 
 
 def check_source(source: str) -> None:
@@ -77,7 +70,9 @@ def check_source(source: str) -> None:
         raise ValueError(f"{short(source)} names a key, which only tables and JSON have; nearest valid: {name!r}")
 
 
-def load_prompts(source: str, root: str | Path = ".", uses: Collection[str] = ()) -> tuple[Prompt, ...]:
+def load_prompts(
+    source: str, root: str | Path = ".", uses: Collection[str] = (), sources: bool = False
+) -> tuple[Prompt, ...]:
     """All prompts of a source, in its order.
 
     source   "shapes:train" | "shapes:validation" | "shapes:test", whose metadata is {"kind": the task kind}; or
@@ -90,10 +85,12 @@ def load_prompts(source: str, root: str | Path = ".", uses: Collection[str] = ()
              64 MiB; lines end in LF, CR or both; blank lines are skipped
     root     folder that a relative path starts from; "~" is the user's
     uses     keys that the caller reads as pictures
+    sources  whether the model takes pictures to start from: "image" or "images", paths beside the file
 
-    Other keys become metadata, but for those that would change what is drawn (`CHANGES`) and that nothing reads: unless
-    their value is empty or the caller `uses` them they are refused. Raises ValueError for these, for another kind of
-    source, a missing, oversized or empty file, and a record that cannot be read (named as file:line).
+    "negative_prompt" is the prompt's `negative`. Other keys become metadata, but for those that would change what is
+    drawn (`CHANGES`) and that nothing reads: unless their value is empty or the caller `uses` them they are refused.
+    Raises ValueError for these, for another kind of source, a missing, oversized or empty file, and a record that
+    cannot be read (named as file:line).
     """
     check_source(source)
     if source.startswith(SHAPES):
@@ -106,7 +103,8 @@ def load_prompts(source: str, root: str | Path = ".", uses: Collection[str] = ()
     if path.is_dir() and not folder:
         raise ValueError(f"{path} is no file; nearest valid: '{source}/', for a folder of .txt files")
     files_of(path)
-    prompts = tuple(prompt_of(record, where, key or KEY, uses, path) for where, record in records(path))
+    home = (path if path.is_dir() else path.parent) if sources else None
+    prompts = tuple(prompt_of(record, where, key or KEY, uses, path, home) for where, record in records(path))
     if not prompts:
         raise ValueError(f"{path} holds no prompt; a file needs at least one")
     return prompts
@@ -117,8 +115,9 @@ def source_path(source: str, root: str | Path = ".") -> Path:
     return Path(root) / Path(_parts(source)[0]).expanduser()
 
 
-def as_prompts(given: object, uses: Collection[str] = ()) -> tuple[Prompt, ...]:
-    """Prompts given as objects: texts, `Prompt`s, or mappings as a JSON-lines file has them.
+def as_prompts(given: object, uses: Collection[str] = (), sources: bool = False) -> tuple[Prompt, ...]:
+    """Prompts given as objects: texts, `Prompt`s, or mappings as a JSON-lines file has them, whose `sources` then are
+    relative to the working directory.
 
     Raises ValueError, naming the item, as `load_prompts` does for a line; also for no prompt, or a single text.
     """
@@ -128,13 +127,32 @@ def as_prompts(given: object, uses: Collection[str] = ()) -> tuple[Prompt, ...]:
         raise ValueError("prompts: the list is empty; at least one prompt is needed")
     found: list[Prompt] = []
     for number, item in enumerate(given):
-        record = {**item.metadata, KEY: item.text} if isinstance(item, Prompt) else item
-        found.append(prompt_of(record, f"prompts[{number}]", KEY, uses))
+        where, home = f"prompts[{number}]", Path() if sources else None
+        if not isinstance(item, Prompt):
+            found.append(prompt_of(item, where, KEY, uses, None, home))
+            continue
+        if item.sources and not sources:
+            raise ValueError(f"{where}: {NO_SOURCES}")
+        known = (*uses, *SOURCES) if item.sources else uses  # what its line said of them has been read
+        read = prompt_of({**item.metadata, KEY: item.text}, where, KEY, known, None, home)
+        given_apart = {"negative": item.negative or read.negative, "sources": item.sources or read.sources}
+        found.append(replace(read, **given_apart))
     return tuple(found)
 
 
-def prompt_of(record: object, where: str, key: str, uses: Collection[str], path: Path | None = None) -> Prompt:
-    """A record as a prompt. Raises ValueError that begins with `where`."""
+NO_SOURCES = "pictures would change what is drawn, and this model draws from text alone; nearest valid: without them"
+
+
+def prompt_of(
+    record: object,
+    where: str,
+    key: str,
+    uses: Collection[str],
+    path: Path | None = None,
+    home: Path | None = None,
+) -> Prompt:
+    """A record as a prompt; `home`: the folder that source pictures lie in, where the model takes some. Raises
+    ValueError that begins with `where`."""
     if isinstance(record, str):
         record = {key: record}
     if not isinstance(record, Mapping):
@@ -146,8 +164,39 @@ def prompt_of(record: object, where: str, key: str, uses: Collection[str], path:
         raise ValueError(f'{where}: "{key}" is {short(text)}; it must be a text that is not blank')
     if not _encodable(text):
         raise ValueError(f'{where}: "{key}" holds half a character, {short(text)}; nearest valid: whole Unicode text')
-    _check_keys(rest, where, key, uses)
-    return Prompt(text.strip(), rest)
+    negative = _negative(rest, where)
+    found = () if home is None else _sources(rest, where, uses, home)
+    _check_keys(rest, where, key, (*uses, NEGATIVE, *(SOURCES if home is not None else ())))
+    return Prompt(text.strip(), {k: v for k, v in rest.items() if k != NEGATIVE}, negative, found)
+
+
+def _negative(rest: Mapping[str, object], where: str) -> str:
+    """What stands under "negative_prompt"; "" where nothing does."""
+    text = rest.get(NEGATIVE)
+    if text is None:
+        return ""
+    if not isinstance(text, str) or not _encodable(text):
+        raise ValueError(f'{where}: "{NEGATIVE}" is {short(text)}; nearest valid: a text')
+    return text.strip()
+
+
+def _sources(rest: Mapping[str, object], where: str, uses: Collection[str], home: Path) -> tuple[Source, ...]:
+    """The pictures that the record names, inside `home`; their bytes are read for their sums."""
+    names: list[object] = []
+    for key in SOURCES:
+        told = rest.get(key)
+        if key not in uses and not _blank(told):
+            names += told if isinstance(told, list | tuple) else [told]
+    found: list[Source] = []
+    for name in names:
+        file = home / name if isinstance(name, str) else home
+        inside = (
+            isinstance(name, str) and file.resolve().is_relative_to(home.resolve()) and not Path(name).is_absolute()
+        )
+        if not inside or not file.is_file():
+            raise ValueError(f"{where}: the picture {short(name)} is no file in {home}; nearest valid: a relative path")
+        found.append(Source.of(file))
+    return tuple(found)
 
 
 def _check_keys(rest: Mapping[str, object], where: str, key: str, uses: Collection[str]) -> None:
@@ -158,6 +207,10 @@ def _check_keys(rest: Mapping[str, object], where: str, key: str, uses: Collecti
     lost = [k for k, v in rest.items() if k not in uses and not _blank(v) and CHANGES.fullmatch(_plain(k))]
     if lost:
         named = ", ".join(f'"{k}"' for k in lost)
+        if all(OTHER_NEGATIVES.fullmatch(_plain(k)) for k in lost):
+            raise ValueError(f'{where}: {named} is not read; nearest valid: "{NEGATIVE}"')
+        if all(k in SOURCES for k in lost):
+            raise ValueError(f"{where}: {named}: {NO_SOURCES}")
         raise ValueError(
             f"{where}: {named} would change what is drawn, and no prompt can set that yet; nearest valid: without, or "
             "under another name where only a reward reads it"
@@ -217,6 +270,15 @@ def shared_out(drawn: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
         left = f"{used} of {len(prompts)} prompts are used"
         return left if count == used else f"{left}, {_each(times)}"
     return "" if count == used else f"{count} are drawn of {used} prompts: {_each(times)}"
+
+
+def unused_negatives(prompts: Sequence[Prompt], guidance: float) -> str:
+    """What becomes of negative prompts where nothing leads away from them; "" where there are none, or something
+    does."""
+    count = sum(1 for prompt in prompts if prompt.negative)
+    if not count or guidance > 1:
+        return ""
+    return f'{count} of {len(prompts)} prompts have a "{NEGATIVE}", which guidance 1 makes no use of; nearest valid: 2'
 
 
 def _each(times: Mapping[int, int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tempflow.core.rng import Stream
-from tempflow.data.prompts import Prompt
+from tempflow.request import Prompt
 
 
 def strata_of(prompts: Sequence[Prompt]) -> list[str] | None:

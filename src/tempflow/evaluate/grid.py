@@ -12,7 +12,7 @@ CELL, CAPTION, GAP, COLUMNS = 128, 22, 8, 8
 
 
 def grid(media: Tensor, prompts: Sequence[str], path: Path) -> None:
-    """Writes a PNG. media: uint8 [P·K, H, W, 3], the K pictures of a prompt together; prompts: P texts.
+    """Writes a PNG. media: uint8 [P·K, H, W, 3] (`Media.strips`), the K of a prompt together; prompts: P texts.
 
     Raises ValueError where the pictures don't share out among the prompts.
     """

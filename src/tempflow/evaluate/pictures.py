@@ -14,9 +14,12 @@ CELL, CAPTION, GAP = 128, 30, 8
 
 
 def before_after(before: Tensor, after: Tensor, prompts: Sequence[str], path: Path, columns: int = 6) -> None:
-    """Pairs of pictures (before | after) over their prompt. before, after: uint8 [N, H, W, 3]."""
+    """Pairs of pictures (before | after) over their prompt. before, after: uint8 [N, H, W, 3]; wide ones, a clip's
+    frames side by side, are as high as others."""
+    wide = max(1, round(before.shape[2] / before.shape[1]))
+    columns = max(1, columns // wide)
     rows = -(-len(prompts) // columns)
-    width, height = 2 * CELL + GAP, CELL + CAPTION
+    width, height = 2 * CELL * wide + GAP, CELL + CAPTION
     page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP + CAPTION), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     pen.text((GAP, GAP), "left: before   right: after   (same prompt, same noise)", fill="black", font=font)
@@ -24,8 +27,8 @@ def before_after(before: Tensor, after: Tensor, prompts: Sequence[str], path: Pa
         x, y = GAP + (i % columns) * (width + GAP), CAPTION + (i // columns) * (height + GAP)
         pen.text((x, y), prompt[:44], fill="black", font=font)
         for j, media in enumerate((before, after)):
-            cell = Image.fromarray(media[i].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
-            page.paste(cell, (x + j * (CELL + 4), y + CAPTION - 8))
+            cell = Image.fromarray(media[i].numpy()).resize((CELL * wide, CELL), Image.Resampling.NEAREST)
+            page.paste(cell, (x + j * (CELL * wide + 4), y + CAPTION - 8))
     page.save(path)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
 from tempflow.config import OWN_REWARD, Config, load_config
-from tempflow.models import HUB_ID, Adapter, load
+from tempflow.media import Size
+from tempflow.models import HUB_ID, Adapter, Model, adapter_of, load, local_folder
+from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
 from tempflow.models.lora_files import PICKLED, load_lora, lora_file
-from tempflow.models.protocol import Size
 from tempflow.rewards import names
 
 PIPELINE_FILE, CONFIG_FILE = "model_index.json", "config.yaml"
@@ -41,8 +42,9 @@ class Settings:
     total: Mapping[str, float] | None = None
     steps: int = 10
     guidance: float = 1.0
+    guidance_options: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
     seed: int = 1234
-    size: Size = (32, 32)
+    size: Size = field(default_factory=lambda: Size(32, 32))
     dtype: str = "float32"
     device: str = "cpu"
     rows: int = 96
@@ -80,6 +82,16 @@ def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu") 
     return model
 
 
+def guidance_for(model: Model, how: Settings) -> Guidance | float:
+    """The family's guidance as `how` says; its number alone where that is all that is said."""
+    return guidance_of(model.guidance, how.guidance, how.guidance_options) if how.guidance_options else how.guidance
+
+
+def takes_sources(source: Source) -> bool:
+    """Whether its model draws from pictures too. Raises ValueError for a base that is not there or has no adapter."""
+    return adapter_of(source.base, local_folder(source.base, source.revision)).family.sources
+
+
 def settings(source: Source) -> Settings:
     """A run's own test, which its summary's "after" came from; for other sources the package's defaults."""
     if source.config is None:
@@ -96,6 +108,7 @@ def settings(source: Source) -> Settings:
         total=weights,
         steps=c.evaluation.steps,
         guidance=c.evaluation.guidance,
+        guidance_options=c.model.guidance_options,
         seed=c.evaluation.seed,
         size=c.size,
         dtype=c.model.dtype,

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.folder import check, claim
+from tempflow.media import Media, Size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
-from tempflow.models.protocol import Model, Predict, Size
+from tempflow.models.guidance import Guidance, guided
+from tempflow.models.protocol import Model, Predict
 from tempflow.perception.diversity import features, within_groups
-from tempflow.rewards import score_all
+from tempflow.request import Prompt
+from tempflow.rewards import check_takes, score_all
 from tempflow.rewards.protocol import Reward
 
 __all__ = ["PROMPTS_AT_ONCE", "Report", "draw", "evaluate", "evaluate_path", "fixed_prompts", "sample_path"]
@@ -48,32 +49,32 @@ def fixed_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 def draw(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     steps: int,
-    guidance: float,
+    guidance: Guidance | float,
     seed: int,
     size: Size,
     rows: int,
     samples_per_prompt: int = 1,
-) -> Tensor:
-    """Deterministic samples, uint8 [N·samples_per_prompt, H, W, 3]; a prompt's pictures follow each other.
+) -> Media:
+    """Deterministic samples, N·samples_per_prompt media; a prompt's follow each other.
 
     Picture k of prompt n is a function of (seed, n, k, prompt n) and the weights: more pictures don't change the first.
     One that is not finite is crossed out. Raises ValueError for samples_per_prompt below 1.
     """
-    how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt)
-    return torch.cat([_crossed(seen) for _, seen in _drawn(model, prompts, how)])
+    how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
+    return Media.cat([_crossed(seen) for _, seen in _drawn(model, prompts, how)])
 
 
-def _crossed(seen: Decoded) -> Tensor:
-    """The pictures; in the place of one that broke a red cross on grey, which nobody takes for what a model drew."""
+def _crossed(seen: Decoded) -> Media:
+    """The media; in the place of one that broke a red cross on grey, which nobody takes for what a model drew."""
     media = seen.media.clone()
-    _, height, width, _ = media.shape
+    height, width = media.frames.shape[2:4]
     across, down = torch.arange(width) * height // width, torch.arange(height)[:, None]
     cross = torch.full((height, width, 3), 128, dtype=torch.uint8)
     cross[(down == across) | (down == height - 1 - across)] = torch.tensor([255, 0, 0], dtype=torch.uint8)
-    media[~seen.ok] = cross
+    media.frames[~seen.ok] = cross
     return media
 
 
@@ -88,7 +89,7 @@ def _go_on() -> None:
 @dataclass(frozen=True)
 class _Sampling:
     steps: int
-    guidance: float
+    guidance: Guidance
     seed: int
     size: Size
     rows: int
@@ -102,13 +103,13 @@ class _Sampling:
             raise ValueError(f"samples_per_prompt: {self.samples} is too few; nearest valid: 1")
 
 
-def _drawn(model: Model, prompts: Sequence[str], how: _Sampling) -> Iterator[tuple[range, Decoded]]:
+def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[tuple[range, Decoded]]:
     """Parts of what `draw` draws, as they are ready: which prompts, and their pictures."""
     schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
     at_once = max(1, PROMPTS_AT_ONCE // how.samples)
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
-        predict = model.predictor(encoded(model, part), how.guidance)
+        predict = model.predictor(encoded(model, part, how.size), how.guidance)
         slots = range(how.first + first, how.first + first + len(part))
 
         def with_pause(
@@ -137,7 +138,7 @@ def evaluate(
     rewards: Sequence[Reward],
     *,
     steps: int,
-    guidance: float,
+    guidance: Guidance | float,
     seed: int,
     size: Size,
     rows: int,
@@ -158,22 +159,25 @@ def evaluate(
     pause               called before every forward; may raise to leave
     stream              which noise: what chooses weights (a validation) shares none with what reports them (a test)
 
-    Raises ValueError for samples_per_prompt below 1, and for a gold name that `total` weighs or no reward has.
+    Raises ValueError for samples_per_prompt below 1, a reward that takes what the model does not make, and a gold name
+    that `total` weighs or no reward has.
     """
     trained = [name for name in gold if total is not None and total.get(name)]
     if trained:
         raise ValueError(f"gold: {trained[0]!r} is trained on; nearest valid: a reward that the training doesn't see")
-    how = _Sampling(steps, guidance, seed, size, rows, samples_per_prompt, first, pause, stream)
+    check_takes(rewards, model.makes, model.name)
+    guide = guided(guidance, model.guidance)
+    how = _Sampling(steps, guide, seed, size, rows, samples_per_prompt, first, pause, stream)
     scored, seen, broken, groups = list[Scores](), list[Tensor](), list[Tensor](), list[int]()
-    for slots, part in _drawn(model, [p.text for p in prompts], how):
+    for slots, part in _drawn(model, prompts, how):
         slot = [n for n in slots for _ in range(samples_per_prompt)]
         owner = [prompts[n - first] for n in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
-        scored.append(score_all(rewards, part.media, texts, metadata, groups=slot, sound=part.ok, pause=pause))
+        scored.append(score_all(rewards, part.media, texts, metadata, groups=slot, ok=part.ok, pause=pause))
         groups += slot
         broken.append(part.broken)
         if samples_per_prompt > 1:
-            seen.append(features(part.media))
+            seen.append(features(part.media.pictures()))
     scores = Scores.cat(scored)
     if total is not None and "reward" not in scores.names:
         value, ok = scores.total(total)
@@ -183,7 +187,7 @@ def evaluate(
         tuple(prompts[n - first].text for n in groups),
         tuple(prompts[n - first].kind for n in groups),
         steps,
-        guidance,
+        guide.guidance,
         seed,
         tuple(gold),
         samples_per_prompt,
@@ -219,7 +223,7 @@ def evaluate_path(
 
 def sample_path(
     path: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     steps: int,
     guidance: float,
@@ -228,7 +232,8 @@ def sample_path(
     device: str,
     out: str | Path,
 ) -> list[Path]:
-    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files.
+    """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files. A clip is
+    an animated PNG, and has its sound beside it as a WAV.
 
     Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
     written over. Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours
@@ -238,14 +243,15 @@ def sample_path(
     check(out, FOLDER, "output")
     files = numbered(Path(out), len(prompts))
     model = load_source(find(path), device=device)
+    guide = guided(guidance, model.guidance)
     claim(out, FOLDER, "output")
-    parts = list(_drawn(model, prompts, _Sampling(steps, guidance, seed, size, rows=64, samples=1)))
+    parts = list(_drawn(model, prompts, _Sampling(steps, guide, seed, size, rows=64, samples=1)))
+    media = Media.cat([seen.media for _, seen in parts])
     ok = torch.cat([seen.ok for _, seen in parts]).tolist()
-    for file, picture, fine in zip(files, torch.cat([seen.media for _, seen in parts]), ok, strict=True):
+    for row, (file, fine) in enumerate(zip(files, ok, strict=True)):
         if fine:
-            with file.open("xb") as stream:
-                Image.fromarray(picture.numpy()).save(stream, format="PNG")
-    lost = told(torch.cat([seen.broken for _, seen in parts]), prompts)
+            media.write(row, file)
+    lost = told(torch.cat([seen.broken for _, seen in parts]), [p.text for p in prompts])
     if lost:
         raise NotFiniteError("; ".join(lost) + f". The other {sum(ok)} are in {out}")
     return files

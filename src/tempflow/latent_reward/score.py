@@ -19,8 +19,10 @@ from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.latent_reward.model import LatentReward, bind
 from tempflow.latent_reward.train import Score
+from tempflow.media import Size
 from tempflow.models.finite import encoded
 from tempflow.models.protocol import Model
+from tempflow.request import Prompt, asked
 
 ScoreLatents = Callable[[Tensor, Tensor, Tensor], Scores]
 """score_latents(x [B, *S], sigma [B], rows long[B]) -> Scores of one column; compared at equal σ only."""
@@ -46,9 +48,11 @@ class LatentScorer:
             raise ValueError(f"rows: {self.rows} is too small; nearest valid: 1")
 
     @classmethod
-    def of(cls, model: Model, reward: LatentReward, prompts: Sequence[str], rows: int | None = None) -> LatentScorer:
-        """The judge whose `rows` argument indexes `prompts`."""
-        return cls(bind(model, reward, encoded(model, prompts)), rows=rows)
+    def of(
+        cls, model: Model, reward: LatentReward, prompts: Sequence[str | Prompt], size: Size, rows: int | None = None
+    ) -> LatentScorer:
+        """The judge whose `rows` argument indexes `prompts`, of latents of media of `size`."""
+        return cls(bind(model, reward, encoded(model, asked(prompts), size)), rows=rows)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:

@@ -21,8 +21,10 @@ from tempflow.core.rng import Stream
 from tempflow.core.schedule import linear
 from tempflow.core.times import LogitNormalTimes, UniformTimes
 from tempflow.latent_reward.model import LatentReward, bind
+from tempflow.media import Size
 from tempflow.models.finite import encoded
 from tempflow.models.protocol import Model
+from tempflow.request import asked
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 """score(x [B, *S], sigma float32[B], rows long[B]) -> [B]; `rows` index the prompts."""
@@ -167,11 +169,13 @@ def train_latent_reward(
     model: Model,
     rated: Rated,
     config: RewardTraining,
+    size: Size,
     *,
     reward: LatentReward | None = None,
     report: Report | None = None,
 ) -> LatentReward:
     """Trains `reward` (None: a fresh one from the model's transformer) in place on the pairs of `rated`; returns it.
+    `size`: of the media whose latents these are.
 
     All of its weights are trained, in float32. Two runs with equal arguments give equal weights on a CPU.
 
@@ -182,7 +186,7 @@ def train_latent_reward(
     made = reward
     if made is None:
         made = LatentReward.from_transformer(model.network, seed=config.seed, licence=model.licence)
-    fit(made, bind(model, made, encoded(model, rated.prompts)), rated, pairs, config, report)
+    fit(made, bind(model, made, encoded(model, asked(rated.prompts), size)), rated, pairs, config, report)
     return made
 
 

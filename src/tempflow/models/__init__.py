@@ -17,7 +17,7 @@ import torch
 
 from tempflow.models.family import Adapter, Family
 from tempflow.models.pipeline_folder import check_folder, read_index
-from tempflow.models.protocol import Conditioning, Model, Predict, Size, Trunk
+from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
 from tempflow.names import nearest
 from tempflow.registry import Declared
@@ -41,7 +41,6 @@ __all__ = [
     "Family",
     "Model",
     "Predict",
-    "Size",
     "adapter_of",
     "load",
     "local_folder",

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from tempflow.media import Kind, Size
+from tempflow.models.guidance import Guidance
 from tempflow.models.protocol import Model
 
 Settings = Callable[[str], Mapping[str, Any] | None]
@@ -17,6 +19,11 @@ Settings = Callable[[str], Mapping[str, Any] | None]
 
 def any_scheduler(path: str, kind: str, config: Mapping[str, Any]) -> None:
     """Every scheduler will do."""
+
+
+def unknown_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+    """The family does not say."""
+    return None
 
 
 def no_options(settings: Settings) -> Mapping[str, object]:
@@ -36,7 +43,11 @@ class Family:
     networks     the parts that are trained
     lora_targets ends of the names of the layers that a LoRA is put on
     task         the hub's pipeline tag, for model cards
+    makes        what it makes
+    sources      whether it draws from pictures too
+    guidance     its guidance
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
+    latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
     """
 
@@ -48,7 +59,11 @@ class Family:
     networks: tuple[str, ...] = ("transformer",)
     lora_targets: Sequence[str] = ()
     task: str = "text-to-image"
+    makes: Kind = "picture"
+    sources: bool = False
+    guidance: type[Guidance] = Guidance
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
+    latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.models.protocol import Conditioning, Model, Size
+from tempflow.media import Media, Size
+from tempflow.models.protocol import Conditioning, Model
+from tempflow.request import Prompt
 
 WHOLE, LATENT, PICTURE, GIVEN = 0, 1, 2, 3
 """What may be wrong with a sample: nothing, or where it broke."""
@@ -31,31 +33,31 @@ class NotFiniteError(ArithmeticError):
 
 
 class BrokenPicturesError(NotFiniteError):
-    """Some decoded pictures are not finite. media: uint8 [B, H, W, 3], those black; ok: bool [B], the others."""
+    """Some decoded media are not finite. media: all B, those black and silent; ok: bool [B], the others."""
 
-    def __init__(self, media: Tensor, ok: Tensor) -> None:
+    def __init__(self, media: Media, ok: Tensor) -> None:
         super().__init__(f"{int((~ok).sum())} of {len(ok)} decoded pictures are not finite; {ADVICE}")
         self.media, self.ok = media, ok
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """media: uint8 [B, H, W, 3] on the CPU; broken: LongTensor [B], WHOLE or where a sample broke."""
+    """media: B of them; broken: LongTensor [B], WHOLE or where a sample broke."""
 
-    media: Tensor
+    media: Media
     broken: Tensor
 
     @property
     def ok(self) -> Tensor:
-        """bool [B], which of them are pictures at all."""
+        """bool [B], which of them are any at all."""
         return self.broken == WHOLE
 
 
-def encoded(model: Model, prompts: Sequence[str]) -> Conditioning:
+def encoded(model: Model, prompts: Sequence[Prompt], size: Size) -> Conditioning:
     """`model.encode`. Raises NotFiniteError, naming the prompt, for a condition that is not finite."""
-    condition = model.encode(prompts)
-    named = [(condition.tensors, tuple(prompts))]
-    named += [] if condition.empty is None else [(condition.empty, ("",))]
+    condition = model.encode(prompts, size)
+    named = [(condition.tensors, [p.text for p in prompts])]
+    named += [] if condition.negative is None else [(condition.negative, [p.negative for p in prompts])]
     for tensors, texts in named:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
@@ -79,30 +81,38 @@ def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
         media = model.decode(latents, size)
     except BrokenPicturesError as error:
         media, drawn = error.media, error.ok
-    if media.dtype != torch.uint8 or media.dim() != 4 or len(media) != len(latents):
-        raise ValueError(
-            f"{model.name} decoded {len(latents)} latents to {media.dtype} {list(media.shape)}; "
-            f"expected torch.uint8 [{len(latents)}, H, W, 3]"
-        )
+    if not isinstance(media, Media) or len(media) != len(latents):
+        told = f"{len(media)} media" if isinstance(media, Media) else f"a {type(media).__name__}"
+        raise ValueError(f"{model.name} decoded {len(latents)} latents to {told}; expected Media of {len(latents)}")
     broken = torch.where(drawn.cpu(), WHOLE, PICTURE)
     return Decoded(media, torch.where(fine.cpu(), broken, LATENT))
 
 
-def to_pictures(images: Iterable[Tensor]) -> Tensor:
-    """Decoded parts, float [b, 3, H, W] in −1 … 1, as media: uint8 [B, H, W, 3] on the CPU; for adapters.
+def to_pictures(images: Iterable[Tensor]) -> Media:
+    """Decoded parts, float [b, 3, H, W] in −1 … 1, as media; for adapters. See `to_media`."""
+    return to_media(image[:, None] for image in images)
+
+
+def to_media(
+    clips: Iterable[Tensor], fps: float | None = None, sound: Tensor | None = None, sound_rate: int | None = None
+) -> Media:
+    """Decoded parts, float [b, F, 3, H, W] in −1 … 1, as media of B in all; sound: float [B, C, S] beside them.
 
     Raises BrokenPicturesError where one is not finite: as whole numbers NaN is a black pixel, and nobody would see it.
     """
-    media, fine = list[Tensor](), list[Tensor]()
-    for image in images:
-        fine.append(finite_rows(image).cpu())
-        scaled = (image.float() / 2 + 0.5).clamp(0, 1)
-        media.append((scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
-    ok, pictures = torch.cat(fine), torch.cat(media).contiguous()
+    frames, fine = list[Tensor](), list[Tensor]()
+    for clip in clips:
+        fine.append(finite_rows(clip).cpu())
+        scaled = (clip.float() / 2 + 0.5).clamp(0, 1)
+        frames.append((scaled * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu())
+    ok, pictures = torch.cat(fine), torch.cat(frames).contiguous()
+    if sound is not None:
+        heard = finite_rows(sound).cpu()
+        ok, sound = ok & heard, torch.where(heard[:, None, None], sound.float().cpu(), 0.0)
     if not bool(ok.all()):
         pictures[~ok] = 0
-        raise BrokenPicturesError(pictures, ok)
-    return pictures
+        raise BrokenPicturesError(Media(pictures, fps, sound, sound_rate), ok)
+    return Media(pictures, fps, sound, sound_rate)
 
 
 def finite_rows(x: Tensor) -> Tensor:

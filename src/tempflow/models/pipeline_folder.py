@@ -125,6 +125,11 @@ def tensor_names(folder: Path, stem: str) -> set[str]:
     return names
 
 
+def settings_in(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON file of the folder; None where there is none. Raises ValueError for one that cannot be read."""
+    return _json(folder / name) if (folder / name).is_file() else None
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))

@@ -10,27 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.core.schedule import Schedule
+from tempflow.media import Kind, Media, Size
+from tempflow.models.guidance import Guidance
+from tempflow.request import Prompt
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """predict(x [B, *S], sigma float32[B], rows long[B]) -> velocity [B, *S]; `rows` index the bound conditions."""
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What prompts were encoded to: named tensors [N, …], row n for prompt n, and the prompts for the record.
 
-    `empty` holds the same tensors for the empty prompt, [1, …]: what guidance contrasts with (None: no guidance).
+    `negative` holds the same tensors for what guidance leads away from, a row for each prompt too: its negative text,
+    with the prompt's own sources (None: no guidance). Rows that are all alike may share memory (`shared`).
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     tensors: Mapping[str, Tensor]
-    empty: Mapping[str, Tensor] | None = None
+    negative: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def repeated(self, count: int) -> Conditioning:
+        """Every row `count` times, one after the other."""
+        prompts = tuple(prompt for prompt in self.prompts for _ in range(count))
+        negative = None if self.negative is None else {n: _repeated(t, count) for n, t in self.negative.items()}
+        return Conditioning(prompts, {n: _repeated(t, count) for n, t in self.tensors.items()}, negative)
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    alike = len(tensor) > 0 and tensor.stride(0) == 0
+    return shared(tensor[:1], len(tensor) * count) if alike else tensor.repeat_interleave(count, 0)
+
+
+def shared(row: Tensor, count: int) -> Tensor:
+    """[count, …] whose rows are all that one, [1, …], in its memory. Indexing makes rows of their own."""
+    return row.expand(count, *row.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +100,11 @@ class Trunk(Protocol):
 class EncodesInputs(Protocol):
     """A model whose text encoders can be asked with other token embeddings than a prompt's own: E²PO wants this."""
 
-    def text_inputs(self, prompt: str) -> TextInputs:
+    def text_inputs(self, prompt: Prompt) -> TextInputs:
         """What enters the text encoders for that prompt."""
         ...
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Prompt, tokens: Mapping[str, Tensor]) -> Encoded:
         """The prompt encoded with these token embeddings in place of its own, [K, L, d] by encoder, all of them given.
 
         With gradients to them where gradients are enabled. The prompt's own give its own condition, up to what a batch
@@ -131,8 +148,27 @@ class Model(Protocol):
         """Where latents and conditions live."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes prompts without gradients; what was encoded before comes from a cache."""
+    @property
+    def makes(self) -> Kind:
+        """What it makes: "picture", "video" or "video and sound"."""
+        ...
+
+    @property
+    def takes_sources(self) -> bool:
+        """Whether it draws from a prompt's `sources` too. Where not, `encode` refuses a prompt that has some."""
+        ...
+
+    @property
+    def guidance(self) -> type[Guidance]:
+        """The family's guidance."""
+        ...
+
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+        """Encodes prompts and their negative texts without gradients; what was encoded before comes from a cache.
+
+        Each by itself, so that an embedding does not depend on its neighbours. A cache's key is all that the embedding
+        depends on: texts, the sources' sums and, where it enters, the size.
+        """
         ...
 
     def schedule(self, steps: int, size: Size) -> Schedule:
@@ -143,23 +179,26 @@ class Model(Protocol):
         """Shape of one latent. Raises ValueError for a size the model cannot draw, naming the nearest it can."""
         ...
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(
+        self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None
+    ) -> Predict:
         """The velocity with conditions and guidance bound; with gradients where they are enabled.
 
+        `guidance`: the family's; a number is plain classifier-free guidance (`models.guidance.guided`).
         `network`: another set of weights of the same architecture (a frozen reference); None is the policy's.
         """
         ...
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        """Latents [B, *S] → media: uint8 [B, H, W, 3] on the CPU.
+    def decode(self, x: Tensor, size: Size) -> Media:
+        """Latents [B, *S] → B media.
 
         Raises `models.finite.BrokenPicturesError`, which carries the media, where some are not finite: as whole numbers
         nobody could tell NaN from black. `models.finite.to_pictures` does it.
         """
         ...
 
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
-        """Media uint8 [B, H, W, 3] of `size` → latents [B, *S] on the model's device, such that `decode` gives nearly
+    def encode_media(self, media: Media, size: Size) -> Tensor:
+        """B media of `size` → latents [B, *S] on the model's device, such that `decode` gives nearly
         the media back. Deterministic, without gradients. Raises ValueError for media of another kind or size."""
         ...
 

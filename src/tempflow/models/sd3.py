@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempflow.core.distribution import upcast
 from tempflow.core.schedule import Schedule
+from tempflow.media import Media, Size
 from tempflow.models.attention import FusedForward
 from tempflow.models.family import Family, Settings
 from tempflow.models.finite import to_pictures
+from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora import FittedLora, add_adapter, attach, fresh_adapter, layer_shapes, lora_of, write_lora
 from tempflow.models.lora_files import LoraFile, fit
 from tempflow.models.pipeline_folder import (
@@ -27,10 +28,11 @@ from tempflow.models.pipeline_folder import (
     licence_of,
     readable_index,
 )
-from tempflow.models.protocol import Conditioning, Encoded, Predict, Size, TextInputs
+from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs, shared
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3_names import original_names
 from tempflow.models.sd3_text_inputs import encode_inputs, text_inputs
+from tempflow.request import Prompt
 
 PIPELINES = {"StableDiffusion3Pipeline": "SD3"}
 """The pipeline classes that this file serves, and by which class: `models.ADAPTERS` reads it."""
@@ -64,6 +66,18 @@ def _call_options(settings: Settings) -> dict[str, object]:
     return {"max_sequence_length": length} if length < T5_TOKENS else {}
 
 
+def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+    """[C, H, W], by the configurations of the transformer and the autoencoder."""
+    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
+    if transformer is None or vae is None:
+        return None
+    for part, told, key in (("transformer", transformer, "in_channels"), ("vae", vae, "block_out_channels")):
+        if key not in told:
+            raise ValueError(f"model.path: {part}/config.json does not say {key!r}; is the folder whole?")
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return (transformer["in_channels"], size.height // scale, size.width // scale)
+
+
 FAMILY = Family(
     title="Stable Diffusion 3 / 3.5 (and the embedded `shapes`)",
     needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -73,6 +87,7 @@ FAMILY = Family(
     may_be_null="text_encoder_3 and tokenizer_3 (T5)",
     lora_targets=LORA_TARGETS,
     scheduler=check_flow_match_euler,
+    latent_shape=_latent_shape,
     call_options=_call_options,
 )
 
@@ -88,6 +103,7 @@ class SD3:
     """
 
     family = FAMILY
+    makes, takes_sources, guidance = FAMILY.makes, FAMILY.sources, FAMILY.guidance
 
     def __init__(self, pipe: Any, name: str, licence: str, max_tokens: int) -> None:
         self.pipe, self.name, self.licence = pipe, name, licence
@@ -146,12 +162,19 @@ class SD3:
         return {name: module for name, module in found.items() if module is not None}
 
     # ------------------------------------------------------------------------------------------------- conditions
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """See `Model.encode`; the tensors are `embeds` [N, L, d] and `pooled` [N, p], in the transformer's dtype."""
-        for prompt in dict.fromkeys(("", *prompts)):
-            if prompt not in self._cache:
-                self._cache[prompt] = self._encode_one(prompt)
-        condition = Conditioning(tuple(prompts), self._rows(prompts), self._rows([""]))
+    def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+        """See `Model.encode`; the tensors are `embeds` [N, L, d] and `pooled` [N, p], in the transformer's dtype. The
+        size does not enter them. Raises ValueError for no prompt, or one with sources."""
+        if not prompts:
+            raise ValueError("prompts: the list is empty; at least one prompt is needed")
+        for prompt in prompts:
+            if prompt.sources:
+                raise ValueError(f"prompt {prompt.text[:60]!r} has pictures, and {self.name!r} draws from text alone")
+        texts, negatives = [p.text for p in prompts], [p.negative for p in prompts]
+        for text in dict.fromkeys((*negatives, *texts)):
+            if text not in self._cache:
+                self._cache[text] = self._encode_one(text)
+        condition = Conditioning(tuple(prompts), self._rows(texts), self._rows(negatives))
         for oldest in list(self._cache)[: max(0, len(self._cache) - CACHED_PROMPTS)]:
             del self._cache[oldest]
         return condition
@@ -165,22 +188,23 @@ class SD3:
         )
         return embeds[0].cpu(), pooled[0].cpu()
 
-    def text_inputs(self, prompt: str) -> TextInputs:
+    def text_inputs(self, prompt: Prompt) -> TextInputs:
         """See `EncodesInputs.text_inputs`: of both CLIPs and, where the pipeline has it, T5."""
-        return text_inputs(self.pipe, prompt, self._max_tokens)
+        return text_inputs(self.pipe, prompt.text, self._max_tokens)
 
-    def encode_inputs(self, prompt: str, tokens: Mapping[str, Tensor]) -> Encoded:
+    def encode_inputs(self, prompt: Prompt, tokens: Mapping[str, Tensor]) -> Encoded:
         """See `EncodesInputs.encode_inputs`; the tensors are on the model's device, in the transformer's dtype."""
-        encoded = encode_inputs(self.pipe, prompt, tokens, self._max_tokens)
+        encoded = encode_inputs(self.pipe, prompt.text, tokens, self._max_tokens)
         tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in encoded.tensors.items()}
         return Encoded(tensors, encoded.vectors)
 
-    def _rows(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        if not prompts:
-            raise ValueError("prompts: the list is empty; at least one prompt is needed")
-        embeds = torch.stack([self._cache[p][0] for p in prompts])
-        pooled = torch.stack([self._cache[p][1] for p in prompts])
-        return {"embeds": embeds.to(self.device, self.dtype), "pooled": pooled.to(self.device, self.dtype)}
+    def _rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        kept = texts[:1] if len(set(texts)) == 1 else texts
+        rows: dict[str, Tensor] = {}
+        for place, name in enumerate(("embeds", "pooled")):
+            tensor = torch.stack([self._cache[text][place] for text in kept]).to(self.device, self.dtype)
+            rows[name] = tensor if len(kept) == len(texts) else shared(tensor, len(texts))
+        return rows
 
     # ---------------------------------------------------------------------------------------------------- drawing
     def schedule(self, steps: int, size: Size) -> Schedule:
@@ -229,24 +253,30 @@ class SD3:
         """
         unit = self.pipe.vae_scale_factor * self._patch
         limit = self.pipe.transformer.config.pos_embed_max_size * unit
-        for label, value in zip(("height", "width"), size, strict=True):
+        if size.frames != 1:
+            raise ValueError(f"frames: {size.frames} of {self.name!r}, which draws pictures; nearest valid: 1")
+        for label, value in (("height", size.height), ("width", size.width)):
             nearest = min(max(round(value / unit), 1) * unit, limit)
             if value != nearest:
                 raise ValueError(f"{label}: {value} must be a multiple of {unit} up to {limit}; nearest is {nearest}")
         scale = self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels, size[0] // scale, size[1] // scale)
+        return (self.pipe.transformer.config.in_channels, size.height // scale, size.width // scale)
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
-        """See `Model.predictor`. Guidance g: v = v_∅ + g·(v_c − v_∅), as the pipeline has it for g > 1; the empty
-        branch carries no gradient (Flow-GRPO's later code). At g = 1 the empty branch is not computed.
+    def predictor(
+        self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None
+    ) -> Predict:
+        """See `Model.predictor`. Guidance g: v = v_neg + g·(v_c − v_neg), as the pipeline has it at g > 1. The negative
+        branch carries no gradient (Flow-GRPO's later code), and at g = 1 it is not computed.
 
         Velocities come in the transformer's dtype, guided ones in float32 or better.
         """
-        module = network if network is not None else self.pipe.transformer
-        tensors, empty = condition.tensors, condition.empty
+        module, guide = network if network is not None else self.pipe.transformer, guided(guidance)
+        tensors, negative = condition.tensors, condition.negative
         timesteps = self.pipe.scheduler.config.num_train_timesteps
-        if guidance != 1 and empty is None:
-            raise ValueError(f"guidance: {guidance} needs conditions with an empty prompt; without one only 1 is valid")
+        if guide.rows > 1 and negative is None:
+            raise ValueError(
+                f"guidance: {guide.guidance} needs conditions with negative prompts; without them only 1 is valid"
+            )
 
         def velocity(x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
             with self._attention():
@@ -260,14 +290,13 @@ class SD3:
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             embeds, pooled = tensors["embeds"][rows], tensors["pooled"][rows]
-            if guidance == 1 or empty is None:
+            if guide.rows == 1 or negative is None:
                 return velocity(x, sigma, embeds, pooled)
-            first = torch.zeros_like(rows)  # `expand` would do, but rows of stride 0 take another bfloat16 kernel
-            no_embeds, no_pooled = empty["embeds"][first], empty["pooled"][first]
+            no_embeds, no_pooled = negative["embeds"][rows], negative["pooled"][rows]
             if torch.is_grad_enabled():
                 with torch.no_grad():
                     base = velocity(x, sigma, no_embeds, no_pooled)
-                guided = velocity(x, sigma, embeds, pooled)
+                positive = velocity(x, sigma, embeds, pooled)
             else:
                 both = velocity(
                     torch.cat([x, x]),
@@ -275,9 +304,8 @@ class SD3:
                     torch.cat([no_embeds, embeds]),
                     torch.cat([no_pooled, pooled]),
                 )
-                base, guided = both.chunk(2)
-            base, guided = upcast(base), upcast(guided)
-            return base + guidance * (guided - base)
+                base, positive = both.chunk(2)
+            return guide(positive, base)
 
         return predict
 
@@ -287,7 +315,7 @@ class SD3:
         return nullcontext()
 
     @torch.no_grad()
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def decode(self, x: Tensor, size: Size) -> Media:
         """See `Model.decode`; in float32 equal to the pipeline's `output_type="pil"`, in parts that bound memory."""
         vae, (scale, shift) = self.pipe.vae, self._scale_and_shift()
         parts = (
@@ -297,17 +325,17 @@ class SD3:
         return to_pictures(parts)
 
     @torch.no_grad()
-    def encode_media(self, media: Tensor, size: Size) -> Tensor:
+    def encode_media(self, media: Media, size: Size) -> Tensor:
         """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one),
         shifted and scaled as the pipeline's decoding takes it back; in parts that bound memory."""
         shape, vae, (scale, shift) = self.noise_shape(size), self.pipe.vae, self._scale_and_shift()
-        if media.dtype != torch.uint8 or media.shape[1:] != (*size, 3):
-            raise ValueError(
-                f"media: {media.dtype} {list(media.shape)} must be torch.uint8 [B, {size[0]}, {size[1]}, 3]"
-            )
+        media = Media.of(media)
+        if media.frames.shape[1:] != (1, size.height, size.width, 3):
+            raise ValueError(f"media: {media.size}, and {size} is asked for; nearest valid: pictures of {size}")
+        pictures = media.pictures()
         latents = torch.empty(len(media), *shape, device=self.device)
         for rows in torch.arange(len(media)).split(_rows_at_once(size)):
-            image = media[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            image = pictures[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
             encoded = vae.encode(image.to(vae.dtype))
             z = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents).float()
             latents[rows.to(self.device)] = (z - shift) * scale
@@ -376,4 +404,4 @@ class SD3:
 
 
 def _rows_at_once(size: Size) -> int:
-    return max(1, min(VAE_ROWS, VAE_PIXELS // (size[0] * size[1])))
+    return max(1, min(VAE_ROWS, VAE_PIXELS // size.pixels))

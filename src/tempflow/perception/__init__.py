@@ -6,7 +6,7 @@ from tempflow.perception.dino import DinoFeatures
 from tempflow.perception.embed import DinoEmbedding, Embedding, HandEmbedding
 from tempflow.perception.hand import HandFeatures
 from tempflow.perception.maps import FeatureMaps, MapProvider
-from tempflow.perception.media import DenseFeatures, Media
+from tempflow.perception.pictures import DenseFeatures, Pictures
 
 __all__ = [
     "DenseFeatures",
@@ -17,5 +17,5 @@ __all__ = [
     "HandEmbedding",
     "HandFeatures",
     "MapProvider",
-    "Media",
+    "Pictures",
 ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempflow.perception.media import Media, check_media
+from tempflow.perception.pictures import Pictures, check_pictures
 
 FAMILIES = ("dinov2", "dinov2_with_registers")
 """Kinds of backbone (`model_type` of config.json) whose tokens are [CLS, registers, patches row by row]."""
@@ -54,12 +54,12 @@ class DinoBackbone:
         shorter = min(height, width)
         return round(self.patches * height / shorter), round(self.patches * width / shorter)
 
-    def tokens(self, media: Media) -> Iterator[tuple[Tensor, Tensor]]:
+    def tokens(self, media: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
         """Per `rows` pictures: the CLS token float32 [n, d] and the patches' [n, gh, gw, d], both after the last norm.
 
         Raises ValueError for media that is not uint8 [N, H, W, 3] on the CPU.
         """
-        check_media(media)
+        check_pictures(media)
         down, across = self.grid(media.shape[1], media.shape[2])
         for part in media.split(self.rows) if len(media) else ():
             with torch.no_grad():
@@ -73,7 +73,7 @@ class DinoBackbone:
         """Numbers per token."""
         return int(self._network.config.hidden_size)
 
-    def _pixels(self, media: Media, size: tuple[int, int]) -> Tensor:
+    def _pixels(self, media: Pictures, size: tuple[int, int]) -> Tensor:
         """uint8 [n, H, W, 3] to what the network takes, [n, 3, *size], on its device."""
         picture = media.permute(0, 3, 1, 2).float()
         picture = F.interpolate(picture, size, mode="bicubic", antialias=True, align_corners=False)
@@ -99,7 +99,7 @@ class DinoFeatures:
     ) -> None:
         self.backbone = DinoBackbone(path, revision, patches=patches, rows=rows, device=device)
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """float32 [N, gh, gw, d] on the CPU; (gh, gw) is `backbone.grid(H, W)`."""
         parts = [patches for _, patches in self.backbone.tokens(media)]
         empty = torch.empty(0, *self.backbone.grid(media.shape[1], media.shape[2]), self.backbone.width)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tempflow.perception.dino import DinoBackbone
 from tempflow.perception.diversity import features
-from tempflow.perception.media import Media, check_media
+from tempflow.perception.pictures import Pictures, check_pictures
 
 Pool = Literal["cls", "patches"]
 
@@ -24,7 +24,7 @@ Pool = Literal["cls", "patches"]
 class Embedding(Protocol):
     """Turns each picture into a vector; like pictures lie close."""
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """Pictures, uint8 [N, H, W, 3], to float32 [N, d] on the CPU; equal pictures give equal rows."""
         ...
 
@@ -33,9 +33,9 @@ class Embedding(Protocol):
 class HandEmbedding:
     """The features of `perception.diversity`: colour, layout and edges, without a network. Black is 1 from white."""
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """float32 [N, 128]. Raises ValueError for media that is not uint8 [N, H, W, 3] on the CPU."""
-        check_media(media)
+        check_pictures(media)
         return features(media)
 
 
@@ -65,7 +65,7 @@ class DinoEmbedding:
         self.backbone = DinoBackbone(path, revision, patches=patches, rows=rows, device=device)
         self.pool, self.unit = pool, unit
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """float32 [N, d] on the CPU, d the backbone's width."""
         pooled = [cls if self.pool == "cls" else grid.mean((1, 2)) for cls, grid in self.backbone.tokens(media)]
         found = torch.cat(pooled) if pooled else torch.empty(0, self.backbone.width)

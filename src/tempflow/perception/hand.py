@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempflow.perception.media import Media, check_media
+from tempflow.perception.pictures import Pictures, check_pictures
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class HandFeatures:
         if self.grid < 1:
             raise ValueError(f"grid: {self.grid} must be at least 1; 8 is usual")
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """float32 [N, grid, grid, 5]. Raises ValueError for media that is not uint8 [N, H, W, 3] on the CPU."""
-        check_media(media)
+        check_pictures(media)
         picture = media.permute(0, 3, 1, 2).contiguous().float() / 255
         mean = self._cells(picture)
         variance = (self._cells(picture**2) - mean**2).mean(1, keepdim=True).clamp(min=0)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempflow.perception.media import DenseFeatures, Media, check_media
+from tempflow.perception.pictures import DenseFeatures, Pictures, check_pictures
 
 Orient = Literal["border", "reverse", "none"]
 Normalise = Literal["minmax", "mean_one"]
@@ -31,7 +31,7 @@ NOISE = 1e-10
 class MapProvider(Protocol):
     """Says how much each place of a picture counts."""
 
-    def __call__(self, media: Media, size: tuple[int, int]) -> Tensor:
+    def __call__(self, media: Pictures, size: tuple[int, int]) -> Tensor:
         """Pictures, uint8 [N, H, W, 3], to float32 [N, h, w] ≥ 0; (h, w) = `size`, the latent's rows and columns."""
         ...
 
@@ -77,9 +77,9 @@ class FeatureMaps:
             if value not in get_args(known):
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(known))}")
 
-    def __call__(self, media: Media, size: tuple[int, int]) -> Tensor:
+    def __call__(self, media: Pictures, size: tuple[int, int]) -> Tensor:
         """float32 [N, h, w] ≥ 0 on the CPU; a row depends on its picture alone, if it does so in the features."""
-        check_media(media)
+        check_pictures(media)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size: {tuple(size)} must be two sides of at least 1; nearest valid: (1, 1)")
         features = self.features(media).detach()

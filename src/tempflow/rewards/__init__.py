@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.media import Media
 from tempflow.registry import Registry
+from tempflow.rewards.frames import over_frames
 from tempflow.rewards.function import from_function
-from tempflow.rewards.protocol import Media, Reward, RewardError, check_media
+from tempflow.rewards.protocol import Reward, RewardError, check_media, check_takes
 from tempflow.rewards.safe import Fault, Pause, SafeReward, faults, go_on, safe
 
 __all__ = [
@@ -28,16 +30,18 @@ __all__ = [
     "RewardError",
     "SafeReward",
     "build",
+    "check_takes",
     "faults",
     "from_function",
     "names",
     "notes",
+    "over_frames",
     "plugin",
     "safe",
     "score_all",
 ]
 
-REWARDS: Mapping[str, Callable[[], Reward]] = Registry(__name__, besides=("function", "protocol", "safe"))
+REWARDS: Mapping[str, Callable[[], Reward]] = Registry(__name__, besides=("frames", "function", "protocol", "safe"))
 """What ships with the package: name → constructor without arguments."""
 
 GROUP = "tempflow.rewards"
@@ -87,21 +91,22 @@ def build(name: str) -> Reward:
 
 def score_all(
     rewards: Sequence[Reward],
-    media: Media,
+    media: Media | Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, object]],
     groups: Sequence[int],
     *,
     timeout: float | None = None,
-    sound: Tensor | None = None,
+    ok: Tensor | None = None,
     pause: Pause = go_on,
 ) -> Scores:
     """Scores all media by all rewards, a column (or more) each, rows in the media's order.
 
+    media    or pictures, uint8 [N, H, W, 3] on the CPU
     groups   the prompt slot of each medium. A groupwise reward is called once per slot; equal prompts in different
              slots are different groups
     timeout  seconds that a call may take; None leaves each reward the one that it has (`safe`)
-    sound    bool[N] on the CPU, which media are pictures at all: the others are not scored, and failed
+    ok       bool[N] on the CPU, which media are any at all: the others are not scored, and failed
     pause    called while a call with a timeout goes on; may raise to leave
 
     A reward that raises, or takes too long, has failed scores and a warning. Where that is due to some prompts only,
@@ -112,11 +117,11 @@ def score_all(
     """
     if not rewards:
         raise ValueError("rewards = []: nothing to score by; nearest valid: [build('shapes')]")
-    check_media(media, prompts, metadata)
-    for field, count in (("groups", len(groups)), ("sound", len(media) if sound is None else len(sound))):
+    media = check_media(media, prompts, metadata)
+    for field, count in (("groups", len(groups)), ("ok", len(media) if ok is None else len(ok))):
         if count != len(media):
             raise ValueError(f"{field} has {count} entries for {len(media)} media; nearest valid: {len(media)}")
-    whole = torch.arange(len(media)) if sound is None else sound.nonzero()[:, 0]
+    whole = torch.arange(len(media)) if ok is None else ok.nonzero()[:, 0]
     rows = _Rows(media, prompts, metadata, pause)
     slots: dict[int, list[int]] = {}
     for row in whole.tolist():
@@ -134,7 +139,7 @@ class _Rows:
     pause: Pause
 
     def call(self, reward: SafeReward, rows: Sequence[int]) -> Scores | Fault:
-        media = self.media if len(rows) == len(self.media) else self.media[list(rows)]
+        media = self.media if len(rows) == len(self.media) else self.media[rows]
         prompts, metadata = [self.prompts[i] for i in rows], [self.metadata[i] for i in rows]
         return reward.attempt(media, prompts, metadata, self.pause)
 

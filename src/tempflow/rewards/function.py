@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.core.scores import Scores
-from tempflow.rewards.protocol import Media, RewardError
+from tempflow.media import KINDS, Kind, Media
+from tempflow.rewards.protocol import RewardError
 from tempflow.rewards.safe import SafeReward
 
 Metadata = list[Mapping[str, object]]
 """What each picture's prompt came with, beside its text."""
 
 Result = Sequence[float | None] | np.ndarray | Tensor
-Function = Callable[[list[Image.Image], list[str]], Result] | Callable[[list[Image.Image], list[str], Metadata], Result]
+Function = Callable[[list[Any], list[str]], Result] | Callable[[list[Any], list[str], Metadata], Result]
+"""Of what is judged (PIL images where pictures are), the prompts and perhaps their metadata."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,34 @@ class FunctionReward:
     name: str
     groupwise: bool
     wants_metadata: bool = False
+    takes: Kind = "picture"
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; a row is failed where the function says None, NaN or an infinity. Raises what it raises."""
-        images = [Image.fromarray(picture) for picture in media.numpy()]
-        more = ({**m} for m in metadata)
-        given = (images, list(prompts), list(more)) if self.wants_metadata else (images, list(prompts))
+        judged, more = _as_taken(media, self.takes), ({**m} for m in metadata)
+        given = (judged, list(prompts), list(more)) if self.wants_metadata else (judged, list(prompts))
         return _column(_values(self.function(*given), len(media), self.name), self.name)
 
 
+def _as_taken(media: Media, takes: Kind) -> list[Any]:
+    """Each medium as a function gets it."""
+    if takes == "picture":
+        return [Image.fromarray(picture) for picture in media.pictures().numpy()]
+    frames = list(media.frames.numpy())
+    if takes == "video":
+        return frames
+    if media.sound is None:
+        raise RewardError(f"media without sound for a reward that takes {takes}")
+    sound = list(media.sound.numpy())
+    return sound if takes == "sound" else list(zip(frames, sound, strict=True))
+
+
 def from_function(
-    function: Function, name: str | None = None, groupwise: bool = False, timeout: float | None = None
+    function: Function,
+    name: str | None = None,
+    groupwise: bool = False,
+    timeout: float | None = None,
+    takes: Kind = "picture",
 ) -> SafeReward:
     """A reward from `function(images, prompts) -> scores`, or from `function(images, prompts, metadata)`.
 
@@ -52,17 +72,20 @@ def from_function(
     be scored; a row whose score failed is left out of training and is never counted as 0. An exception, or a call that
     takes longer than `timeout` seconds, fails all rows of the call and is logged as a warning (see `SafeReward`).
     Pictures and metadata are the function's own: it may change them. `name` is the function's own unless given.
-    `groupwise`: one call per prompt, with all its pictures.
+    `groupwise`: one call per prompt, with all its pictures. `takes`: "video", in place of each image an array uint8
+    [F, H, W, 3]; "sound", float32 [C, S]; "video and sound", the pair of them.
 
-    Raises ValueError for something that cannot be called so or has no name, and for a timeout not above 0; `score`
-    raises RewardError for a result of another length, or one that is not made of numbers.
+    Raises ValueError for another `takes`, something that cannot be called so or has no name, and a timeout not above 0;
+    `score` raises RewardError for a result of another length, or one that is not made of numbers.
     """
+    if takes not in KINDS:
+        raise ValueError(f"takes: {takes!r} is not one of {', '.join(KINDS)}; nearest valid: 'picture'")
     if not callable(function):
         raise ValueError(f"function = {function!r} cannot be called; nearest valid: def score(images, prompts): ...")
     name = name if name is not None else _own_name(function)
     if not name:
         raise ValueError("name = '': a reward needs one; nearest valid: name='my_reward'")
-    return SafeReward(FunctionReward(function, name, groupwise, _wants_metadata(function)), timeout)
+    return SafeReward(FunctionReward(function, name, groupwise, _wants_metadata(function), takes), timeout)
 
 
 def _wants_metadata(function: Callable[..., object]) -> bool:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from tempflow.core.scores import Scores
-from tempflow.rewards.protocol import Media, check_media
+from tempflow.media import Media
+from tempflow.rewards.protocol import check_media
 
 LICENCE, NEEDS = "Apache-2.0", ""
 
@@ -37,8 +38,8 @@ class JPEGCompressibility:
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; never fails. The prompt plays no part."""
-        check_media(media, prompts, metadata)
-        sizes = [self._bytes(Image.fromarray(picture)) for picture in media.numpy()]
+        pictures = check_media(media, prompts, metadata).pictures()
+        sizes = [self._bytes(Image.fromarray(picture)) for picture in pictures.numpy()]
         value = -torch.tensor(sizes, dtype=torch.float32)[:, None] / 1000
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
 

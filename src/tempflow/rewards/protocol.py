@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from tempflow.core.scores import Scores
-
-Media = Tensor
-"""Pictures: uint8 [N, H, W, 3] on the CPU."""
+from tempflow.media import Kind, Media, serves
 
 
 class RewardError(ValueError):
@@ -20,10 +17,12 @@ class RewardError(ValueError):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores pictures; knows nothing of diffusion.
+    """Scores media; knows nothing of diffusion.
 
     name       what its column is called in metrics and configurations
     groupwise  True: `score` is called with all media of one prompt at once (and of no other), as comparisons need
+
+    One that takes anything but pictures says so by a further member, `takes`: "video", "sound" or "video and sound".
     """
 
     @property
@@ -33,20 +32,37 @@ class Reward(Protocol):
     def groupwise(self) -> bool: ...
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
-        """`Scores` with a row per medium, in order. media uint8 [N, H, W, 3]; a prompt and its metadata per medium."""
+        """`Scores` with a row per medium, in order; a prompt's text and its metadata per medium.
+
+        One that judges pictures looks at `media.pictures()`, uint8 [N, H, W, 3].
+        """
         ...
 
 
-def check_media(media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
-    """Raises ValueError unless media is uint8 [N, H, W, 3] on the CPU with N prompts and N metadata."""
-    if media.dtype != torch.uint8 or media.ndim != 4 or media.shape[-1] != 3 or media.device.type != "cpu":
-        raise ValueError(
-            f"media is {media.dtype} {list(media.shape)} on {media.device}; "
-            "nearest valid: torch.uint8 [N, H, W, 3] on cpu"
-        )
+def takes_of(reward: object) -> Kind:
+    """What a reward takes; "picture" where it does not say."""
+    return getattr(reward, "takes", "picture")
+
+
+def check_takes(rewards: Sequence[Reward], made: Kind, model: str) -> None:
+    """Raises ValueError for a reward that takes something else than the model makes; before work starts."""
+    for reward in rewards:
+        taken = takes_of(reward)
+        if not serves(made, taken):
+            hint = "over_frames(reward)" if taken == "picture" else f"a reward of {made}"
+            raise ValueError(
+                f"reward {reward.name!r} takes {taken}, and the model {model!r} makes {made}; nearest valid: {hint}"
+            )
+
+
+def check_media(media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Media:
+    """`media` as media (pictures may come as uint8 [N, H, W, 3] on the CPU). Raises ValueError unless there are N
+    prompts and N metadata for them."""
+    found = Media.of(media)
     for field, given in (("prompts", prompts), ("metadata", metadata)):
-        if len(given) != len(media):
-            raise ValueError(f"{field} has {len(given)} entries for {len(media)} media; nearest valid: {len(media)}")
+        if len(given) != len(found):
+            raise ValueError(f"{field} has {len(given)} entries for {len(found)} media; nearest valid: {len(found)}")
+    return found
 
 
 def check(scores: object, count: int, reward: str) -> Scores:

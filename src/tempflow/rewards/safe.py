@@ -15,7 +15,8 @@ from threading import Thread
 import torch
 
 from tempflow.core.scores import Scores
-from tempflow.rewards.protocol import Media, Reward, RewardError, check, check_media
+from tempflow.media import Kind, Media
+from tempflow.rewards.protocol import Reward, RewardError, check, check_media, takes_of
 
 SLICE = 0.05
 """Seconds between two looks at whether the run is to be left while a call with a timeout goes on."""
@@ -68,6 +69,10 @@ class SafeReward:
     def groupwise(self) -> bool:
         return self.reward.groupwise
 
+    @property
+    def takes(self) -> Kind:
+        return takes_of(self.reward)
+
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """As `Reward.score`. Raises RewardError for an answer that is no `Scores` with a row per medium."""
         answer = self.attempt(media, prompts, metadata)
@@ -80,7 +85,7 @@ class SafeReward:
 
         Raises ValueError for media that are none, and RewardError for an answer that breaks the protocol.
         """
-        check_media(media, prompts, metadata)
+        media = check_media(media, prompts, metadata)
         given = (media.clone(), list(prompts), copy.deepcopy(list(metadata)))
         answer = self._settled(lambda: self.reward.score(*given), pause)
         if answer is None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from tempflow.core.scores import Scores
-from tempflow.rewards.protocol import Media, check_media
+from tempflow.media import Media
+from tempflow.rewards.protocol import check_media
 from tempflow.shapes.prompts import by_prompt
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class ShapesReward:
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; never fails. Raises ValueError for another size or for a prompt that is not of this world."""
-        check_media(media, prompts, metadata)
-        if len(media) and media.shape[1:3] != (self._size, self._size):
+        pictures = check_media(media, prompts, metadata).pictures()
+        if len(pictures) and pictures.shape[1:3] != (self._size, self._size):
+            height, width = pictures.shape[1:3]
             raise ValueError(
-                f"media is {media.shape[1]}×{media.shape[2]}; the shapes reward judges {self._size}×{self._size}. "
+                f"media is {height}×{width}; the shapes reward judges {self._size}×{self._size}. "
                 f"Nearest valid: height={self._size}, width={self._size}"
             )
         known = by_prompt()
@@ -64,7 +66,7 @@ class ShapesReward:
                 raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
         verdicts = [
             _verdict(self._judge, self._size, picture.tobytes(), p)
-            for picture, p in zip(media.numpy(), prompts, strict=True)
+            for picture, p in zip(pictures.numpy(), prompts, strict=True)
         ]
         value = torch.tensor([v.graded if self.graded else float(v.strict) for v in verdicts]).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))

@@ -13,13 +13,15 @@ from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config, load_config
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import Prompt, as_prompts, load_prompts, shared_out
+from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import load, resolved_device, resolved_dtype
+from tempflow.models import adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models.guidance import guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Conditioning, Model
-from tempflow.rewards import SafeReward, build, from_function, safe
+from tempflow.request import Prompt
+from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
 from tempflow.train.context import Context, ScoreLatents
@@ -102,8 +104,10 @@ def context_of(
 ) -> tuple[Context, Trainable, WeightSets]:
     """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
     follows them."""
-    size = (config.model.height, config.model.width)
+    size = config.size
     model.noise_shape(size)
+    check_takes(rewards, model.makes, model.name)
+    guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)
     trainable = Trainable(model.network)
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
     weight_sets = WeightSets.of(algorithm, trainable)
@@ -128,7 +132,7 @@ def context_of(
         algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),
         schedule=model.schedule(algorithm.steps, size),
         size=size,
-        guidance=config.model.guidance,
+        guidance=guidance,
         rewards=rewards,
         seed=config.seed,
         rollout_rows=config.rollout_rows,
@@ -210,21 +214,30 @@ def prompt_sources(
     prompts: PromptsLike | None,
     test_prompts: PromptsLike | None,
     reads: Sequence[str],
+    pictures: bool = False,
 ) -> dict[str, Sequence[Prompt]]:
     """All prompts, by the field or the argument that they come from.
 
-    `reads`: keys of a prompt that the algorithm takes samples from.
+    `reads`: keys of a prompt that the algorithm takes samples from; `pictures`: whether the model draws from some.
     """
     sources = dict[str, Sequence[Prompt]]()
     for name in () if prompts is not None else ("train", "validation", "test"):
         try:
-            sources[f"data.{name}"] = load_prompts(dict(config.data)[name], uses=reads)
+            sources[f"data.{name}"] = load_prompts(dict(config.data)[name], uses=reads, sources=pictures)
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from error
     for name, listed in (("prompts", prompts), ("test_prompts", test_prompts)):
         if listed is not None:
-            sources[name] = as_prompts(listed, reads)
+            sources[name] = as_prompts(listed, reads, pictures)
     return sources
+
+
+def takes_sources(config: Config, model: Model | None) -> bool:
+    """Whether the run's model, perhaps given as an object, draws from pictures too."""
+    if model is not None:
+        return model.takes_sources
+    folder = local_folder(config.model.path, config.model.revision)
+    return adapter_of(config.model.path, folder).family.sources
 
 
 def prompt_sets(
@@ -243,6 +256,10 @@ def prompt_sets(
         if shares:
             say(f"data.{name}: {shares}")
     _say_of_training(sets["train"], config, say)
+    for name, prompts in sets.items():
+        unused = unused_negatives(prompts, config.model.guidance if name == "train" else e.guidance)
+        if unused:
+            say(f"warn: {names[name]}: {unused}")
     return sets
 
 

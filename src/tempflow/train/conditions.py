@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from tempflow.core.distribution import upcast
 from tempflow.core.perturb import Perturbation
 from tempflow.core.rng import Stream
+from tempflow.media import Size
 from tempflow.models.finite import NotFiniteError, encoded
+from tempflow.models.guidance import Guidance
 from tempflow.models.protocol import Conditioning, EncodesInputs, Model, Predict, TextInputs
+from tempflow.request import Prompt
 
 KEPT_BYTES = 1 << 30
 """Of offsets that are kept for the next time; a prompt of 45 tokens takes 12 MiB with SD 3.5's three encoders and 12
@@ -44,17 +47,17 @@ class Learned:
     def __init__(self) -> None:
         self._kept: dict[tuple[Perturbation, int, str, bytes], Offsets] = {}
 
-    def of(self, model: Model, prompts: Sequence[str], perturbation: Perturbation, seed: int) -> list[Offsets]:
+    def of(self, model: Model, prompts: Sequence[Prompt], perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
         if not isinstance(model, EncodesInputs):
             raise ValueError(
                 f"conditions: the model {model.name!r} does not show what enters its text encoders "
                 "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
             )
-        keys = [(perturbation, seed, text, _digest(model.text_inputs(text).tokens)) for text in prompts]
-        for key in keys:
+        keys = [(perturbation, seed, prompt.text, _digest(model.text_inputs(prompt).tokens)) for prompt in prompts]
+        for key, prompt in zip(keys, prompts, strict=True):
             if key not in self._kept:
-                self._kept[key] = _learn(model, *key[:3])
+                self._kept[key] = _learn(model, perturbation, seed, prompt)
         offsets = [self._kept[key] for key in keys]
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
@@ -70,12 +73,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
-def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, text: str) -> Offsets:
-    inputs = model.text_inputs(text)
+def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, prompt: Prompt) -> Offsets:
+    inputs, text = model.text_inputs(prompt), prompt.text
     places = {name: content.nonzero()[:, 0] for name, content in inputs.content.items()}
 
     def encode(words: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return model.encode_inputs(text, _with_words(inputs, places, words)).vectors
+        return model.encode_inputs(prompt, _with_words(inputs, places, words)).vectors
 
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     words = {name: inputs.tokens[name][place] for name, place in places.items()}
@@ -96,17 +99,18 @@ def perturbed_predictor(
     model: Model,
     learned: Learned,
     perturbation: Perturbation,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
+    size: Size,
     first: int,
     seed: int,
-    guidance: float,
+    guidance: Guidance,
     network: nn.Module | None,
 ) -> Predict:
     """The predictor that rolls these prompts out, of which the first has slot `first`; rows are slot·K + k.
 
     network: the weight set that rolls out; None: the policy.
     """
-    condition = encoded(model, prompts)
+    condition = encoded(model, prompts, size)
     moved = moved_conditions(model, condition, learned.of(model, prompts, perturbation, seed))
     predict = perturbed(model, condition, moved, perturbation.strength, guidance, network)
     return lambda x, sigma, rows: predict(x, sigma, rows - first * perturbation.count)
@@ -124,11 +128,11 @@ def moved_conditions(model: Model, condition: Conditioning, offsets: Sequence[Of
         for name, tensor in own.items():
             others = tensor.expand(count - 1, *tensor.shape[1:]) if said is None else said[name]
             rows[name] += [tensor, others.to(tensor)]
-    prompts = tuple(p for p, o in zip(condition.prompts, offsets, strict=True) for _ in next(iter(o.delta.values())))
-    return replace(condition, prompts=prompts, tensors={name: torch.cat(parts) for name, parts in rows.items()})
+    count = len(next(iter(offsets[0].delta.values())))
+    return replace(condition.repeated(count), tensors={name: torch.cat(parts) for name, parts in rows.items()})
 
 
-def _said(model: Model, prompt: str, offset: Offsets) -> Mapping[str, Tensor]:
+def _said(model: Model, prompt: Prompt, offset: Offsets) -> Mapping[str, Tensor]:
     """The conditions but the first, [K − 1, …]."""
     assert isinstance(model, EncodesInputs)
     inputs, words = model.text_inputs(prompt), dict[str, Tensor]()
@@ -137,7 +141,7 @@ def _said(model: Model, prompt: str, offset: Offsets) -> Mapping[str, Tensor]:
         own = upcast(inputs.tokens[name][places[name]])
         words[name] = own + delta[1:].to(own)
     said = model.encode_inputs(prompt, _with_words(inputs, places, words)).tensors
-    _check_finite(prompt, "what the text encoders say with offsets", said)
+    _check_finite(prompt.text, "what the text encoders say with offsets", said)
     return said
 
 
@@ -151,7 +155,7 @@ def perturbed(
     condition: Conditioning,
     moved: Conditioning,
     strength: Callable[[float], float],
-    guidance: float,
+    guidance: Guidance | float,
     network: nn.Module | None = None,
 ) -> Predict:
     """predict(x, sigma, rows) for states at one common σ; row n·K + k is the prompt n with its condition k.
@@ -159,7 +163,7 @@ def perturbed(
     moved     all N·K conditions, at full strength
     strength  σ -> γ
 
-    The empty prompt, which guidance contrasts with, stays as it is.
+    The negative prompts, which guidance leads away from, stay as they are.
     """
     held: tuple[float, Predict] | None = None
 

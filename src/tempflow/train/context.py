@@ -15,8 +15,10 @@ from tempflow.core.cost import equivalents
 from tempflow.core.objective.old import rounding_of
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
-from tempflow.models.protocol import Conditioning, Model, Size
+from tempflow.media import Media, Size
+from tempflow.models.guidance import Guidance, guided
+from tempflow.models.protocol import Conditioning, Model
+from tempflow.request import Prompt
 from tempflow.rewards.protocol import Reward
 from tempflow.train.conditions import Learned
 from tempflow.train.parallel import SINGLE, Shards, World
@@ -29,15 +31,15 @@ TF32_EPS = 2.0**-10
 ScoreLatents = Callable[[Tensor, Tensor, Tensor], Scores]
 """score_latents(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
 
-ReadPictures = Callable[[Sequence[Prompt]], Tensor]
-"""read(prompts) -> uint8 [N·keys, H, W, 3], a prompt's pictures in the order of the algorithm's keys."""
+ReadPictures = Callable[[Sequence[Prompt]], Media]
+"""read(prompts) -> N·keys media, a prompt's in the order of the algorithm's keys."""
 
 
 @dataclass
 class Counter:
     """Rows given to the network so far (guidance not doubled), media decoded, and reward calls; evaluation is apart.
 
-    guided     whether each row has the empty prompt's beside it
+    guided     whether each row has the negative prompt's beside it
     rollout    with the drafts', which `draft` has of these
     reference  of weight sets beside the policy
     old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
@@ -97,7 +99,7 @@ class Context:
     algorithm: Algorithm
     schedule: Schedule
     size: Size
-    guidance: float
+    guidance: Guidance
     rewards: Sequence[Reward]
     seed: int
     rollout_rows: int
@@ -118,6 +120,7 @@ class Context:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
+        object.__setattr__(self, "guidance", guided(self.guidance, self.model.guidance))
         asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
         if asked != (self.drafter is not None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
@@ -131,4 +134,4 @@ class Context:
         backends = torch.backends
         if device.type == "cuda" and (backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32):
             eps = max(eps, TF32_EPS)
-        return rounding_of(eps, self.guidance)
+        return rounding_of(eps, self.guidance.guidance)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from tempflow.config import Config
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
 from tempflow.evaluate.suite import Report, Stream, draw, evaluate
+from tempflow.media import Media
+from tempflow.request import Prompt
 from tempflow.rewards.protocol import Reward
 from tempflow.rewards.safe import faults
 from tempflow.train.context import Context
@@ -45,7 +44,7 @@ class Evaluator:
             if context.reward_weights is None
             else context.reward_weights,
             steps=e.steps,
-            guidance=e.guidance if guidance is None else guidance,
+            guidance=context.guidance.at(e.guidance if guidance is None else guidance),
             seed=e.seed,
             size=context.size,
             rows=context.rollout_rows,
@@ -74,18 +73,18 @@ class Evaluator:
         best = max(values, key=lambda g: self.evaluate(prompts["validation"], "validation", False, g).mean(metric))
         return best, self.evaluate(prompts["test"], "test", False, best)
 
-    def sample(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Pictures, uint8 [N, H, W, 3]."""
-        e = self.config.evaluation
+    def sample(self, prompts: Sequence[Prompt]) -> Media:
+        """A medium of each."""
+        e, context = self.config.evaluation, self.context
         self._gathered()
         return draw(
-            self.context.model,
-            [p.text for p in prompts],
+            context.model,
+            prompts,
             steps=e.steps,
-            guidance=e.guidance,
+            guidance=context.guidance.at(e.guidance),
             seed=e.seed,
-            size=self.context.size,
-            rows=self.context.rollout_rows,
+            size=context.size,
+            rows=context.rollout_rows,
         )
 
     def _gathered(self) -> None:

@@ -21,9 +21,10 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
-from tempflow.data.prompts import Prompt
+from tempflow.media import Size
 from tempflow.models.finite import ADVICE, GIVEN, WHOLE, WHY, Decoded, decoded, encoded, finite_rows, told
-from tempflow.models.protocol import Model, Predict, Size
+from tempflow.models.protocol import Model, Predict
+from tempflow.request import Prompt
 from tempflow.rewards import score_all
 from tempflow.rewards.safe import faults
 from tempflow.train.conditions import perturbed_predictor
@@ -97,7 +98,7 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     plans = [algorithm.plan(iteration, slot) for slot in range(len(prompts))]
     blocks = [world.block(len(prompts), rank) for rank in range(world.size)]
     mine = blocks[world.rank]
-    bound = _binder(context, [prompts[slot].text for slot in mine], mine.start)
+    bound = _binder(context, [prompts[slot] for slot in mine], mine.start)
     models = {"policy": bound(None)} | {name: bound(network) for name, network in context.sets.items()}
     own = drafter = models[algorithm.sampler]
     if context.drafter is not None:
@@ -159,7 +160,8 @@ def _score_latents(
 ) -> Scores:
     """The latent reward's scores of all ranks' edges, each at the σ of the state it reaches."""
     assert context.latent_reward is not None
-    score, edges = context.latent_reward(encoded(context.model, [prompts[slot].text for slot in mine])), forest.edges
+    condition = encoded(context.model, [prompts[slot] for slot in mine], context.size)
+    score, edges = context.latent_reward(condition), forest.edges
     sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
     scores = score(forest.nodes[edges.child], sigma, edges.prompt - mine.start)
     counter.reward_calls += sum(counts)
@@ -233,14 +235,14 @@ class _Collector:
         if algorithm.draft is not None:
             plans, drafted, drafts = self._drafted(algorithm.draft, slots, plans)
         forest, seen, scores = self._rollout_and_score(slots, plans, self.schedule, self._sampler(slots), "rollout")
-        media = seen.media
+        pictures = seen.media.pictures()  # of a clip its middle frame
         latents = forest.nodes[forest.leaves.node]
         started = time.perf_counter()
         total, ok = scores.total(algorithm.credit.reward_weights)
         # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
         counted = ok if self.context.latent_reward is None else None
-        signals = measure(latents, media, forest.leaves.prompt, counted, self.context.figures)
-        forest = observed(algorithm, forest, media)
+        signals = measure(latents, pictures, forest.leaves.prompt, counted, self.context.figures)
+        forest = observed(algorithm, forest, pictures)
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.renoise is None else forest.select(NO_EDGES)
         fidelity = None
@@ -285,7 +287,7 @@ class _Collector:
         slot = forest.leaves.prompt.tolist()
         owner = [self.prompts[s] for s in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
-        scores = score_all(context.rewards, seen.media, texts, metadata, slot, sound=seen.ok, pause=context.pause)
+        scores = score_all(context.rewards, seen.media, texts, metadata, slot, ok=seen.ok, pause=context.pause)
         clock.add("reward", started)
         return forest, seen, scores
 
@@ -294,8 +296,8 @@ class _Collector:
         context, conditions = self.context, self.context.algorithm.conditions
         if conditions is None:
             return self.sampler
-        texts, network = [self.prompts[slot].text for slot in slots], context.sets.get(context.algorithm.sampler)
-        own = (texts, slots[0], context.seed, context.guidance, network)
+        network = context.sets.get(context.algorithm.sampler)
+        own = ([self.prompts[slot] for slot in slots], context.size, slots[0], context.seed, context.guidance, network)
         return perturbed_predictor(context.model, context.learned, conditions, *own)
 
     def _rollout(self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict) -> Forest:
@@ -321,9 +323,9 @@ class _Collector:
         )
 
 
-def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
+def observed(algorithm: Algorithm, forest: Forest, pictures: Tensor) -> Forest:
     """The forest with what the algorithm wants to know of it as traits."""
-    seen = {o.name: (o.of, o(forest, media)) for o in algorithm.observe}
+    seen = {o.name: (o.of, o(forest, pictures)) for o in algorithm.observe}
     of_edges = {name: value for name, (of, value) in seen.items() if of == "edge"}
     of_leaves = {name: value for name, (of, value) in seen.items() if of == "leaf"}
     return replace(
@@ -331,10 +333,10 @@ def observed(algorithm: Algorithm, forest: Forest, media: Tensor) -> Forest:
     )
 
 
-def _binder(context: Context, texts: Sequence[str], first: int) -> Callable[[nn.Module | None], Predict]:
+def _binder(context: Context, prompts: Sequence[Prompt], first: int) -> Callable[[nn.Module | None], Predict]:
     """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank encodes its own."""
     model = context.model
-    condition = encoded(model, texts)
+    condition = encoded(model, prompts, context.size)
 
     def bound(network: nn.Module | None) -> Predict:
         predict = model.predictor(condition, context.guidance, network=network)

@@ -27,10 +27,11 @@ from torch import nn
 from tempflow import algorithms, rewards
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
-from tempflow.data.prompts import SHAPES, Prompt, source_path
+from tempflow.data.prompts import SHAPES, source_path
 from tempflow.folder import PIPELINE, check, contents, kind_of
 from tempflow.models import HUB_ID, local_folder
 from tempflow.models.lora import ADAPTER_CONFIG
+from tempflow.request import Prompt
 from tempflow.rewards import SafeReward
 from tempflow.rewards.function import FunctionReward
 from tempflow.train import checkpoint

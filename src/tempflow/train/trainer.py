@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import OWN_REWARD, Config, to_yaml
 from tempflow.core.ema import Ema
-from tempflow.data.prompts import Prompt
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
 from tempflow.folder import put, seal
 from tempflow.models import resolved_device
 from tempflow.models.protocol import Model
+from tempflow.request import Prompt
 from tempflow.rewards import build, safe
 from tempflow.rewards.protocol import Reward
 from tempflow.train import checkpoint
@@ -41,6 +41,7 @@ from tempflow.train.build import (
     say_old_forwards,
     settled,
     sharded,
+    takes_sources,
     warn_of_warmup,
 )
 from tempflow.train.context import Clock, Context, Counter
@@ -100,7 +101,7 @@ class Trainer:
         self.average = WeightSet(trainable, Ema(config.optimizer.ema_decay)) if config.optimizer.ema_decay else None
         self.evaluator = Evaluator(config, self.context, eval_rewards, self._say)
         self.optimizer = optimizer_of(config, trainable)
-        counter = Counter(guided=context.guidance != 1)
+        counter = Counter(guided=context.guidance.rows > 1)
         self.counter, self.guards = counter, Guards(config.guards, records.alarms, self._say)
         self.done, self.seconds = 0, 0.0
         self.best: tuple[float, int] | None = None
@@ -140,7 +141,7 @@ class Trainer:
             self.display.doing(f"test of the untrained model, {len(test)} pictures")
             self.baseline = Baseline(
                 self.evaluator.evaluate(test, "test", training=False),
-                self.evaluator.sample(test[:GRID]),
+                self.evaluator.sample(test[:GRID]).strips(),
                 self.evaluator.yardstick(self.prompts),
             )
         metric = self.config.evaluation.metric
@@ -291,7 +292,8 @@ class Trainer:
         with self._evaluated():
             media = self.evaluator.sample(prompts)
         for tracker in self.trackers:
-            tracker.images("validation", [(p.text, m.numpy()) for p, m in zip(prompts, media, strict=True)], self.done)
+            shown = zip(prompts, media.strips(), strict=True)
+            tracker.images("validation", [(p.text, picture.numpy()) for p, picture in shown], self.done)
 
     def _gathered(self) -> None:
         """A sharded network computes without exchange until the next update."""
@@ -380,7 +382,8 @@ class Trainer:
         assert self.best is not None
         test = self.prompts["test"]
         self.display.doing(f"test of the trained model, {len(test)} pictures")
-        after, grid_after = self.evaluator.evaluate(test, "test", training=True), self.evaluator.sample(test[:GRID])
+        after = self.evaluator.evaluate(test, "test", training=True)
+        grid_after = self.evaluator.sample(test[:GRID]).strips()
         run = Run(
             folder=self.records.folder,
             metric=self.config.evaluation.metric,
@@ -465,7 +468,7 @@ def train(
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
         if reward is None:
             algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
-        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads)
+        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, takes_sources(config, model))
         sets = prompt_sets(config, sources, display.say)
         pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
         own = identity(config, algorithm, sources, given)

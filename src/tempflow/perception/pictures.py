@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-Media = Tensor
+Pictures = Tensor
 """Pictures: uint8 [N, H, W, 3] on the CPU."""
 
 
@@ -15,12 +15,12 @@ Media = Tensor
 class DenseFeatures(Protocol):
     """A vector for every cell of a grid that covers the whole picture."""
 
-    def __call__(self, media: Media) -> Tensor:
+    def __call__(self, media: Pictures) -> Tensor:
         """Pictures, uint8 [N, H, W, 3], to floats [N, gh, gw, d] on the CPU; a row depends on its picture alone."""
         ...
 
 
-def check_media(media: Media) -> None:
+def check_pictures(media: Pictures) -> None:
     """Raises ValueError unless media is uint8 [N, H, W, 3] on the CPU with pixels in it."""
     wrong = media.dtype != torch.uint8 or media.ndim != 4 or media.shape[-1] != 3 or 0 in media.shape[1:]
     if wrong or media.device.type != "cpu":

@@ -1,0 +1,182 @@
+"""What a sample is: a picture or a clip, perhaps with sound; and the size that is asked for. A leaf of the house."""
+
+from __future__ import annotations
+
+import math
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["picture", "video", "sound", "video and sound"]
+"""What a model makes, and what a reward takes."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DURATION = 100
+"""Milliseconds that a frame of a clip without a rate is shown."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a sample is to be.
+
+    height, width  pixels
+    frames         1 is a picture
+    fps            frames a second; None where nobody asks
+    seconds        of sound; None: as long as the frames
+
+    Raises ValueError for a number below 1, or a rate or a length that is not above 0.
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    fps: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; nearest valid: 1")
+        for name in ("fps", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value} must be above 0; nearest valid: null")
+
+    @property
+    def pixels(self) -> int:
+        """Of all frames."""
+        return self.height * self.width * self.frames
+
+    def __str__(self) -> str:
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        return f"{self.height}×{self.width}{frames}"
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """Some samples of one size.
+
+    frames      uint8 [N, F, H, W, 3] on the CPU; a picture has F = 1
+    fps         frames a second of a clip, where it has a rate
+    sound       float32 [N, C, S] on the CPU in −1 … 1; None without
+    sound_rate  samples of it a second
+
+    Raises ValueError for tensors of another kind, or a sound without a rate.
+    """
+
+    frames: Tensor
+    fps: float | None = None
+    sound: Tensor | None = None
+    sound_rate: int | None = None
+
+    def __post_init__(self) -> None:
+        f, s = self.frames, self.sound
+        if f.dtype != torch.uint8 or f.ndim != 5 or f.shape[-1] != 3 or f.device.type != "cpu":
+            raise ValueError(
+                f"media is {f.dtype} {list(f.shape)} on {f.device}; nearest valid: torch.uint8 [N, F, H, W, 3] on cpu"
+            )
+        if s is not None and (s.dtype != torch.float32 or s.ndim != 3 or len(s) != len(f) or s.device.type != "cpu"):
+            raise ValueError(
+                f"sound is {s.dtype} {list(s.shape)} on {s.device}; nearest valid: float32 [{len(f)}, C, S] on cpu"
+            )
+        if (s is None) != (self.sound_rate is None):
+            raise ValueError(f"sound_rate: {self.sound_rate} {'without a sound' if s is None else 'of a sound'}")
+
+    @staticmethod
+    def of(media: Media | Tensor) -> Media:
+        """Media as they are; pictures, uint8 [N, H, W, 3] on the CPU, as media of one frame. Raises ValueError for
+        anything else."""
+        if isinstance(media, Media):
+            return media
+        if not isinstance(media, Tensor):
+            raise ValueError(f"media is a {type(media).__name__}; nearest valid: torch.uint8 [N, H, W, 3] on cpu")
+        if media.dtype != torch.uint8 or media.ndim != 4 or media.shape[-1] != 3 or media.device.type != "cpu":
+            raise ValueError(
+                f"media is {media.dtype} {list(media.shape)} on {media.device}; "
+                "nearest valid: torch.uint8 [N, H, W, 3] on cpu"
+            )
+        return Media(media[:, None])
+
+    @staticmethod
+    def cat(parts: Sequence[Media]) -> Media:
+        """One after the other. Raises ValueError where they are of different kinds or rates, or there are none."""
+        kinds = {(p.fps, p.sound_rate, p.frames.shape[1:]) for p in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"parts: {len(kinds)} kinds of media; nearest valid: 1")
+        sounds = [p.sound for p in parts if p.sound is not None]
+        sound = torch.cat(sounds) if sounds else None
+        return replace(parts[0], frames=torch.cat([p.frames for p in parts]), sound=sound)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows: Sequence[int] | Tensor | slice) -> Media:
+        """Some of them, in that order."""
+        at = rows if isinstance(rows, Tensor | slice) else list(rows)
+        return replace(self, frames=self.frames[at], sound=None if self.sound is None else self.sound[at])
+
+    def clone(self) -> Media:
+        """With tensors of its own."""
+        return replace(self, frames=self.frames.clone(), sound=None if self.sound is None else self.sound.clone())
+
+    @property
+    def kind(self) -> Kind:
+        if self.sound is not None:
+            return "video and sound"
+        return "picture" if self.frames.shape[1] == 1 else "video"
+
+    @property
+    def size(self) -> Size:
+        _, frames, height, width, _ = self.frames.shape
+        return Size(height, width, frames, self.fps)
+
+    def pictures(self, count: int = 1) -> Tensor:
+        """uint8 [N·count, H, W, 3]: of each medium `count` frames in order, evenly apart, its middle one for 1.
+
+        Raises ValueError for a count below 1. A medium with fewer frames gives some of them more than once.
+        """
+        if count < 1:
+            raise ValueError(f"count: {count} is too small; nearest valid: 1")
+        frames = self.frames.shape[1]
+        at = [frames // 2] if count == 1 else [round(k * (frames - 1) / (count - 1)) for k in range(count)]
+        return self.frames[:, at].flatten(0, 1)
+
+    def strips(self, count: int = 4) -> Tensor:
+        """uint8 [N, H, K·W, 3]: a picture as it is; of a clip K = `count` frames (or all) side by side."""
+        frames = self.frames.shape[1]
+        side = min(count, frames)
+        return self.pictures(side).unflatten(0, (-1, side)).transpose(1, 2).flatten(2, 3)
+
+    def write(self, row: int, file: Path) -> list[Path]:
+        """Writes one medium into new files: a PNG (of a clip an animated one, which loses nothing), and beside it its
+        sound as WAV. Returns them. Raises FileExistsError for a file that is there."""
+        from PIL import Image
+
+        first, *others = (Image.fromarray(frame.numpy()) for frame in self.frames[row])
+        duration = DURATION if self.fps is None else 1000 / self.fps
+        with file.open("xb") as stream:
+            if others:
+                first.save(stream, format="PNG", save_all=True, append_images=others, duration=duration, loop=0)
+            else:
+                first.save(stream, format="PNG")
+        if self.sound is None or self.sound_rate is None:
+            return [file]
+        heard = file.with_suffix(".wav")
+        samples = (self.sound[row].clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous()
+        with heard.open("xb") as stream, wave.open(stream, "wb") as out:
+            out.setnchannels(samples.shape[1])
+            out.setsampwidth(2)
+            out.setframerate(self.sound_rate)
+            out.writeframes(samples.numpy().tobytes())
+        return [file, heard]
+
+
+def serves(made: Kind, taken: Kind) -> bool:
+    """Whether who takes `taken` can be given what is `made`: a clip with sound has both."""
+    return made == taken or (made == "video and sound" and taken in ("video", "sound"))

@@ -1,0 +1,52 @@
+"""A reward of pictures for clips: the mean over some of a clip's frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tempflow.core.scores import Scores
+from tempflow.media import Kind, Media
+from tempflow.rewards.protocol import Reward, check
+
+
+@dataclass(frozen=True)
+class OverFrames:
+    """See `over_frames`."""
+
+    reward: Reward
+    count: int
+    takes: Kind = "video"
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    @property
+    def groupwise(self) -> bool:
+        return self.reward.groupwise
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        """The reward's columns; a clip of which it cannot score a frame is failed."""
+        count = len(media) * self.count
+        repeated = (
+            [text for text in prompts for _ in range(self.count)],
+            [m for m in metadata for _ in range(self.count)],
+        )
+        scores = check(self.reward.score(Media.of(media.pictures(self.count)), *repeated), count, self.name)
+        value, ok = (t.unflatten(0, (len(media), self.count)) for t in (scores.value, scores.ok))
+        whole = ok.all(1)
+        return Scores(torch.where(whole, value.nan_to_num().mean(1), math.nan), whole, scores.names)
+
+
+def over_frames(reward: Reward, count: int = 4) -> OverFrames:
+    """`reward`, which takes pictures, as one of clips: its mean over `count` frames, evenly apart.
+
+    Raises ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count: {count} is too small; nearest valid: 1")
+    return OverFrames(reward, count)
