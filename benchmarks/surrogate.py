@@ -38,6 +38,7 @@ from tempflow.core.objective.leaves import noised, renoise_leaves
 from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import Reduce, mean_dims
 from tempflow.core.times import Id, StratifiedGridTimes, Times
 
 STEPS = 16
@@ -50,8 +51,8 @@ PAIRS = 4
 class NoiseError:
     """−mean (ε̂ − ε)²: the surrogate of a model that predicts noise."""
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return -square_error(noise_of_velocity(corrupt(x0, noise, t), velocity, t), noise)
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        return -square_error(noise_of_velocity(corrupt(x0, noise, t), velocity, t), noise, mean)
 
 
 @dataclass(frozen=True)

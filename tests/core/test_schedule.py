@@ -110,7 +110,7 @@ def test_every_grid_descends_from_one_to_zero_by_its_deltas(steps: int, shift: f
         (torch.tensor([0.0]), "shape"),
         (torch.zeros(2, 2), "shape"),
         (torch.tensor([1.2, 0.5, 0.0]), "nearest valid value is 1.0"),
-        (torch.tensor([1.0, 0.5, 0.1]), "nearest valid value is 0.0"),
+        (torch.tensor([1.0, 0.5, -0.1]), "nearest valid value is 0.0"),
         (torch.tensor([1.0, 0.5, 0.5, 0.0]), r"sigmas\[2\]"),
         (torch.tensor([1.0, 0.2, 0.5, 0.0]), r"sigmas\[2\]"),
         (torch.tensor([1.0, float("nan"), 0.0]), "not finite"),

@@ -112,8 +112,11 @@ def _grid(slide: SlidingWindow, compress: float, shift: float, seed: int, iterat
     if compress == 1:
         return grid
     last = slide.at(seed, iteration)[-1]
+    if float(grid.sigmas[-1]) > 0:
+        end = f"{float(grid.sigmas[-1]):.3g}"
+        raise ValueError(f"compress: {compress}, but the model's grid ends at {end} and not at 0; nearest valid: 1")
     sigma = grid.sigmas.double()
     start = sigma[last + 1] / (shift - (shift - 1) * sigma[last + 1])
     u = start * torch.linspace(1, 0, _points(grid.steps, last, compress), dtype=torch.float64, device=sigma.device)
     tail = shift * u / (1 + (shift - 1) * u)
-    return Schedule(torch.cat([sigma[: last + 2], tail[1:]]).to(grid.sigmas.dtype))
+    return Schedule(torch.cat([sigma[: last + 2], tail[1:]]).to(grid.sigmas.dtype), grid.spread)

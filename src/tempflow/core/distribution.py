@@ -1,4 +1,4 @@
-"""Distributions of one sampler step, and the one place where latents are reduced to a number per row."""
+"""Distributions of one sampler step: what is sampled from them, their log-probs and divergences."""
 
 from __future__ import annotations
 
@@ -8,44 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempflow.core.state import WHOLE, StateLayout, mean_dims, to_rows, upcast
+
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 NO_LOG_PROB = "a deterministic (ODE) step has no log-probability"
 
 
-def upcast(t: Tensor) -> Tensor:
-    """``t`` in at least float32: lower precisions and integers are widened, float64 stays."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def to_rows(scalars: Tensor, like: Tensor) -> Tensor:
-    """[B] scalars as [B, 1, …, 1], with the dtype and on the device of ``like`` [B, *S].
-
-    Raises ValueError unless ``scalars`` has one value for each row of ``like``.
-    """
-    if scalars.dim() != 1 or scalars.shape[0] != like.shape[0]:
-        raise ValueError(f"per-row values: shape {tuple(scalars.shape)} does not fit rows of {tuple(like.shape)}")
-    # host to device need not wait for the device; the other way it must
-    moved = scalars.to(like.device, like.dtype, non_blocking=like.device.type == "cuda")
-    return moved.view(-1, *([1] * (like.dim() - 1)))
-
-
-def mean_dims(t: Tensor) -> Tensor:
-    """Mean over all but the first dimension: [B, *S] -> [B], in at least float32.
-
-    Every log-probability, KL and proxy of the package is reduced here. The mean (not the sum) is what the official
-    codes of the GRPO family use and what their clip ranges presume.
-    """
-    t = upcast(t)
-    return t if t.dim() == 1 else t.mean(dim=tuple(range(1, t.dim())))
-
-
-def velocity_kl(v: Tensor, v_ref: Tensor) -> Tensor:
+def velocity_kl(v: Tensor, v_ref: Tensor, layout: StateLayout = WHOLE) -> Tensor:
     """mean (v − v_ref)² over non-batch dims, [B]: the velocity-space stand-in for a KL (DiffusionNFT, Flow-Factory).
 
-    Raises ValueError when the shapes differ.
+    ``layout`` says what the mean counts. Raises ValueError when the shapes differ.
     """
     _check_shape("v_ref", v_ref, v)
-    return mean_dims((upcast(v) - upcast(v_ref)).square())
+    return layout.mean((upcast(v) - upcast(v_ref)).square())
 
 
 def drift_kl(policy: Gaussian, reference: Gaussian, rate: Tensor) -> Tensor:
@@ -61,7 +36,7 @@ def drift_kl(policy: Gaussian, reference: Gaussian, rate: Tensor) -> Tensor:
     _check_shape("reference.mean", reference.mean, policy.mean)
     if not bool((rate > 0).all()):
         raise ValueError(f"rate: {float(rate.min())} is not above 0; {NO_LOG_PROB}")
-    gap = mean_dims((policy.mean - reference.mean).square())
+    gap = policy.layout.mean((policy.mean - reference.mean).square())
     return gap / (2 * to_rows(rate, gap).square())
 
 
@@ -71,7 +46,8 @@ class Gaussian:
 
     ``mean`` is [B, *S], ``std`` is [B] and >= 0. A row with std 0 is a point: it can be sampled, but it has no density,
     and asking for one raises ValueError. ``stochastic`` says whether every std is known to be above 0; None means that
-    nobody looked, and then the first question about a density looks (on a GPU that waits for the device).
+    nobody looked, and then the first question about a density looks (on a GPU that waits for the device). ``layout``
+    says which elements count in a log-prob or a KL, and in which means: what is held at given values was not drawn.
 
     Gradients flow through ``mean`` and, where it has any, through ``y``: a policy gradient detaches y before it asks.
     """
@@ -79,6 +55,7 @@ class Gaussian:
     mean: Tensor
     std: Tensor
     stochastic: bool | None = None
+    layout: StateLayout = WHOLE
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std·noise, [B, *S], for standard normal ``noise`` of that shape."""
@@ -99,10 +76,19 @@ class Gaussian:
             y: the point, [B, *S].
             region: boolean mask or weights >= 0 that broadcast to [B, *S]; the mean is then weighted by them.
 
-        Raises ValueError for a wrong shape, a row with std 0, a negative weight, or a row whose region is empty.
+        Raises ValueError for a wrong shape, a row with std 0, a negative weight, a row whose region is empty, or a
+        region of states with several streams.
         """
         density = self.log_density(y)
-        return mean_dims(density) if region is None else _weighted_mean(density, region)
+        if region is None:
+            return self.layout.mean(density)
+        if self.layout.count > 1:
+            raise ValueError(f"region: {self.layout.names} have a mean each; nearest valid: None, or log_probs")
+        return _weighted_mean(density, region, self.layout)
+
+    def log_probs(self, y: Tensor) -> Tensor:
+        """MEAN log-density of each stream, [B, K]; their mean over streams is `log_prob`. Raises as that does."""
+        return self.layout.by_stream(self.log_density(y))
 
     def kl(self, other: Gaussian) -> Tensor:
         """Exact KL(self ‖ other), mean over non-batch dims, [B].
@@ -112,7 +98,7 @@ class Gaussian:
         self._require_noise()
         other._require_noise()
         _check_shape("other.mean", other.mean, self.mean)
-        gap = mean_dims((self.mean - other.mean).square())
+        gap = self.layout.mean((self.mean - other.mean).square())
         std, other_std = to_rows(self.std, gap), to_rows(other.std, gap)
         # apart from the means' part, so that a small gap is not lost beside terms of order 1
         excess = (std - other_std) * (std + other_std) / other_std.square()
@@ -126,12 +112,13 @@ class Gaussian:
             raise ValueError(f"std: {float(self.std.min())} is not above 0; {NO_LOG_PROB}")
 
 
-def _weighted_mean(values: Tensor, region: Tensor) -> Tensor:
-    """Mean of ``values`` [B, *S] weighted by ``region``, [B]."""
+def _weighted_mean(values: Tensor, region: Tensor, layout: StateLayout) -> Tensor:
+    """Mean of ``values`` [B, *S] weighted by ``region``, [B]; held elements have weight 0."""
     try:
         weights = region.to(values.device, values.dtype).expand(values.shape)
     except RuntimeError as error:
         raise ValueError(f"region: shape {tuple(region.shape)} does not broadcast to {tuple(values.shape)}") from error
+    weights = layout.silence(weights)
     if not bool((weights >= 0).all()):
         raise ValueError(f"region: weight {float(weights.min())} is not >= 0; the nearest valid value is 0")
     total = mean_dims(weights)

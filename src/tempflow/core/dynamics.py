@@ -22,8 +22,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import NO_LOG_PROB, Gaussian, to_rows, upcast
+from tempflow.core.distribution import NO_LOG_PROB, Gaussian
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import to_rows, upcast
 
 POLE = 1e-3
 """Above σ = 1 − POLE a grid is taken to start at pure noise; see :class:`FlowSDE`."""
@@ -34,7 +35,7 @@ class Dynamics(Protocol):
 
     @property
     def stochastic(self) -> bool:
-        """Whether its steps carry noise at scale 1 (a last step into σ = 0 may still be deterministic)."""
+        """Whether its steps carry noise at scale 1 (a step into σ = 0 may still be deterministic)."""
         ...
 
     def coefficients(
@@ -186,16 +187,18 @@ class DanceSDE(_EulerMaruyama):
 
 @dataclass(frozen=True)
 class LinearSDE(_EulerMaruyama):
-    """Flash-GRPO's SDE (arXiv 2605.15980), s = σ_1·σ, where σ_1 is the grid's second entry (σ_min is 0)."""
+    """Flash-GRPO's SDE (arXiv 2605.15980), s = σ_T + (σ_1 − σ_T)·σ, where σ_1 is the grid's second entry and σ_T its
+    last: σ_1·σ on a grid that ends at 0."""
 
     @property
     def stochastic(self) -> bool:
         return True
 
     def rate(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """Diffusion rate s = scale·σ_1·σ, [B]."""
+        """Diffusion rate s = scale·(σ_T + (σ_1 − σ_T)·σ), [B]."""
         sigma = schedule.at(step)
-        return _level(1.0, scale, sigma, None) * schedule.sigmas[1].to(sigma.device) * sigma
+        level, last = _level(1.0, scale, sigma, None), schedule.sigmas[-1].to(sigma.device)
+        return level * (schedule.sigmas[1].to(sigma.device) - last) * sigma + level * last
 
 
 @dataclass(frozen=True)

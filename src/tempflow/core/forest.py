@@ -70,7 +70,7 @@ class Edges:
 
 @dataclass(frozen=True, eq=False)
 class Leaves:
-    """N scored samples at σ = 0, LongTensors [N]; `node` is −1 once the latent has been dropped.
+    """N scored samples, what the last step reaches, LongTensors [N]; `node` is −1 once the latent has been dropped.
 
     traits  named columns [N, …]: what was observed of the samples
     """
@@ -105,6 +105,15 @@ class Forest:
     leaves: Leaves
     descent: tuple[Tensor, Tensor]
     steps: int
+
+    @property
+    def slots(self) -> Tensor:
+        """The prompt slot of every node, LongTensor [M]."""
+        slots = torch.empty(len(self.nodes), dtype=torch.long, device=self.edges.step.device)
+        slots[self.edges.parent], slots[self.edges.child] = self.edges.prompt, self.edges.prompt
+        there = self.leaves.node >= 0
+        slots[self.leaves.node[there]] = self.leaves.prompt[there]
+        return slots
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,8 @@ the MEAN over latent elements, as in all official codes, so a proxy is a number 
 two stays near 1; with the sum, every published clip range and KL weight would lose its meaning.
 
 Tensors: x0, noise, velocity [B, *S]; t [B] in (0, 1]. All arithmetic is in at least float32; float64 stays. Tensors
-whose shapes do not fit raise ValueError.
+whose shapes do not fit raise ValueError. `mean` is the reduction, of a state with held elements or several streams
+`StateLayout.mean` or `StateLayout.by_stream`; of the latter there is a result for each stream, [B, K].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import mean_dims, to_rows, upcast
+from tempflow.core.state import Reduce, mean_dims, to_rows, upcast
 
 FLOOR = 1e-5
 """The smallest adaptive weight: keeps the weighted error finite for a perfect prediction."""
@@ -66,37 +67,38 @@ def velocity_of_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (noise - x) / (1 - to_rows(t, x))
 
 
-def square_error(prediction: Tensor, target: Tensor) -> Tensor:
+def square_error(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims) -> Tensor:
     """mean (prediction − target)² over non-batch dims, [B]."""
     prediction, target = _pair(prediction, target)
-    return mean_dims((prediction - target).square())
+    return mean((prediction - target).square())
 
 
-def adaptive_scale(prediction: Tensor, target: Tensor) -> Tensor:
+def adaptive_scale(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims) -> Tensor:
     """w = max(mean |prediction − target|, 1e-5), [B], detached, computed in float64.
 
     It is a weight, not a part of the loss: a gradient through it would turn and shrink the loss's own.
     """
     prediction, target = _pair(prediction.detach(), target.detach())
-    scale = mean_dims((prediction - target).double().abs()).clamp(min=FLOOR)
+    scale = mean((prediction - target).double().abs()).clamp(min=FLOOR)
     return scale.to(prediction.dtype)
 
 
-def adaptive_error(prediction: Tensor, target: Tensor) -> Tensor:
+def adaptive_error(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims) -> Tensor:
     """mean (prediction − target)² / w with the detached `adaptive_scale` w: a squared error of the scale of an L1, [B].
 
     With predictions of x0 it is t·mean (v−v*)² / mean |v−v*|, which t takes to 0 harmlessly.
     """
-    return square_error(prediction, target) / adaptive_scale(prediction, target)
+    return square_error(prediction, target, mean) / adaptive_scale(prediction, target, mean)
 
 
 class LikelihoodProxy(Protocol):
     """log p(x0 | c) up to a constant, from the velocity predicted at x_t: [B], at most 0, gradients through `velocity`.
 
+    With `mean` by stream it is the log-likelihood of each, [B, K], and that of the state is their mean over streams.
     Several draws of (t, ε) are averaged by whoever drew them; old and new policies must be asked at the same draws.
     """
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ class Adaptive:
         if self.space not in ("x0", "velocity"):
             raise ValueError(f"space: {self.space!r} is not one of x0, velocity; nearest valid: 'x0'")
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
         if self.space == "velocity":
-            return -adaptive_error(velocity, target_velocity(x0, noise))
+            return -adaptive_error(velocity, target_velocity(x0, noise), mean)
         # not t times the velocity's error: the floor is one of x0 space
-        return -adaptive_error(x0_of_velocity(corrupt(x0, noise, t), velocity, t), x0)
+        return -adaptive_error(x0_of_velocity(corrupt(x0, noise, t), velocity, t), x0, mean)
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class Matching:
         if not (math.isfinite(self.power) and self.power >= 0):
             raise ValueError(f"power: {self.power} must be finite and ≥ 0; 0, 1 and 2 are usual")
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        error = square_error(velocity, target_velocity(x0, noise))
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        error = square_error(velocity, target_velocity(x0, noise), mean)
         return -to_rows(t, error).pow(self.power) * error
 
 
@@ -143,8 +145,8 @@ class Matching:
 class Huber:
     """−t · (√(m + 1e-10) − 1e-5) with m = mean (v−v*)² (AWM's "huber"; certain: read in code)."""
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        error = square_error(velocity, target_velocity(x0, noise))
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        error = square_error(velocity, target_velocity(x0, noise), mean)
         return -to_rows(t, error) * ((error + _EDGE).sqrt() - math.sqrt(_EDGE))
 
 
@@ -162,8 +164,8 @@ class GeneralHuber:
         if not 0 < self.power <= 1:
             raise ValueError(f"power: {self.power} must be in (0, 1]; 0.25 is usual")
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        error = square_error(velocity, target_velocity(x0, noise))
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        error = square_error(velocity, target_velocity(x0, noise), mean)
         return -to_rows(t, error) / self.power * ((error + _EDGE).pow(self.power) - _EDGE**self.power)
 
 
@@ -182,8 +184,8 @@ class PathKL:
         if not (math.isfinite(self.offset) and self.offset >= 0):
             raise ValueError(f"offset: {self.offset} must be finite and ≥ 0; 1e-3 is usual")
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        error = square_error(velocity, target_velocity(x0, noise))
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        error = square_error(velocity, target_velocity(x0, noise), mean)
         s = to_rows(t, error)
         return -(1 - s) / (s + self.offset) * error
 

@@ -39,7 +39,7 @@ class Plan:
     trained     per edge: used by the loss; only stochastic edges can be
     scale       per edge: finite multiplier > 0 of the dynamics' noise level, 1.0 = as it is
     start       per root: index ≥ 0 of the initial noise it starts from; all 0 = one shared noise
-    scored      ids of the nodes at σ = 0 that are decoded and scored, in leaf order
+    scored      ids of the nodes at the last σ that are decoded and scored, in leaf order
     variant     per root: index ≥ 0 of the prompt's condition that its tree is walked with; default all 0
 
     Raises ValueError when the lists do not describe such a forest.

@@ -35,7 +35,7 @@ class Renoise:
     def __call__(
         self, seed: int, ids: Sequence[Id], schedule: Schedule, shape: Sequence[int], pairs: range | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Times [N, M], float64, and standard normals [N, M, *shape], float32, on the CPU.
+        """Times [N, M], float64, within the schedule's range, and standard normals [N, M, *shape], float32, on the CPU.
 
         pairs  which of the M pairs are wanted (the others are not computed); None: all
 
@@ -43,7 +43,7 @@ class Renoise:
         """
         wanted = range(self.times.count(schedule.steps)) if pairs is None else pairs
         owners, place = _distinct(ids, self.share_times)
-        t = self.times(Stream(seed, "forward.times"), owners, schedule)[place][:, list(wanted)]
+        t = schedule.within(self.times(Stream(seed, "forward.times"), owners, schedule))[place][:, list(wanted)]
         owners, place = _distinct(ids, self.share_noise)
         z = Stream(seed, "forward.noise").normal([(j, *i) for i in owners for j in wanted], shape)
         return t, z.view(len(owners), len(wanted), *shape)[place]
@@ -53,7 +53,7 @@ class Renoise:
     ) -> tuple[Tensor, Tensor]:
         """One pair of each id, its `which`-th: times [N, 1] and noises [N, 1, *shape], equal to those of `__call__`."""
         owners, place = _distinct(ids, self.share_times)
-        t = self.times(Stream(seed, "forward.times"), owners, schedule)[place]
+        t = schedule.within(self.times(Stream(seed, "forward.times"), owners, schedule))[place]
         t = t.gather(1, torch.tensor(which, dtype=torch.long)[:, None])
         owned = [i if self.share_noise is None else i[: self.share_noise] for i in ids]
         z = Stream(seed, "forward.noise").normal([(j, *i) for j, i in zip(which, owned, strict=True)], shape)

@@ -21,6 +21,7 @@ from tempflow.core.plan import Plan
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.solver import OneStep, Solver, predict_clean
+from tempflow.core.state import WHOLE, StateLayout
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S]; `rows` index conditions: the prompt slots, or with
@@ -61,6 +62,7 @@ def rollout(
     store_dtype: torch.dtype = torch.float32,
     keep: Keep = "stochastic",
     keep_mean: bool = False,
+    layout: StateLayout = WHOLE,
     device: torch.device | str = "cpu",
 ) -> Forest:
     """Run one plan per prompt, all prompts together, without gradients.
@@ -83,6 +85,8 @@ def rollout(
                  from and what log_prob is taken at, so that training sees exactly the sampled transition
     keep         edges to record: "stochastic" ones or "all"
     keep_mean    fill `edges.mean`, in float32 at least; for a recorded ODE edge it is the child
+    layout       by prompt slot: which elements are held from root to leaf, and what counts in a log_prob. What
+                 `predict` says of held elements is not read; the noise of the others is what it is without any
     device       where states live and `predict` computes
 
     Prompts and their leaves come out in the order given: joining the forests of two calls with `Forest.cat` equals
@@ -98,6 +102,8 @@ def rollout(
         max_rows=max_rows,
         dtype=store_dtype,
         device=torch.device(device),
+        layout=layout,
+        variants=variants,
     )
     owners = list(range(len(plans))) if slots is None else list(slots)
     _check(plans, owners, walker, keep, variants)
@@ -160,13 +166,16 @@ class _Walker:
     max_rows: int | None
     dtype: torch.dtype
     device: torch.device
+    layout: StateLayout
+    variants: int
 
     def start(self, plans: Sequence[Plan], slots: Sequence[int]) -> _Front:
-        """The first front: every root's initial noise, each distinct noise drawn once."""
+        """The first front: every root's initial state, each distinct noise drawn once."""
         wanted = [(slot, s) for plan, slot in zip(plans, slots, strict=True) for s in plan.start]
         distinct = list(dict.fromkeys(wanted))
         place = {identity: n for n, identity in enumerate(distinct)}
-        drawn = self.noise.initial(distinct, self.shape).to(self.device, self.dtype)
+        drawn = self.schedule.start(self.noise.initial(distinct, self.shape)).to(self.device, self.dtype)
+        drawn = self.layout.take(long([slot for slot, _ in distinct])).hold(drawn)
         return _Front(drawn[long([place[identity] for identity in wanted]).to(self.device)])
 
     def advance(self, front: _Front, i: int, level: Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
@@ -181,7 +190,8 @@ class _Walker:
         for c in range(len(bounds) - 1):
             lo, hi = bounds[c], bounds[c + 1]
             state = front.x[level.parents[lo:hi].to(self.device)]
-            velocity = self._velocity(state, i, level.rows[lo:hi])
+            layout = self.layout.take(level.rows[lo:hi] // self.variants)
+            velocity = layout.silence(self._velocity(state, i, level.rows[lo:hi]))
             if clean is not None:
                 clean[lo:hi] = predict_clean(state, velocity, self.schedule, torch.full((hi - lo,), i))
             calm = level.calm[first_calm[c] : first_calm[c + 1]]
@@ -189,20 +199,22 @@ class _Walker:
                 of = (level.parent_of[calm] - lo).to(self.device)
                 step, previous = torch.full((len(calm),), i), front.previous(level.parents[level.parent_of[calm]])
                 law = self.solver.transition(state[of], velocity[of], self.schedule, step, previous)
-                children[calm.to(self.device)] = law.mean.to(self.dtype)
+                children[calm.to(self.device)] = layout.take(of).hold(law.mean.to(self.dtype))
             part = slice(first_noisy[c], first_noisy[c + 1])
             noisy = level.noisy[part]
             if len(noisy):
                 of = (level.parent_of[noisy] - lo).to(self.device)
                 # step and scale stay on the CPU: looking at them there does not wait for the device
                 step, scale = torch.full((len(noisy),), i), level.scale[part]
+                own = layout.take(of)
                 law = self.dynamics.transition(state[of], velocity[of], self.schedule, step, scale)
                 drawn = self.noise.edge(level.ids[part], self.shape).to(self.device)
-                child = law.sample(drawn).to(self.dtype)
+                child = own.hold(law.sample(drawn).to(self.dtype))
                 children[noisy.to(self.device)] = child
                 edge = level.edge_to[part].to(self.device)
                 if spread:
-                    log_prob[edge] = law.log_prob(child.to(law.mean.dtype)).to(log_prob.dtype)
+                    seen = replace(law, layout=own).log_prob(child.to(law.mean.dtype))
+                    log_prob[edge] = seen.to(log_prob.dtype)
                 if mean is not None:
                     mean[edge] = law.mean.to(mean.dtype)
         if clean is None:
@@ -210,7 +222,7 @@ class _Walker:
         return _Front(children, (clean, *front.previous(level.parents))[: self.solver.memory], level.parent_of)
 
     def _spreads(self, i: int) -> bool:
-        """Whether the stochastic edges of step i have a density (CPS and DDIM have none at the last step)."""
+        """Whether the stochastic edges of step i have a density (CPS and DDIM have none into σ = 0)."""
         return bool(self.dynamics.coefficients(self.schedule, long([i]))[2] > 0)
 
     def _velocity(self, state: Tensor, i: int, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise grids σ_0 > σ_1 > … > σ_T = 0 of flow-matching samplers (σ = 1 is noise, σ = 0 is data)."""
+"""Noise grids σ_0 > σ_1 > … > σ_T ≥ 0 of flow-matching samplers (σ = 1 is noise, σ = 0 is data)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from tempflow.core.checks import positive
+from tempflow.core.state import upcast
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The σ grid that a sampler walks; step i goes from σ_i to σ_{i+1}.
 
-    ``sigmas`` has T+1 entries, float32 or float64: strictly decreasing, the first in (0, 1], the last exactly 0.
+    ``sigmas`` has T+1 entries, float32 or float64: strictly decreasing, the first in (0, 1], the last ≥ 0. Leaves are
+    what the last step reaches; the samplers of flow models reach 0, DDIM of variance-preserving models may end above.
+    ``spread`` is the standard deviation of the states at σ_0 that a sampler starts from: 1 for flow models, and
+    √((1−σ_0)² + σ_0²) where data of unit variance make it so (`core.prediction`).
 
-    Raises ValueError when ``sigmas`` breaks one of these rules.
+    Raises ValueError when ``sigmas`` breaks one of these rules, or the spread is not finite and above 0.
     """
 
     sigmas: Tensor
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         sigmas = self.sigmas
@@ -34,8 +39,9 @@ class Schedule:
             raise ValueError(f"sigmas: {values} has entries that are not finite; use numbers in [0, 1]")
         if values[0] > 1.0:
             raise ValueError(f"sigmas[0]: {values[0]} is above pure noise; the nearest valid value is 1.0")
-        if values[-1] != 0.0:
-            raise ValueError(f"sigmas[-1]: {values[-1]} is not data; the nearest valid value is 0.0")
+        if values[-1] < 0.0:
+            raise ValueError(f"sigmas[-1]: {values[-1]} is below data; the nearest valid value is 0.0")
+        positive("spread", self.spread, 1.0)
         for i, (here, below) in enumerate(pairwise(values)):
             if not below < here:
                 raise ValueError(f"sigmas[{i + 1}]: {below} is not below sigmas[{i}] = {here}; the grid must decrease")
@@ -63,7 +69,15 @@ class Schedule:
 
     def double(self) -> Schedule:
         """The same grid in float64."""
-        return Schedule(self.sigmas.double())
+        return Schedule(self.sigmas.double(), self.spread)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The states that a sampler starts from, of standard normals: the noise itself where the spread is 1."""
+        return noise if self.spread == 1.0 else upcast(noise) * self.spread
+
+    def within(self, t: Tensor) -> Tensor:
+        """Times brought into the grid's range [σ_T, σ_0]: what lies outside, a model of such a grid has not learned."""
+        return t.clamp(float(self.sigmas[-1]), float(self.sigmas[0]))
 
     def _look_up(self, step: Tensor, offset: int) -> Tensor:
         if step.dtype not in (torch.int64, torch.int32):

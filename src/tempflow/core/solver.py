@@ -13,9 +13,10 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian, to_rows, upcast
+from tempflow.core.distribution import Gaussian
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import to_rows, upcast
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class DPMSolver2:
 
         x' = x − Δ·v + (Δ/σ) · h/(2·h_0) · (x̂0 − previous).
 
-    There is no correction, and the step is ODE()'s to the last bit, at step 0, for the step into σ' = 0 (h = ∞), and
+    There is no correction, and the step is ODE()'s to the last bit, at step 0, for a step into σ' = 0 (h = ∞), and
     for the step after σ = 1 (h_0 = ∞).  So does diffusers' DPMSolverMultistepScheduler (flow sigmas, order 2, midpoint,
     final σ of 0); only, its own grids start a little below 1, and there the step after the first is corrected.
 

@@ -17,6 +17,7 @@ from tempflow.core.dynamics import Dynamics
 from tempflow.core.rollout import Noise, Predict
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
+from tempflow.core.state import WHOLE, StateLayout
 from tempflow.latent_reward.model import LatentReward, bind
 from tempflow.latent_reward.train import Score
 from tempflow.media import Size
@@ -81,7 +82,7 @@ class LatentScorer:
 class Guided:
     """What `guided_sample` drew; N samples, prompt by prompt and root by root.
 
-    x       [N, *S], at σ = 0
+    x       [N, *S], what the last step reaches
     prompt  LongTensor[N], the prompt slot of each
     root    LongTensor[N]
     scores  float32[T, N, k], the judge's of every candidate; NaN where it failed or was not asked
@@ -107,6 +108,7 @@ def guided_sample(
     slots: Sequence[int],
     roots: int = 1,
     candidates: int = 4,
+    layout: StateLayout = WHOLE,
     device: torch.device | str = "cpu",
 ) -> Guided:
     """At each step draws `candidates` successors of every sample and goes on from the one with the highest score.
@@ -118,6 +120,7 @@ def guided_sample(
     shape       *S, one latent's
     slots       distinct prompt slots ≥ 0; they enter the noise, and are the `rows` of `predict` and `score_latents`
     roots       samples for each, ≥ 1
+    layout      by slot: which elements are held, as in `rollout`
 
     A failed candidate is not chosen; where all of a sample's fail, the first goes on, as without a judge.
     Raises ValueError for a count below 1, slots that repeat, or several candidates of a dynamics without noise.
@@ -126,19 +129,21 @@ def guided_sample(
     who = [(slot, root) for slot in slots for root in range(roots)]
     paths: list[tuple[int, ...]] = [()] * len(who)
     prompt, root = torch.tensor(who, dtype=torch.long, device=device).view(-1, 2).unbind(1)
-    x = noise.initial(who, shape).to(device)
+    x = schedule.start(noise.initial(who, shape)).to(device)
+    held = layout.take(prompt)
+    x = held.hold(x)
     record = torch.full((schedule.steps, len(who), candidates), math.nan, device=device)
     chosen = torch.zeros(schedule.steps, len(who), dtype=torch.long)
     for i in range(schedule.steps):
         spread = bool(dynamics.coefficients(schedule, torch.tensor([i]))[2] > 0)
         k = candidates if spread else 1  # without noise all candidates are one
-        velocity = predict(x, schedule.at(torch.full((len(x),), i)).to(device), prompt)
+        velocity = held.silence(predict(x, schedule.at(torch.full((len(x),), i)).to(device), prompt))
         # the step's index stays on the CPU, where looking at it is free
         law = dynamics.transition(
             x.repeat_interleave(k, 0), velocity.repeat_interleave(k, 0), schedule, torch.full((len(x) * k,), i)
         )
         ids = [(*w, *path, j, i) for w, path in zip(who, paths, strict=True) for j in range(k)]
-        born = law.sample(noise.edge(ids, shape).to(device)).to(x.dtype)
+        born = layout.take(prompt.repeat_interleave(k)).hold(law.sample(noise.edge(ids, shape).to(device)).to(x.dtype))
         if k > 1:
             below = schedule.at(torch.full((len(born),), i + 1)).to(device)
             scores = score_latents(born, below, prompt.repeat_interleave(k))

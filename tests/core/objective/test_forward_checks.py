@@ -32,6 +32,7 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear, shifted
 from tempflow.core.scores import Scores
+from tempflow.core.state import Reduce, mean_dims
 from tempflow.core.times import StratifiedGridTimes
 
 
@@ -83,8 +84,8 @@ class Offset:
     inner: LikelihoodProxy
     constant: Tensor
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        value = self.inner(velocity, x0, noise, t)
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        value = self.inner(velocity, x0, noise, t, mean)
         return value + self.constant.repeat_interleave(len(value) // len(self.constant))
 
 

@@ -13,6 +13,7 @@ from tempflow.core.likelihood_proxy import Adaptive, GeneralHuber, Matching
 from tempflow.core.objective.leaves import LeafBatch, noised
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient, soft_clip
 from tempflow.core.objective.regularizer import PredictionDistance
+from tempflow.core.state import Reduce, mean_dims
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -104,8 +105,8 @@ def test_soft_clip() -> None:
 def test_ratio_ignores_what_policy_and_old_have_in_common() -> None:
     @dataclass(frozen=True)
     class Shifted:
-        def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-            return Matching()(velocity, x0, noise, t) + 5 * x0.flatten(1).mean(1)
+        def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+            return Matching()(velocity, x0, noise, t, mean) + 5 * mean(x0)
 
     for kind in (ClippedLikelihood(estimate=Estimate(Shifted())), ClippedLikelihood(estimate=Estimate(Matching()))):
         close(
@@ -118,8 +119,8 @@ def test_ratio_ignores_what_policy_and_old_have_in_common() -> None:
 class Table:
     """A finite set: the "velocity" of every item is its log-probability."""
 
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return velocity.flatten(1).mean(1)
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        return mean(velocity)
 
 
 class Categorical(nn.Module):

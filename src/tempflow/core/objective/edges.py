@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian, to_rows
+from tempflow.core.distribution import Gaussian
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import WHOLE, StateLayout, to_rows
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,6 +35,10 @@ class EdgeBatch:
     unit      LongTensor[B], equal for edges that share a chunk; None: every edge is its own
     columns   what credit says of each edge beside its advantage, [B, …] by name
     peers     other edges that credit points to; None: it points to none
+    layout    of the B states: which elements count, and in which streams
+
+    Where `advantage` is by stream, [B, K], so is log_prob, each stream has a ratio of its own and the loss is their
+    weighted mean; `weight` may then be [B, K] too.
     """
 
     x: Tensor
@@ -50,10 +55,31 @@ class EdgeBatch:
     unit: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     peers: Peers | None = None
+    layout: StateLayout = WHOLE
 
     def transition(self, velocity: Tensor) -> Gaussian:
-        """The distribution of y by that velocity at x, [B, *S]."""
-        return self.dynamics.transition(self.x, velocity, self.schedule, self.step, self.scale)
+        """The distribution of y by that velocity at x, [B, *S]; what it says of held elements is not read."""
+        heard = self.layout.silence(velocity)
+        return replace(
+            self.dynamics.transition(self.x, heard, self.schedule, self.step, self.scale), layout=self.layout
+        )
+
+    @property
+    def by_stream(self) -> bool:
+        """Whether every stream has an advantage of its own."""
+        return self.advantage.dim() == 2
+
+    def reduced(self, t: Tensor) -> Tensor:
+        """[B, *S] -> [B], or [B, K] by stream."""
+        return self.layout.by_stream(t) if self.by_stream else self.layout.mean(t)
+
+    def log_prob_of(self, law: Gaussian) -> Tensor:
+        """log p(y), [B], or [B, K] by stream."""
+        return law.log_probs(self.y) if self.by_stream else law.log_prob(self.y)
+
+    def merged(self, values: Tensor) -> Tensor:
+        """[B, K] by stream -> [B], their mean over streams; others as they are."""
+        return self.layout.over_streams(values) if self.by_stream else values
 
     def column(self, name: str) -> Tensor:
         """Raises ValueError where credit gave no such column."""
@@ -127,7 +153,8 @@ class Replayed:
 def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch) -> Replayed:
     """Asks the named weight sets, of which "policy" is one, at the batch's parent states.
 
-    Raises ValueError for a weight set that `models` lacks, or a per-edge field of another shape than [B].
+    Raises ValueError for a weight set that `models` lacks, or a per-edge field of another shape than [B] or, where it
+    may be by stream, [B, K].
     """
     _check_shapes(batch)
     missing = [name for name in names if name not in models]
@@ -137,7 +164,7 @@ def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch
     velocity: dict[str, Tensor] = {}
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
-            velocity[name] = models[name](batch.x, sigma, batch.rows)
+            velocity[name] = batch.layout.silence(models[name](batch.x, sigma, batch.rows))
     return Replayed(batch, velocity, batch.transition(velocity["policy"]))
 
 
@@ -150,16 +177,14 @@ def velocity_of(mean: Tensor, x: Tensor, batch: EdgeBatch, scale: Tensor) -> Ten
 def _check_shapes(batch: EdgeBatch) -> None:
     """A per-edge factor of another shape would broadcast into a [B, B] loss without a word."""
     size = (batch.x.shape[0],)
-    fields = {
-        "step": batch.step,
-        "scale": batch.scale,
-        "rows": batch.rows,
-        "log_prob": batch.log_prob,
-        "advantage": batch.advantage,
-        "weight": batch.weight,
-    }
+    streams = (*size, batch.layout.count) if batch.by_stream and batch.layout.streams else size
+    fields = {"step": batch.step, "scale": batch.scale, "rows": batch.rows}
     if batch.unit is not None:
         fields["unit"] = batch.unit
     for name, given in fields.items():
         if given.shape != size:
             raise ValueError(f"{name}: shape {list(given.shape)} must be {list(size)}, one number per edge")
+    for name, given in {"log_prob": batch.log_prob, "advantage": batch.advantage, "weight": batch.weight}.items():
+        if given.shape != streams and (name != "weight" or given.shape != size):
+            what = "one number per edge" + (" and stream" if batch.by_stream else "")
+            raise ValueError(f"{name}: shape {list(given.shape)} must be {list(streams)}, {what}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import upcast
-from tempflow.core.likelihood_proxy import corrupt, target_velocity
+from tempflow.core.likelihood_proxy import LikelihoodProxy, corrupt, target_velocity
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import WHOLE, Reduce, StateLayout, upcast
 from tempflow.core.times import Id
 
 
@@ -22,11 +22,12 @@ class LeafBatch:
     """B clean samples, each with M pairs of a time and a noise.
 
     x0         [B, *S], the sample
-    advantage  [B]
+    advantage  [B], or one for each of the layout's K streams, [B, K]
     rows       LongTensor[B], what `predict` finds the condition by
     group      LongTensor[B], equal for samples that are compared with one another
     t          [B, M] in (0, 1], in at least float32
     noise      [B, M, *S], standard normals
+    layout     of the B samples: which elements count, and in which streams
 
     Raises ValueError where shapes do not fit or, where looking is free (on the CPU), a time is not in (0, 1].
     """
@@ -37,12 +38,15 @@ class LeafBatch:
     group: Tensor
     t: Tensor
     noise: Tensor
+    layout: StateLayout = WHOLE
 
     def __post_init__(self) -> None:
         size = self.x0.shape[0]
         for name, given in (("advantage", self.advantage), ("rows", self.rows), ("group", self.group)):
-            if given.shape != (size,):
-                raise ValueError(f"{name}: shape {list(given.shape)} must be {[size]}, one number per sample")
+            by_stream = name == "advantage" and given.dim() == 2 and self.layout.streams
+            streams = (size, self.layout.count) if by_stream else (size,)
+            if given.shape != streams:
+                raise ValueError(f"{name}: shape {list(given.shape)} must be {list(streams)}, one number per sample")
         if self.t.dim() != 2 or self.t.shape[0] != size or self.t.shape[1] < 1:
             raise ValueError(f"t: shape {list(self.t.shape)} must be [{size}, M] with M ≥ 1")
         expected = (*self.t.shape, *self.x0.shape[1:])
@@ -60,6 +64,23 @@ class LeafBatch:
         """M, the pairs of each sample."""
         return self.t.shape[1]
 
+    @property
+    def by_stream(self) -> bool:
+        """Whether every stream has an advantage of its own."""
+        return self.advantage.dim() == 2
+
+    def merged(self, values: Tensor) -> Tensor:
+        """[…, K] by stream -> […], their mean over streams; others as they are."""
+        return self.layout.over_streams(values) if self.by_stream else values
+
+    def check_joint(self, objective: str) -> None:
+        """Raises ValueError where advantages are by stream, which an objective that compares samples cannot use."""
+        if self.by_stream:
+            raise ValueError(
+                f"advantage: one for each stream, and {objective} compares whole samples; nearest valid: a joint "
+                "credit, with one advantage a sample"
+            )
+
     def take(self, samples: Tensor | slice) -> LeafBatch:
         """Some of the samples, with all their pairs."""
         return LeafBatch(
@@ -69,6 +90,7 @@ class LeafBatch:
             self.group[samples],
             self.t[samples],
             self.noise[samples],
+            self.layout.take(samples),
         )
 
     def only(self, pairs: slice) -> LeafBatch:
@@ -103,6 +125,7 @@ def renoise_leaves(
     schedule: Schedule,
     group: Tensor | None = None,
     only: range | None = None,
+    layout: StateLayout = WHOLE,
 ) -> LeafBatch:
     """A `LeafBatch` with pairs drawn for `ids` (see `Renoise`), on the device of `x0`; of the M pairs those of `only`.
 
@@ -118,6 +141,7 @@ def renoise_leaves(
         rows if group is None else group,
         t.to(x0),
         noise.to(x0),
+        layout,
     )
 
 
@@ -125,7 +149,8 @@ def renoise_leaves(
 class Noised:
     """A batch's B·M re-noised states, sample by sample, and the velocities predicted there, each [B·M, *S].
 
-    `velocity["policy"]` bears gradients; no other set's does.
+    `velocity["policy"]` bears gradients; no other set's does. `layout` is that of the B·M states; their held elements
+    are clean, and velocities there 0.
     """
 
     batch: LeafBatch
@@ -134,6 +159,7 @@ class Noised:
     noise: Tensor
     t: Tensor
     velocity: Mapping[str, Tensor]
+    layout: StateLayout = WHOLE
 
     @property
     def policy(self) -> Tensor:
@@ -145,12 +171,26 @@ class Noised:
         return target_velocity(self.x0, self.noise)
 
     def by_sample(self, values: Tensor) -> Tensor:
-        """[B·M] as [B, M]."""
-        return values.view(len(self.batch), self.batch.pairs)
+        """[B·M] as [B, M], or by stream [B·M, K] as [B, M, K]."""
+        return values.view(len(self.batch), self.batch.pairs, *values.shape[1:])
 
     def by_pair(self, values: Tensor) -> Tensor:
-        """[B] repeated for each pair, [B·M], in the dtype of the states."""
-        return values.to(self.x).repeat_interleave(self.batch.pairs)
+        """[B] or [B, K] repeated for each pair, [B·M] or [B·M, K], in the dtype of the states."""
+        return values.to(self.x).repeat_interleave(self.batch.pairs, dim=0)
+
+    def measured(self, measure: Callable[[Reduce], Tensor]) -> Tensor:
+        """What `measure` makes of a mean over elements, [B·M], or [B·M, K] where advantages are by stream."""
+        return self.layout.measured(measure, self.batch.by_stream)
+
+    def merged(self, values: Tensor) -> Tensor:
+        """[…, K] by stream -> […], their mean over streams; others as they are."""
+        return self.batch.merged(values)
+
+    def likelihood(self, proxy: LikelihoodProxy, name: str) -> Tensor:
+        """The proxy by that weight set's velocity, [B·M], or [B·M, K] where advantages are by stream."""
+        if self.layout.whole and not self.batch.by_stream:
+            return proxy(self.velocity[name], self.x0, self.noise, self.t)
+        return self.measured(lambda mean: proxy(self.velocity[name], self.x0, self.noise, self.t, mean))
 
 
 def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch) -> Noised:
@@ -163,15 +203,17 @@ def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch
         raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
     noise, t = batch.noise.flatten(0, 1), batch.t.flatten()
     x0, rows = (field.repeat_interleave(batch.pairs, dim=0) for field in (batch.x0, batch.rows))
-    x = corrupt(x0, noise, t)
+    layout = batch.layout.take(torch.arange(len(batch), device=x0.device).repeat_interleave(batch.pairs))
+    x0 = layout.hold(x0)
+    x = layout.hold(corrupt(x0, noise, t))
     velocity: dict[str, Tensor] = {}
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
             prediction = upcast(models[name](x, t, rows))
         if prediction.shape != x.shape:
             raise ValueError(f"{name}: predicts {list(prediction.shape)} where the states are {list(x.shape)}")
-        velocity[name] = prediction
-    return Noised(batch, x, x0, noise, t, velocity)
+        velocity[name] = layout.silence(prediction)
+    return Noised(batch, x, x0, noise, t, velocity, layout)
 
 
 def group_mean(values: Tensor, group: Tensor, weight: Tensor | None = None) -> Tensor:

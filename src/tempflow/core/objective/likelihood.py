@@ -44,7 +44,7 @@ class Estimate:
         return ("policy",) if self.on_policy else ("policy", "old")
 
     def policy(self, at: Noised) -> Tensor:
-        """log p_θ, [B, 1] pooled or [B, M]; gradients through the policy."""
+        """log p_θ, [B, 1] pooled or [B, M], by stream [B, …, K]; gradients through the policy."""
         return self._of("policy", at)
 
     def old(self, at: Noised) -> Tensor:
@@ -52,7 +52,7 @@ class Estimate:
         return self._of("policy" if self.on_policy else "old", at).detach()
 
     def _of(self, name: str, at: Noised) -> Tensor:
-        values = at.by_sample(self.proxy(at.velocity[name], at.x0, at.noise, at.t))
+        values = at.by_sample(at.likelihood(self.proxy, name))
         return values.mean(1, keepdim=True) if self.pooled else values
 
 
@@ -77,10 +77,11 @@ class _OnEstimate:
         return at, policy, policy - old, batch.advantage.to(policy)[:, None]
 
     def _loss(self, loss: Tensor, at: Noised, log_ratio: Tensor, metrics: Mapping[str, Tensor]) -> Loss:
-        """The mean of `loss` ([B, 1] or [B, M]) with the regularizers' own mean over all pairs."""
-        per_pair = loss.expand(-1, at.batch.pairs).flatten()
+        """The mean of `loss` ([B, 1] or [B, M], by stream [B, …, K]) with the regularizers' own mean over all pairs."""
+        per_pair = at.merged(loss).expand(-1, at.batch.pairs).flatten()
         per_pair, more = regularizer.add(per_pair, self.regularizers, at)
-        return Loss(per_pair.mean(), {"log_ratio_abs": log_ratio.detach().abs().mean(1), **metrics, **more})
+        moved = at.merged(log_ratio.detach().abs()).mean(1)
+        return Loss(per_pair.mean(), {"log_ratio_abs": moved, **metrics, **more})
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class ClippedLikelihood(_OnEstimate):
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
         with torch.no_grad():
             metrics = {
-                "clip_fraction": (loss > -advantage * ratio).float().mean(1),
-                "outside_clip": (ratio != clipped).float().mean(1),
+                "clip_fraction": at.merged((loss > -advantage * ratio).float()).mean(1),
+                "outside_clip": at.merged((ratio != clipped).float()).mean(1),
             }
         return self._loss(loss, at, log_ratio, metrics)
 

@@ -15,6 +15,7 @@ from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, noised
 from tempflow.core.objective.regularizer import LeafRegularizer
+from tempflow.core.state import Reduce
 
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 Anchor = Literal["constant", "balanced"]
@@ -88,18 +89,20 @@ class NegativeAware:
         at = noised(models, self.weight_sets, batch)
         v, old, beta = at.policy, at.velocity["old"], self.mix_beta
         error = adaptive_error if self.adaptive else square_error
-        positive = error(x0_of_velocity(at.x, beta * v + (1 - beta) * old, at.t), at.x0)
-        negative = error(x0_of_velocity(at.x, (1 + beta) * old - beta * v, at.t), at.x0)
+        near = x0_of_velocity(at.x, beta * v + (1 - beta) * old, at.t)
+        far = x0_of_velocity(at.x, (1 + beta) * old - beta * v, at.t)
+        positive = at.measured(lambda mean: error(near, at.x0, mean))
+        negative = at.measured(lambda mean: error(far, at.x0, mean))
         keep = optimality(batch.advantage, self.advantage_max, self.mode)
         r = at.by_pair(keep)
-        loss = self.advantage_max * (r * positive + (1 - r) * negative) / beta
+        loss = at.merged(self.advantage_max * (r * positive + (1 - r) * negative) / beta)
         loss, metrics = regularizer.add(loss, self.regularizers, at)
         with torch.no_grad():
             metrics |= {
-                "optimality": keep,
-                "positive_error": at.by_sample(positive.detach()).mean(1),
-                "negative_error": at.by_sample(negative.detach()).mean(1),
-                "old_gap": at.by_sample(square_error(v.detach(), old)).mean(1),
+                "optimality": batch.merged(keep),
+                "positive_error": at.by_sample(at.merged(positive.detach())).mean(1),
+                "negative_error": at.by_sample(at.merged(negative.detach())).mean(1),
+                "old_gap": at.by_sample(square_error(v.detach(), old, at.layout.mean)).mean(1),
             }
         return Loss(loss.mean(), metrics)
 
@@ -177,24 +180,29 @@ class SignedLeastSquares:
         at = noised(models, self.weight_sets, batch)
         parts = self._parts(at, at.by_pair(batch.advantage))
         x0 = x0_of_velocity(at.x, at.policy, at.t)
-        if self.form == "sum" or self.concave:
-            loss = torch.stack([weight * square_error(x0, target) for weight, target in parts]).sum(0)
-        else:
-            curvature = torch.stack([weight for weight, _ in parts]).sum(0)
-            drawn = torch.stack([_times(weight / curvature, target) for weight, target in parts]).sum(0)
-            loss = curvature * square_error(x0, drawn)
-        if self.adaptive:
-            loss = loss / adaptive_scale(x0, at.x0)
+        loss = at.merged(at.measured(lambda mean: self._quadratic(x0, at, parts, mean)))
         loss, metrics = regularizer.add(loss, self.regularizers, at)
         with torch.no_grad():
             metrics |= {
-                "error": at.by_sample(square_error(x0.detach(), at.x0)).mean(1),
-                "old_gap": at.by_sample(square_error(at.policy.detach(), at.velocity["old"])).mean(1),
+                "error": at.by_sample(square_error(x0.detach(), at.x0, at.layout.mean)).mean(1),
+                "old_gap": at.by_sample(square_error(at.policy.detach(), at.velocity["old"], at.layout.mean)).mean(1),
             }
         return Loss(loss.mean(), metrics)
 
+    def _quadratic(self, x0: Tensor, at: Noised, parts: list[tuple[Tensor, Tensor]], mean: Reduce) -> Tensor:
+        """The loss of every state but for regularizers, in the shape of the mean."""
+        if self.form == "sum" or self.concave:
+            errors = [(weight, square_error(x0, target, mean)) for weight, target in parts]
+            loss = torch.stack([_columns(weight, error) * error for weight, error in errors]).sum(0)
+        else:
+            curvature = torch.stack([weight for weight, _ in parts]).sum(0)
+            drawn = [at.layout.spread(weight / curvature, target) * target for weight, target in parts]
+            error = square_error(x0, torch.stack(drawn).sum(0), mean)
+            loss = _columns(curvature, error) * error
+        return loss / adaptive_scale(x0, at.x0, mean) if self.adaptive else loss
+
     def _parts(self, at: Noised, advantage: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each quadratic's weight [B·M] and detached centre [B·M, *S]."""
+        """Each quadratic's weight, [B·M] or by stream [B·M, K], and detached centre [B·M, *S]."""
         gamma = torch.full_like(advantage, self.gamma)
         if self.anchor == "balanced":
             gamma = gamma - advantage
@@ -205,5 +213,6 @@ class SignedLeastSquares:
         return parts
 
 
-def _times(weight: Tensor, t: Tensor) -> Tensor:
-    return weight.view(-1, *[1] * (t.dim() - 1)) * t
+def _columns(weight: Tensor, like: Tensor) -> Tensor:
+    """[B·M] weights that fit results by stream, [B·M, K]; others as they are."""
+    return weight[:, None] if weight.dim() < like.dim() else weight

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import mean_dims
 from tempflow.core.objective.edges import Loss, Predict
+from tempflow.core.state import StateLayout
 
-Batch = TypeVar("Batch")
+
+class HasLayout(Protocol):
+    """A batch of states that says what counts in their means."""
+
+    @property
+    def layout(self) -> StateLayout: ...
+
+
+Batch = TypeVar("Batch", bound=HasLayout)
 
 
 def with_velocity_norm(
@@ -20,8 +28,9 @@ def with_velocity_norm(
     """The objective's loss on the batch, with "velocity_norm" [rows] among its metrics: each row bears the mean, over
     the states at which the policy was asked, of RMS v_policy / RMS v_reference; 1 where the two are one.
 
-    It costs no forward. NormGuard (arXiv 2606.27771; its abstract alone was read) holds this ratio down by a hinge, as
-    reinforcement inflates it; here it is only measured.
+    It costs no forward. Held elements count as predictors give them; the loop's give 0 there. NormGuard (arXiv
+    2606.27771; its abstract alone was read) holds this ratio down by a hinge, as reinforcement inflates it; here it is
+    only measured.
 
     Raises ValueError where the objective asks "policy" and "reference" for different states, or one of them for none.
     """
@@ -30,7 +39,7 @@ def with_velocity_norm(
     def overheard(name: str, predict: Predict) -> Predict:
         def listening(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             velocity = predict(x, sigma, rows)
-            rms[name].append(mean_dims(velocity.detach().square()).sqrt())
+            rms[name].append(batch.layout.unheld.mean(velocity.detach().square()).sqrt())
             return velocity
 
         return listening

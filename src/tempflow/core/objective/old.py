@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian, mean_dims, upcast
+from tempflow.core.distribution import Gaussian
 from tempflow.core.objective.edges import EdgeBatch, Predict
+from tempflow.core.state import StateLayout, upcast
 
 SIGMAS = 4.0
 """How many standard deviations a healthy difference may lie out: of 10⁴ edges one does."""
@@ -27,7 +28,7 @@ SUMS = 2.0**-19
 class Old:
     """The edges of one batch as the policy that drew them has them.
 
-    log_prob  [B], of the children
+    log_prob  [B], of the children; [B, K] where advantages are by stream
     mean      [B, *S], what they were drawn from; None where the objective does not read it
     gap       [B], how far the rollout's log-prob is from this one (`roundings`)
     """
@@ -43,11 +44,11 @@ def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool
 
     rounding: the relative rounding error of a velocity, as for `roundings`.
     """
-    velocity = velocity.detach()
+    velocity = batch.layout.silence(velocity.detach())
     law = batch.transition(velocity)
     log_prob = law.log_prob(batch.y)
     gap = roundings(batch, velocity, law, log_prob, rounding)
-    return Old(log_prob, law.mean if keeps_mean else None, gap)
+    return Old(batch.log_prob_of(law) if batch.by_stream else log_prob, law.mean if keeps_mean else None, gap)
 
 
 def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tensor, rounding: float) -> Tensor:
@@ -61,10 +62,12 @@ def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tenso
     """
     arithmetic = torch.finfo(law.mean.dtype).eps / 2
     _, b, std = (c.to(law.mean) for c in batch.dynamics.coefficients(batch.schedule, batch.step, batch.scale))
-    error = (rounding * b.abs() * _rms(velocity) + arithmetic * _rms(batch.y)) / std
+    velocities, states = (_rms(t, batch.layout) for t in (velocity, batch.y))
+    error = (rounding * b.abs() * velocities + arithmetic * states) / std
     excess = (log_prob - batch.log_prob.to(log_prob)).abs() - 4 * arithmetic * (1 + log_prob.abs())
     excess = torch.where(excess <= 0, 0.0, excess)  # a NaN stays one
-    spread = SIGMAS / math.sqrt(velocity[0].numel())
+    size = batch.layout.effective(velocity)
+    spread = SIGMAS / (size.sqrt() if isinstance(size, Tensor) else math.sqrt(size))
     return 2 * excess / (error * (spread + (spread**2 + 2 * excess).sqrt()))
 
 
@@ -97,5 +100,5 @@ def detached(predict: Predict) -> Predict:
     return answer
 
 
-def _rms(t: Tensor) -> Tensor:
-    return mean_dims(upcast(t).square()).sqrt()
+def _rms(t: Tensor, layout: StateLayout) -> Tensor:
+    return layout.mean(upcast(t).square()).sqrt()

@@ -17,6 +17,7 @@ from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.leaves import LeafBatch, Noised, group_mean, noised
 from tempflow.core.objective.matching import optimality
 from tempflow.core.objective.regularizer import LeafRegularizer, PredictionDistance
+from tempflow.core.state import WHOLE, StateLayout
 
 Regression = Literal["mse", "bce"]
 
@@ -44,7 +45,7 @@ class Supervised:
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
         at = noised(models, self.weight_sets, batch)
-        loss = -self.proxy(at.policy, at.x0, at.noise, at.t)
+        loss = at.merged(-at.likelihood(self.proxy, "policy"))
         metrics = {"error": at.by_sample(loss.detach()).mean(1)}
         loss, more = regularizer.add(loss, self.regularizers, at)
         return Loss(loss.mean(), metrics | more)
@@ -57,6 +58,7 @@ class PairBatch:
     chosen, rejected  [B, *S]
     rows              LongTensor[B]
     t, noise          [B, M] in (0, 1] and [B, M, *S]; common to a pair, so that the two differ by the sample alone
+    layout            of the B pairs: which elements count, and in which streams
 
     Raises ValueError as `LeafBatch` does, and when the two samples' shapes differ.
     """
@@ -66,6 +68,7 @@ class PairBatch:
     rows: Tensor
     t: Tensor
     noise: Tensor
+    layout: StateLayout = WHOLE
 
     def __post_init__(self) -> None:
         if self.rejected.shape != self.chosen.shape:
@@ -86,6 +89,7 @@ class PairBatch:
             pair.repeat(2),
             self.t.repeat(2, 1),
             self.noise.repeat(2, *[1] * (self.noise.dim() - 1)),
+            self.layout.take(pair.repeat(2)),
         )
 
 
@@ -166,15 +170,17 @@ class OnlinePairs:
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
 
-        Raises ValueError where a pair's samples have different times or noises.
+        Raises ValueError where a pair's samples have different times or noises, and for advantages by stream.
         """
+        batch.check_joint("OnlinePairs")
         best, worst, groups = extremes(batch.advantage, batch.group)
         some = len(best) > 0
         if not some:  # one sample against itself, times 0: whatever a batch holds, it gives the same metrics
             best = worst = torch.zeros(1, dtype=torch.long, device=batch.x0.device)
         if not (batch.t[best].equal(batch.t[worst]) and batch.noise[best].equal(batch.noise[worst])):
             raise ValueError("renoise: a pair's samples differ in (t, ε); nearest valid: Renoise(times, 2, 2)")
-        couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best])
+        layout = batch.layout.take(best)
+        couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best], layout)
         found = self.pairs(models, couples)
         metrics: dict[str, Tensor] = {}
         for name, column in found.metrics.items():
@@ -242,7 +248,11 @@ class GroupPreference:
         return regularizer.named(required, self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
-        """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only."""
+        """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
+
+        Raises ValueError for advantages by stream.
+        """
+        batch.check_joint("GroupPreference")
         at = noised(models, self.weight_sets, batch)
         advantage = at.by_pair(batch.advantage)
         gain = _log_ratio(self.proxy, at, self.compare_to)
@@ -314,7 +324,11 @@ class CentredReward:
         return ("policy", "old", "reference") if self.kl > 0 else ("policy", "old")
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
-        """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only."""
+        """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
+
+        Raises ValueError for advantages by stream.
+        """
+        batch.check_joint("CentredReward")
         at = noised(models, self.weight_sets, batch)
         given = optimality(batch.advantage.to(at.x), self.advantage_max)[:, None].expand(-1, batch.pairs)
         implicit = at.by_sample(_log_ratio(self.proxy, at, "old"))
@@ -360,5 +374,5 @@ def over_groups(values: Tensor, group: Tensor) -> Tensor:
 
 def _log_ratio(proxy: LikelihoodProxy, at: Noised, other: str) -> Tensor:
     """log p_θ − log p_other at every pair, [B·M], gradients through the policy."""
-    policy, fixed = (proxy(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[other]))
+    policy, fixed = (at.likelihood(proxy, name) for name in ("policy", other))
     return policy - fixed

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import mean_dims, to_rows, upcast
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.groups import dense
 from tempflow.core.objective.clip import Clip, ClipRule
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict, Replayed, replay
 from tempflow.core.objective.regularizer import Divergence, EdgeRegularizer, KLForm
+from tempflow.core.state import mean_dims, to_rows, upcast
 
 
 class Ratio(Protocol):
@@ -27,7 +27,7 @@ class Ratio(Protocol):
     def keeps_mean(self) -> bool: ...
 
     def __call__(self, at: Replayed) -> Tensor:
-        """[B], or dense over positions [B, *P]."""
+        """[B], [B, K] where advantages are by stream, or dense over positions [B, *P]."""
         ...
 
     def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Ratio(Protocol):
 
 
 class _PerEdge:
-    """One ratio an edge: its advantage as it is."""
+    """One ratio an edge, or one of each stream: its advantage as it is."""
 
     unit = "edge"
     keeps_mean = False
@@ -50,7 +50,7 @@ class StepRatio(_PerEdge):
     """log r = log p − log p_old, a mean over latent elements: r is the D-th root of the density ratio."""
 
     def __call__(self, at: Replayed) -> Tensor:
-        return at.policy.log_prob(at.batch.y) - at.batch.log_prob
+        return at.batch.log_prob_of(at.policy) - at.batch.log_prob
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NormRatio(_PerEdge):
     def __call__(self, at: Replayed) -> Tensor:
         old = at.batch.drawn_from()
         z = (at.batch.y.to(old) - old) / to_rows(at.policy.std, old)
-        return mean_dims((at.policy.mean - old) * z)
+        return at.batch.reduced((at.policy.mean - old) * z)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class ChunkRatio:
 
     def __call__(self, at: Replayed) -> Tensor:
         log_ratio = self.of(at)
-        if log_ratio.dim() != 1:
+        if log_ratio.shape != at.batch.advantage.shape:
             raise ValueError("of: a chunk takes the mean of one ratio per edge; nearest valid: StepRatio()")
         unit = _unit(at.batch)
         count = _sizes(unit)
-        total = torch.zeros(len(count), dtype=log_ratio.dtype, device=log_ratio.device).index_add(0, unit, log_ratio)
-        return (total / count)[unit]
+        total = log_ratio.new_zeros(len(count), *log_ratio.shape[1:]).index_add(0, unit, log_ratio)
+        return (total / (count[:, None] if at.batch.by_stream else count))[unit]
 
     def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
         return batch.advantage
@@ -101,13 +101,15 @@ class PositionRatio:
     """ViPO: a ratio at every position of the latent, log densities summed over channels; A·map there.
 
     Reads the column "map", [B, h, w] ≥ 0. Per-position log ratios are far larger than means over the latent, so the
-    same clip blocks more of them. (arXiv 2511.18719, by its authors' lab's code.)
+    same clip blocks more of them. (arXiv 2511.18719, by its authors' lab's code.) Raises ValueError where a model holds
+    elements or has several streams.
     """
 
     unit = "edge"
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
+        _whole("PositionRatio", at.batch)
         old = at.batch.drawn_from()
         y = at.batch.y.to(old)
         gap = (y - old).square() - (y - at.policy.mean).square()
@@ -125,12 +127,14 @@ class RegionRatio(_PerEdge):
     """One ratio an edge whose log densities are averaged with the column "map" [B, h, w] as weights.
 
     Our variant of ViPO: gradients go where the map is, clips stay those of a step's ratio, and an even map gives
-    `StepRatio` exactly. A map of zeros has log ratio 0.
+    `StepRatio` exactly. A map of zeros has log ratio 0. Raises ValueError where a model holds elements or has several
+    streams.
     """
 
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
+        _whole("RegionRatio", at.batch)
         old = at.batch.drawn_from()
         y, where = at.batch.y.to(old), upcast(at.batch.column("map")).to(old)
         gap = (y - old).square() - (y - at.policy.mean).square()
@@ -143,7 +147,9 @@ class PolicyRatio:
     """L = mean over units of [ w_j · clip(log r_j, A_j) ] + Σ coefficient · mean term_j.
 
     r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the clip, so weights
-    do not move a clip. A unit's loss is the mean over its edges. An edge goes from x at σ to y ~ N(a·x + b·v, S²)::
+    do not move a clip. A unit's loss is the mean over its edges. Where a model has several streams, log p is the mean
+    of theirs; with an advantage for each, every stream has its own ratio and clip, and an edge's loss is the mean over
+    streams. An edge goes from x at σ to y ~ N(a·x + b·v, S²)::
 
         mean, mean_ref = a * x + b * v(x, sigma, c), a * x + b * v_ref(x, sigma, c)
         log_p = (-(((y - mean) / S) ** 2) / 2 - S.log() - math.log(2 * math.pi) / 2).mean(D, True)
@@ -194,12 +200,17 @@ class PolicyRatio:
         at = replay(models, self.weight_sets, batch)
         log_ratio = self.ratio(at)
         columns = {**batch.columns, **_moved(at)} if self.clip.keeps_mean else batch.columns
+        if batch.by_stream:
+            columns = {name: column[:, None] if column.dim() == 1 else column for name, column in columns.items()}
         clipped_loss = self.clip(log_ratio, self.ratio.advantage(batch, log_ratio), columns)
-        loss = batch.weight * _flat(clipped_loss.loss)
+        if batch.weight.dim() == 1:
+            loss = batch.weight * _flat(clipped_loss.loss, batch)
+        else:
+            loss = _flat(batch.weight * clipped_loss.loss, batch)
         metrics = {
-            "log_ratio_abs": _flat(log_ratio.detach().abs()),
-            "clip_fraction": _flat(clipped_loss.blocked),
-            "outside_clip": _flat(clipped_loss.outside),
+            "log_ratio_abs": _flat(log_ratio.detach().abs(), batch),
+            "clip_fraction": _flat(clipped_loss.blocked, batch),
+            "outside_clip": _flat(clipped_loss.outside, batch),
         }
         for regularizer in self._regularizers:
             term = regularizer(at)
@@ -225,12 +236,23 @@ def clipped(
 def _moved(at: Replayed) -> dict[str, Tensor]:
     """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a clip's columns."""
     gap = (at.policy.mean.detach() - at.batch.drawn_from()).square()
-    return {"mean_gap": mean_dims(gap), "std": at.policy.std}
+    return {"mean_gap": at.batch.reduced(gap), "std": at.policy.std}
 
 
-def _flat(values: Tensor) -> Tensor:
-    """[B], the mean over positions."""
+def _flat(values: Tensor, batch: EdgeBatch) -> Tensor:
+    """[B], the mean over streams or positions."""
+    if batch.by_stream:
+        return batch.merged(values)
     return values if values.dim() == 1 else values.flatten(1).mean(1)
+
+
+def _whole(ratio: str, batch: EdgeBatch) -> None:
+    """Raises ValueError unless all elements of the batch's states are free and of one stream."""
+    if not batch.layout.whole or batch.by_stream:
+        raise ValueError(
+            f"ratio: {ratio} weighs positions of a state that is all free and of one stream, which this model's is "
+            "not; nearest valid: StepRatio()"
+        )
 
 
 def _unit(batch: EdgeBatch) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from tempflow.core.checks import not_negative
-from tempflow.core.distribution import drift_kl, mean_dims, to_rows, velocity_kl
+from tempflow.core.distribution import drift_kl, velocity_kl
 from tempflow.core.dynamics import Diffusion, Dynamics
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
 from tempflow.core.objective.edges import Replayed, velocity_of
 from tempflow.core.objective.leaves import Noised
+from tempflow.core.state import to_rows
 
 KLForm = Literal["exact", "drift", "velocity", "k1", "k2", "k3"]
 Space = Literal["velocity", "x0", "path"]
@@ -93,7 +94,7 @@ class Divergence:
 
     def __call__(self, at: Replayed) -> Tensor:
         if self.form == "velocity":
-            return velocity_kl(at.velocity["policy"], at.velocity["reference"])
+            return velocity_kl(at.velocity["policy"], at.velocity["reference"], at.batch.layout)
         reference, batch = at.transition("reference"), at.batch
         if self.form == "exact":
             return at.policy.kl(reference)
@@ -103,14 +104,14 @@ class Divergence:
             return drift_kl(at.policy, reference, batch.dynamics.rate(batch.schedule, batch.step, batch.scale))
         d = at.policy.log_density(batch.y.to(at.policy.mean)) - reference.log_density(batch.y.to(reference.mean))
         if self.form == "k1":
-            return mean_dims(d)
+            return batch.layout.mean(d)
         if self.form == "k2":
-            return mean_dims(d.square() / 2)
-        return mean_dims((-d).expm1() + d)
+            return batch.layout.mean(d.square() / 2)
+        return batch.layout.mean((-d).expm1() + d)
 
 
 class LogRatio(Protocol):
-    """log r of a replayed batch, [B]: a form of the ratio (`ratio.Ratio`)."""
+    """log r of a replayed batch, [B] or by stream [B, K]: a form of the ratio (`ratio.Ratio`)."""
 
     @property
     def keeps_mean(self) -> bool: ...
@@ -144,7 +145,7 @@ class ToRollout:
 
     def __call__(self, at: Replayed) -> Tensor:
         log_ratio = self.log_ratio(at)
-        return (-log_ratio).expm1() + log_ratio
+        return at.batch.merged((-log_ratio).expm1() + log_ratio)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Imitation:
         if peers is None:
             raise ValueError("peers: are missing, and imitation needs the best path's edges; give them by the credit")
         best = velocity_of(peers.mean, peers.x, at.batch, peers.scale)
-        return velocity_kl(at.velocity["policy"], best.detach())
+        return velocity_kl(at.velocity["policy"], best.detach(), at.batch.layout)
 
 
 class LeafRegularizer(Protocol):
@@ -211,7 +212,7 @@ class PredictionDistance:
             raise ValueError(f"space: {self.space!r} is not one of {', '.join(get_args(Space))}")
 
     def __call__(self, at: Noised) -> Tensor:
-        gap = velocity_kl(at.policy, at.velocity[self.to])
+        gap = velocity_kl(at.policy, at.velocity[self.to], at.layout)
         t = to_rows(at.t, gap)
         if self.space == "x0":
             return t.square() * gap
@@ -241,8 +242,8 @@ class LikelihoodKL:
             raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Estimator))}")
 
     def __call__(self, at: Noised) -> Tensor:
-        policy, other = (self.proxy(v, at.x0, at.noise, at.t) for v in (at.policy, at.velocity[self.to]))
-        return kl_estimate(policy - other, self.form)
+        policy, other = (at.likelihood(self.proxy, name) for name in ("policy", self.to))
+        return at.merged(kl_estimate(policy - other, self.form))
 
 
 def kl_estimate(log_ratio: Tensor, form: Estimator) -> Tensor:
