@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from tempflow.core.schedule import Schedule
+from tempflow.core.state import WHOLE, StateLayout
 from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance
 from tempflow.request import Prompt
@@ -111,6 +112,36 @@ class EncodesInputs(Protocol):
         of another size rounds otherwise.
         """
         ...
+
+
+@runtime_checkable
+class LaysOut(Protocol):
+    """A model that holds some elements of its states at given values (the first frame of image-to-video), or packs
+    several outputs into one state (video and sound). The states of other models are all free and of one stream."""
+
+    def layout(self, condition: Conditioning, size: Size) -> StateLayout:
+        """By row of the condition: which elements are held and at what, and the streams.
+
+        `predictor` then makes of one σ a row a time for each token (`core.state.times_per_token`); what it says of
+        held elements is not read.
+        """
+        ...
+
+
+def layout_of(model: object, condition: Conditioning, size: Size, first: int = 0) -> StateLayout:
+    """The layout of that condition's states, its rows numbered from `first`; `WHOLE` where the model has none.
+
+    Raises ValueError where the layout has other rows than the condition, or one for all.
+    """
+    if not isinstance(model, LaysOut):
+        return WHOLE
+    layout = model.layout(condition, size)
+    for name, given in (("free", layout.free), ("clean", layout.clean)):
+        if given is not None and len(given) not in (1, len(condition)):
+            raise ValueError(
+                f"layout: {name} has {len(given)} rows; nearest valid: 1, or {len(condition)}, the prompts"
+            )
+    return replace(layout, first=first)
 
 
 class Model(Protocol):

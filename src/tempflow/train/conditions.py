@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tempflow.core.distribution import upcast
 from tempflow.core.perturb import Perturbation
 from tempflow.core.rng import Stream
+from tempflow.core.state import upcast
 from tempflow.media import Size
 from tempflow.models.finite import NotFiniteError, encoded
 from tempflow.models.guidance import Guidance

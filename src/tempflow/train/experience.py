@@ -21,9 +21,11 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise, rollout, skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
+from tempflow.core.state import WHOLE as WHOLE_STATE
+from tempflow.core.state import StateLayout
 from tempflow.media import Size
 from tempflow.models.finite import ADVICE, GIVEN, WHOLE, WHY, Decoded, decoded, encoded, finite_rows, told
-from tempflow.models.protocol import Model, Predict
+from tempflow.models.protocol import Conditioning, Model, Predict, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards import score_all
 from tempflow.rewards.safe import faults
@@ -57,6 +59,7 @@ class Experience:
     fidelity   [P] how the draft ranked the chosen noises beside the regenerated pictures; None without a draft
     broken     LongTensor, which of the whole's leaves are no pictures, and why (`models.finite`)
     drafts     the same of the drafts, a pool for each prompt; None without a draft
+    layout     of this rank's states, by prompt slot
     """
 
     forest: Forest
@@ -72,6 +75,7 @@ class Experience:
     broken: Tensor
     fidelity: Tensor | None = None
     drafts: Tensor | None = None
+    layout: StateLayout = WHOLE_STATE
 
     @property
     def credited(self) -> tuple[Scores, Forest]:
@@ -98,14 +102,16 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     plans = [algorithm.plan(iteration, slot) for slot in range(len(prompts))]
     blocks = [world.block(len(prompts), rank) for rank in range(world.size)]
     mine = blocks[world.rank]
-    bound = _binder(context, [prompts[slot] for slot in mine], mine.start)
+    condition = encoded(context.model, [prompts[slot] for slot in mine], context.size)
+    layout = layout_of(context.model, condition, context.size, mine.start).to(context.model.device)
+    bound = _binder(context, condition, mine.start, layout)
     models = {"policy": bound(None)} | {name: bound(network) for name, network in context.sets.items()}
     own = drafter = models[algorithm.sampler]
     if context.drafter is not None:
         started = time.perf_counter()
         drafter = bound(context.drafter.fresh())
         clock.add("draft", started)
-    collector = _Collector(context, plans, prompts, iteration, schedule, own, drafter, clock)
+    collector = _Collector(context, plans, prompts, iteration, schedule, own, drafter, clock, layout)
     grow = collector.rollout if algorithm.offline is None else collector.offline
     chunks = [grow(slots) for slots in _chunks(plans, mine)]
     leaves = [plan.cost().leaves for plan in plans]
@@ -141,6 +147,7 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
             [part.drafts for part in chunks],
             [len(b) * (algorithm.draft.pool if algorithm.draft is not None else 0) for b in blocks],
         ),
+        layout=layout,
     )
 
 
@@ -197,8 +204,9 @@ def credit(context: Context, experience: Experience) -> Advantages:
     """The same on every rank: it needs all scores, but no states."""
     algorithm, whole = context.algorithm, experience.whole
     advantage = experience.rule(algorithm.credit)(*experience.credited)
+    experience.layout.check_advantages(advantage.streams)
     if algorithm.dynamics is None:
-        return Advantages(advantage, torch.ones_like(advantage.value))
+        return Advantages(advantage, torch.ones_like(advantage.flat(advantage.value)))
     return Advantages(advantage, algorithm.weight(whole, experience.schedule, algorithm.dynamics))
 
 
@@ -227,6 +235,7 @@ class _Collector:
     sampler: Predict
     drafter: Predict
     clock: Clock
+    layout: StateLayout
 
     def rollout(self, slots: Sequence[int]) -> _Chunk:
         """A chunk of whole prompts: rolled out, decoded, scored, measured, observed."""
@@ -242,7 +251,7 @@ class _Collector:
         # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
         counted = ok if self.context.latent_reward is None else None
         signals = measure(latents, pictures, forest.leaves.prompt, counted, self.context.figures)
-        forest = observed(algorithm, forest, pictures)
+        forest = observed(algorithm, forest, pictures, self.layout)
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.renoise is None else forest.select(NO_EDGES)
         fidelity = None
@@ -319,13 +328,15 @@ class _Collector:
             variants=algorithm.variants,
             max_rows=context.rollout_rows,
             keep_mean=algorithm.renoise is None and algorithm.edge_objective.keeps_peers,
+            layout=self.layout,
             device=context.model.device,
         )
 
 
-def observed(algorithm: Algorithm, forest: Forest, pictures: Tensor) -> Forest:
-    """The forest with what the algorithm wants to know of it as traits."""
-    seen = {o.name: (o.of, o(forest, pictures)) for o in algorithm.observe}
+def observed(algorithm: Algorithm, forest: Forest, pictures: Tensor, layout: StateLayout = WHOLE_STATE) -> Forest:
+    """The forest with what the algorithm wants to know of it as traits; of held elements observations see 0."""
+    shown = forest if layout.free is None else replace(forest, nodes=layout.take(forest.slots).silence(forest.nodes))
+    seen = {o.name: (o.of, o(shown, pictures)) for o in algorithm.observe}
     of_edges = {name: value for name, (of, value) in seen.items() if of == "edge"}
     of_leaves = {name: value for name, (of, value) in seen.items() if of == "leaf"}
     return replace(
@@ -333,14 +344,17 @@ def observed(algorithm: Algorithm, forest: Forest, pictures: Tensor) -> Forest:
     )
 
 
-def _binder(context: Context, prompts: Sequence[Prompt], first: int) -> Callable[[nn.Module | None], Predict]:
-    """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank encodes its own."""
-    model = context.model
-    condition = encoded(model, prompts, context.size)
+def _binder(
+    context: Context, condition: Conditioning, first: int, layout: StateLayout
+) -> Callable[[nn.Module | None], Predict]:
+    """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank has encoded its own.
+
+    It says 0 of held elements.
+    """
 
     def bound(network: nn.Module | None) -> Predict:
-        predict = model.predictor(condition, context.guidance, network=network)
-        return lambda x, sigma, rows: predict(x, sigma, rows - first)
+        predict = context.model.predictor(condition, context.guidance, network=network)
+        return lambda x, sigma, rows: layout.take(rows).silence(predict(x, sigma, rows - first))
 
     return bound
 
@@ -422,7 +436,7 @@ def check_advantages(advantages: Advantages, iteration: int) -> None:
     """Raises GuardError for an advantage or a weight that is to be trained on and is not finite."""
     ok = advantages.advantage.ok
     for name, value in (("advantage", advantages.advantage.value), ("weight", advantages.weight)):
-        bad = ok & ~value.isfinite()
+        bad = ok & ~value.isfinite().view(len(ok), -1).all(1)
         if bool(bad.any()):
             raise GuardError(
                 f"iteration {iteration}: the {name} of {int(bad.sum())} of {int(ok.sum())} edges is not finite. No "

@@ -225,8 +225,8 @@ def by_step(
     credit     mean weight · |A|: what the step gets
     """
     edges = forest.edges
-    size, steps = advantage.value.abs().double(), edges.step
-    trained, scale = edges.trained, weight.double()
+    size, steps = advantage.flat(advantage.value.abs()).double(), edges.step
+    trained, scale = edges.trained, advantage.flat(weight).double()
     spread = None
     if value is not None and group is not None:
         spread = moments(value, trained & advantage.ok, group, unbiased=False)[1]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.core.distribution import upcast
 from tempflow.core.groups import dense
 from tempflow.core.objective.edges import EdgeBatch, Loss, Peers, Predict
 from tempflow.core.objective.leaves import LeafBatch, renoise_leaves
 from tempflow.core.objective.norms import with_velocity_norm
 from tempflow.core.objective.old import Old, detached, old_of, told
 from tempflow.core.rng import Stream
+from tempflow.core.state import upcast
 from tempflow.core.times import Id
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Advantages, Experience
@@ -427,6 +427,7 @@ def edge_batch(context: Context, experience: Experience, advantages: Advantages,
         unit=batch.unit.to(device),
         columns={name: column[rows].to(device) for name, column in advantage.columns.items()},
         peers=peers,
+        layout=experience.layout.take(edges.prompt[own]),
     )
 
 
@@ -443,8 +444,9 @@ def leaf_batch(context: Context, experience: Experience, advantages: Advantages,
         for slot, number in zip(slots.tolist(), experience.numbers[rows].tolist(), strict=True)
     ]
     advantage, prompt = advantages.advantage.value[rows].to(x0), slots.to(x0.device)
+    layout = experience.layout.take(prompt)
     if unit not in ("pair", "group"):
-        return renoise_leaves(x0, advantage, prompt, ids, renoise, context.seed, experience.schedule)
+        return renoise_leaves(x0, advantage, prompt, ids, renoise, context.seed, experience.schedule, layout=layout)
     t, noise = renoise.single(context.seed, ids, batch.pair.tolist(), experience.schedule, x0.shape[1:])
     group = batch.unit.to(x0.device) if unit == "group" else prompt
-    return LeafBatch(x0, advantage, prompt, group, t.to(x0), noise.to(x0))
+    return LeafBatch(x0, advantage, prompt, group, t.to(x0), noise.to(x0), layout)

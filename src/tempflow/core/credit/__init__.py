@@ -14,6 +14,7 @@ from tempflow.core.credit.observed import (
 )
 from tempflow.core.credit.rule import Advantage, Around, CreditRule, Key, group_index
 from tempflow.core.credit.selection import DynamicSampling, Extremes
+from tempflow.core.credit.streams import PerStream
 from tempflow.core.credit.tree import BestPath, FromLeaves, LogProb, LogProbBackup, Standing
 from tempflow.core.credit.zscore import AsScored, Center, GroupZScore, Scale
 
@@ -35,6 +36,7 @@ __all__ = [
     "MinNorm",
     "PathLogProb",
     "PerReward",
+    "PerStream",
     "Progress",
     "RelativeChange",
     "Scale",

@@ -29,6 +29,7 @@ class PerReward(Around):
     eps: float = 1e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps: {self.eps} must be a finite number ≥ 0; 1e-4 is usual")
         if self.clip is not None and not self.clip > 0:
@@ -74,6 +75,7 @@ class MinNorm(Around):
     explore: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore: {self.explore} must be in [0, 1]; nearest valid: {float(self.explore > 0)}")
 
@@ -118,6 +120,7 @@ class WinRate(Around):
     rounding: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rounding is not None and self.rounding < 0:
             raise ValueError(f"rounding: {self.rounding} must be at least 0, or None; nearest valid: 0")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tempflow.core.checks import not_negative, positive
 from tempflow.core.credit.rule import Advantage, Around
-from tempflow.core.distribution import upcast
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense
 from tempflow.core.scores import Scores
+from tempflow.core.state import upcast
 from tempflow.core.units import leaf_of
 
 PATH_LOG_PROB = "path_log_prob"
@@ -100,6 +100,7 @@ class StepCredit(Around):
     floor: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("floor", self.floor, 0.01)
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
@@ -166,6 +167,7 @@ class Surprisal(Around):
     latent: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         not_negative("coefficient", self.coefficient, "0.05 is usual")
         positive("scale", self.scale, 1)
 

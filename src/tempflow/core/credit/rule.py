@@ -20,12 +20,13 @@ Key = Literal["prompt", "root", "step", "depth", "parent"]
 class Advantage:
     """Per edge, [E] each.
 
-    value    float32, 0 where not live
+    value    float32, 0 where not live; [E, K] where every stream has its own
     ok       bool, it counts in the loss's mean: a valid leaf descends from it, and no selection left it out
     live     bool, ok and its group has spread
     columns  what the objective is told of each edge beside that, [E, …] by name ("map", "standing")
     peer     LongTensor [E], another edge of the same prompt and step that the objective looks at; None: none
     pool     the advantages before whole prompts were left out, which metrics tell of; None: these
+    streams  the names of the K streams; (): one advantage an edge, for all streams together
     """
 
     value: Tensor
@@ -34,6 +35,11 @@ class Advantage:
     columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     peer: Tensor | None = None
     pool: Advantage | None = None
+    streams: tuple[str, ...] = ()
+
+    def flat(self, values: Tensor) -> Tensor:
+        """The mean over streams of [E, K] values, [E]; others as they are: for metrics and records."""
+        return values.mean(1) if values.dim() == 2 else values
 
 
 class CreditRule(Protocol):
@@ -57,9 +63,17 @@ class CreditRule(Protocol):
 
 @dataclass(frozen=True)
 class Around:
-    """What credits around another one share: its reward weights and groups are theirs."""
+    """What credits around another one share: its reward weights and groups are theirs.
+
+    Raises ValueError around a credit by stream (`PerStream`), which is the outermost: one number an edge is worked on.
+    """
 
     inner: CreditRule
+
+    def __post_init__(self) -> None:
+        if getattr(self.inner, "streams", ()):
+            own, inner = type(self).__name__, type(self.inner).__name__
+            raise ValueError(f"inner: {own} works on one advantage an edge; nearest valid: {inner} around {own}")
 
     @property
     def reward_weights(self) -> Mapping[str, float] | None:

@@ -39,6 +39,7 @@ class Extremes(Around):
     by: By = "advantage"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("best", self.best), ("worst", self.worst)):
             if value < 0:
                 raise ValueError(f"{name}: {value} must be at least 0; nearest valid: 0")
@@ -76,6 +77,7 @@ class DynamicSampling(Around):
     prompts: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"prompts: {self.prompts} must be at least 1, or None for all; nearest valid: 1")
 

@@ -1,0 +1,220 @@
+"""The loop with models that hold elements or have two streams: what moves, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, flow, tempflow, weights
+from PIL import Image
+from torch import Tensor, nn
+
+from tempflow.algorithms import Algorithm, awm, diffusion_nft, gcpo, otca
+from tempflow.core.credit import PerStream
+from tempflow.core.schedule import Schedule, linear
+from tempflow.core.state import StateLayout, streams_along
+from tempflow.models.protocol import Conditioning, LaysOut, Predict, Size, layout_of
+from tempflow.rewards import from_function
+from tempflow.rewards.protocol import Reward
+from tempflow.train.experience import credit
+from tempflow.train.update import edge_batch, leaf_batch, training_batch
+
+STREAMS = ("video", "sound")
+
+
+class Duet(Fake):
+    """Two streams: the first of a state's two channels is "video", the other "sound"; a network's rows go with them."""
+
+    name = "duet"
+
+    def layout(self, condition: Conditioning, size: Size) -> StateLayout:
+        return StateLayout(streams=streams_along(SHAPE, 0, {"video": 1, "sound": 1}))
+
+
+class Animator(Fake):
+    """Image-to-video: the first channel is the given frame, another for each prompt; the network says NaN there."""
+
+    name = "animator"
+
+    def layout(self, condition: Conditioning, size: Size) -> StateLayout:
+        free = torch.ones(1, *SHAPE, dtype=torch.bool)
+        free[:, 0] = False
+        given = torch.tensor([float(len(prompt)) for prompt in condition.prompts]).view(-1, 1, 1, 1)
+        return StateLayout(free, (given / 10).expand(-1, *SHAPE).contiguous())
+
+    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+        said = super().predictor(condition, guidance, network)
+        frame = torch.arange(2).view(1, 2, 1, 1) == 0
+        return lambda x, sigma, rows: torch.where(frame, math.nan, said(x, sigma, rows))
+
+
+def look(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    return [sum(image.convert("L").tobytes()) / 4 / 255 for image in images]
+
+
+def other_look(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    return [-float(image.convert("L").tobytes()[0]) / 255 for image in images]
+
+
+def voice(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
+    return [image.convert("L").tobytes()[1] / 255 for image in images]
+
+
+def rewards(first: Any) -> list[Reward]:
+    return [from_function(first, name="look"), from_function(voice, name="voice")]
+
+
+def by_stream(algorithm: Algorithm) -> Algorithm:
+    return replace(algorithm, credit=PerStream(algorithm.credit, STREAMS, {"look": "video", "voice": "sound"}))
+
+
+METHODS = {
+    "flow": lambda: flow(),
+    "flow, two updates": lambda: flow(),
+    "tempflow": lambda: tempflow(kl=0.01),
+    "nft": lambda: diffusion_nft(steps=4, group=6),
+    "awm": lambda: awm(steps=8, group=6),
+}
+
+
+def trained(model: Fake, algorithm: Algorithm, judges: Sequence[Reward], **context: Any) -> dict[str, Tensor]:
+    bench = Bench(model, algorithm, rewards=judges, max_grad_norm=1e9, **context)
+    for iteration in range(2):
+        metrics = bench.iterate(iteration)
+        assert all(math.isfinite(value) for name, value in metrics.items() if not name.startswith("reward")), metrics
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_reward_of_one_stream_leaves_the_others_weights_as_they_would_be(name: str) -> None:
+    """After one iteration: later ones see other samples, as both streams make one picture."""
+    updates = 2 if "updates" in name else 1
+    found: list[dict[str, Tensor]] = []
+    for first in (look, other_look):
+        model = Duet()
+        bench = Bench(model, by_stream(METHODS[name]()), rewards=rewards(first), max_grad_norm=1e9, updates=updates)
+        bench.iterate()
+        found.append(weights(model))
+    start = weights(Duet())
+    for key in ("mean.weight", "mean.bias"):
+        a, b, before = found[0][key], found[1][key], start[key]
+        assert torch.equal(a[4:], b[4:]) and not torch.equal(a[4:], before[4:])
+        assert not torch.equal(a[:4], b[:4])
+
+
+def test_a_reward_of_one_stream_alone_does_not_touch_the_other() -> None:
+    algorithm = flow()
+    algorithm = replace(algorithm, credit=PerStream(algorithm.credit, STREAMS, {"look": "video"}))
+    model = Duet()
+    after, start = trained(model, algorithm, rewards(look)[:1]), weights(Duet())
+    assert torch.equal(after["mean.weight"][4:], start["mean.weight"][4:])
+    assert not torch.equal(after["mean.weight"][:4], start["mean.weight"][:4])
+
+
+def test_a_joint_credit_trains_both() -> None:
+    model = Duet()
+    after, start = trained(model, flow(), rewards(look)), weights(Duet())
+    assert not torch.equal(after["mean.weight"][:4], start["mean.weight"][:4])
+    assert not torch.equal(after["mean.weight"][4:], start["mean.weight"][4:])
+
+
+def test_streams_of_equal_size_train_as_one_would() -> None:
+    """The mean over two streams of four elements each is the mean over eight, up to rounding."""
+    plain, split = Fake(), Duet()
+    a, b = (trained(model, flow(), rewards(look)) for model in (plain, split))
+    torch.testing.assert_close(b["mean.weight"], a["mean.weight"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_held_elements_stay_given_and_teach_nothing(name: str) -> None:
+    model = Animator()
+    bench = Bench(model, METHODS[name](), look, max_grad_norm=1e9, updates=2 if "updates" in name else 1)
+    start = weights(model)
+    for iteration in range(2):
+        experience = bench.collect(iteration)
+        given = torch.tensor([len(prompt) / 10 for prompt in PROMPTS])
+        edges = experience.forest.edges
+        for ends in (edges.parent, edges.child):
+            frame = experience.forest.nodes[ends][:, 0]
+            assert torch.equal(frame, given[edges.prompt].view(-1, 1, 1).expand_as(frame))
+        assert bool(experience.forest.nodes.isfinite().all())
+        metrics = bench.update(experience, iteration)
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+    after = weights(model)
+    assert torch.equal(after["mean.weight"][:4], start["mean.weight"][:4])  # those of the given frame
+    assert not torch.equal(after["mean.weight"][4:], start["mean.weight"][4:])
+
+
+@pytest.mark.parametrize("algorithm", [otca(steps=4, group=6), gcpo(steps=4, group=6, sizes=None)])
+def test_what_is_observed_leaves_held_elements_out(algorithm: Algorithm) -> None:
+    held, moved = Bench(Animator(), algorithm, look), Bench(Moved(), algorithm, look)
+    first, second = (bench.collect() for bench in (held, moved))
+    assert first.whole.edges.traits
+    for name, column in first.whole.edges.traits.items():
+        torch.testing.assert_close(column, second.whole.edges.traits[name])
+
+
+class Moved(Animator):
+    """Another given frame, of which the free elements know nothing."""
+
+    def layout(self, condition: Conditioning, size: Size) -> StateLayout:
+        layout = super().layout(condition, size)
+        assert layout.clean is not None
+        return replace(layout, clean=layout.clean + 100)
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        return super().decode(torch.cat([x[:, :1] - 100, x[:, 1:]], 1), size)
+
+
+def test_batches_have_the_layout_of_their_rows() -> None:
+    for algorithm, batch_of in ((flow(), edge_batch), (diffusion_nft(steps=4, group=6), leaf_batch)):
+        bench = Bench(Animator(), algorithm, look)
+        experience = bench.collect()
+        given = credit(bench.context, experience)
+        whole = training_batch(bench.context, experience, given, 0, ())
+        batch = batch_of(bench.context, experience, given, next(whole.updates(3)))
+        assert batch.layout.clean is not None
+        frame = torch.tensor([len(PROMPTS[slot]) / 10 for slot in batch.rows.tolist()])
+        assert torch.equal(batch.layout.clean[:, 0, 0, 0], frame) and len(set(batch.rows.tolist())) > 1
+
+
+def test_a_model_that_starts_at_another_spread_and_ends_above_zero() -> None:
+    class Older(Fake):
+        def schedule(self, steps: int, size: Size) -> Schedule:
+            grid = linear(steps, 2.0).sigmas * 0.9 + 0.02
+            return Schedule(grid, spread=0.9)
+
+    for name in ("flow", "tempflow", "nft", "awm"):
+        model = Older()
+        start = weights(model)
+        after = trained(model, METHODS[name](), rewards(look))
+        assert not torch.equal(after["mean.weight"], start["mean.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------ protocol
+def test_models_without_a_layout_are_whole() -> None:
+    model = Fake()
+    condition = model.encode(PROMPTS)
+    assert not isinstance(model, LaysOut) and layout_of(model, condition, SIZE).whole
+    assert isinstance(Animator(), LaysOut) and layout_of(Animator(), condition, SIZE, 4).first == 4
+
+
+def test_a_layout_of_other_rows_is_refused() -> None:
+    model = Animator()
+    with pytest.raises(ValueError, match="layout: clean has 6 rows; nearest valid: 1, or 2, the prompts"):
+        layout_of(Wrong(), model.encode(PROMPTS[:2]), SIZE)
+
+
+class Wrong(Animator):
+    def layout(self, condition: Conditioning, size: Size) -> StateLayout:
+        return super().layout(self.encode(PROMPTS), size)
+
+
+def test_advantages_of_streams_that_the_model_has_not_are_refused() -> None:
+    bench = Bench(Fake(), by_stream(flow()), rewards=rewards(look))
+    with pytest.raises(ValueError, match="are not the model's; nearest valid"):
+        bench.iterate()
