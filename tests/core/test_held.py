@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from tempflow.core import plan
+from tempflow.core.distribution import Gaussian
 from tempflow.core.dynamics import CPS, DDIM, ODE, DanceSDE, Dynamics, FlowSDE, LinearSDE
 from tempflow.core.forest import Forest
 from tempflow.core.likelihood_proxy import Matching
@@ -81,6 +82,22 @@ def test_held_elements_stay_clean_and_free_ones_as_they_are(
         assert clean is not None and torch.equal(forest.nodes[ends][:, 0], clean[forest.edges.prompt][:, 0])
     noisy = forest.edges.stochastic & forest.edges.log_prob.isfinite()
     assert torch.equal(noisy, plain.edges.stochastic & plain.edges.log_prob.isfinite()) and bool(noisy.any())
+
+
+def test_a_solver_that_moves_everything_moves_no_held_element() -> None:
+    class Moves:
+        memory = 0
+
+        def transition(
+            self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, previous: Sequence[Tensor]
+        ) -> Gaussian:
+            return Gaussian(x + 1, torch.zeros(len(x)))
+
+    forest, clean = grow([plan.ode(4, 3)], ODE(), held(), solver=Moves()), held().clean
+    ends = forest.nodes[forest.leaves.node]
+    assert clean is not None and bool((ends[:, 0] == clean[0, 0]).all())
+    start = forest.nodes[forest.edges.parent[forest.edges.step == 0]]
+    torch.testing.assert_close(ends[:, 1:], start[:, 1:] + 4)
 
 
 @pytest.mark.parametrize("dynamics", KINDS)
@@ -233,11 +250,16 @@ def test_guided_sampling_holds_and_starts_as_a_rollout_does(schedule: Schedule) 
         value = -x[:, 1:].square().mean((1, 2))
         return Scores(value[:, None], torch.ones(len(x), 1, dtype=torch.bool), ("latent",))
 
+    def looks(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        clean = held().clean
+        assert clean is not None and torch.equal(x[:, 0], clean[rows][:, 0])
+        return broken(x, sigma, rows)
+
     common = {"shape": SHAPE, "slots": [0, 1], "roots": 2, "layout": held()}
-    alone = guided_sample(FlowSDE(0.7), schedule, broken, score, NOISE, candidates=1, **common)  # type: ignore[arg-type]
+    alone = guided_sample(FlowSDE(0.7), schedule, looks, score, NOISE, candidates=1, **common)  # type: ignore[arg-type]
     forest = rollout([plan.chain(4, 2)] * 2, FlowSDE(0.7), schedule, broken, NOISE, shape=SHAPE, layout=held())
     assert torch.equal(alone.x, forest.nodes[forest.leaves.node])
-    best = guided_sample(FlowSDE(0.7), schedule, broken, score, NOISE, candidates=3, **common)  # type: ignore[arg-type]
+    best = guided_sample(FlowSDE(0.7), schedule, looks, score, NOISE, candidates=3, **common)  # type: ignore[arg-type]
     clean = held().clean
     assert clean is not None and torch.equal(best.x[:, 0], clean[best.prompt][:, 0])
     assert bool(best.x.isfinite().all()) and not torch.equal(best.x, alone.x)

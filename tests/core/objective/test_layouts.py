@@ -49,7 +49,7 @@ class Field(nn.Module):
         v = theta[0] * x + theta[1] * s + theta[2] * c
         gap = torch.zeros_like(v, dtype=torch.bool)
         gap[:, self.bad] = True
-        return torch.where(gap, math.nan, v)
+        return v + torch.where(gap, math.nan, 0.0)  # so that a gradient from there would reach the parameters
 
 
 def models(part: slice = slice(None), bad: slice = slice(0)) -> dict[str, Field]:

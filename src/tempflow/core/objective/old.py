@@ -44,7 +44,7 @@ def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool
 
     rounding: the relative rounding error of a velocity, as for `roundings`.
     """
-    velocity = batch.layout.silence(velocity.detach())
+    velocity = velocity.detach()
     law = batch.transition(velocity)
     log_prob = law.log_prob(batch.y)
     gap = roundings(batch, velocity, law, log_prob, rounding)
