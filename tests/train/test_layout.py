@@ -17,7 +17,10 @@ from tempflow.algorithms import Algorithm, awm, diffusion_nft, gcpo, otca
 from tempflow.core.credit import PerStream
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.state import StateLayout, streams_along
-from tempflow.models.protocol import Conditioning, LaysOut, Predict, Size, layout_of
+from tempflow.evaluate.suite import draw, evaluate
+from tempflow.media import Media, Size
+from tempflow.models.protocol import Conditioning, LaysOut, Predict, layout_of
+from tempflow.request import asked
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
 from tempflow.train.experience import credit
@@ -43,10 +46,10 @@ class Animator(Fake):
     def layout(self, condition: Conditioning, size: Size) -> StateLayout:
         free = torch.ones(1, *SHAPE, dtype=torch.bool)
         free[:, 0] = False
-        given = torch.tensor([float(len(prompt)) for prompt in condition.prompts]).view(-1, 1, 1, 1)
+        given = torch.tensor([float(len(prompt.text)) for prompt in condition.prompts]).view(-1, 1, 1, 1)
         return StateLayout(free, (given / 10).expand(-1, *SHAPE).contiguous())
 
-    def predictor(self, condition: Conditioning, guidance: float, network: nn.Module | None = None) -> Predict:
+    def predictor(self, condition: Conditioning, guidance: Any, network: nn.Module | None = None) -> Predict:
         said = super().predictor(condition, guidance, network)
         frame = torch.arange(2).view(1, 2, 1, 1) == 0
         return lambda x, sigma, rows: torch.where(frame, math.nan, said(x, sigma, rows))
@@ -166,7 +169,7 @@ class Moved(Animator):
         assert layout.clean is not None
         return replace(layout, clean=layout.clean + 100)
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def decode(self, x: Tensor, size: Size) -> Media:
         return super().decode(torch.cat([x[:, :1] - 100, x[:, 1:]], 1), size)
 
 
@@ -195,10 +198,28 @@ def test_a_model_that_starts_at_another_spread_and_ends_above_zero() -> None:
         assert not torch.equal(after["mean.weight"], start["mean.weight"])
 
 
+def test_evaluations_hold_what_training_holds() -> None:
+    """The given frame is in what is decoded, another for each prompt, whichever prompts a call begins with."""
+    how: dict[str, Any] = {"steps": 3, "guidance": 1.0, "seed": 1, "size": SIZE, "rows": 5}
+    seen: list[Tensor] = []
+
+    class Watched(Animator):
+        def decode(self, x: Tensor, size: Size) -> Media:
+            seen.append(x.clone())
+            return super().decode(x, size)
+
+    draw(Watched(), asked(PROMPTS), **how)
+    evaluate(Watched(), asked(PROMPTS[3:]), rewards(look), first=3, **how)
+    for x, prompts in zip(seen, (PROMPTS, PROMPTS[3:]), strict=True):
+        given = torch.tensor([len(text) / 10 for text in prompts]).view(-1, 1, 1)
+        assert torch.equal(x[:, 0], given.expand(-1, 2, 2)) and bool(x.isfinite().all())
+    assert torch.equal(seen[0][3:], seen[1])
+
+
 # ------------------------------------------------------------------------------------------------------------ protocol
 def test_models_without_a_layout_are_whole() -> None:
     model = Fake()
-    condition = model.encode(PROMPTS)
+    condition = model.encode(asked(PROMPTS), SIZE)
     assert not isinstance(model, LaysOut) and layout_of(model, condition, SIZE).whole
     assert isinstance(Animator(), LaysOut) and layout_of(Animator(), condition, SIZE, 4).first == 4
 
@@ -206,12 +227,12 @@ def test_models_without_a_layout_are_whole() -> None:
 def test_a_layout_of_other_rows_is_refused() -> None:
     model = Animator()
     with pytest.raises(ValueError, match="layout: clean has 6 rows; nearest valid: 1, or 2, the prompts"):
-        layout_of(Wrong(), model.encode(PROMPTS[:2]), SIZE)
+        layout_of(Wrong(), model.encode(asked(PROMPTS[:2]), SIZE), SIZE)
 
 
 class Wrong(Animator):
     def layout(self, condition: Conditioning, size: Size) -> StateLayout:
-        return super().layout(self.encode(PROMPTS), size)
+        return super().layout(self.encode(asked(PROMPTS), size), size)
 
 
 def test_advantages_of_streams_that_the_model_has_not_are_refused() -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tempflow.core.distribution import upcast
 from tempflow.core.rng import Stream
+from tempflow.core.state import upcast
 
 Encode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Content tokens [M, n, d] by encoder -> what each encoder makes of the prompt, [M, g]."""

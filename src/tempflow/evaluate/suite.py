@@ -22,7 +22,7 @@ from tempflow.folder import check, claim
 from tempflow.media import Media, Size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.guidance import Guidance, guided
-from tempflow.models.protocol import Model, Predict
+from tempflow.models.protocol import Model, Predict, layout_of
 from tempflow.perception.diversity import features, within_groups
 from tempflow.request import Prompt
 from tempflow.rewards import check_takes, score_all
@@ -109,8 +109,10 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
     at_once = max(1, PROMPTS_AT_ONCE // how.samples)
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
-        predict = model.predictor(encoded(model, part, how.size), how.guidance)
         slots = range(how.first + first, how.first + first + len(part))
+        condition = encoded(model, part, how.size)
+        layout = layout_of(model, condition, how.size, slots.start).to(model.device)
+        predict = model.predictor(condition, how.guidance)
 
         def with_pause(
             x: Tensor, sigma: Tensor, row: Tensor, predict: Predict = predict, at: int = slots.start
@@ -127,6 +129,7 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
             shape=shape,
             slots=slots,
             max_rows=how.rows,
+            layout=layout,
             device=model.device,
         )
         yield slots, decoded(model, forest.nodes[forest.leaves.node], how.size)

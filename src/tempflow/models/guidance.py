@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
-from tempflow.core.distribution import upcast
+from tempflow.core.state import upcast
 from tempflow.names import nearest
 
 

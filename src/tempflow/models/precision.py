@@ -14,8 +14,8 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from tempflow.core.distribution import upcast
 from tempflow.core.draft import Precision
+from tempflow.core.state import upcast
 from tempflow.models.quantise import Converter, Int8Linear, torchao_converter
 
 CAPABILITY = {"int8": (8, 0), "float8": (8, 9), "nvfp4": (10, 0)}
