@@ -56,7 +56,7 @@ from tempflow.rewards import from_function
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Experience, collect, credit
 from tempflow.train.guards import Guards
-from tempflow.train.update import loss_of, training_batch, update
+from tempflow.train.update import loss_of, predictors, training_batch, update
 from tempflow.train.weights import Trainable
 
 SIZE = Size(32, 32)
@@ -183,16 +183,17 @@ def setting_for(
     )
 
 
-def first_update(context: Context, experience: Experience) -> Seen:
-    """What the loop's loss sees at the first update; nothing is taken from it."""
+def first_update(context: Context, experience: Experience, policy: Predict | None = None) -> Seen:
+    """What the loop's loss sees at the first update, or with that policy; nothing is taken from it."""
     given = credit(context, experience)
     taught = training_batch(context, experience, given, 0, ())
+    models = predictors(context, experience) if policy is None else {"policy": policy}
     objective = context.algorithm.objective
     assert isinstance(objective, Heard)
     objective.old.clear()
     ratio, gap, batches = 0.0, 0.0, taught.minibatches(context.train_rows)
     for batch in batches:
-        metrics = loss_of(context, experience, given, batch).metrics
+        metrics = loss_of(context, models, experience, given, batch).metrics
         ratio = max(ratio, float(metrics["log_ratio_abs"].max()))
         gap = max(gap, float(metrics["rollout_gap"].max()))
     rollout = experience.forest.edges.log_prob[torch.cat([batch.row for batch in batches])]
@@ -283,8 +284,7 @@ def table(a: argparse.Namespace, kernels: str) -> tuple[str, float, dict[str, fl
                             if rows != ROWS[0] or seed != a.seeds[0]:
                                 continue
                             for fault, policy in faults(context, [p.text for p in prompts], networks).items():
-                                planted = replace(grown_by[rows[0]], models={"policy": policy})
-                                found = first_update(context, planted)
+                                found = first_update(context, grown_by[rows[0]], policy)
                                 wrong[fault] = wrong.get(fault, found).worst(found)
             healthy = max(healthy, seen.roundings)
             least = {f: min(least.get(f, w.roundings), w.roundings) for f, w in wrong.items()}

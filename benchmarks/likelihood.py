@@ -22,6 +22,7 @@ from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
+from tempflow.train.update import predictors
 
 SIZE = Size(32, 32)
 GROUP = 24
@@ -97,7 +98,7 @@ def group_of(prompts: int, steps: int) -> Group:
     edges = experience.forest.edges
     return Group(
         model=model,
-        predict=experience.models["policy"],
+        predict=predictors(context, experience)["policy"],
         schedule=experience.schedule,
         texts=tuple(p.text for p in chosen),
         x0=experience.forest.nodes[edges.child].float(),

@@ -21,7 +21,6 @@ from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict, TextInputs
 from tempflow.request import Prompt, asked
-from tempflow.train import experience as module
 from tempflow.train import trainer
 from tempflow.train.conditions import Learned, moved_conditions, perturbed
 from tempflow.train.experience import credit
@@ -194,12 +193,11 @@ def patchy(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
     return [None if p == "fog" and n % 3 else v for n, (p, v) in enumerate(zip(prompts, values, strict=True))]
 
 
-def test_batches_and_chunks_of_prompts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_chunks_of_prompts_do_not_matter() -> None:
     whole = Bench(algorithm=small(), reward=brightness).collect()
     want = gradient(Bench(algorithm=small(), reward=patchy, train_rows=1000))
     assert close(gradient(Bench(algorithm=small(), reward=patchy, train_rows=7, rollout_rows=5)), want)
-    monkeypatch.setattr(module, "LEAVES_AT_ONCE", 12)  # two prompts at once
-    parts = Bench(algorithm=small(), reward=brightness)
+    parts = Bench(algorithm=small(), reward=brightness, rollout_leaves=12)  # two prompts at once
     torch.testing.assert_close(parts.collect().forest.nodes, whole.forest.nodes)
 
 

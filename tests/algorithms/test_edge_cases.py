@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tempflow.core.rollout import Noise
 from tempflow.train.experience import Experience, check_scored, credit, rollout_metrics
 from tempflow.train.guards import GuardError
-from tempflow.train.update import accumulate, training_batch
+from tempflow.train.update import accumulate, predictors, training_batch
 
 by_name = pytest.mark.parametrize("name", FAMILY)
 Value = float | None
@@ -199,7 +199,8 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
     experience = bench.collect()
     given = credit(bench.context, experience)
     taught = training_batch(bench.context, experience, given, 0, ())
-    wanted = accumulate(bench.context, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
+    models = predictors(bench.context, experience)
+    wanted = accumulate(bench.context, models, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
     bench.trainable.zero_grad()
     others = taught.of_rank(0, 0)  # this rank owns none of them
     experience.forest.nodes.fill_(math.nan)
@@ -210,7 +211,7 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
             out.register_hook(lambda grad: learnt.append(given[0]))
 
     bench.model.network.register_forward_hook(listen)
-    sums = accumulate(bench.context, experience, given, others, 1.0, bench.trainable, may_pause=False)
+    sums = accumulate(bench.context, models, experience, given, others, 1.0, bench.trainable, may_pause=False)
     assert (sums.loss, sums.rows) == (0, 0) and not any(sums.largest.values())
     assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
     assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())

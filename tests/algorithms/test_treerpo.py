@@ -29,7 +29,7 @@ from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
 from tempflow.train.experience import Experience, credit
-from tempflow.train.update import Batch, edge_batch
+from tempflow.train.update import Batch, edge_batch, predictors
 
 
 def tree(**options: object) -> Algorithm:
@@ -150,7 +150,7 @@ def test_the_clip_has_more_room_upward_for_good_edges_and_less_downward() -> Non
     torch.testing.assert_close(u, batch.advantage.clamp(-1, 1))
     for shift in (0.015, 0.025, -0.015, -0.025):
         moved = replace(batch, log_prob=batch.log_prob - math.log1p(shift))
-        loss = bench.context.algorithm.edge_objective(experience.models, moved)
+        loss = bench.context.algorithm.edge_objective(predictors(bench.context, experience), moved)
         room = torch.where(torch.tensor(shift > 0), 0.02 * (1 + 0.5 * u), 0.02 * (1 - 0.5 * u))
         assert torch.equal(loss.metrics["outside_clip"] > 0, abs(shift) > room)
 
@@ -175,7 +175,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
     edges, whole = experience.whole.edges, experience.whole
     rows = edges.trained.nonzero()[:, 0]
     batch = batch_of(bench, experience, rows)
-    term = bench.context.algorithm.edge_objective(experience.models, batch).metrics["imitation"]
+    term = bench.context.algorithm.edge_objective(predictors(bench.context, experience), batch).metrics["imitation"]
     sigma = experience.schedule.at(batch.step)
     edge, leaf = whole.descent
     score = experience.scores.value[:, 0]
@@ -186,7 +186,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
         for e in (edges.prompt == slot).nonzero()[:, 0].tolist():
             target = path[int(edges.step[e])]
             both = torch.tensor([e, target])
-            v = experience.models["policy"](batch.x[both], sigma[both], batch.rows[both]).detach()
+            v = predictors(bench.context, experience)["policy"](batch.x[both], sigma[both], batch.rows[both]).detach()
             assert float(term[e]) == pytest.approx(float((v[0] - v[1]).square().mean()), rel=1e-3, abs=1e-7)
             assert (float(term[e]) < 1e-7) == bool(edges.parent[e] == edges.parent[target])
 

@@ -35,7 +35,7 @@ def check(model: SD3, kind: str, plan: str, guidance: float, rows: tuple[int, in
         assert seen.ratio == 0 and 0 < seen.roundings < HELD
         networks = {"dropout": bench.with_dropout(model)}
         for fault, policy in bench.faults(context, [p.text for p in PROMPTS], networks).items():
-            wrong = bench.first_update(context, replace(experience, models={"policy": policy}))
+            wrong = bench.first_update(context, experience, policy)
             assert wrong.roundings > LIMIT and wrong.difference > 10 * seen.difference, (fault, wrong, seen)
 
 

@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.algorithms import Algorithm
-from tempflow.train import experience as module
 from tempflow.train.experience import Experience, credit
-from tempflow.train.update import Batch, edge_batch
+from tempflow.train.update import Batch, edge_batch, predictors
 
 Images = list[Image.Image]
 
@@ -67,10 +66,9 @@ def test_results_do_not_depend_on_rollout_rows_or_train_rows(algorithm: Algorith
         assert_close(gradient(Bench(algorithm=algorithm, rollout_rows=rollout_rows, train_rows=train_rows)), want)
 
 
-def test_chunks_of_prompts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_prompts_change_nothing() -> None:
     whole = Bench().collect()
-    monkeypatch.setattr(module, "LEAVES_AT_ONCE", 40)  # 18 leaves a prompt: two prompts at once
-    bench = Bench()
+    bench = Bench(rollout_leaves=40)  # 18 leaves a prompt: two prompts at once
     parts = bench.collect()
     torch.testing.assert_close(parts.forest.nodes, whole.forest.nodes)
     assert torch.equal(parts.forest.edges.prompt, whole.forest.edges.prompt)
@@ -114,7 +112,8 @@ def test_groups_without_spread_are_not_computed_but_count_in_the_mean(make: Any)
     every = forest.edges.trained.nonzero()[:, 0]
     assert len(every) == edges and bool((given.advantage.value[every] == 0).sum() == edges // 2)
     batch = Batch(every, torch.zeros_like(every), torch.arange(edges), edges, edges, 1)
-    algorithm.objective(experience.models, edge_batch(context, experience, given, batch)).value.backward()
+    edges_of_batch = edge_batch(context, experience, given, batch)
+    algorithm.objective(predictors(context, experience), edges_of_batch).value.backward()
     assert_close(got, {n: p.grad for n, p in explicit.model.network.named_parameters() if p.grad is not None})
 
 

@@ -23,7 +23,7 @@ from tempflow.core.objective.leaves import renoise_leaves
 from tempflow.train import trainer
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
-from tempflow.train.update import ALL, Batch, leaf_batch, one_of, training_batch
+from tempflow.train.update import ALL, Batch, leaf_batch, one_of, predictors, training_batch
 
 MAKE: dict[str, Any] = {
     "draw": lambda: diffusion_nft(4, 5),
@@ -123,7 +123,7 @@ def reference_gradient(bench: Bench, experience: Any, given: Any) -> dict[str, t
             experience.schedule,
         )
         share = 1 / len(prompts) if algorithm.objective.unit == "group" else len(rows) / int(ok.sum())
-        (algorithm.objective(experience.models, batch).value * share).backward()
+        (algorithm.objective(predictors(bench.context, experience), batch).value * share).backward()
     return {n: p.grad.clone() for n, p in bench.model.network.named_parameters()}
 
 
@@ -161,9 +161,9 @@ def test_a_rank_without_items_can_compute_one(kind: str) -> None:
     bench, experience, given, all_of = taught(MAKE[kind](), reward=brightness)
     alone = one_of(all_of, 7)
     batch = leaf_batch(bench.context, experience, given, alone)
-    loss = bench.context.algorithm.leaf_objective(experience.models, batch)
+    loss = bench.context.algorithm.leaf_objective(predictors(bench.context, experience), batch)
     many = bench.context.algorithm.leaf_objective(
-        experience.models, leaf_batch(bench.context, experience, given, all_of)
+        predictors(bench.context, experience), leaf_batch(bench.context, experience, given, all_of)
     )
     assert list(loss.metrics) == list(many.metrics), "ranks exchange metrics by place"
     (loss.value * 0).backward()

@@ -38,6 +38,16 @@ class Config(Strict):
     rollout_rows: int = Field(
         default=96, ge=1, le=1_000_000, description="most rows of a forward in sampling and evaluation"
     )
+    rollout_leaves: int = Field(
+        default=1024,
+        ge=1,
+        le=1_000_000,
+        description="most samples of a chunk of whole prompts (one at least) that is grown, then decoded and scored",
+    )
+    overlap: bool = Field(
+        default=True,
+        description="score a chunk while the next is grown, a thread a reward; false = in turn, in the main thread",
+    )
     train_rows: int = Field(default=96, ge=1, le=1_000_000, description="edges of a training micro-batch")
     algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(to_algorithm)] = Field(
         description="how weights are trained (`tempflow algorithms` lists them)"

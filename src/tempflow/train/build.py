@@ -136,6 +136,8 @@ def context_of(
         rewards=rewards,
         seed=config.seed,
         rollout_rows=config.rollout_rows,
+        rollout_leaves=config.rollout_leaves,
+        overlap=config.overlap,
         train_rows=config.train_rows,
         updates=config.optimizer.updates_per_iteration,
         max_grad_norm=config.optimizer.max_grad_norm,

@@ -116,6 +116,8 @@ class Context:
     pictures: ReadPictures | None = None
     reward_weights: Mapping[str, float] | None = None
     pause: Callable[[], None] = lambda: None
+    rollout_leaves: int = 1024
+    overlap: bool = True
     learned: Learned = field(default_factory=Learned)
 
     def __post_init__(self) -> None:

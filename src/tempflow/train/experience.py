@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +26,33 @@ from tempflow.core.state import WHOLE as WHOLE_STATE
 from tempflow.core.state import StateLayout
 from tempflow.media import Size
 from tempflow.models.finite import ADVICE, GIVEN, WHOLE, WHY, Decoded, decoded, encoded, finite_rows, told
-from tempflow.models.protocol import Conditioning, Model, Predict, layout_of
+from tempflow.models.protocol import LaysOut, Model, Predict, layout_of
 from tempflow.request import Prompt
-from tempflow.rewards import score_all
 from tempflow.rewards.safe import faults
 from tempflow.train.conditions import perturbed_predictor
 from tempflow.train.context import Clock, Context, Counter, ReadPictures
 from tempflow.train.guards import GuardError
 from tempflow.train.parallel import World
+from tempflow.train.rollouts import Rollouts
+from tempflow.train.scoring import Pending, Scoring
 from tempflow.train.signals import Signals, measure, measure_given
 
 NO_EDGES = torch.zeros(0, dtype=torch.long)
 """What is kept of a rollout's edges where leaves are trained: their states are freed."""
 
-LEAVES_AT_ONCE = 1024
-"""A rollout advances in chunks of whole prompts with about this many leaves; each is decoded, scored and dropped."""
-
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """What one iteration's rollout brought, or the offline samples in its place.
+    """What one iteration's rollout brought, or the offline samples in its place: this rank's rollouts in the whole of
+    all ranks. It holds no network and no function; `update.predictors` binds those of its prompts.
 
+    prompts    of the iteration, one for each slot, of all ranks
     forest     this rank's part; without leaf latents, unless leaves are trained: then they stand as its edges
     whole      all ranks' edges (or leaves in their stead) and leaves, without states
     first      where this rank's edges start among the whole's
     numbers    LongTensor [E], an edge's place among those of its prompt slot
     scores     of the whole's leaves
     signals    of the whole's leaves, by prompt slot
-    models     this rank's predictors by weight set
     latent_scores  a latent reward's scores of the whole's edges; None without one
     schedule   the grid that was walked
     iteration  which one it is, from 0
@@ -62,13 +62,13 @@ class Experience:
     layout     of this rank's states, by prompt slot
     """
 
+    prompts: tuple[Prompt, ...]
     forest: Forest
     whole: Forest
     first: int
     numbers: Tensor
     scores: Scores
     signals: Signals
-    models: Mapping[str, Predict]
     latent_scores: Scores | None
     schedule: Schedule
     iteration: int
@@ -97,84 +97,110 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
 
     The counter counts all ranks' work.
     """
-    algorithm, world = context.algorithm, context.world
-    schedule = algorithm.schedule(iteration, context.schedule)
-    plans = [algorithm.plan(iteration, slot) for slot in range(len(prompts))]
-    blocks = [world.block(len(prompts), rank) for rank in range(world.size)]
-    mine = blocks[world.rank]
-    condition = encoded(context.model, [prompts[slot] for slot in mine], context.size)
-    layout = layout_of(context.model, condition, context.size, mine.start).to(context.model.device)
-    bound = _binder(context, condition, mine.start, layout)
-    models = {"policy": bound(None)} | {name: bound(network) for name, network in context.sets.items()}
-    own = drafter = models[algorithm.sampler]
-    if context.drafter is not None:
-        started = time.perf_counter()
-        drafter = bound(context.drafter.fresh())
-        clock.add("draft", started)
-    collector = _Collector(context, plans, prompts, iteration, schedule, own, drafter, clock, layout)
-    grow = collector.rollout if algorithm.offline is None else collector.offline
-    chunks = [grow(slots) for slots in _chunks(plans, mine)]
-    leaves = [plan.cost().leaves for plan in plans]
-    costs = [algorithm.cost_of(plan) for plan in plans]
+    plans = plans_of(context, iteration, len(prompts))
+    chunks = chunks_of(plans, context.rollout_leaves, context.world.block(len(prompts)))
+    parts = roll_out(context, prompts, plans, iteration, chunks, clock)
+    experience = experience_of(context, prompts, plans, Rollouts.join(parts))
+    costs, algorithm = [context.algorithm.cost_of(plan) for plan in plans], context.algorithm
+    leaves = sum(cost.leaves for cost in costs)
     counter.rollout += sum(cost.forwards for cost in costs)
     counter.draft += 0 if algorithm.draft is None else algorithm.draft.cost().forwards * len(plans)
-    counter.decodes += sum(cost.leaves for cost in costs)
-    counter.reward_calls += sum(cost.leaves for cost in costs) * len(context.rewards)
-    scores = Scores.cat([part.scores for part in chunks])
-    signals = Signals.cat([part.signals for part in chunks])
+    counter.decodes += leaves
+    counter.reward_calls += leaves * len(context.rewards)
+    if experience.latent_scores is not None:
+        counter.reward_calls += len(experience.latent_scores)
+        counter.latent += len(experience.latent_scores)
+    return experience
+
+
+def plans_of(context: Context, iteration: int, count: int) -> list[Plan]:
+    """The plans of an iteration's prompt slots, those of all ranks."""
+    return [context.algorithm.plan(iteration, slot) for slot in range(count)]
+
+
+def chunks_of(plans: Sequence[Plan], leaves: int, block: range) -> list[range]:
+    """The prompt slots in `block`, a rank's, cut into chunks that are rolled out at once.
+
+    The cuts are made over all plans: a chunk takes whole prompts while they have at most `leaves` leaves together, and
+    one prompt at least. So a chunk is a function of the plans and of `leaves`, but for those that a rank's block cuts.
+    """
+    cuts, held = [0], 0
+    for slot, plan in enumerate(plans):
+        count = plan.cost().leaves
+        if slot > cuts[-1] and held + count > leaves:
+            cuts, held = [*cuts, slot], 0
+        held += count
+    chunks = [range(max(a, block.start), min(b, block.stop)) for a, b in pairwise([*cuts, len(plans)])]
+    return [chunk for chunk in chunks if chunk]
+
+
+def roll_out(
+    context: Context,
+    prompts: Sequence[Prompt],
+    plans: Sequence[Plan],
+    iteration: int,
+    chunks: Sequence[Sequence[int]],
+    clock: Clock,
+) -> list[Rollouts]:
+    """Those chunks of an iteration's prompt slots: rolled out, decoded, scored and observed; or laid out, where samples
+    are given. One chunk is scored while the next is grown.
+
+    prompts, plans: of all of the iteration's slots; chunks: slots that are neighbours. What comes of a chunk depends on
+    the run, its weights and that chunk alone, not on the others nor on their order.
+    """
+    algorithm = context.algorithm
+    schedule = algorithm.schedule(iteration, context.schedule)
+    if algorithm.offline is not None:
+        return [_laid_out(context, prompts, iteration, schedule, slots, clock) for slots in chunks]
+    drafter, started = None, time.perf_counter()
+    if context.drafter is not None:
+        drafter = context.drafter.fresh()
+        clock.add("draft", started)
+    with Scoring(context.rewards, context.pause, context.overlap) as scoring:
+        grower = _Grower(context, plans, prompts, iteration, schedule, scoring, clock, drafter)
+        grown = [grower.grow(slots) for slots in chunks]
+        started = time.perf_counter()
+        parts = [grower.scored(part) for part in grown]
+        clock.add("reward", started)
+        return parts
+
+
+def experience_of(context: Context, prompts: Sequence[Prompt], plans: Sequence[Plan], rollouts: Rollouts) -> Experience:
+    """A rank's rollouts in the whole of all ranks: they exchange scores and observations.
+
+    prompts, plans: of all of the iteration's slots. Raises ValueError where the slots are not the rank's.
+    """
+    algorithm, world = context.algorithm, context.world
+    blocks = [world.block(len(plans), rank) for rank in range(world.size)]
+    if rollouts.slots != tuple(blocks[world.rank]):
+        raise ValueError(f"slots: {list(rollouts.slots)} of rank {world.rank}; nearest valid: {blocks[world.rank]}")
+    prompted, leaves = [len(block) for block in blocks], [plan.cost().leaves for plan in plans]
     counts = [sum(leaves[slot] for slot in block) for block in blocks]
-    forest, whole = Forest.cat([part.forest for part in chunks]), skeleton(plans, range(len(plans)))
+    forest, whole = rollouts.forest, skeleton(plans, range(len(plans)))
     if algorithm.renoise is not None:
         forest, whole = forest.as_leaves(), whole.as_leaves()
     edges = [sum(int((whole.edges.prompt == slot).sum()) for slot in block) for block in blocks]
+    pool = 0 if algorithm.draft is None else algorithm.draft.pool
+
+    def gathered(scores: Scores, counts: Sequence[int]) -> Scores:
+        return Scores(world.gather(scores.value, counts), world.gather(scores.ok, counts), scores.names)
+
     return Experience(
+        prompts=tuple(prompts),
         forest=forest,
         whole=_with_traits(world, forest, whole, edges, counts),
         first=sum(edges[: world.rank]),
         numbers=_numbers(whole.edges.prompt),
-        scores=Scores(world.gather(scores.value, counts), world.gather(scores.ok, counts), scores.names),
-        signals=Signals(*(world.gather(t, [len(b) for b in blocks]) for t in astuple(signals))),
-        models=models,
-        latent_scores=None
-        if context.latent_reward is None
-        else _score_latents(context, prompts, mine, forest, schedule, edges, counter),
-        schedule=schedule,
-        iteration=iteration,
-        broken=world.gather(torch.cat([part.broken for part in chunks]), counts),
-        fidelity=_gathered(world, [part.fidelity for part in chunks], [len(b) for b in blocks]),
-        drafts=_gathered(
-            world,
-            [part.drafts for part in chunks],
-            [len(b) * (algorithm.draft.pool if algorithm.draft is not None else 0) for b in blocks],
-        ),
-        layout=layout,
+        scores=gathered(rollouts.scores, counts),
+        signals=Signals(*(world.gather(t, prompted) for t in rollouts.signals.columns)),
+        latent_scores=None if rollouts.latent_scores is None else gathered(rollouts.latent_scores, edges),
+        schedule=rollouts.schedule,
+        iteration=rollouts.iteration,
+        broken=world.gather(rollouts.broken, counts),
+        fidelity=None if rollouts.fidelity is None else world.gather(rollouts.fidelity, prompted),
+        drafts=None if rollouts.drafts is None else world.gather(rollouts.drafts, [n * pool for n in prompted]),
+        layout=laid_out(context, prompts, blocks[world.rank]),
     )
-
-
-def _gathered(world: World, parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return world.gather(torch.cat(there), counts) if there else None
-
-
-def _score_latents(
-    context: Context,
-    prompts: Sequence[Prompt],
-    mine: range,
-    forest: Forest,
-    schedule: Schedule,
-    counts: Sequence[int],
-    counter: Counter,
-) -> Scores:
-    """The latent reward's scores of all ranks' edges, each at the σ of the state it reaches."""
-    assert context.latent_reward is not None
-    condition = encoded(context.model, [prompts[slot] for slot in mine], context.size)
-    score, edges = context.latent_reward(condition), forest.edges
-    sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
-    scores = score(forest.nodes[edges.child], sigma, edges.prompt - mine.start)
-    counter.reward_calls += sum(counts)
-    counter.latent += sum(counts)
-    value, ok = (context.world.gather(t.cpu(), counts) for t in (scores.value, scores.ok))
-    return Scores(value, ok, scores.names)
 
 
 def _with_traits(world: World, forest: Forest, whole: Forest, edges: Sequence[int], leaves: Sequence[int]) -> Forest:
@@ -211,100 +237,126 @@ def credit(context: Context, experience: Experience) -> Advantages:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunk:
-    """`fidelity` [P]: Kendall's τ between a draft's scores and the regenerated pictures', prompt by prompt; `broken`,
-    `drafts`: as in `Experience`."""
+class _Grown:
+    """A chunk that is being scored. `drafted`: a draft's scores of the chosen noises, root by root; the others as in
+    `Rollouts`, the failures apart."""
 
+    slots: Sequence[int]
     forest: Forest
-    scores: Scores
     signals: Signals
     broken: Tensor
-    fidelity: Tensor | None = None
+    pending: Pending
+    latent_scores: Scores | None
+    drafted: Tensor | None = None
     drafts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class _Collector:
-    """What the chunks of one rollout share."""
+class _Grower:
+    """What the chunks of one rollout share. `drafter`: the network that drafts; None: the one that rolls out."""
 
     context: Context
     plans: Sequence[Plan]
     prompts: Sequence[Prompt]
     iteration: int
     schedule: Schedule
-    sampler: Predict
-    drafter: Predict
+    scoring: Scoring
     clock: Clock
-    layout: StateLayout
+    drafter: nn.Module | None = None
 
-    def rollout(self, slots: Sequence[int]) -> _Chunk:
-        """A chunk of whole prompts: rolled out, decoded, scored, measured, observed."""
-        algorithm = self.context.algorithm
+    def grow(self, slots: Sequence[int]) -> _Grown:
+        """A chunk of whole prompts: rolled out, decoded, measured, observed, and on its way to be scored."""
+        context, algorithm = self.context, self.context.algorithm
         plans, drafted, drafts = [self.plans[s] for s in slots], None, None
         if algorithm.draft is not None:
             plans, drafted, drafts = self._drafted(algorithm.draft, slots, plans)
-        forest, seen, scores = self._rollout_and_score(slots, plans, self.schedule, self._sampler(slots), "rollout")
-        pictures = seen.media.pictures()  # of a clip its middle frame
+        forest, seen = self._drawn(slots, plans, self.schedule, self._sampler(slots), "rollout")
+        pending, started = self._submit(seen, forest), time.perf_counter()
         latents = forest.nodes[forest.leaves.node]
-        started = time.perf_counter()
-        total, ok = scores.total(algorithm.credit.reward_weights)
-        # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
-        counted = ok if self.context.latent_reward is None else None
-        signals = measure(latents, pictures, forest.leaves.prompt, counted, self.context.figures)
-        forest = observed(algorithm, forest, pictures, self.layout)
+        pictures = seen.media.pictures()  # of a clip its middle frame
+        signals = measure(latents, pictures, forest.leaves.prompt, None, context.figures)
+        forest = observed(algorithm, forest, pictures, laid_out(context, self.prompts, slots))
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.renoise is None else forest.select(NO_EDGES)
-        fidelity = None
-        if drafted is not None and len(drafted) == len(total):  # a root has one leaf
-            fidelity = agreement(drafted, total, forest.leaves.prompt.cpu(), slots)
-        return _Chunk(kept, scores, signals, seen.broken, fidelity, drafts)
+        latent = _latent_scores(context, self.prompts, slots, kept, self.schedule)
+        return _Grown(slots, kept, signals, seen.broken, pending, latent, drafted, drafts)
 
-    def offline(self, slots: Sequence[int]) -> _Chunk:
-        """A chunk of whole prompts' offline samples, in the place of `rollout`."""
-        context, samples, started = self.context, self.context.algorithm.offline, time.perf_counter()
-        assert samples is not None and context.pictures is not None
-        context.pause()
-        prompts = [self.prompts[s] for s in slots]
-        forest, scores, signals = offline_forest(samples, context.pictures, context.model, context.size, prompts, slots)
-        self.clock.add("encode", started)
-        return _Chunk(forest, scores, signals, torch.where(scores.ok[:, 0].cpu(), WHOLE, GIVEN))
+    def scored(self, grown: _Grown) -> Rollouts:
+        """The chunk with its scores, once they are there."""
+        algorithm, forest, signals = self.context.algorithm, grown.forest, grown.signals
+        scores = grown.pending.scores()
+        total, ok = scores.total(algorithm.credit.reward_weights)
+        if self.context.latent_reward is None:
+            # where a latent reward trains, the pictures' failures are to look at: no group is left out for them
+            signals = signals.with_failures(forest.leaves.prompt, ok)
+        fidelity = None
+        if grown.drafted is not None and len(grown.drafted) == len(total):  # a root has one leaf
+            fidelity = agreement(grown.drafted, total, forest.leaves.prompt.cpu(), grown.slots)
+        return Rollouts(
+            slots=tuple(grown.slots),
+            iteration=self.iteration,
+            schedule=self.schedule,
+            forest=forest,
+            scores=scores,
+            signals=signals,
+            broken=grown.broken,
+            fidelity=fidelity,
+            drafts=grown.drafts,
+            latent_scores=grown.latent_scores,
+        )
 
     def _drafted(self, draft: Draft, slots: Sequence[int], plans: Sequence[Plan]) -> tuple[list[Plan], Tensor, Tensor]:
         """The plans from the noises that the draft chose, the draft's scores of these, root by root, and which drafts
-        broke."""
+        broke. The scores are waited for: what is grown depends on them."""
         context = self.context
         schedule = context.model.schedule(draft.steps, context.size)
-        _, seen, scores = self._rollout_and_score(slots, [draft.plan] * len(slots), schedule, self.drafter, "draft")
-        value, ok = (t.view(len(slots), draft.pool) for t in scores.total(context.algorithm.credit.reward_weights))
+        predict = self._predictor(slots, self.drafter)
+        forest, seen = self._drawn(slots, [draft.plan] * len(slots), schedule, predict, "draft")
+        broken, pending, started = seen.broken, self._submit(seen, forest), time.perf_counter()
+        del seen
+        total = pending.scores().total(context.algorithm.credit.reward_weights)
+        self.clock.add("reward", started)
+        value, ok = (t.view(len(slots), draft.pool) for t in total)
         stream = Stream(context.seed, "draft.choice")
         starts = [
             draft.choose(v, o, plan.roots, stream, (self.iteration, slot))
             for v, o, plan, slot in zip(value, ok, plans, slots, strict=True)
         ]
         chosen = torch.cat([v[list(start)] for v, start in zip(value, starts, strict=True)])
-        return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen, seen.broken
+        return [from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen, broken
 
-    def _rollout_and_score(
+    def _drawn(
         self, slots: Sequence[int], plans: Sequence[Plan], schedule: Schedule, predict: Predict, phase: str
-    ) -> tuple[Forest, Decoded, Scores]:
-        """Those plans rolled out, on the clock as `phase`; their leaves' pictures and scores."""
+    ) -> tuple[Forest, Decoded]:
+        """Those plans rolled out, on the clock as `phase`, and their leaves' pictures."""
         context, clock, started = self.context, self.clock, time.perf_counter()
         forest = self._rollout(slots, plans, schedule, predict)
         started = clock.add(phase, started)
+        self.scoring.ready()
+        started = clock.add("reward", started)
         seen = decoded(context.model, forest.nodes[forest.leaves.node], context.size)
-        started = clock.add("decode", started)
-        slot = forest.leaves.prompt.tolist()
+        clock.add("decode", started)
+        return forest, seen
+
+    def _submit(self, seen: Decoded, forest: Forest) -> Pending:
+        started, slot = time.perf_counter(), forest.leaves.prompt.tolist()
         owner = [self.prompts[s] for s in slot]
         texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
-        scores = score_all(context.rewards, seen.media, texts, metadata, slot, ok=seen.ok, pause=context.pause)
-        clock.add("reward", started)
-        return forest, seen, scores
+        pending = self.scoring.submit(seen.media, texts, metadata, slot, seen.ok)
+        self.clock.add("reward", started)
+        return pending
+
+    def _predictor(self, slots: Sequence[int], network: nn.Module | None) -> Predict:
+        """That network (None: the one that rolls out) for a chunk's slots."""
+        context = self.context
+        network = context.sets.get(context.algorithm.sampler) if network is None else network
+        return bound(context, self.prompts, range(slots[0], slots[-1] + 1))(network)
 
     def _sampler(self, slots: Sequence[int]) -> Predict:
         """The predictor that rolls out: as in training, or with the chunk's own conditions where there are some."""
         context, conditions = self.context, self.context.algorithm.conditions
         if conditions is None:
-            return self.sampler
+            return self._predictor(slots, None)
         network = context.sets.get(context.algorithm.sampler)
         own = ([self.prompts[slot] for slot in slots], context.size, slots[0], context.seed, context.guidance, network)
         return perturbed_predictor(context.model, context.learned, conditions, *own)
@@ -328,7 +380,7 @@ class _Collector:
             variants=algorithm.variants,
             max_rows=context.rollout_rows,
             keep_mean=algorithm.renoise is None and algorithm.edge_objective.keeps_peers,
-            layout=self.layout,
+            layout=laid_out(context, self.prompts, slots),
             device=context.model.device,
         )
 
@@ -344,31 +396,66 @@ def observed(algorithm: Algorithm, forest: Forest, pictures: Tensor, layout: Sta
     )
 
 
-def _binder(
-    context: Context, condition: Conditioning, first: int, layout: StateLayout
-) -> Callable[[nn.Module | None], Predict]:
-    """Network (None: the policy's) -> predictor of slots of the iteration, of which this rank has encoded its own.
+def _latent_scores(
+    context: Context, prompts: Sequence[Prompt], slots: Sequence[int], forest: Forest, schedule: Schedule
+) -> Scores | None:
+    """A latent reward's scores of a chunk's edges (or leaves), each at the σ of the state it reaches."""
+    if context.latent_reward is None:
+        return None
+    score = context.latent_reward(encoded(context.model, [prompts[slot] for slot in slots], context.size))
+    edges = (forest if context.algorithm.renoise is None else forest.as_leaves()).edges
+    sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
+    scores = score(forest.nodes[edges.child], sigma, edges.prompt - slots[0])
+    return Scores(scores.value.cpu(), scores.ok.cpu(), scores.names)
 
-    It says 0 of held elements.
-    """
 
-    def bound(network: nn.Module | None) -> Predict:
-        predict = context.model.predictor(condition, context.guidance, network=network)
+def _laid_out(
+    context: Context,
+    prompts: Sequence[Prompt],
+    iteration: int,
+    schedule: Schedule,
+    slots: Sequence[int],
+    clock: Clock,
+) -> Rollouts:
+    """A chunk of whole prompts' offline samples, in the place of what is grown."""
+    samples, started = context.algorithm.offline, time.perf_counter()
+    assert samples is not None and context.pictures is not None
+    context.pause()
+    chosen = [prompts[s] for s in slots]
+    forest, scores, signals = offline_forest(samples, context.pictures, context.model, context.size, chosen, slots)
+    latent = _latent_scores(context, prompts, slots, forest, schedule)
+    clock.add("encode", started)
+    return Rollouts(
+        slots=tuple(slots),
+        iteration=iteration,
+        schedule=schedule,
+        forest=forest,
+        scores=scores,
+        signals=signals,
+        broken=torch.where(scores.ok[:, 0].cpu(), WHOLE, GIVEN),
+        latent_scores=latent,
+    )
+
+
+def bound(context: Context, prompts: Sequence[Prompt], slots: range) -> Callable[[nn.Module | None], Predict]:
+    """Network (None: the policy's) -> predictor whose rows are prompt slots of the iteration, of those in `slots`. It
+    says 0 of held elements."""
+    model, first, layout = context.model, slots.start, laid_out(context, prompts, slots)
+    condition = encoded(model, [prompts[slot] for slot in slots], context.size)
+
+    def predictor(network: nn.Module | None) -> Predict:
+        predict = model.predictor(condition, context.guidance, network=network)
         return lambda x, sigma, rows: layout.take(rows).silence(predict(x, sigma, rows - first))
 
-    return bound
+    return predictor
 
 
-def _chunks(plans: Sequence[Plan], slots: range) -> list[list[int]]:
-    chunks: list[list[int]] = []
-    leaves = LEAVES_AT_ONCE
-    for slot in slots:
-        leaves += plans[slot].cost().leaves
-        if leaves > LEAVES_AT_ONCE:
-            chunks.append([])
-            leaves = plans[slot].cost().leaves
-        chunks[-1].append(slot)
-    return chunks
+def laid_out(context: Context, prompts: Sequence[Prompt], slots: Sequence[int]) -> StateLayout:
+    """The layout of the states of neighbouring prompt slots of the iteration, by slot."""
+    if not isinstance(context.model, LaysOut):
+        return WHOLE_STATE
+    condition = encoded(context.model, [prompts[slot] for slot in slots], context.size)
+    return layout_of(context.model, condition, context.size, slots[0]).to(context.model.device)
 
 
 def rollout_metrics(experience: Experience, advantage: Advantage) -> dict[str, float]:

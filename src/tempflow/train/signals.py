@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,12 @@ class Signals:
     def columns(self) -> tuple[Tensor, ...]:
         """The fields in their order, [P] each: what a process sends when prompts are spread over several."""
         return tuple(vars(self).values())
+
+    def with_failures(self, prompt: Tensor, ok: Tensor) -> Signals:
+        """With the share of leaves without a valid score, where it was not there yet. prompt: long[N], the leaves'
+        slots; ok: bool[N]."""
+        slot = torch.searchsorted(self.prompt, prompt.cpu())
+        return replace(self, failed=_share(~ok.cpu(), slot, self.leaves))
 
     def metrics(self) -> dict[str, float]:
         """Means over prompts of what was measured, `reward_failures` over leaves; NaN where nothing was."""

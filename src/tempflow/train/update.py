@@ -20,10 +20,20 @@ from tempflow.core.rng import Stream
 from tempflow.core.state import upcast
 from tempflow.core.times import Id
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import Advantages, Experience
+from tempflow.train.experience import Advantages, Experience, bound
 from tempflow.train.guards import Guards, NonFiniteError, check_finite_loss, check_rewards, clip_gradients
 from tempflow.train.parallel import World
 from tempflow.train.weights import Trainable, WeightSet, holds_policy
+
+Models = Mapping[str, Predict]
+"""Predictors of prompt slots, by weight set."""
+
+
+def predictors(context: Context, experience: Experience) -> dict[str, Predict]:
+    """Of the policy and of every other weight set, for this rank's prompt slots of the experience's iteration."""
+    prompts = experience.prompts
+    predictor = bound(context, prompts, context.world.block(len(prompts)))
+    return {"policy": predictor(None)} | {name: predictor(network) for name, network in context.sets.items()}
 
 
 def update(
@@ -52,18 +62,18 @@ def update(
     valid = scores.total(experience.rule(algorithm.credit).reward_weights)[1]
     check_rewards(int(valid.sum()), len(scores), number)
     started = time.perf_counter()
-    batch = training_batch(context, experience, advantages, iteration, skip)
+    models, batch = predictors(context, experience), training_batch(context, experience, advantages, iteration, skip)
     norms, sums = list[float](), list[Sums]()
     computed, parts = 0, list(batch.updates(context.updates))
     drawn_by = _drawn_by(context, trainable)
     old: list[list[Old] | None] = [None] * len(parts)
     if algorithm.renoise is None and drawn_by == "policy":
-        old[1:] = [_recorded(context, experience, advantages, part) for part in parts[1:]]
+        old[1:] = [_recorded(context, models, experience, advantages, part) for part in parts[1:]]
         counter.old += sum(part.forwards for part in parts[1:])
     for part, before in zip(parts, old, strict=True):
         trainable.zero_grad()
         share = context.updates / batch.valid
-        seen = accumulate(context, experience, advantages, part, share, trainable, not norms, before, drawn_by)
+        seen = accumulate(context, models, experience, advantages, part, share, trainable, not norms, before, drawn_by)
         computed += part.forwards
         norm = _checked(context, trainable, seen, number, guards)
         if norm is None:
@@ -102,12 +112,14 @@ def _drawn_by(context: Context, trainable: Trainable) -> str:
     return "policy" if name == "policy" or holds_policy(context.sets[name], trainable) else name
 
 
-def _recorded(context: Context, experience: Experience, advantages: Advantages, part: Batch) -> list[Old]:
+def _recorded(
+    context: Context, models: Models, experience: Experience, advantages: Advantages, part: Batch
+) -> list[Old]:
     """Old log-probs of this rank's items of a later update, in the batches in which it will train them."""
     own, seen = part.of_rank(experience.first, len(experience.forest.edges)), list[Old]()
     for batch in own.minibatches(context.train_rows) if len(own.row) else ():
         context.pause()
-        seen.append(recorded(context, experience, advantages, batch))
+        seen.append(recorded(context, models, experience, advantages, batch))
     return seen
 
 
@@ -141,6 +153,7 @@ class Sums:
 
 def accumulate(
     context: Context,
+    models: Models,
     experience: Experience,
     advantages: Advantages,
     part: Batch,
@@ -159,7 +172,8 @@ def accumulate(
     if not len(own.row):
         if may_pause:
             context.pause()
-        return _summed(context.world, trainable, _idle(context, experience, advantages, part, trainable), sharded)
+        idle = _idle(context, models, experience, advantages, part, trainable)
+        return _summed(context.world, trainable, idle, sharded)
     batches = own.minibatches(context.train_rows)
     sums, largest = dict[str, float](), dict[str, float]()
     total, rows = 0.0, 0
@@ -168,7 +182,7 @@ def accumulate(
             context.pause()
         if context.shards is not None:
             context.shards.before_backward(last=number + 1 == len(batches))
-        loss = loss_of(context, experience, advantages, batch, None if old is None else old[number], drawn_by)
+        loss = loss_of(context, models, experience, advantages, batch, None if old is None else old[number], drawn_by)
         value = loss.value * (batch.units * share)
         value.backward()
         trainable.collect()
@@ -181,7 +195,14 @@ def accumulate(
     return _summed(context.world, trainable, Sums(total, sums, rows, largest), sharded)
 
 
-def _idle(context: Context, experience: Experience, advantages: Advantages, part: Batch, trainable: Trainable) -> Sums:
+def _idle(
+    context: Context,
+    models: Models,
+    experience: Experience,
+    advantages: Advantages,
+    part: Batch,
+    trainable: Trainable,
+) -> Sums:
     """What a rank does that owns no item of a part: a backward that adds 0, as all ranks take part in every exchange.
 
     It starts from zeros: a rank may own nothing because its latents broke, and 0 times what is not finite is not 0.
@@ -189,11 +210,11 @@ def _idle(context: Context, experience: Experience, advantages: Advantages, part
     edges, schedule = experience.forest.edges, experience.schedule
     some = one_of(part, experience.first + int(edges.trained.nonzero()[0, 0]))
     with torch.no_grad():  # only the metrics' names are wanted, as ranks exchange metrics by place
-        names = loss_of(context, experience, advantages, some).metrics
+        names = loss_of(context, models, experience, advantages, some).metrics
     if context.shards is not None:
         context.shards.before_backward(last=True)
     x, sigma = torch.zeros_like(experience.forest.nodes[:1]), schedule.at(torch.zeros_like(edges.step[:1]))
-    velocity = experience.models["policy"](x, sigma, edges.prompt[:1])
+    velocity = models["policy"](x, sigma, edges.prompt[:1])
     (velocity.sum() * 0.0).backward()
     trainable.collect()
     return Sums(0.0, dict.fromkeys(names, 0.0), 0, {name: 0.0 for name in names if name in LARGEST})
@@ -353,6 +374,7 @@ def one_of(batch: Batch, first: int) -> Batch:
 
 def loss_of(
     context: Context,
+    models: Models,
     experience: Experience,
     advantages: Advantages,
     batch: Batch,
@@ -361,40 +383,39 @@ def loss_of(
 ) -> Loss:
     """The objective's loss of a batch, all of it this rank's own.
 
+    models    `predictors`, of all weight sets that the objective asks for
     old       of edges, from before the iteration's first update (`recorded`); None: the weight set `drawn_by` is asked
               now, in this batch. Of the policy that is the forward that is trained, detached
 
     Edges' metrics have "rollout_gap" (`core.objective.old.roundings`).
     """
     algorithm = context.algorithm
-    models = {n: p if n == "policy" else detached(p) for n, p in experience.models.items()}
+    sets = {n: p if n == "policy" else detached(p) for n, p in models.items()}
     if algorithm.renoise is None:
         edges, objective = edge_batch(context, experience, advantages, batch), algorithm.edge_objective
         names = ("policy",) if old is not None else tuple(dict.fromkeys(("policy", drawn_by)))
-        said = {name: _velocity(models[name], edges) for name in names}
+        said = {name: _velocity(sets[name], edges) for name in names}
         if old is None:
             old = old_of(edges, said[drawn_by], context.rounding, objective.keeps_mean)
         edges = replace(edges, log_prob=old.log_prob, mean=old.mean)
-        models |= {name: told(velocity, edges.x, models[name]) for name, velocity in said.items()}
-        if context.norms:
-            loss = with_velocity_norm(objective, models, edges, len(batch.row))
-        else:
-            loss = objective(models, edges)
+        sets |= {name: told(velocity, edges.x, sets[name]) for name, velocity in said.items()}
+        rows = len(batch.row)
+        loss = with_velocity_norm(objective, sets, edges, rows) if context.norms else objective(sets, edges)
         return Loss(loss.value, {**loss.metrics, "rollout_gap": old.gap})
     leaves = leaf_batch(context, experience, advantages, batch)
     if context.norms:
-        return with_velocity_norm(algorithm.leaf_objective, models, leaves, len(batch.row))
-    return algorithm.leaf_objective(models, leaves)
+        return with_velocity_norm(algorithm.leaf_objective, sets, leaves, len(batch.row))
+    return algorithm.leaf_objective(sets, leaves)
 
 
-def recorded(context: Context, experience: Experience, advantages: Advantages, batch: Batch) -> Old:
+def recorded(context: Context, models: Models, experience: Experience, advantages: Advantages, batch: Batch) -> Old:
     """The batch's edges by the policy as it stands, which has not moved since the rollout.
 
     Gradients are on, though none is taken: kernels are chosen by that, and these are compared with a training forward.
     """
     edges = edge_batch(context, experience, advantages, batch)
     with torch.enable_grad():
-        velocity = _velocity(experience.models["policy"], edges)
+        velocity = _velocity(models["policy"], edges)
     return old_of(edges, velocity, context.rounding, context.algorithm.edge_objective.keeps_mean)
 
 

@@ -1,0 +1,187 @@
+"""A chunk of rollouts on disk: the same bits back, or one line that says why not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake import Bench, same, weights
+from kinds import KINDS, bench_of, parts_of, same_bits
+from safetensors.torch import load_file, save_file
+
+from tempflow.train.checkpoint import sha256
+from tempflow.train.experience import experience_of, plans_of
+from tempflow.train.rollout_files import FACTS, TENSORS, RolloutFileError, read, write
+from tempflow.train.rollouts import Rollouts
+
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+@every
+def test_every_kind_comes_back_with_the_same_bits(kind: str, tmp_path: Path) -> None:
+    bench, prompts = bench_of(kind, tmp_path)
+    for number, part in enumerate(parts_of(bench, prompts)):
+        folder = tmp_path / f"chunk-{number}"
+        write(part, folder)
+        assert {file.name for file in folder.iterdir()} == {FACTS, TENSORS}
+        same_bits(read(folder), part)
+
+
+@every
+def test_training_on_what_was_read_gives_the_same_weights(kind: str, tmp_path: Path) -> None:
+    bench, prompts = bench_of(kind, tmp_path)
+    metrics = bench.update(bench.collect(prompts=prompts))
+    again, _ = bench_of(kind, tmp_path)
+    for part in parts_of(again, prompts, lambda chunks: chunks[::-1]):
+        write(part, tmp_path / "chunks" / str(part.slots[0]))
+    found = Rollouts.join([read(folder) for folder in (tmp_path / "chunks").iterdir()])
+    plans = plans_of(again.context, 0, len(prompts))
+    assert repr(again.update(experience_of(again.context, prompts, plans, found))) == repr(metrics)
+    assert same(weights(again.model), weights(bench.model))
+
+
+@pytest.fixture
+def chunk() -> Rollouts:
+    bench = Bench(rollout_leaves=40)
+    return parts_of(bench, [*bench.collect().prompts])[1]
+
+
+@pytest.fixture
+def folder(chunk: Rollouts, tmp_path: Path) -> Path:
+    write(chunk, tmp_path / "chunk")
+    return tmp_path / "chunk"
+
+
+def test_odd_numbers_and_dtypes_come_back(chunk: Rollouts, tmp_path: Path) -> None:
+    odd = torch.tensor([math.nan, -0.0, math.inf, 5e-324], dtype=torch.float64)
+    odd = torch.cat([odd, (odd[:1].view(torch.int64) + 77).view(torch.float64)])  # a NaN with a payload
+    edges, leaves = len(chunk.forest.edges), len(chunk.forest.leaves)
+    forest = replace(
+        chunk.forest,
+        nodes=chunk.forest.nodes.bfloat16(),
+        edges=replace(
+            chunk.forest.edges, traits={"a/b ü": odd.repeat(edges)[:edges], "half": torch.ones(edges, 2).half()}
+        ),
+        leaves=replace(chunk.forest.leaves, traits={"a/b ü": odd.repeat(leaves)[:leaves]}),
+    )
+    made = replace(chunk, forest=forest)
+    write(made, tmp_path / "odd")
+    same_bits(read(tmp_path / "odd"), made)
+
+
+def test_tensors_that_share_memory_are_written_apart(chunk: Rollouts, tmp_path: Path) -> None:
+    signals = replace(chunk.signals, grid=chunk.signals.diversity, high_frequency=chunk.signals.diversity)
+    made = replace(chunk, signals=signals)
+    write(made, tmp_path / "shared")
+    same_bits(read(tmp_path / "shared"), made)
+
+
+def test_nothing_is_written_over(folder: Path, chunk: Rollouts, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folder: .* has 'rollouts\.\w+'; nearest valid: a new or empty folder"):
+        write(chunk, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"has 'notes.txt'"):
+        write(chunk, tmp_path / "mine")
+
+
+def changed(key: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        facts = json.loads((folder / FACTS).read_text())
+        facts[key] = value
+        (folder / FACTS).write_text(json.dumps(facts))
+
+    return change
+
+
+def without(key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        facts = json.loads((folder / FACTS).read_text())
+        del facts[key]
+        (folder / FACTS).write_text(json.dumps(facts))
+
+    return change
+
+
+def retold(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    """Other tensors, with a sum that is right: a file that somebody made."""
+
+    def write_anew(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+        changed("bytes", (folder / TENSORS).stat().st_size)(folder)
+        changed("sha256", sha256(folder / TENSORS))(folder)
+
+    return write_anew
+
+
+def cut(folder: Path) -> None:
+    data = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(data[:-8])
+
+
+def flipped(folder: Path) -> None:
+    data = bytearray((folder / TENSORS).read_bytes())
+    data[-5] ^= 1
+    (folder / TENSORS).write_bytes(bytes(data))
+
+
+def elsewhere(folder: Path) -> None:
+    (folder / TENSORS).rename(folder.parent / "outside.safetensors")
+    (folder / TENSORS).symlink_to(folder.parent / "outside.safetensors")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no facts": (lambda f: (f / FACTS).unlink(), r"rollouts.json is not there as a file"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), r"rollouts.safetensors is not there as a file"),
+    "half written": (lambda f: (f / FACTS).write_text('{"kind": "temp'), r"Unterminated string"),
+    "no JSON": (lambda f: (f / FACTS).write_bytes(b"\xff\xfe\x00"), r"can't decode"),
+    "deep": (lambda f: (f / FACTS).write_text("[" * 200_000), r"recursion"),
+    "a list": (lambda f: (f / FACTS).write_text("[1, 2]"), r"kind is 'None'; nearest valid: 'tempflow rollouts'"),
+    "foreign": (changed("kind", "something else"), r"kind is 'something else'; nearest valid: 'tempflow rollouts'"),
+    "newer": (changed("format", 2), r"format is 2; nearest valid: 1"),
+    "no slots": (without("slots"), r"'slots' is missing"),
+    "slots that are none": (changed("slots", ["../x"]), r"slots has '../x'; nearest valid: 0"),
+    "other slots": (changed("slots", [4, 5]), r"prompt: names a slot that is none of \[4, 5\]"),
+    "a negative number": (changed("iteration", -1), r"iteration has '-1'; nearest valid: 0"),
+    "cut": (cut, r"is not the file that was written \(\d+ of \d+ bytes\)"),
+    "a flipped bit": (flipped, r"is not the file that was written"),
+    "a link out of the folder": (elsewhere, r"rollouts.safetensors is not there as a file"),
+    "no safetensors": (retold(lambda t: t.pop("broken")), r"'broken' is missing"),
+    "too much": (retold(lambda t: t.update(extra=torch.ones(1))), r"has 'extra', which is no part of rollouts"),
+    "another dtype": (
+        retold(lambda t: t.update({"forest/edges/step": t["forest/edges/step"].int()})),
+        r"forest/edges/step is torch.int32; nearest valid: torch.int64",
+    ),
+    "out of the forest": (
+        retold(lambda t: t["forest/edges/parent"].fill_(10**6)),
+        r"edges.parent has 1000000; nearest valid: -1 to",
+    ),
+    "another length": (
+        retold(lambda t: t.update({"forest/edges/depth": t["forest/edges/depth"][:-1].clone()})),
+        r"edges.depth has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_read_is_one_line(fault: str, folder: Path) -> None:
+    spoil, told = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(RolloutFileError, match=told) as seen:
+        read(folder)
+    assert "\n" not in str(seen.value) and str(folder) in str(seen.value) and len(str(seen.value)) < 500
+
+
+def test_what_is_too_large_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RolloutFileError, match=r"rollouts.safetensors has \d+ bytes; nearest valid: 100"):
+        read(folder, most=100)
+    monkeypatch.setattr("tempflow.train.rollout_files.MAX_FACTS", 10)
+    with pytest.raises(RolloutFileError, match=r"rollouts.json has \d+ bytes; nearest valid: 10"):
+        read(folder)
