@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tempflow.cli.parse import configured
 from tempflow.config.guards import GuardsConfig
-from tempflow.request import asked
+from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.strict import ConfigError, validated
 from tempflow.train import guards
@@ -115,9 +115,8 @@ def test_one_nan_reward_is_dropped_and_harmless() -> None:
 
 def guidance_changes(bench: Bench) -> Callable[[], object]:
     experience = bench.collect()
-    condition = bench.model.encode(asked([str(n) * (n + 1) for n in range(6)]), SIZE)
-    models = {"policy": bench.model.predictor(condition, 1.5)}
-    changed = replace(experience, models=models)
+    changed = replace(experience, prompts=tuple(Prompt(str(n) * (n + 1)) for n in range(6)))
+    bench.context = replace(bench.context, guidance=1.5)
     return lambda: bench.update(changed)
 
 

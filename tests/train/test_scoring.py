@@ -250,25 +250,52 @@ def test_the_first_rewards_fault_is_the_one_that_is_told() -> None:
 
 def test_a_fault_of_the_rollout_waits_for_the_call_that_has_begun_and_drops_the_others() -> None:
     """As without threads, nobody is at work when the fault is told, and the reward was called once."""
-    begun, ended, calls = threading.Event(), list[bool](), 0
+    begun, failing, ended, calls = threading.Event(), threading.Event(), list[bool](), 0
 
     class Breaks(Told):
-        def decode(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-            if len(self.decoded) == 2:
-                raise MemoryError("out of memory")
-            return super().decode(x, size)
+        def predictor(self, condition: Any, guidance: float, network: Any = None) -> Any:
+            predict = super().predictor(condition, guidance, network)
+
+            def breaks(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+                if len(self.decoded) == 2:  # the first chunk is being scored, and the second waits
+                    assert begun.wait(LONG)
+                    failing.set()
+                    raise MemoryError("out of memory")
+                return predict(x, sigma, rows)
+
+            return breaks
 
     def slow(images: Images, prompts: list[str]) -> list[float | None]:
         nonlocal calls
         calls += 1
         begun.set()
+        failing.wait(LONG)
         time.sleep(0.2)
         ended.append(True)
         return brightness(images, prompts)
 
     with pytest.raises(MemoryError):
         chunked(slow, Breaks()).collect()
-    assert begun.is_set() and ended == [True] * calls and calls <= 2 and not rewards_threads()
+    assert calls == 1 and ended == [True] and not rewards_threads()
+
+
+def test_pictures_are_let_go_before_the_scores_are_there() -> None:
+    """Whoever waits for the scores may decode the next chunk at once."""
+    gate, seen = threading.Event(), list[bool]()
+
+    def waits(images: Images, prompts: list[str]) -> list[float | None]:
+        gate.wait(LONG)
+        return brightness(images, prompts)
+
+    media = torch.zeros(2, *SIZE, 3, dtype=torch.uint8)
+    pictures = weakref.ref(media)
+    with Scoring([from_function(waits)], lambda: None) as running:
+        pending = running.submit(media, ["a", "b"], [{}, {}], [0, 1], torch.ones(2, dtype=torch.bool))
+        del media
+        pending.answers[0].add_done_callback(lambda answer: seen.append(pictures() is None))
+        gate.set()
+        pending.scores()
+    assert seen == [True]
 
 
 # ------------------------------------------------------------------------------------------------------- interrupts
@@ -282,7 +309,7 @@ def test_an_interrupt_while_scores_are_waited_for_leaves_once_the_call_has_ended
         return brightness(images, prompts)
 
     with Interrupt() as interrupt, pytest.raises(Interrupted) as left:
-        chunked(slow, pause=interrupt.check).collect()
+        Bench(reward=slow, pause=interrupt.check).collect()
     assert left.value.code == 128 + signal.SIGTERM and ended == [True] and not rewards_threads()
 
 
@@ -297,7 +324,7 @@ def test_an_interrupt_leaves_a_call_with_a_timeout_at_once() -> None:
     began = time.monotonic()
     try:
         with Interrupt() as interrupt, pytest.raises(Interrupted):
-            chunked(from_function(stuck, timeout=LONG), pause=interrupt.check).collect()
+            Bench(reward=from_function(stuck, timeout=LONG), pause=interrupt.check).collect()
         assert time.monotonic() - began < LONG / 2
     finally:
         gate.set()
@@ -315,7 +342,7 @@ def test_a_second_ctrl_c_waits_for_no_reward() -> None:
 
     try:
         with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-            chunked(stuck, pause=interrupt.check).collect()
+            Bench(reward=stuck, pause=interrupt.check).collect()
         assert time.monotonic() - began < LONG / 2
     finally:
         gate.set()
