@@ -73,6 +73,7 @@ WRONG = [
     ({"iterations": 0}, "iterations: 0 must be ≥ 1; nearest valid: 1"),
     ({"threads": 0}, "threads: 0 must be ≥ 1; nearest valid: 1"),
     ({"rollout_rows": 0}, "rollout_rows: 0 must be ≥ 1; nearest valid: 1"),
+    ({"rollout_leaves": 0}, "rollout_leaves: 0 must be ≥ 1; nearest valid: 1"),
     ({"train_rows": -4}, "train_rows: -4 must be ≥ 1; nearest valid: 1"),
     ({"model": {"guidance": 0.5}}, "model.guidance: 0.5 must be ≥ 1.0; nearest valid: 1.0"),
     ({"model": {"lora_rank": 0}}, "model.lora_rank: 0 must be ≥ 1; nearest valid: 1"),

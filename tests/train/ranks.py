@@ -99,7 +99,8 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
     """
     idle, routed, name = name.startswith("idle "), name.startswith("routed "), name.split(" ")[-1]
     reward = half_broken if idle else patchy
-    patched = Bench(fake(routed), ALGORITHMS[name](), reward, train_rows=7, rollout_rows=11, world=world)
+    rows: dict[str, int] = {"train_rows": 7, "rollout_rows": 11, "rollout_leaves": 20}
+    patched = Bench(fake(routed), ALGORITHMS[name](), reward, world=world, **rows)
     trainable = patched.trainable
     if mode == "fsdp":
         network = patched.model.network

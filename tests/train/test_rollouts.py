@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fake import Bench, same, tempflow, weights
+from fake import PROMPTS, Bench, Fake, brightness, config, same, tempflow, weights
 from kinds import KINDS, bench_of, parts, parts_of, same_bits
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from tempflow.core.plan import ode
 from tempflow.train.experience import chunks_of, experience_of, plans_of, roll_out
 from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
+from tempflow.train.trainer import train
 
 every = pytest.mark.parametrize("kind", KINDS)
 
@@ -110,6 +112,24 @@ def test_ranks_change_only_the_chunks_that_a_block_cuts(ranks: int) -> None:
     starts = {block.start for block in blocks} - {0}
     whole = [chunk for chunk in alone if not starts & set(range(chunk.start + 1, chunk.stop))]
     assert set(whole) <= set(found) and (ranks == 4 or found == alone)
+
+
+def go(folder: Path, leaves: int, resume: bool = False, iterations: int = 2, **options: Any) -> Path:
+    settings = config(folder, iterations=iterations, rollout_leaves=leaves, **options)
+    return train(settings, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True, resume=resume).folder
+
+
+def test_a_run_advances_in_its_chunks_and_its_files_are_those_of_one_without_overlap(tmp_path: Path) -> None:
+    chunked, serial = go(tmp_path / "a", 20), go(tmp_path / "b", 20, overlap=False)
+    for file in ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "model/model.safetensors"):
+        assert (chunked / file).read_bytes() == (serial / file).read_bytes()
+    assert "rollout_leaves: 20" in (chunked / "config.yaml").read_text()
+
+
+def test_a_resumed_run_has_the_chunks_that_it_began_with(tmp_path: Path) -> None:
+    folder = go(tmp_path / "run", 20)
+    with pytest.raises(ValueError, match=r"rollout_leaves: 20 → 40"):
+        go(folder, 40, resume=True, iterations=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
