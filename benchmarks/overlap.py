@@ -24,9 +24,9 @@ from PIL import Image
 from tempflow.algorithms import tempflow_grpo
 from tempflow.config.guards import GuardsConfig
 from tempflow.data.prompts import Prompt, load_prompts
+from tempflow.media import Media
 from tempflow.models import load
 from tempflow.rewards import build, from_function
-from tempflow.rewards.protocol import Media
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 from tempflow.train.guards import Guards
@@ -69,8 +69,7 @@ class Slow:
             self.units = seconds / ((time.perf_counter() - began) / (4 * 50))
 
     def _judge(self, image: Image.Image, prompt: str) -> None:
-        media: Media = torch.from_numpy(np.array(image))[None]
-        STRICT.score(media, [prompt], [self.prompts[prompt].metadata])
+        STRICT.score(Media.of(torch.from_numpy(np.array(image))[None]), [prompt], [self.prompts[prompt].metadata])
 
 
 @dataclass

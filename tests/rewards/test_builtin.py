@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -14,9 +17,9 @@ from tempflow.rewards import Reward
 from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
 from tempflow.rewards.shapes import ShapesReward
 from tempflow.shapes import verify
-from tempflow.shapes.prompts import balanced
+from tempflow.shapes.prompts import Spec, balanced
 from tempflow.shapes.render import scene
-from tempflow.shapes.verify import judge
+from tempflow.shapes.verify import Verdict, judge
 
 SPECS = balanced("train", 12)
 PICTURES = [scene(s, np.random.default_rng(i)) for i, s in enumerate(SPECS)]
@@ -59,6 +62,27 @@ def test_the_two_rewards_judge_a_picture_once(monkeypatch: pytest.MonkeyPatch) -
         reward.score(media, PROMPTS, META)
     assert len(seen) == len(MEDIA)  # equal pictures of two prompts are two
     assert ShapesReward().score(media[:1], PROMPTS[:1], META[:1]).value.item() == judge(PICTURES[0], SPECS[0]).graded
+
+
+def test_two_threads_judge_a_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run scores: each reward in a thread of its own, at the same time."""
+    seen: list[bytes] = []
+
+    def slowly(picture: np.ndarray, spec: Spec) -> Verdict:
+        time.sleep(0.001)
+        seen.append(picture.tobytes())
+        return judge(picture, spec)
+
+    monkeypatch.setattr(verify, "judge", slowly)
+    media, both = MEDIA.flip(1), Barrier(2)
+
+    def score(reward: ShapesReward) -> torch.Tensor:
+        both.wait()
+        return reward.score(media, PROMPTS, META).value
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(score, (ShapesReward(), ShapesReward(graded=False))))
+    assert len(seen) == len(MEDIA)
 
 
 def test_shapes_takes_media_that_are_views() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake import SIZE, Bench, Fake, brightness, flow, same, tempflow, weights
+from fake import Bench, Fake, brightness, flow, same, tempflow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, SIZE, Bench, Fake, brightness
+from fake import PROMPTS, Bench, Fake, brightness
 from PIL import Image
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.media import Media
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import RewardError
 from tempflow.rewards.safe import SafeReward
@@ -287,7 +288,7 @@ def test_pictures_are_let_go_before_the_scores_are_there() -> None:
         gate.wait(LONG)
         return brightness(images, prompts)
 
-    media = torch.zeros(2, *SIZE, 3, dtype=torch.uint8)
+    media = Media.of(torch.zeros(2, 2, 2, 3, dtype=torch.uint8))
     pictures = weakref.ref(media)
     with Scoring([from_function(waits)], lambda: None) as running:
         pending = running.submit(media, ["a", "b"], [{}, {}], [0, 1], torch.ones(2, dtype=torch.bool))
@@ -355,7 +356,7 @@ def test_a_late_call_is_waited_for_by_the_next_chunk() -> None:
     class Slow:
         name, groupwise = "slow", False
 
-        def score(self, media: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
             nonlocal inside, most, calls
             calls += 1
             inside += 1
@@ -372,7 +373,7 @@ def test_a_late_call_is_waited_for_by_the_next_chunk() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ alone
 def test_scoring_alone_takes_chunks_and_gives_their_scores() -> None:
-    media = torch.arange(2 * 12, dtype=torch.uint8).view(2, *SIZE, 3)
+    media = Media.of(torch.arange(2 * 12, dtype=torch.uint8).view(2, 2, 2, 3))
     with Scoring([from_function(brightness)], lambda: None) as running:
         running.ready()
         pending = running.submit(media, ["a", "b"], [{}, {}], [0, 1], torch.tensor([True, False]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,12 +65,15 @@ class ShapesReward:
             if prompt not in known:
                 near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
-        verdicts = [
-            _verdict(self._judge, self._size, picture.tobytes(), p)
-            for picture, p in zip(pictures.numpy(), prompts, strict=True)
-        ]
+        verdicts: list[Verdict] = []
+        for picture, prompt in zip(pictures.numpy(), prompts, strict=True):
+            with _JUDGING:  # the graded and the strict reward, each in its thread: the second finds the first's verdict
+                verdicts.append(_verdict(self._judge, self._size, picture.tobytes(), prompt))
         value = torch.tensor([v.graded if self.graded else float(v.strict) for v in verdicts]).float()[:, None]
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
+
+
+_JUDGING = Lock()
 
 
 @lru_cache(maxsize=1 << 12)
