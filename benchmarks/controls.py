@@ -1,6 +1,6 @@
 """Is the gain honest? Two controls beside the demo's own runs, at equal forward-equivalents, all judged on test.
 
-    python -m benchmarks.controls --demo runs/demo-0 [--demo runs/demo-1 …] --out runs/controls
+    python -m benchmarks.controls --demo runs/demo-0 [--demo runs/demo-1 …] --output runs/controls
 
 `shuffled`: the same run with rewards dealt to the wrong pictures (gain must be ≤ 0.02 in absolute value or negative).
 `own samples`: rejection fine-tuning. The base samples train prompts; verified-right samples are trained on with the
@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.runs import summary
 from tempflow.config import Config, load_config
@@ -26,6 +25,7 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import evaluate, fixed_prompts
+from tempflow.media import Media
 from tempflow.rewards import build
 from tempflow.rewards.protocol import Reward
 from tempflow.train.build import prepare_model
@@ -44,7 +44,7 @@ class Shuffled:
     def __init__(self, inner: Reward) -> None:
         self.inner, self.name, self.calls = inner, inner.name, 0
 
-    def score(self, media: Tensor, prompts, metadata) -> Scores:
+    def score(self, media: Media, prompts, metadata) -> Scores:
         scores = self.inner.score(media, prompts, metadata)
         self.calls += 1
         order = Stream(0, "shuffled").permutation((self.calls,), len(scores))
@@ -124,7 +124,7 @@ def own_samples(config: Config, budget: int, out: Path, rounds: int = 10, batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, action="append", required=True, help="a finished run to compare with")
-    parser.add_argument("--out", type=Path, default=Path("runs/controls"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/controls"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=["shuffled", "own_samples"])
     a = parser.parse_args()

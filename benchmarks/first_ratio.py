@@ -46,7 +46,7 @@ from tempflow.core.dynamics import CPS, DDIM, DanceSDE, Dynamics, FlowSDE, Linea
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict
 from tempflow.core.objective.ratio import PolicyRatio, clipped
 from tempflow.data.prompts import load_prompts
-from tempflow.media import Size
+from tempflow.media import Media, Size
 from tempflow.models import load
 from tempflow.models.protocol import Model
 from tempflow.models.quiet import quiet
@@ -127,10 +127,9 @@ class Seen:
 class Cheap(SD3):
     """Shows three of a latent's channels: what the autoencoder would draw does not matter here."""
 
-    def decode(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return (
-            (x[:, :3].float() * 40 + 128).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
-        )
+    def decode(self, x: Tensor, size: Size) -> Media:
+        shades = (x[:, :3].float() * 40 + 128).clamp(0, 255).round().to(torch.uint8)
+        return Media.of(shades.permute(0, 2, 3, 1).cpu().contiguous())
 
 
 def model_of(network: str, dtype: str) -> SD3:
@@ -251,7 +250,7 @@ def faults(context: Context, texts: Sequence[str], networks: Mapping[str, nn.Mod
         return right(x, sigmas[at + 1], rows)
 
     return {
-        "guidance": model.predictor(condition, 1.0 if context.guidance > 1 else 1.5),
+        "guidance": model.predictor(condition, 1.0 if context.guidance.rows > 1 else 1.5),
         "prompt": lambda x, sigma, rows: right(x, sigma, (rows + 1) % len(texts)),
         "σ": next_sigma,
         **{name: model.predictor(condition, context.guidance, network=net) for name, net in networks.items()},

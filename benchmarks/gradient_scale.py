@@ -1,6 +1,6 @@
 """How large a step's gradient is, by a real backward on `shapes`, against the closed form c = |b|/S times its weight.
 
-    python -m benchmarks.gradient_scale [--prompts 6] [--group 8] [--steps 10] [--out docs/img/gradient_scale.png]
+    python -m benchmarks.gradient_scale [--prompts 6] [--group 8] [--steps 10] [--output docs/img/gradient_scale.png]
 
 One rollout of noisy chains by Flow-GRPO's step (noise 0.7); its trained edges get advantages ±1 by coin, so that only
 steps differ. Each method's loss is then run backward, a step's edges at a time, before any update. Measured twice: at
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("docs/img/gradient_scale.png"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("docs/img/gradient_scale.png"))
     a = parser.parse_args()
     torch.set_num_threads(1)
     model = load("shapes", dtype="float32")

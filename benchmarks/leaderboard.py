@@ -487,7 +487,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=Board.budget, help="of a run, in forward-equivalents")
     parser.add_argument("--validation", type=int, default=Board.validation, help="validation prompts")
     parser.add_argument("--test", type=int, default=Board.test, help="test prompts")
-    parser.add_argument("--out", type=Path, default=Board.out, help="where runs work")
+    parser.add_argument("--output", dest="out", type=Path, default=Board.out, help="where runs work")
     parser.add_argument("--results", type=Path, default=Board.results)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     a = parser.parse_args()

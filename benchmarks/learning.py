@@ -1,6 +1,6 @@
 """TempFlow-GRPO (its own weights; rectified ones) against Flow-GRPO (group std; global std), at equal compute.
 
-    python -m benchmarks.learning --out runs/learning [--budget 370000] [--seeds 0 1 2]
+    python -m benchmarks.learning --output runs/learning [--budget 370000] [--seeds 0 1 2]
 
 Each method tries the same three learning rates (one seed, judged on validation; rectified TempFlow-GRPO takes the other
 one's), then runs at its best rate with three seeds, judged once on test. Two runs go side by side, one thread each.
@@ -108,7 +108,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--budget", type=int, default=370_000, help="of a run, in forward-equivalents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dtype", default="bfloat16")

@@ -63,7 +63,7 @@ def main() -> None:
     for name, value in (("threads", 2), ("busy", 2), ("iterations", 5), ("prompts", 6), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--spinning", action="store_true", help="load the machine beside spinning threads too")
-    parser.add_argument("--out", type=Path, default=Path("runs/loaded"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/loaded"))
     a = parser.parse_args()
     asleep, spinning, loaded = list[float](), list[float](), list[float]()
     for _ in range(a.rounds):

@@ -1,6 +1,6 @@
 """Two gloo ranks against one process on `shapes`, a thread each, in turn in one go.
 
-    python -m benchmarks.parallel [--iterations 6] [--prompts 12] [--out runs/parallel]
+    python -m benchmarks.parallel [--iterations 6] [--prompts 12] [--output runs/parallel]
 
 Runs the same training with torchrun on one and on two ranks and compares the seconds of the iterations (start-up,
 evaluation and saving left out). Needs two free cores.
@@ -47,7 +47,7 @@ def seconds(out: Path, ranks: int, mode: str, iterations: int, prompts: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/parallel"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/parallel"))
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=12)
     a = parser.parse_args()

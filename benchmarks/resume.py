@@ -1,6 +1,6 @@
 """Kills one run with SIGKILL at random moments, resumes it each time, and compares it with the uninterrupted run.
 
-    python -m benchmarks.resume --out runs/resume [--kills 20] [--iterations 60] [--seed 0]
+    python -m benchmarks.resume --output runs/resume [--kills 20] [--iterations 60] [--seed 0]
 
 A checkpoint is written after every iteration, so that many kills fall into saving. Both runs are on `shapes`, one
 thread each. Prints at what each kill struck, and whether metrics, evaluations, step-wise credit, weights, optimizer
@@ -65,7 +65,7 @@ def digest(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/resume"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/resume"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

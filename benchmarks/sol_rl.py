@@ -1,7 +1,7 @@
 """What Sol-RL's drafts are worth on `shapes`: how well they rank, what they cost, and (`--final`) what a run gains.
 
     python -m benchmarks.sol_rl [--prompts 6] [--time-prompts 1] [--repeats 5]     # about six minutes on a slow core
-    python -m benchmarks.sol_rl --final --out runs/sol_rl [--budget 190000] [--seeds 0 1 2]
+    python -m benchmarks.sol_rl --final --output runs/sol_rl [--budget 190000] [--seeds 0 1 2]
 
 Fidelity: a pool of noises for each prompt, drawn in full (10 steps, float32) and by every kind of draft. Agreement is a
 mean over prompts whose pool has any spread. Rewards are coarse, so pools have ties: Kendall is τ_b, Spearman takes mean
@@ -363,7 +363,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--final", action="store_true", help="whole runs instead: hours")
-    parser.add_argument("--out", type=Path, default=Path("runs/sol_rl"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/sol_rl"))
     parser.add_argument("--budget", type=int, default=190_000, help="of a run of --final, in forward-equivalents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, default=2e-4)

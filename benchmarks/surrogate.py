@@ -1,6 +1,6 @@
 """What sharing pairs and stratifying t take off the noise of likelihood surrogates: V-GRPO's claims on `shapes`.
 
-    python -m benchmarks.surrogate [--prompts 3] [--redraws 8] [--gradients 10] [--out docs/img/surrogate_variance.png]
+    python -m benchmarks.surrogate [--prompts 3] [--redraws 8] [--gradients 10] [--output FILE]
 
 Groups of 24 real samples by the ODE on 16 steps (so that 1, 2, 4 and 8 strata are of one size, and every way of drawing
 has one mean), scored by the recipes' rewards. float32, one thread, the untrained model. A redraw draws all (t, ε) anew.
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--redraws", type=int, default=8)
     parser.add_argument("--gradients", type=int, default=10)
     parser.add_argument("--groups", type=int, default=1, help="of which gradients are taken")
-    parser.add_argument("--out", type=Path, default=Path("docs/img/surrogate_variance.png"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("docs/img/surrogate_variance.png"))
     a = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Attacks on the shapes verifier: is its strict verdict worth being trained against?
 
-    python benchmarks/verifier.py [--count 200] [--steps 3000] [--out runs/verifier]
+    python benchmarks/verifier.py [--count 200] [--steps 3000] [--output runs/verifier]
 
 Prints, seeds fixed: how often rendered truth passes (per task kind); how often wrong pictures do (scenes of another
 meaning, noise, cheap tricks); what hill-climbing on pixels reaches from noise, a wrong scene and a blank, and how far a
@@ -278,7 +278,7 @@ def main() -> None:
         "--count", type=int, default=200, help="pictures per trick; truth, mismatch and noise take five times that"
     )
     parser.add_argument("--steps", type=int, default=3000, help="of a hill-climb")
-    parser.add_argument("--out", type=Path, default=Path("runs/verifier"))
+    parser.add_argument("--output", dest="out", type=Path, default=Path("runs/verifier"))
     a = parser.parse_args()
     began = time.perf_counter()
     cv2.setNumThreads(1)

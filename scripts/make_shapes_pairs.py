@@ -1,6 +1,6 @@
 """Makes a small preference set of the `shapes` world, to try offline training with.
 
-    python scripts/make_shapes_pairs.py --out runs/pairs --pairs 200
+    python scripts/make_shapes_pairs.py --output runs/pairs --pairs 200
 
 The base model draws several pictures of each train prompt, task kinds in turn. Each that the strict verifier calls
 right is `chosen` against one of the same prompt that it calls wrong, as long as there are both. Writes PNG files,
@@ -37,8 +37,8 @@ def main() -> None:
     a = arguments()
     torch.set_num_threads(a.threads)
     if (a.out / "pairs.jsonl").exists():
-        raise SystemExit(f"--out: {a.out} already holds pairs; choose another folder")
-    claim(a.out, "pairs", "--out")
+        raise SystemExit(f"--output: {a.out} already holds pairs; choose another folder")
+    claim(a.out, "pairs", "--output")
     pairs: list[dict[str, str]] = []
     for spec, right, wrong in islice(couples(load("shapes"), a.samples, a.steps, a.seed), a.pairs):
         line = {"prompt": spec.prompt, "kind": spec.kind}
@@ -69,7 +69,9 @@ def couples(model: SD3, samples: int, steps: int, seed: int) -> Iterator[tuple[S
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the two .jsonl files")
+    parser.add_argument(
+        "--output", dest="out", type=Path, required=True, help="folder for the pictures and the two .jsonl files"
+    )
     parser.add_argument("--pairs", type=int, default=200, help="at most")
     parser.add_argument("--samples", type=int, default=8, help="pictures drawn of a prompt")
     parser.add_argument("--steps", type=int, default=10, help="sampler steps")

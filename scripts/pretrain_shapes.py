@@ -1,7 +1,7 @@
 """Pretrains the embedded `shapes` model on a CPU: autoencoder, then transformer and text encoders (the flow), then
 guidance is distilled into the transformer, then the pipeline folder is written.
 
-    OMP_NUM_THREADS=1 python scripts/pretrain_shapes.py all --out runs/pretrain --init FIRST --to WEIGHTS
+    OMP_NUM_THREADS=1 python scripts/pretrain_shapes.py all --output runs/pretrain --init FIRST --to WEIGHTS
 
 `all` runs the four stages by the recipe below; each can also be run alone (`autoencoder`, `flow`, `distill`, `ship`).
 It computes in bfloat16 where the machine has it in hardware and in float32 elsewhere. The training stages save their
@@ -455,7 +455,7 @@ def ship(out: Path, to: Path, shift: float, pool: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["all", *RECIPE, "ship"])
-    parser.add_argument("--out", type=Path, required=True, help="folder of states and logs")
+    parser.add_argument("--output", dest="out", type=Path, required=True, help="folder of states and logs")
     parser.add_argument("--init", type=Path, help="a pipeline folder whose weights are the start")
     parser.add_argument("--to", type=Path, default=Path("runs/weights"), help="new folder that `ship` writes")
     parser.add_argument("--guidance", type=float, default=2.0, help="what `distill` builds in")
@@ -468,7 +468,7 @@ def main() -> None:
         parser.error(f"--init: {a.init} is no pipeline folder: it has no model_index.json")
     given = {n: v for n in Schedule.__dataclass_fields__ if (v := getattr(a, n)) is not None}
     recipe = {stage: replace(schedule, **given) for stage, schedule in RECIPE.items()}
-    claim(a.out, "pretraining", "--out")
+    claim(a.out, "pretraining", "--output")
     if a.stage in ("all", "ship"):
         check(a.to, None, "--to")
     print(f"computes in {compute()}, {torch.get_num_threads()} threads", flush=True)

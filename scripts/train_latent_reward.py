@@ -1,15 +1,15 @@
 """Trains a noise-conditional latent reward (DRM) on the `shapes` model, and says how often it is right.
 
-    python scripts/train_latent_reward.py --out runs/latent-reward
+    python scripts/train_latent_reward.py --output runs/latent-reward
 
 The package's own (`reward: shapes`; a quarter of an hour of a slow core) was made by
 
-    python scripts/train_latent_reward.py --out src/tempflow/shapes/latent_reward --bits 7 \\
+    python scripts/train_latent_reward.py --output src/tempflow/shapes/latent_reward --bits 7 \\
         --prompts 960 --held-prompts 240 --pictures 8 --drop 0 --steps 700 --candidates 1
 
 One that learned from candidates of one state, as `drm_grpo` asks about, was made by
 
-    python scripts/train_latent_reward.py --start shapes --siblings --out runs/latent-reward \\
+    python scripts/train_latent_reward.py --start shapes --siblings --output runs/latent-reward \\
         --prompts 4000 --pictures 2 --steps 800 --bits 7
 
 Pictures of train prompts are drawn with the pipeline and judged by the graded verifier; pictures of one prompt whose
@@ -108,7 +108,7 @@ def sampled(model: SD3, reward: LatentReward, prompts: tuple[str, ...], roots: i
 
 def main() -> None:
     a = arguments()
-    claim(a.out, "latent reward", "--out")
+    claim(a.out, "latent reward", "--output")
     torch.set_num_threads(a.threads)
     began, model = time.time(), load("shapes")
     texts = prompts_of("train", a.prompts)
@@ -172,7 +172,7 @@ def log(what: str, began: float, **line: object) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the reward's two files")
+    parser.add_argument("--output", dest="out", type=Path, required=True, help="folder for the reward's two files")
     parser.add_argument("--prompts", type=int, default=300, help="first of the train prompts, each taken once")
     parser.add_argument(
         "--held-prompts",

@@ -73,7 +73,7 @@ def test_fidelity_and_time_at_a_tiny_size(
 @pytest.mark.slow
 def test_final_at_a_tiny_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--budget", "400", "--seeds", "0", "--final-prompts", "1", "--validation", "6", "--test", "6"]
-    words = [*TINY, "--final", "--out", str(tmp_path), "--final-steps", "2", "--side-by-side", "1", *sizes]
+    words = [*TINY, "--final", "--output", str(tmp_path), "--final-steps", "2", "--side-by-side", "1", *sizes]
     bench.compare(bench.arguments(words))
     said = capsys.readouterr().out
     assert "| 4 in 4 |" in said and "| 4 in 6, drafts of 2 |" in said and "strict score on 6 pictures" in said

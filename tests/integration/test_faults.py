@@ -70,7 +70,7 @@ class ObjectReward:
     def score(self, media: Any, prompts: Any, metadata: Any) -> Any:
         from PIL import Image
 
-        values = self.function([Image.fromarray(m) for m in media.numpy()], list(prompts))
+        values = self.function([Image.fromarray(m) for m in media.pictures().numpy()], list(prompts))
         value = torch.tensor(values, dtype=torch.float32)[:, None]
         return self.answer((media, prompts, metadata), Scores(value, torch.ones_like(value).bool(), ("shapes",)))
 
@@ -88,7 +88,7 @@ def on_meta(given: Any, scores: Scores) -> Scores:
 
 def spoils(given: Any, scores: Scores) -> Scores:
     media, prompts, metadata = given
-    media.zero_()
+    media.frames.zero_()
     for line in metadata:
         line["tags"].clear()
     metadata.clear()
@@ -431,8 +431,11 @@ def sigterm(name: str, inject: Callable[[Scene], None], kept: int | None, done: 
 
 
 def twice(values: Any) -> Any:
+    """As a person presses it: Python runs handlers in the main thread, and this is a reward's."""
     signal.raise_signal(signal.SIGINT)
+    time.sleep(1)
     signal.raise_signal(signal.SIGINT)
+    time.sleep(1)
     return values
 
 
@@ -654,7 +657,7 @@ DAMAGE = [
     Damage(
         "somebody's model/",
         lambda run: [(run / "model").mkdir(), (run / "model" / "notes.txt").write_text("mine")],
-        r"resume: '\S+toy/model/notes.txt' was not written by this run, which writes model/ anew; move it away",
+        r"resume: '\S+toy/model/notes.txt' is not as this run wrote it, and its end writes model/ anew; move it away",
         status=2,
     ),
     Damage("metrics.jsonl cut short", lambda run: cut(run / "metrics.jsonl"), r"less than at its checkpoint", status=2),

@@ -33,7 +33,7 @@ def test_one_command_runs_all_stages_and_goes_on_where_it_stopped(
     script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, to = tmp_path / "out", tmp_path / "weights"
-    common = ["--out", str(out), "--init", str(models.shapes_folder()), "--to", str(to), *TINY]
+    common = ["--output", str(out), "--init", str(models.shapes_folder()), "--to", str(to), *TINY]
     start(monkeypatch, script, "all", "--steps", "2", *common)
     for stage in ("autoencoder", "flow", "distill"):
         (line,) = (json.loads(text) for text in (out / f"{stage}.jsonl").read_text().splitlines())
@@ -69,5 +69,5 @@ def test_a_start_that_is_no_pipeline_is_refused(
     script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):
-        start(monkeypatch, script, "all", "--out", str(tmp_path), "--init", str(tmp_path))
+        start(monkeypatch, script, "all", "--output", str(tmp_path), "--init", str(tmp_path))
     assert "is no pipeline folder: it has no model_index.json" in capsys.readouterr().err

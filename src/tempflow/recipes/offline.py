@@ -1,4 +1,4 @@
-"""Runs on pictures from disk: `python scripts/make_shapes_pairs.py --out runs/pairs --pairs 200` makes them first."""
+"""Runs on pictures from disk; `python scripts/make_shapes_pairs.py --output runs/pairs --pairs 200` makes some."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Con
     if folder != EMBEDDED and not Path(folder).is_dir():
         raise ValueError(
             f"algorithm.reward: {folder!r} is no folder with a latent reward; "
-            f"python scripts/train_latent_reward.py --out FOLDER makes one, and {EMBEDDED!r} comes with the package"
+            f"python scripts/train_latent_reward.py --output FOLDER makes one, and {EMBEDDED!r} comes with the package"
         )
     reward = LatentReward.load(folder, device=str(model.device)).requires_grad_(False).eval()
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ FREE = ("output",)
 """Fields that may differ: the folder may have been moved."""
 
 
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """A checkpoint's fault with the field that names the folder in front."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{field}: {error}") from error
+
+
 def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
     """What can be told without work.
 
@@ -127,7 +137,8 @@ def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
     write over its own model, and where it was given objects in Python that are not `given` now.
     """
     if not (folder / "config.yaml").is_file() and not (folder / checkpoint.FOLDER).is_dir():
-        checkpoint.newest(folder)  # no run at all: raises, naming what is there
+        with _named("resume"):
+            checkpoint.newest(folder)  # no run at all: raises, naming what is there
     if kind_of(folder) != RUN:
         raise ValueError(
             f"resume: {str(folder)!r} has no {MARKER} of a run, so nothing is written there; nearest valid: a folder "
@@ -136,7 +147,7 @@ def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
     fault = foreign(folder / "model")
     if fault is not None:
         raise ValueError(
-            f"resume: {str(folder / fault)!r} was not written by this run, which writes model/ anew; move it away"
+            f"resume: {str(folder / fault)!r} is not as this run wrote it, and its end writes model/ anew; move it away"
         )
     own, path = folder.resolve(), Path(config.model.path).expanduser()
     if config.model.path != "shapes" and path.exists() and path.resolve().is_relative_to(own):
@@ -210,7 +221,8 @@ def run_baseline(config: Config, own: Identity | None = None) -> Baseline:
     where that run was not set alike; CheckpointError where it has no checkpoint.
     """
     folder = Path(config.evaluation.before)
-    saved = checkpoint.read_newest(folder)
+    with _named("evaluation.before"):
+        saved = checkpoint.read_newest(folder)
     was = parse_config(yaml.safe_load(saved.state["config"]))
     theirs = read_identity(saved.state)
     changes = changed_fields(was, config)
