@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, flow, tempflow, weights
+from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, config, flow, tempflow, weights
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,7 +24,9 @@ from tempflow.models.protocol import Conditioning, LaysOut, Predict, layout_of
 from tempflow.request import asked
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
+from tempflow.train.checkpoint import newest, read_weights
 from tempflow.train.experience import credit
+from tempflow.train.trainer import train
 from tempflow.train.update import edge_batch, leaf_batch, training_batch
 
 STREAMS = ("video", "sound")
@@ -196,6 +199,33 @@ def test_a_model_that_starts_at_another_spread_and_ends_above_zero() -> None:
         start = weights(model)
         after = trained(model, METHODS[name](), rewards(look))
         assert not torch.equal(after["mean.weight"], start["mean.weight"])
+
+
+def test_a_configuration_says_which_stream_a_reward_teaches(tmp_path: Path) -> None:
+    """One of video alone moves what makes the video, and leaves the sound's rows as they were, bit for bit."""
+    reward = {"name": "jpeg_compressibility", "stream": "video"}
+    more: dict[str, Any] = {
+        "evaluation": {"metric": "jpeg_compressibility", "validation_prompts": 2, "test_prompts": 2}
+    }
+    settings = config(tmp_path / "run", iterations=2, rewards=[reward], **more)
+    model = Duet()
+    before = weights(model)
+    run = train(settings, model=model, prompts=list(PROMPTS), quiet=True)
+    kept = read_weights(newest(run.folder), "policy")
+    video, sound = slice(0, 4), slice(4, 8)  # the network's rows are the state's elements, channel by channel
+    for name, was in before.items():
+        assert torch.equal(kept[name][sound], was[sound]) and not torch.equal(kept[name][video], was[video])
+    for model, stream, message in (
+        (
+            Fake(),
+            "video",
+            r"stream 'video' of 'jpeg_compressibility', but 'fake' has one alone; nearest valid: ''",
+        ),
+        (Duet(), "vide", r"rewards\['jpeg_compressibility'\]: 'vide' is no stream; nearest valid: one of video, sound"),
+    ):
+        other = config(tmp_path / "no", rewards=[{**reward, "stream": stream}], **more)
+        with pytest.raises(ValueError, match=message):
+            train(other, model=model, prompts=list(PROMPTS), quiet=True)
 
 
 def test_evaluations_hold_what_training_holds() -> None:

@@ -84,6 +84,10 @@ class RewardConfig(Strict):
     timeout: float | None = Field(
         default=None, gt=0, description="seconds a scoring call may take before its scores are failed; null = any"
     )
+    stream: str = Field(
+        default="",
+        description="which of a model's several streams (video, sound) it teaches; empty = all",
+    )
 
     @field_validator("name")
     @classmethod

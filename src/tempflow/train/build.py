@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config, load_config
+from tempflow.core.credit import PerStream
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models.finite import encoded
 from tempflow.models.guidance import guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
-from tempflow.models.protocol import Conditioning, Model
+from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
@@ -202,6 +204,25 @@ def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str
     held = read_start(which, "model.reference")
     untrained = trainable.state() if base is None else base  # nothing was started from
     return WeightSet(trainable, Frozen(), starting_state(held, trainable, untrained, held.lora_for(model)))
+
+
+def by_stream(config: Config, algorithm: Algorithm, model: Model, prompt: Prompt) -> Algorithm:
+    """The algorithm with an advantage for each of the model's streams, where the configuration says of a reward which
+    one it teaches; `prompt`: any of the run's. Raises ValueError for a stream that the model does not have."""
+    streams = {reward.name: reward.stream for reward in config.rewards if reward.stream}
+    if not streams:
+        return algorithm
+    name = next(iter(streams))
+    if algorithm.latent_reward is not None or algorithm.offline is not None:
+        raise ValueError(
+            f"rewards: stream {streams[name]!r} of {name!r}, but {algorithm.name} is not taught by rewards"
+        )
+    layout = layout_of(model, encoded(model, [prompt], config.size), config.size)
+    if not layout.names:
+        raise ValueError(
+            f"rewards: stream {streams[name]!r} of {name!r}, but {model.name!r} has one alone; nearest valid: ''"
+        )
+    return replace(algorithm, credit=PerStream(algorithm.credit, layout.names, streams))
 
 
 def rewards_of(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[SafeReward]:

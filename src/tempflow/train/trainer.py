@@ -30,6 +30,7 @@ from tempflow.train import checkpoint
 from tempflow.train.build import (
     PromptsLike,
     borrowed_baseline,
+    by_stream,
     check_ranks,
     context_of,
     device_of,
@@ -480,9 +481,9 @@ def train(
         warn_of_warmup(config, display.say)
         say_old_forwards(config, algorithm, display.say)
         check_draft(algorithm, device_of(config, model, world), sharded(config, world))
-        context, trainable, weight_sets = context_of(
-            config, model or prepare_model(config, world), algorithm, rewards, pictures, world, display.say
-        )
+        model = model or prepare_model(config, world)
+        algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
+        context, trainable, weight_sets = context_of(config, model, algorithm, rewards, pictures, world, display.say)
         world.wait()  # all have read what the records will write over
         with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
