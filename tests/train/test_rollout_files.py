@@ -14,6 +14,7 @@ from fake import Bench, same, weights
 from kinds import KINDS, bench_of, parts_of, same_bits
 from safetensors.torch import load_file, save_file
 
+from tempflow.core.schedule import Schedule
 from tempflow.train.checkpoint import sha256
 from tempflow.train.experience import experience_of, plans_of
 from tempflow.train.rollout_files import FACTS, TENSORS, RolloutFileError, read, write
@@ -69,7 +70,8 @@ def test_odd_numbers_and_dtypes_come_back(chunk: Rollouts, tmp_path: Path) -> No
         ),
         leaves=replace(chunk.forest.leaves, traits={"a/b ü": odd.repeat(leaves)[:leaves]}),
     )
-    made = replace(chunk, forest=forest)
+    grid = Schedule(chunk.schedule.sigmas * 0.9 + 0.02, spread=0.9)
+    made = replace(chunk, forest=forest, schedule=grid)
     write(made, tmp_path / "odd")
     same_bits(read(tmp_path / "odd"), made)
 

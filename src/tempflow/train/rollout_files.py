@@ -57,6 +57,7 @@ def write(rollouts: Rollouts, folder: Path) -> None:
         "slots": list(rollouts.slots),
         "iteration": rollouts.iteration,
         "steps": rollouts.forest.steps,
+        "spread": rollouts.schedule.spread,
         "rewards": list(rollouts.scores.names),
         "latent_rewards": None if latent is None else list(latent.names),
         "bytes": (folder / TENSORS).stat().st_size,
@@ -145,7 +146,7 @@ def _rollouts(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Rollouts:
     rollouts = Rollouts(
         slots=tuple(facts["slots"]),
         iteration=facts["iteration"],
-        schedule=Schedule(take("schedule/sigmas")),
+        schedule=Schedule(take("schedule/sigmas"), float(facts["spread"])),
         forest=_forest(tensors, facts["steps"]),
         scores=Scores(take("scores/value"), take("scores/ok"), tuple(facts["rewards"])),
         signals=Signals(*(take(f"signals/{name}") for name in _SIGNALS)),

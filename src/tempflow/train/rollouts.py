@@ -84,7 +84,8 @@ class Rollouts:
         for part in ordered[1:]:
             if part.iteration != first.iteration:
                 raise ValueError(f"iteration: {part.iteration} in one part; nearest valid: {first.iteration}")
-            if not torch.equal(part.schedule.sigmas, first.schedule.sigmas):
+            own, theirs = first.schedule, part.schedule
+            if not torch.equal(own.sigmas, theirs.sigmas) or own.spread != theirs.spread:
                 raise ValueError("schedule: parts walked different grids; nearest valid: parts of one iteration")
         slots = tuple(slot for part in ordered for slot in part.slots)
         for before, after in pairwise(slots):
