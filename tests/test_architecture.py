@@ -53,7 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "stats": set(),
     "report": {"stats", "folder"},
     "export": {"config", "models", "train", "folder"},
-    "doctor": {"config", "data", "models", "train"},
+    "doctor": {"config", "data", "models", "rewards", "train"},
     "train": {
         "core",
         "data",

@@ -18,6 +18,7 @@ from tempflow.cli.report import ReportOptions
 from tempflow.cli.train import TrainOptions
 from tempflow.config import Config, algorithm_config, load_config, to_yaml
 from tempflow.media import Size
+from tempflow.models.guidance import Guidance
 from tempflow.recipes import RECIPES
 from tempflow.request import asked
 from tempflow.strict import leaves, validated
@@ -225,7 +226,7 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
     assert run(capsys, "sample", *words, "--width", "64") == (0, "a.png\nb.png\n", "")
     prompts = [*asked(["a red circle", "a cross", "one", "two", "three"])]
     assert seen == {
-        "path": "shapes", "prompts": prompts, "steps": 10, "guidance": 1.0, "seed": 4,
+        "path": "shapes", "prompts": prompts, "steps": 10, "guidance": Guidance(), "seed": 4,
         "size": Size(32, 64), "device": "cpu", "out": Path("samples"),
     }  # fmt: skip
     assert run(capsys, "sample", *words, "--count", "2")[2] == "prompts: 2 of 5 prompts are used"
@@ -270,7 +271,8 @@ NO_PLACES = {"prompt", "rewards", "gold", "device"}
 def test_home_is_read_in_every_option_that_may_name_a_place(model, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     fields = {name: field for name, field in leaves(model).items() if name not in NO_PLACES}
-    texts = [name for name, field in fields.items() if "str" in str(field.annotation)]
+    kinds = {name: str(field.annotation) for name, field in fields.items()}
+    texts = [name for name, kind in kinds.items() if "str" in kind and "dict" not in kind]
     lists = [name for name in texts if "tuple" in str(fields[name].annotation)]
     made = validated(model, {name: ["~/x"] if name in lists else "~/x" for name in texts})
     assert texts and all(dict(made)[name] in ("/home/me/x", ("/home/me/x",)) for name in texts), made
@@ -302,8 +304,10 @@ trainer.train = lambda config, reward=None: (config, reward)
 assert tempflow.train("c", reward=1) == ("c", 1)
 from tempflow import train
 from tempflow.media import Size
+from tempflow.models.guidance import Guidance
 from tempflow.request import asked
 from tempflow.media import Size
+from tempflow.models.guidance import Guidance
 from tempflow.request import asked
 assert train("c") == ("c", None)
 import tempflow.train.guards as guards

@@ -13,6 +13,7 @@ from tempflow.config import Config
 from tempflow.core.cost import equivalents
 from tempflow.core.plan import Cost, Plan
 from tempflow.models import adapter_of, shapes_folder
+from tempflow.models.family import check_size
 from tempflow.models.pipeline_folder import settings_in
 
 STATE_BYTES = 4
@@ -87,7 +88,7 @@ class RunCost:
         table.add_row("forwards of a validation | of the test, twice", f"{self.validation:,}", f"{2 * self.test:,}")
         table.add_row("states kept for training, at most | their memory", f"{self.stored_nodes:,}", self._memory())
         if self.guided:
-            table.caption = "guidance: every forward is of two rows (the empty prompt's row has no backward)"
+            table.caption = "guidance: every forward is of two rows (the negative prompt's row has no backward)"
         return table
 
     def _memory(self) -> str:
@@ -164,4 +165,6 @@ def latent_shape(config: Config) -> tuple[int, ...] | None:
     folder = shapes_folder() if config.model.path == "shapes" else Path(config.model.path).expanduser()
     if not (folder / "model_index.json").is_file():
         return None
-    return adapter_of(config.model.path, folder).family.latent_shape(partial(settings_in, folder), config.size)
+    family = adapter_of(config.model.path, folder).family
+    check_size(config.size, family.makes, config.model.path)
+    return family.latent_shape(partial(settings_in, folder), config.size)

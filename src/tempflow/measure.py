@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.table import Table
@@ -13,11 +14,10 @@ from torch import Tensor
 
 from tempflow.config import Config
 from tempflow.cost import RunCost
-from tempflow.data.prompts import load_prompts
 from tempflow.media import Media
 from tempflow.models.guidance import guidance_of
 from tempflow.rewards import build, score_all
-from tempflow.train.build import prepare_model
+from tempflow.train.build import prepare_model, prompt_sources, takes_sources
 
 SECONDS = 10.0
 """What a measurement takes, without loading the model; more where a single row takes longer."""
@@ -102,7 +102,8 @@ def measured(config: Config, seconds: float = SECONDS) -> Measured:
     Raises ValueError where the model, the prompts or a reward are not there.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    prompts = load_prompts(config.data.train)[:PROMPTS]
+    reads, draws = config.algorithm.build().reads, partial(takes_sources, config, None)
+    prompts = prompt_sources(config, None, None, reads, draws)["data.train"][:PROMPTS]
     rewards = [build(reward.name) for reward in config.rewards]
     model = prepare_model(config)
     shape, size = model.noise_shape(config.size), config.size

@@ -24,6 +24,7 @@ from tempflow.core.offline import OfflineSamples
 from tempflow.core.plan import Cost
 from tempflow.core.times import GridTimes
 from tempflow.cost import run_cost
+from tempflow.media import Media
 from tempflow.request import Prompt, asked
 
 OFFLINE = {"dpo": lambda **o: diffusion_dpo(2, **o), "sft": lambda **o: sft(3, **o)}
@@ -37,17 +38,17 @@ class Exact(Fake):
         super().__init__()
         self.latents = latents
 
-    def encode_media(self, media: Tensor, size: Any) -> Tensor:
-        assert media.dtype == torch.uint8 and size == SIZE
-        return self.latents[media[:, 0, 0, 0].long()]
+    def encode_media(self, media: Media, size: Any) -> Tensor:
+        assert size == SIZE
+        return self.latents[media.frames[:, 0, 0, 0, 0].long()]
 
 
 def numbered(keys: int) -> Any:
     """A reader for which prompt n of PROMPTS has the pictures keys·n, keys·n + 1, …"""
 
-    def read(prompts: Sequence[Prompt]) -> Tensor:
+    def read(prompts: Sequence[Prompt]) -> Media:
         numbers = [PROMPTS.index(p.text) * keys + k for p in prompts for k in range(keys)]
-        return torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, *SIZE, 3)
+        return Media.of(torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3))
 
     return read
 

@@ -28,6 +28,7 @@ from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Cost
 from tempflow.core.schedule import shifted
+from tempflow.media import Media, Size
 from tempflow.perception import HandEmbedding
 from tempflow.train.experience import credit
 
@@ -91,7 +92,13 @@ def test_the_bonus_is_the_embeddings_distance_from_the_groups_mean() -> None:
     bench = Bench(algorithm=toy(bonus=0.7, scale=0.5))
     pictures: list[Tensor] = []
     decode = bench.model.decode
-    bench.model.decode = lambda x, size: pictures.append(decode(x, size)) or pictures[-1]  # type: ignore[method-assign]
+
+    def kept(x: Tensor, size: Size) -> Media:
+        media = decode(x, size)
+        pictures.append(media.pictures())
+        return media
+
+    bench.model.decode = kept  # type: ignore[method-assign]
     experience = bench.collect()
     assert sum(len(p) for p in pictures) == 36
     phi = HandEmbedding()(torch.cat(pictures)).double().view(6, 6, -1)

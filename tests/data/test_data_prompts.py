@@ -256,8 +256,8 @@ def test_a_negative_prompt_is_the_prompts_own(tmp_path: Path) -> None:
     assert [p.negative for p in load_prompts("a.csv", tmp_path)] == ["blurry", ""]
     with pytest.raises(ValueError, match=r'prompts\[0\]: "negative_prompt" is 3; nearest valid: a text'):
         as_prompts([{"prompt": "a", "negative_prompt": 3}])
-    assert '1 of 2 prompts have a "negative_prompt", which guidance 1 makes no use of' in unused_negatives(found, 1.0)
-    assert unused_negatives(found, 1.5) == unused_negatives(found[1:], 1.0) == ""
+    assert '1 of 2 prompts have a "negative_prompt", which this guidance' in unused_negatives(found, lambda: 1)
+    assert unused_negatives(found, lambda: 2) == "" == unused_negatives(found[1:], lambda: 1 // 0)
 
 
 def test_pictures_to_start_from_are_refused_or_read_with_their_sums(tmp_path: Path) -> None:

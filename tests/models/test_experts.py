@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.models.experts import Experts
+from tempflow.models.lora import fresh_adapter, lora_of, merge, paired
 
 
 class Times(nn.Module):
@@ -57,3 +58,31 @@ def test_only_those_with_rows_have_a_gradient() -> None:
 def test_boundaries_that_make_no_sense(names: Sequence[str], boundaries: Sequence[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Experts({name: nn.Identity() for name in names}, boundaries)
+
+
+def test_a_lora_lies_on_all_of_them_and_is_read_back_by_its_layers() -> None:
+    experts = Experts({"transformer": Net(), "transformer_2": Net()}, (0.5,))
+    fresh_adapter(experts, 2, 4, ["q"])
+    found = lora_of(experts)
+    assert set(found) == {"transformer.blocks.0.q", "transformer_2.blocks.0.q"}
+    trained = {name: p for name, p in experts.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(generator=torch.Generator().manual_seed(len(parameter)))
+    x, sigma = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.1, 0.7, 0.2])
+    want = experts(sigma, x=x)
+    plain = Experts({"transformer": Net(), "transformer_2": Net()}, (0.5,))
+    merge(plain, paired(trained, 2.0))
+    torch.testing.assert_close(plain(sigma, x=x), want)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 6)})])
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0]["q"](x)  # type: ignore[index]

@@ -133,7 +133,7 @@ def test_negative_prompts_without_guidance_are_said(tmp_path: Path, capsys: pyte
     lines = [{"prompt": text, "negative_prompt": "blurry"} for text in PROMPTS[:2]] + [{"prompt": PROMPTS[2]}]
     train(config(tmp_path / "run", iterations=1), model=Fake(), reward=brightness, prompts=lines)
     said = " ".join(capsys.readouterr().out.split())
-    assert 'warn: prompts: 2 of 3 prompts have a "negative_prompt", which guidance 1 makes no use of' in said
+    assert 'warn: prompts: 2 of 3 prompts have a "negative_prompt", which this guidance makes no use of' in said
 
 
 class Editor(Guided):

@@ -58,10 +58,7 @@ class ImportanceMap:
 
     provider: MapProvider
     name: str = "map"
-
-    @property
-    def of(self) -> Literal["edge", "leaf"]:
-        return "leaf"
+    of: Literal["edge", "leaf"] = "leaf"
 
     def __call__(self, forest: Forest, media: Tensor) -> Tensor:
         shape = tuple(forest.nodes.shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,9 @@ class SampleOptions(Strict):
     )
     steps: int = Field(default=10, ge=1, le=1000, description="sampler steps")
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
+    guidance_options: dict[str, float | bool] = Field(
+        default={}, description="the family's further settings of guidance, {name: value}"
+    )
     seed: int = Field(default=0, description="of the noise")
     height: int = Field(default=32, ge=1, le=16_384, description="pixels")
     width: int = Field(default=32, ge=1, le=16_384, description="pixels")
@@ -46,32 +50,37 @@ def run_sample(options: SampleOptions) -> list[Path]:
 
     Raises ValueError where nothing is asked for, or a prompt is blank.
     """
-    from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives
-    from tempflow.evaluate.source import find, takes_sources
+    from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
+    from tempflow.evaluate.source import check_source, find, rows_of, takes_sources
 
     pool = [*(as_prompts(options.prompt) if options.prompt else ())]
     if options.prompts:
-        pool += load_prompts(options.prompts, sources=takes_sources(find(options.path)))
+        draws = partial(takes_sources, find(options.path))
+        pool += with_sources(lambda sources: load_prompts(options.prompts, sources=sources), draws)
     if not pool:
         raise ValueError("prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation")
     chosen = [pool[n % len(pool)] for n in range(options.count or len(pool))]
     if shares := shared_out(chosen, pool):
         print(f"prompts: {shares}", file=sys.stderr)
-    if unused := unused_negatives(chosen, options.guidance):
+    if unused := unused_negatives(
+        chosen, lambda: rows_of(find(options.path), options.guidance, options.guidance_options)
+    ):
         print(f"prompts: {unused}", file=sys.stderr)
     from tempflow.evaluate.suite import sample_path
     from tempflow.media import Size
     from tempflow.models import resolved_device
 
     device = resolved_device(options.device)
+    size = Size(options.height, options.width, options.frames, options.fps, options.seconds)
+    guidance = check_source(find(options.path), size, options.guidance, options.guidance_options)
     with writing("output", options.output):
         return sample_path(
             options.path,
             chosen,
             steps=options.steps,
-            guidance=options.guidance,
+            guidance=guidance,
             seed=options.seed,
-            size=Size(options.height, options.width, options.frames, options.fps, options.seconds),
+            size=size,
             device=device,
             out=Path(options.output),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -47,6 +48,12 @@ class EvalOptions(Strict):
     seed: int | None = Field(default=None, description="of the noise (1234)")
     height: int | None = Field(default=None, ge=1, le=16_384, description="pixels (32)")
     width: int | None = Field(default=None, ge=1, le=16_384, description="pixels (32)")
+    frames: int | None = Field(default=None, ge=1, le=100_000, description="of a clip (1: a picture)")
+    fps: float | None = Field(default=None, gt=0, description="frames a second of a clip (the model's own)")
+    seconds: float | None = Field(default=None, gt=0, description="of sound (as long as the frames)")
+    guidance_options: dict[str, float | bool] | None = Field(
+        default=None, description="the family's further settings of guidance, {name: value}"
+    )
     dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="to compute in (float32)")
     device: str | None = Field(default=None, description="auto, cpu, mps, cuda or cuda:N (cpu)")
     rows: int | None = Field(default=None, ge=1, description="most rows of a forward (96)")
@@ -73,8 +80,8 @@ def run_eval(options: EvalOptions) -> Report:
 
 def _judged(options: EvalOptions) -> tuple[Report, str]:
     """The report, and how the source's prompts were used, where it isn't each of them once."""
-    from tempflow.data.prompts import load_prompts, shared_out
-    from tempflow.evaluate.source import check_rewards, find, settings, takes_sources
+    from tempflow.data.prompts import load_prompts, shared_out, unused_negatives, with_sources
+    from tempflow.evaluate.source import check_rewards, check_source, find, rows_of, settings, takes_sources
     from tempflow.rewards import build
 
     _check_outputs(options)
@@ -85,8 +92,9 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
     reads = () if source.config is None else source.config.algorithm.build().reads
     rewards, loaded = (
         [build(name) for name in how.rewards],
-        load_prompts(how.prompts, uses=reads, sources=takes_sources(source)),
+        with_sources(lambda s: load_prompts(how.prompts, uses=reads, sources=s), partial(takes_sources, source)),
     )
+    check_source(source, how.size, how.guidance, how.guidance_options)
     import torch
 
     from tempflow.evaluate.source import guidance_for, load_source
@@ -115,7 +123,13 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
     _write(options, how, report)
     if options.pictures:
         _draw_grid(options, how, model, prompts[:GRID])
-    return report, shared_out(prompts, loaded)
+    unused = unused_negatives(prompts, lambda: rows_of(source, how.guidance, how.guidance_options))
+    return report, "\n".join(filter(None, (shared_out(prompts, loaded), unused)))
+
+
+USUAL = ("prompts", "count", "steps", "guidance", "guidance_options", "seed", "dtype", "device", "rows")
+SIZE = ("height", "width", "frames", "fps", "seconds")
+"""Options that lie over what is usual for the source."""
 
 
 def chosen(options: EvalOptions, usual: Settings) -> Settings:
@@ -126,15 +140,12 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
             raise ValueError(f"gold: {shown(name)} is what this run trained on; nearest valid: --rewards {name}")
     rewards = tuple(dict.fromkeys((*(options.rewards or usual.rewards), *options.gold)))
     untrained = {name for name in rewards if name not in trained} if usual.total is not None else {*options.gold}
-    given = {
-        name: value
-        for name, value in options
-        if value is not None and name in ("prompts", "count", "steps", "guidance", "seed", "dtype", "device", "rows")
-    }
+    given = {name: value for name, value in options if value is not None and name in USUAL}
+    size = {name: value for name, value in options if value is not None and name in SIZE}
     return replace(
         usual,
         **given,
-        size=replace(usual.size, height=options.height or usual.size.height, width=options.width or usual.size.width),
+        size=replace(usual.size, **size),
         rewards=rewards,
         gold=tuple(name for name in rewards if name in untrained),
         total=usual.total if set(trained) <= set(rewards) else None,
@@ -162,7 +173,8 @@ def _write(options: EvalOptions, how: Settings, report: Report) -> None:
 
     if options.output:
         told = {"what": options.what, "base": options.base or None, "prompts": how.prompts, "dtype": how.dtype}
-        told |= {"height": how.size.height, "width": how.size.width, **report.to_json()}
+        told |= {name: getattr(how.size, name) for name in SIZE} | {"guidance_options": dict(how.guidance_options)}
+        told |= report.to_json()
         with writing("output", options.output):
             write_json(options.output, plain(told))
 

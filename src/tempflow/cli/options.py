@@ -172,6 +172,8 @@ def _value(texts: Sequence[str], field: FieldInfo) -> Any:
             return None
         if field.default == "" or _is_list(field):
             return field.default if field.default == "" else []
+    if any(get_origin(option) is dict for option in options) and first.startswith("{"):
+        return read_yaml(first)
     if _is_list(field):
         if len(texts) == 1 and first.startswith(("[", "{")):
             return read_yaml(first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,12 @@ def train_verb(args: Sequence[str]) -> int:
 
 def _check_prompts(config: Config) -> None:
     """Raises ConfigError, naming the field, for a prompt file that is missing or broken."""
-    from tempflow.data.prompts import load_prompts
+    from tempflow.train.build import prompt_sources, takes_sources
 
-    reads = config.algorithm.build().reads
-    for field in ("train", "validation", "test"):
-        try:
-            load_prompts(dict(config.data)[field], uses=reads)
-        except ValueError as error:
-            raise ConfigError(f"data.{field}: {error}") from error
+    try:
+        prompt_sources(config, None, None, config.algorithm.build().reads, partial(takes_sources, config, None))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def cost_verb(args: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ def equivalents(plain: int, trained: int, *, guided: bool, latent: int = 0) -> i
 
     plain    rows without gradient: rollouts, drafts, log-probs computed again, other weight sets
     trained  rows with gradient
-    guided   each of those has the empty prompt's row beside it, which never has a gradient
+    guided   each of those has the negative prompt's row beside it, which never has a gradient
     latent   rows through a latent reward, which guidance does not double
     """
     return (plain + trained) * (2 if guided else 1) + 2 * trained + latent

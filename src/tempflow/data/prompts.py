@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -108,6 +108,23 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"{path} holds no prompt; a file needs at least one")
     return prompts
+
+
+def with_sources(read: Callable[[bool], tuple[Prompt, ...]], draws: Callable[[], bool]) -> tuple[Prompt, ...]:
+    """What `read(sources)` gives. `draws`, whether the model draws from source pictures, is asked only where a prompt
+    has some: it may have to fetch the model's folder."""
+    try:
+        return read(False)
+    except ValueError as plain:
+        try:
+            prompts = read(True)
+        except ValueError as error:
+            if str(error) == str(plain) or not draws():
+                raise plain from None
+            raise
+        if draws():
+            return prompts
+        raise
 
 
 def source_path(source: str, root: str | Path = ".") -> Path:
@@ -272,13 +289,15 @@ def shared_out(drawn: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
     return "" if count == used else f"{count} are drawn of {used} prompts: {_each(times)}"
 
 
-def unused_negatives(prompts: Sequence[Prompt], guidance: float) -> str:
-    """What becomes of negative prompts where nothing leads away from them; "" where there are none, or something
-    does."""
+def unused_negatives(prompts: Sequence[Prompt], rows: Callable[[], int]) -> str:
+    """What becomes of negative prompts where nothing leads away from them; "" where there are none, or something does.
+    `rows`: how many of the network the guidance takes for each, which is asked where a prompt has one."""
     count = sum(1 for prompt in prompts if prompt.negative)
-    if not count or guidance > 1:
+    if not count or rows() > 1:
         return ""
-    return f'{count} of {len(prompts)} prompts have a "{NEGATIVE}", which guidance 1 makes no use of; nearest valid: 2'
+    return (
+        f'{count} of {len(prompts)} prompts have a "{NEGATIVE}", which this guidance makes no use of; nearest valid: 2'
+    )
 
 
 def _each(times: Mapping[int, int]) -> str:

@@ -6,18 +6,21 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tempflow.config import Config
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import load_prompts
+from tempflow.data.prompts import load_prompts, with_sources
 from tempflow.doctor.check import Check
 from tempflow.doctor.machine import gigabytes, is_offline
 from tempflow.models import HUB_ID, adapter_of, shapes_folder
-from tempflow.models.pipeline_folder import check_folder, licence_of, read_index
+from tempflow.models.family import check_asked
+from tempflow.models.pipeline_folder import check_folder, licence_of, read_index, settings_in
 from tempflow.models.precision import lack, nearest, needs_torchao
+from tempflow.rewards import build, check_takes
 from tempflow.train.identity import check_new
 
 Notes = Mapping[str, tuple[str, str, str]]
@@ -33,7 +36,8 @@ OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4
 def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> list[Check]:
     """Every check of a configuration. `environment`: the process's, for the hub's settings."""
     folder = model_folder(config)
-    checks = [model_check(config, folder, offline=is_offline(environment)), *start_check(config)]
+    checks = [model_check(config, folder, offline=is_offline(environment)), *asked_check(config, folder)]
+    checks += start_check(config)
     checks += [licence_check("model", config.model.path, licence_of(folder) if folder else "unknown")]
     for reward in config.rewards:
         licence = notes[reward.name][1] if reward.name in notes else "unknown"
@@ -90,6 +94,24 @@ def model_check(config: Config, folder: Path | None, offline: bool) -> Check:
     return Check("model", "ok", f"{path}, a {found}")
 
 
+def asked_check(config: Config, folder: Path | None) -> list[Check]:
+    """Whether the model draws what is asked for, by its folder alone; nothing where that is not here or not known."""
+    if folder is None:
+        return []
+    try:
+        family = adapter_of(config.model.path, folder).family
+    except ValueError:  # `model_check` says why
+        return []
+    m = config.model
+    try:
+        check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
+        check_takes([build(r.name) for r in config.rewards], family.makes, m.path)
+    except (ValueError, ImportError) as error:
+        fault, _, advice = str(error).rpartition("; ")
+        return [Check("size and guidance", "fails", fault or str(error), advice or "other settings of model")]
+    return [Check("size and guidance", "ok", f"{config.size}, guidance {m.guidance:g}")]
+
+
 def start_check(config: Config) -> list[Check]:
     """Whether what `model.start` names can be read; nothing where it names nothing."""
     if not config.model.start:
@@ -129,8 +151,7 @@ def draft_checks(config: Config, device: str) -> list[Check]:
 def prompts_checks(config: Config) -> list[Check]:
     """A check for each of the three sources, and one of the training pictures where the algorithm takes such."""
     reads = config.algorithm.build().reads
-    fields = ("train", "validation", "test")
-    checks = [_prompts_check(f"data.{field}", dict(config.data)[field], reads) for field in fields]
+    checks = [_prompts_check(config, field, reads) for field in ("train", "validation", "test")]
     return checks if not reads or checks[0].state != "ok" else [*checks, _pictures_check(config)]
 
 
@@ -145,9 +166,15 @@ def _pictures_check(config: Config) -> Check:
     return Check("pictures", "ok", f"{len(prompts) * len(keys)} headers fit")
 
 
-def _prompts_check(name: str, source: str, reads: tuple[str, ...]) -> Check:
+def _prompts_check(config: Config, field: str, reads: tuple[str, ...]) -> Check:
+    from tempflow.train.build import takes_sources
+
+    name, source = f"data.{field}", dict(config.data)[field]
     try:
-        return Check(name, "ok", f"{source}, {len(load_prompts(source, uses=reads))} prompts")
+        found = with_sources(
+            lambda sources: load_prompts(source, uses=reads, sources=sources), partial(takes_sources, config, None)
+        )
+        return Check(name, "ok", f"{source}, {len(found)} prompts")
     except (ValueError, OSError) as error:
         return Check(name, "fails", str(error), "give a file or folder of prompts (docs/prompts.md), or shapes:SPLIT")
 

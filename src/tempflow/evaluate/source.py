@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from tempflow.config import OWN_REWARD, Config, load_config
 from tempflow.media import Size
-from tempflow.models import HUB_ID, Adapter, Model, adapter_of, load, local_folder
+from tempflow.models import HUB_ID, Adapter, Family, Model, adapter_of, load, local_folder
+from tempflow.models.family import check_asked
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
 from tempflow.models.lora_files import PICKLED, load_lora, lora_file
+from tempflow.models.pipeline_folder import settings_in
 from tempflow.rewards import names
 
 PIPELINE_FILE, CONFIG_FILE = "model_index.json", "config.yaml"
@@ -89,7 +92,25 @@ def guidance_for(model: Model, how: Settings) -> Guidance | float:
 
 def takes_sources(source: Source) -> bool:
     """Whether its model draws from pictures too. Raises ValueError for a base that is not there or has no adapter."""
-    return adapter_of(source.base, local_folder(source.base, source.revision)).family.sources
+    return family_of(source).sources
+
+
+def check_source(source: Source, size: Size, guidance: float, options: Mapping[str, object]) -> Guidance:
+    """Whether the source draws what is asked for, before it is loaded; its family's guidance. Raises ValueError, naming
+    the field, and as `takes_sources` does."""
+    folder = local_folder(source.base, source.revision)
+    family = adapter_of(source.base, folder).family
+    return check_asked(family, source.base, partial(settings_in, folder), size, guidance, options)
+
+
+def rows_of(source: Source, guidance: float, options: Mapping[str, object]) -> int:
+    """Rows of its network that this guidance takes for each."""
+    return guidance_of(family_of(source).guidance, guidance, options).rows
+
+
+def family_of(source: Source) -> Family:
+    """Raises ValueError for a base that is not there or has no adapter."""
+    return adapter_of(source.base, local_folder(source.base, source.revision)).family
 
 
 def settings(source: Source) -> Settings:

@@ -20,6 +20,7 @@ from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
 from tempflow.folder import check, claim
 from tempflow.media import Media, Size
+from tempflow.models.family import check_size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.protocol import Model, Predict, layout_of
@@ -34,7 +35,7 @@ FOLDER = "pictures"
 """What a folder of pictures is marked as."""
 
 PROMPTS_AT_ONCE = 252
-"""Pictures drawn, decoded and scored at once, in whole prompts."""
+"""Pictures, or frames of clips, drawn, decoded and scored at once, in whole prompts."""
 
 
 def fixed_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -105,8 +106,9 @@ class _Sampling:
 
 def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[tuple[range, Decoded]]:
     """Parts of what `draw` draws, as they are ready: which prompts, and their pictures."""
+    check_size(how.size, model.makes, model.name)
     schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
-    at_once = max(1, PROMPTS_AT_ONCE // how.samples)
+    at_once = max(1, PROMPTS_AT_ONCE // (how.samples * how.size.frames))
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
         slots = range(how.first + first, how.first + first + len(part))
@@ -229,7 +231,7 @@ def sample_path(
     prompts: Sequence[Prompt],
     *,
     steps: int,
-    guidance: float,
+    guidance: Guidance | float,
     seed: int,
     size: Size,
     device: str,
@@ -248,15 +250,16 @@ def sample_path(
     model = load_source(find(path), device=device)
     guide = guided(guidance, model.guidance)
     claim(out, FOLDER, "output")
-    parts = list(_drawn(model, prompts, _Sampling(steps, guide, seed, size, rows=64, samples=1)))
-    media = Media.cat([seen.media for _, seen in parts])
-    ok = torch.cat([seen.ok for _, seen in parts]).tolist()
-    for row, (file, fine) in enumerate(zip(files, ok, strict=True)):
-        if fine:
-            media.write(row, file)
-    lost = told(torch.cat([seen.broken for _, seen in parts]), [p.text for p in prompts])
+    broken: list[Tensor] = []
+    for slots, seen in _drawn(model, prompts, _Sampling(steps, guide, seed, size, rows=64, samples=1)):
+        for row, file in enumerate(files[slots.start : slots.stop]):
+            if bool(seen.ok[row]):
+                seen.media.write(row, file)
+        broken.append(seen.broken)
+    lost = told(torch.cat(broken), [p.text for p in prompts])
     if lost:
-        raise NotFiniteError("; ".join(lost) + f". The other {sum(ok)} are in {out}")
+        whole = int((torch.cat(broken) == WHOLE).sum())
+        raise NotFiniteError("; ".join(lost) + f". The other {whole} are in {out}")
     return files
 
 

@@ -217,9 +217,15 @@ def _usage(config: Config, export: Export) -> str:
     else:
         loading = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(export.name)}, {dtype})"]
     e = config.evaluation
-    size = f"height={config.model.height}, width={config.model.width}"
+    size, m = f"height={config.model.height}, width={config.model.width}", config.model
     more = {} if family is None else family.call_options(partial(base_settings, config))
     named = "".join(f", {name}={value!r}" for name, value in more.items())
     options = f"num_inference_steps={e.steps}, guidance_scale={e.guidance:g}, {size}{named}"
     drawing = [f'image = pipe("a red circle", {options}).images[0]', 'image.save("picture.png")']
+    if family is not None and family.makes != "picture":
+        imports = [*imports, "from diffusers.utils import export_to_video"]
+        drawing = [f'frames = pipe("a red circle", {options}, num_frames={m.frames}).frames[0]']
+        drawing += [f'export_to_video(frames, "clip.mp4", fps={m.fps or 16:g})']
+    if m.guidance_options:
+        drawing = [f"# the run's guidance had further settings: {json.dumps(m.guidance_options)}", *drawing]
     return "\n".join(["```python", *imports, "", *loading, *drawing, "```", ""])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from tempflow.media import Kind, Size
-from tempflow.models.guidance import Guidance
+from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.protocol import Model
 
 Settings = Callable[[str], Mapping[str, Any] | None]
@@ -65,6 +65,28 @@ class Family:
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
+
+
+def check_size(size: Size, made: Kind, model: str) -> None:
+    """Raises ValueError, naming the field, for frames, a rate or a length of sound of a model that makes none."""
+    pictures, silent = made == "picture", "sound" not in made
+    for name, value, none, wrong in (
+        ("frames", size.frames, 1, pictures and size.frames != 1),
+        ("fps", size.fps, "null", pictures and size.fps is not None),
+        ("seconds", size.seconds, "null", silent and size.seconds is not None),
+    ):
+        if wrong:
+            raise ValueError(f"{name}: {value} of {model!r}, which makes {made}s; nearest valid: {none}")
+
+
+def check_asked(
+    family: Family, model: str, settings: Settings, size: Size, guidance: float, options: Mapping[str, object]
+) -> Guidance:
+    """What a configuration asks of a family, before anything is loaded: the size, as far as the folder's settings tell,
+    and the guidance, which it returns. Raises ValueError, naming the field."""
+    check_size(size, family.makes, model)
+    family.latent_shape(settings, size)
+    return guidance_of(family.guidance, guidance, options)
 
 
 class Adapter(Model, Protocol):

@@ -89,9 +89,10 @@ def ranks_of(lora: Lora) -> dict[str, int]:
 def add_adapter(network: Any, ranks: Mapping[str, int], scale: float) -> None:
     """Fresh peft layers on exactly the layers of `ranks`: a Gaussian, from torch's generator, and b zero.
 
-    `network`: of diffusers or transformers. They require gradients; nothing else changes.
+    They require gradients; nothing else changes. A network of diffusers or transformers adds them itself, so that its
+    library knows of them; on another module (`experts.Experts`) peft does.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     usual, others = _usual_rank(ranks)
     config = LoraConfig(
@@ -101,7 +102,10 @@ def add_adapter(network: Any, ranks: Mapping[str, int], scale: float) -> None:
         target_modules="|".join(map(re.escape, ranks)),  # whole names; those in a list would match by their ends too
         rank_pattern=others,
     )
-    network.add_adapter(config, ADAPTER)
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, network, ADAPTER)
     for layer in ranks:
         network.get_submodule(layer).scaling[ADAPTER] = scale
     network.eval()
@@ -187,12 +191,14 @@ TRAINED = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 """With the adapter's name in a checkpoint (`….lora_A.default.weight`), without it in a file of ours."""
 
 
-def paired(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Factors]:
-    """A LoRA from a run's tensors by parameter name, all of one scale. Raises ValueError for a tensor of another kind,
-    or one without its partner."""
+def paired(tensors: Mapping[str, Tensor], scale: float, prefix: str = "") -> dict[str, Factors]:
+    """A LoRA from a run's tensors by parameter name, all of one scale. `prefix`: of each name in a file.
+
+    Raises ValueError for a tensor of another kind, or one without its partner.
+    """
     sides: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        found = TRAINED.fullmatch(name.removeprefix(PREFIX))
+        found = TRAINED.fullmatch(name.removeprefix(prefix))
         if found is None:
             raise ValueError(f"{name!r} is no weight of a LoRA; was config.yaml changed after the run?")
         sides.setdefault(found["layer"], {})[found["side"]] = value.float()

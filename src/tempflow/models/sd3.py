@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.core.schedule import Schedule
-from tempflow.media import Media, Size
+from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
-from tempflow.models.family import Family, Settings
+from tempflow.models.family import Family, Settings, check_size
 from tempflow.models.finite import to_pictures
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora import FittedLora, add_adapter, attach, fresh_adapter, layer_shapes, lora_of, write_lora
@@ -75,7 +75,21 @@ def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
         if key not in told:
             raise ValueError(f"model.path: {part}/config.json does not say {key!r}; is the folder whole?")
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return (transformer["in_channels"], size.height // scale, size.width // scale)
+    patch, most = transformer.get("patch_size", 2), transformer.get("pos_embed_max_size", 96)  # diffusers' defaults
+    return _drawable(size, transformer["in_channels"], scale, patch, most)
+
+
+def _drawable(size: Size, channels: int, scale: int, patch: int, most: int) -> tuple[int, int, int]:
+    """[C, H, W] of one latent. Sides are whole patches, at most as many as there are position embeddings.
+
+    Raises ValueError for another height or width, naming the nearest.
+    """
+    unit, limit = scale * patch, most * scale * patch
+    for label, value in (("height", size.height), ("width", size.width)):
+        nearest = min(max(round(value / unit), 1) * unit, limit)
+        if value != nearest:
+            raise ValueError(f"{label}: {value} must be a multiple of {unit} up to {limit}; nearest is {nearest}")
+    return (channels, size.height // scale, size.width // scale)
 
 
 FAMILY = Family(
@@ -103,7 +117,8 @@ class SD3:
     """
 
     family = FAMILY
-    makes, takes_sources, guidance = FAMILY.makes, FAMILY.sources, FAMILY.guidance
+    makes: Kind = FAMILY.makes
+    takes_sources, guidance = FAMILY.sources, FAMILY.guidance
 
     def __init__(self, pipe: Any, name: str, licence: str, max_tokens: int) -> None:
         self.pipe, self.name, self.licence = pipe, name, licence
@@ -247,20 +262,10 @@ class SD3:
         return self.pipe.transformer.config.patch_size
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
-        """[C, H, W] of one latent. Sides are whole patches, at most as many as there are position embeddings.
-
-        Raises ValueError for another height or width, naming the nearest.
-        """
-        unit = self.pipe.vae_scale_factor * self._patch
-        limit = self.pipe.transformer.config.pos_embed_max_size * unit
-        if size.frames != 1:
-            raise ValueError(f"frames: {size.frames} of {self.name!r}, which draws pictures; nearest valid: 1")
-        for label, value in (("height", size.height), ("width", size.width)):
-            nearest = min(max(round(value / unit), 1) * unit, limit)
-            if value != nearest:
-                raise ValueError(f"{label}: {value} must be a multiple of {unit} up to {limit}; nearest is {nearest}")
-        scale = self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels, size.height // scale, size.width // scale)
+        """See `Model.noise_shape`: [C, H, W]."""
+        check_size(size, self.makes, self.name)
+        config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor
+        return _drawable(size, config.in_channels, scale, self._patch, config.pos_embed_max_size)
 
     def predictor(
         self, condition: Conditioning, guidance: Guidance | float, network: nn.Module | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,16 @@ from tempflow.config import Config, load_config
 from tempflow.core.credit import PerStream
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
-from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives
+from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models import Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models.experts import Experts
+from tempflow.models.family import check_asked, check_size
 from tempflow.models.finite import encoded
-from tempflow.models.guidance import guidance_of
+from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
+from tempflow.models.pipeline_folder import settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
@@ -67,6 +71,7 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
     begun = read_start(m.start, "model.start") if m.start else None  # before gigabytes are loaded
     if begun is not None:
         check_start(begun, m.training)
+    check_model(config)
     dtype = "float32" if sharded(config, world) else m.dtype
     model = load(m.path, revision=m.revision, dtype=dtype, device=str(device_of(config, None, world)))
     if m.training == "lora":
@@ -82,6 +87,14 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
     else:
         model.train_fully()
     return model
+
+
+def check_model(config: Config) -> Guidance:
+    """What the configuration asks of its model, before that is loaded. Raises ValueError, naming the field."""
+    m = config.model
+    folder = local_folder(m.path, m.revision)
+    family, settings = adapter_of(m.path, folder).family, partial(settings_in, folder)
+    return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 
 
 def device_of(config: Config, model: Model | None, world: World) -> torch.device:
@@ -107,6 +120,7 @@ def context_of(
     """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
     follows them."""
     size = config.size
+    check_size(size, model.makes, model.name)
     model.noise_shape(size)
     check_takes(rewards, model.makes, model.name)
     guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)
@@ -119,6 +133,8 @@ def context_of(
         sets["reference"] = reference = _reference(config.model.reference, model, trainable, base)
     networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
     if sharded(config, world):
+        if any(isinstance(module, Experts) for module in model.network.modules()):
+            raise ValueError("parallel.mode: 'fsdp' would add up gradients of several experts; nearest valid: 'ddp'")
         if weight_sets.sets:
             raise ValueError(
                 f"parallel.mode: 'fsdp' cannot shard the weight set {next(iter(weight_sets.sets))!r} of "
@@ -237,36 +253,48 @@ def prompt_sources(
     prompts: PromptsLike | None,
     test_prompts: PromptsLike | None,
     reads: Sequence[str],
-    pictures: bool = False,
+    pictures: Callable[[], bool] = lambda: False,
 ) -> dict[str, Sequence[Prompt]]:
     """All prompts, by the field or the argument that they come from.
 
-    `reads`: keys of a prompt that the algorithm takes samples from; `pictures`: whether the model draws from some.
+    `reads`: keys of a prompt that the algorithm takes samples from; `pictures`: whether the model draws from some,
+    which is asked where a prompt has some.
     """
     sources = dict[str, Sequence[Prompt]]()
     for name in () if prompts is not None else ("train", "validation", "test"):
         try:
-            sources[f"data.{name}"] = load_prompts(dict(config.data)[name], uses=reads, sources=pictures)
+            file = dict(config.data)[name]
+            sources[f"data.{name}"] = with_sources(lambda s, f=file: load_prompts(f, uses=reads, sources=s), pictures)
         except ValueError as error:
             raise ValueError(f"data.{name}: {error}") from error
     for name, listed in (("prompts", prompts), ("test_prompts", test_prompts)):
         if listed is not None:
-            sources[name] = as_prompts(listed, reads, pictures)
+            sources[name] = with_sources(lambda s, given=listed: as_prompts(given, reads, s), pictures)
     return sources
 
 
 def takes_sources(config: Config, model: Model | None) -> bool:
     """Whether the run's model, perhaps given as an object, draws from pictures too."""
-    if model is not None:
-        return model.takes_sources
-    folder = local_folder(config.model.path, config.model.revision)
-    return adapter_of(config.model.path, folder).family.sources
+    return _family(config).sources if model is None else model.takes_sources
+
+
+def guidance_kind(config: Config, model: Model | None) -> type[Guidance]:
+    """The guidance of the run's model, perhaps given as an object."""
+    return _family(config).guidance if model is None else model.guidance
+
+
+def _family(config: Config) -> Family:
+    return adapter_of(config.model.path, local_folder(config.model.path, config.model.revision)).family
 
 
 def prompt_sets(
-    config: Config, sources: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]
+    config: Config,
+    sources: Mapping[str, Sequence[Prompt]],
+    say: Callable[[str], None],
+    kind: Callable[[], type[Guidance]] = lambda: Guidance,
 ) -> dict[str, Sequence[Prompt]]:
-    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once."""
+    """To train on, to choose the best weights by, and to report. Says how often prompts come, where it isn't once, and
+    what becomes of negative prompts, by the kind of the model's guidance."""
     names = {name: "prompts" if "prompts" in sources else f"data.{name}" for name in ("train", "validation", "test")}
     if "test_prompts" in sources:
         names["test"] = "test_prompts"
@@ -280,10 +308,16 @@ def prompt_sets(
             say(f"data.{name}: {shares}")
     _say_of_training(sets["train"], config, say)
     for name, prompts in sets.items():
-        unused = unused_negatives(prompts, config.model.guidance if name == "train" else e.guidance)
+        number = config.model.guidance if name == "train" else e.guidance
+        unused = unused_negatives(prompts, partial(_rows, kind, number, config.model.guidance_options))
         if unused:
             say(f"warn: {names[name]}: {unused}")
     return sets
+
+
+def _rows(kind: Callable[[], type[Guidance]], guidance: float, options: Mapping[str, object]) -> int:
+    """Rows of the network that a guidance takes for each."""
+    return guidance_of(kind(), guidance, options).rows
 
 
 def _say_of_training(prompts: Sequence[Prompt], config: Config, say: Callable[[str], None]) -> None:

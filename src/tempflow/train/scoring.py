@@ -46,9 +46,9 @@ class Pending:
 class Scoring:
     """Use as a context manager around the chunks of one rollout.
 
-    A reward has a thread of its own and takes the chunks in the order in which they are given. So it is never called
-    twice at once, nor in another order than without threads, and its scores are the same bits. Different rewards may
-    be called at the same time.
+    A reward has a thread of its own, with the caller's context variables, gradient mode and GPU. It takes the chunks in
+    the order in which they are given, and is never called twice at once. So its scores are the same bits as without
+    threads, if it shares nothing with other rewards (a random generator, a state): these may be called meanwhile.
 
     `threads`: False scores in the calling thread, at once. `pause` is called while scores are waited for, and while a
     call with a timeout goes on; it may raise to leave. Whoever leaves early waits for the calls that have begun, as

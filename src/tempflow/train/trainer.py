@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from tempflow.train.build import (
     check_ranks,
     context_of,
     device_of,
+    guidance_kind,
     pictures_of,
     prepare_model,
     prompt_sets,
@@ -469,8 +471,8 @@ def train(
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
         if reward is None:
             algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
-        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, takes_sources(config, model))
-        sets = prompt_sets(config, sources, display.say)
+        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, partial(takes_sources, config, model))
+        sets = prompt_sets(config, sources, display.say, partial(guidance_kind, config, model))
         pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
         own = identity(config, algorithm, sources, given)
         saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
