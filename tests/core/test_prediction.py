@@ -189,6 +189,42 @@ def test_bad_tables(table: Tensor, words: str) -> None:
         VariancePreserving(table)
 
 
+@pytest.mark.parametrize(
+    ("time", "words"),
+    [
+        (5000.0, r"5000 is outside \[0, 999\]; nearest valid: 999"),
+        (-1.0, r"-1 is outside \[0, 999\]; nearest valid: 0"),
+        (float("nan"), r"nan is outside \[0, 999\]; nearest valid: 0"),
+        (float("inf"), r"inf is outside \[0, 999\]; nearest valid: 999"),
+    ],
+)
+def test_times_that_the_table_has_not(time: float, words: str) -> None:
+    path = VariancePreserving(scheduler("epsilon", False).alphas_cumprod)
+    with pytest.raises(ValueError, match=f"times: {words}"):
+        path.schedule([time, 500.0])
+    with pytest.raises(ValueError, match=f"t: {words}"):
+        path.sigma(torch.tensor([3.0, time]))
+    assert path.schedule([999, 0.5, 0], 0.0).steps == 3
+
+
+def test_where_a_kind_fixes_no_velocity() -> None:
+    z, said = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 3.0]])
+    zero, one = torch.zeros(1), torch.ones(1)
+    with pytest.raises(ValueError, match="sigma: 1 gives 'epsilon' no velocity; nearest valid: below 1"):
+        velocity_of(z, z, one, "epsilon")
+    with pytest.raises(ValueError, match="sigma: 0 gives 'x0' no velocity; nearest valid: above 0"):
+        velocity_of(z, z, zero, "x0")
+    for kind in ("epsilon", "x0", "v"):
+        for bad in (-0.1, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=f"sigma: {bad:g} gives '{kind}' no velocity"):
+                velocity_of(z, z, torch.tensor([bad]), kind)
+    # at the other ends z is x0, or ε; v is ε there, or -x0
+    assert torch.equal(velocity_of(said, z, zero, "epsilon"), said - z)
+    assert torch.equal(velocity_of(said, z, one, "x0"), z - said)
+    assert torch.equal(velocity_of(said, z, zero, "v"), said - z)
+    assert torch.equal(velocity_of(said, z, one, "v"), said + z)
+
+
 def test_bad_kinds_and_shapes() -> None:
     path = VariancePreserving(torch.tensor([0.9, 0.5]))
     with pytest.raises(ValueError, match="kind: 'score' is not one of velocity"):

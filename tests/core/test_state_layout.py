@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,3 +202,21 @@ def test_good_advantages() -> None:
     WHOLE.check_advantages(())
     two().check_advantages(())
     two().check_advantages(("video", "sound"))
+
+
+def test_rows_that_a_layout_has_not() -> None:
+    layout = replace(first_row_held(3), first=2)
+    assert layout.take(torch.tensor([4, 2])).free is not None
+    for row, near in ((0, 2), (5, 4)):
+        with pytest.raises(ValueError, match=rf"rows: {row} is outside \[2, 4\], the layout's; nearest valid: {near}"):
+            layout.take(torch.tensor([2, row]))
+    assert replace(first_row_held(), first=2).take(torch.tensor([7])).free is not None  # all rows alike
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_held_elements_are_finite(value: float) -> None:
+    free = torch.tensor([[True, False, True]])
+    assert StateLayout(free, torch.tensor([[value, 1.0, value]])).free is free  # what is said of free ones is not read
+    for rows in (free, free.expand(2, 3)):
+        with pytest.raises(ValueError, match=f"clean: {value} at an element that is not free; nearest valid: a finite"):
+            StateLayout(rows, torch.tensor([[0.0, value, 0.0]]))

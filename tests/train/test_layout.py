@@ -14,16 +14,28 @@ from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, config, flow, tempflow, weig
 from PIL import Image
 from torch import Tensor, nn
 
-from tempflow.algorithms import Algorithm, awm, diffusion_nft, gcpo, otca
+from tempflow.algorithms import (
+    Algorithm,
+    awm,
+    diffusion_nft,
+    dynamic_treerpo,
+    gcpo,
+    online_dpo,
+    otca,
+    rejection_sft,
+    sft,
+    vipo,
+)
 from tempflow.core.credit import PerStream
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.state import StateLayout, streams_along
 from tempflow.evaluate.suite import draw, evaluate
 from tempflow.media import Media, Size
 from tempflow.models.protocol import Conditioning, LaysOut, Predict, layout_of
-from tempflow.request import asked
+from tempflow.request import Prompt, asked
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
+from tempflow.train.build import by_stream as configured
 from tempflow.train.checkpoint import newest, read_weights
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
@@ -219,13 +231,35 @@ def test_a_configuration_says_which_stream_a_reward_teaches(tmp_path: Path) -> N
         (
             Fake(),
             "video",
-            r"stream 'video' of 'jpeg_compressibility', but 'fake' has one alone; nearest valid: ''",
+            r"rewards.0.stream: 'video' of 'jpeg_compressibility', but 'fake' has one stream alone; nearest valid: ''",
         ),
         (Duet(), "vide", r"rewards\['jpeg_compressibility'\]: 'vide' is no stream; nearest valid: one of video, sound"),
     ):
         other = config(tmp_path / "no", rewards=[{**reward, "stream": stream}], **more)
         with pytest.raises(ValueError, match=message):
             train(other, model=model, prompts=list(PROMPTS), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "why"),
+    [
+        (rejection_sft(steps=4, group=6, best=2), "rejection_sft takes one advantage for all streams together"),
+        (online_dpo(steps=4, group=6), "online_dpo takes one advantage for all streams together"),
+        (vipo(steps=4, group=6, kind="flow"), "vipo takes one advantage for all streams together"),
+        (dynamic_treerpo(4, 1, 2, 3, every=1), "dynamic_treerpo points to a prompt's best path, which differs by str"),
+        (sft(), "sft is not taught by rewards"),
+    ],
+)
+def test_algorithms_without_streams_refuse_before_any_forward(algorithm: Algorithm, why: str, tmp_path: Path) -> None:
+    class Untouched(Duet):
+        def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+            raise AssertionError("a forward")
+
+    rewards = [{"name": "shapes"}, {"name": "jpeg_compressibility", "stream": "video"}]
+    settings = config(tmp_path / "no", rewards=rewards)
+    message = f"rewards.1.stream: 'video' of 'jpeg_compressibility', but {why}.*; nearest valid: ''"
+    with pytest.raises(ValueError, match=message):
+        configured(settings, algorithm, Untouched(), asked(PROMPTS)[0])
 
 
 def test_evaluations_hold_what_training_holds() -> None:

@@ -110,7 +110,7 @@ def without(key: str) -> Callable[[Path], None]:
     return change
 
 
-def retold(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def retold(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     """Other tensors, with a sum that is right: a file that somebody made."""
 
     def write_anew(folder: Path) -> None:
@@ -164,6 +164,39 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "out of the forest": (
         retold(lambda t: t["forest/edges/parent"].fill_(10**6)),
         r"edges.parent has 1000000; nearest valid: -1 to",
+    ),
+    "a forest of fewer steps": (changed("steps", 1), r"steps is 1, but the schedule has 4; nearest valid: 4"),
+    "a forest of more steps": (changed("steps", 9), r"steps is 9, but the schedule has 4; nearest valid: 4"),
+    "a forest of no steps": (changed("steps", 0), r"steps is 0, but the schedule has 4; nearest valid: 4"),
+    "a step beyond the grid": (
+        retold(lambda t: t["forest/edges/step"].fill_(4)),
+        r"edges.step has 4; nearest valid: 0 to 3",
+    ),
+    "whole log-probs": (
+        retold(lambda t: t.update({"forest/edges/log_prob": torch.zeros_like(t["forest/edges/step"])})),
+        r"forest/edges/log_prob is torch.int64; nearest valid: torch.float32",
+    ),
+    "whole scales": (
+        retold(lambda t: t.update({"forest/edges/scale": t["forest/edges/scale"].int()})),
+        r"forest/edges/scale is torch.int32; nearest valid: torch.float32",
+    ),
+    "nodes that are flags": (
+        retold(lambda t: t.update({"forest/nodes": t["forest/nodes"] > 0})),
+        r"forest/nodes is torch.bool; nearest valid: torch.float32",
+    ),
+    "a table of scales": (
+        retold(lambda t: t.update({"forest/edges/scale": t["forest/edges/scale"][:, None].repeat(1, 2)})),
+        r"forest/edges/scale has shape \[\d+, 2\]; nearest valid: one dimension",
+    ),
+    "means of another shape": (
+        retold(lambda t: t.update({"forest/edges/mean": torch.zeros(len(t["forest/edges/step"]), 3)})),
+        r"edges.mean has shape \[\d+, 3\]; nearest valid: \[\d+, 2, 2, 2\]",
+    ),
+    "an unknown fault": (retold(lambda t: t["broken"].fill_(7)), r"broken has 7; nearest valid: 0 to 3"),
+    "a fault below all": (retold(lambda t: t["broken"][:1].fill_(-1)), r"broken has -1; nearest valid: 0 to 3"),
+    "drafts' unknown faults": (
+        retold(lambda t: t.update(drafts=torch.full_like(t["signals/prompt"], 4))),
+        r"drafts has 4; nearest valid: 0 to 3",
     ),
     "another length": (
         retold(lambda t: t.update({"forest/edges/depth": t["forest/edges/depth"][:-1].clone()})),

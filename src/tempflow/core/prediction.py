@@ -38,7 +38,7 @@ class VariancePreserving:
     """A model's noise levels by its table ᾱ_0 > ᾱ_1 > …, [N] in float32 or float64: between times and σ.
 
     Between whole times log(a/b) = log((1−σ)/σ), half the log-SNR, is linear in t; so σ of any t and t of any σ are
-    those of a model that was trained at all times. What lies beyond the table's ends takes the nearest time.
+    those of a model that was trained at all times. A σ beyond the table's ends takes the nearest time.
 
     Raises ValueError unless the table is one-dimensional with two entries at least, within (0, 1), and decreases.
     """
@@ -66,7 +66,11 @@ class VariancePreserving:
         return len(self.alphas_cumprod)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """σ at times t, whole or fractional, in float64 and the shape of ``t``."""
+        """σ at times t, whole or fractional, in float64 and the shape of ``t``.
+
+        Raises ValueError where looking is free (on the CPU) for a time outside [0, N − 1].
+        """
+        self._check("t", t)
         t = t.double().clamp(0, self.times - 1)
         low = t.floor().clamp(max=self.times - 2)
         logit, place = self._logit.to(t.device), low.long()
@@ -87,11 +91,22 @@ class VariancePreserving:
 
         last  0, as DDIM with `set_alpha_to_one`; None: the σ of time 0, as without
 
-        States start at variance (1−σ_0)² + σ_0², as x starts at 1. Raises ValueError as `Schedule` does.
+        States start at variance (1−σ_0)² + σ_0², as x starts at 1. Raises ValueError for a time outside [0, N − 1], and
+        as `Schedule` does.
         """
-        sigmas = self.sigma(torch.tensor(list(times), dtype=torch.float64))
+        visited = torch.tensor(list(times), dtype=torch.float64, device="cpu")
+        self._check("times", visited)
+        sigmas = self.sigma(visited)
         end = self.sigma(torch.zeros(1)) if last is None else torch.tensor([last], dtype=torch.float64)
         return Schedule(torch.cat([sigmas, end]).float(), float(1 / scale(sigmas[:1])) if len(sigmas) else 1.0)
+
+    def _check(self, name: str, t: Tensor) -> None:
+        if t.device.type != "cpu":
+            return
+        bad = ~((t >= 0) & (t <= self.times - 1))
+        if bool(bad.any()):
+            given, last = float(t[bad][0]), self.times - 1
+            raise ValueError(f"{name}: {given:g} is outside [0, {last}]; nearest valid: {last if given > last else 0}")
 
 
 def scale(sigma: Tensor) -> Tensor:
@@ -104,11 +119,11 @@ def velocity_of(said: Tensor, z: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
 
     Args:
         said, z: [B, *S].
-        sigma: [B], in (0, 1) for all kinds but "velocity".
+        sigma: [B], in [0, 1]; below 1 for "epsilon" and above 0 for "x0", which there say what z does and no more.
         kind: what `said` is.
 
     "epsilon" (ε − z)/(1−σ); "x0" (z − x0)/σ; "v" with s = a+b: s·(v + s·(2σ−1)·z). Raises ValueError for an unknown
-    kind or another shape than that of z.
+    kind, another shape than that of z or, where looking is free (on the CPU), such a σ; "velocity" does not read it.
     """
     if said.shape != z.shape:
         raise ValueError(f"prediction: shape {list(said.shape)} must be {list(z.shape)}, that of the state")
@@ -116,6 +131,7 @@ def velocity_of(said: Tensor, z: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
     said, z = said.to(dtype), z.to(dtype)
     if kind == "velocity":
         return said
+    _check_level(sigma, kind)
     level = sigma.double()  # 1 − σ loses digits near 1
     if kind == "epsilon":
         return (said - z) / to_rows(1 - level, z)
@@ -125,6 +141,17 @@ def velocity_of(said: Tensor, z: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
         s = scale(level)
         return to_rows(s, z) * (said + to_rows(s * (2 * level - 1), z) * z)
     raise ValueError(f"kind: {kind!r} is not one of {', '.join(get_args(Kind))}; nearest valid: 'epsilon'")
+
+
+def _check_level(sigma: Tensor, kind: Kind) -> None:
+    """Raises ValueError for a σ at which what the network says fixes no velocity: 0/0, which has no limit."""
+    if sigma.device.type != "cpu":
+        return
+    bad = ~((sigma >= 0) & (sigma <= 1)) | (sigma == {"epsilon": 1.0, "x0": 0.0}.get(kind, -1.0))
+    if bool(bad.any()):
+        near = {"epsilon": "below 1, where z is more than ε", "x0": "above 0, where z is more than x0"}
+        given = float(sigma[bad][0])
+        raise ValueError(f"sigma: {given:g} gives {kind!r} no velocity; nearest valid: {near.get(kind, '0 to 1')}")
 
 
 def predictor(network: Network, path: VariancePreserving, kind: Kind) -> Predict:

@@ -100,8 +100,8 @@ class StateLayout:
     """Which elements of a state [*S] are sampled, what the others are held at, and which belong together.
 
     free     bool, [N, *S] by condition row or [1, *S] for all rows alike; None: all elements are free
-    clean    the same, float: what the elements that are not free are held at, from root to leaf; None with `free` None.
-             What it says of free elements is not read
+    clean    the same, float: what the elements that are not free are held at, from root to leaf, finite; None with
+             `free` None. What it says of free elements is not read
     streams  parts of the state, each with a mean of its own; (): the state is one. Every free element is in exactly
              one, and every row has a free element in each; held ones may be in none
     first    the condition row that row 0 of `free` and `clean` is of
@@ -154,10 +154,15 @@ class StateLayout:
         return moved
 
     def take(self, rows: Tensor | slice) -> StateLayout:
-        """The layout of a batch whose states have those condition rows, LongTensor [B]."""
+        """The layout of a batch whose states have those condition rows, LongTensor [B].
+
+        Raises ValueError for a slice of a layout with another `first` than 0 and, where looking is free (on the CPU),
+        for a row that the layout does not have.
+        """
         if self.free is None or self.clean is None:
             return self
         if isinstance(rows, Tensor):
+            self._check_rows(rows, max(len(self.free), len(self.clean)))
             rows = rows - self.first
         elif self.first:
             raise ValueError(f"rows: a slice of a layout that starts at row {self.first}; nearest valid: a LongTensor")
@@ -224,6 +229,15 @@ class StateLayout:
             near = str(self.names) if self.streams else "a joint credit, as the model's states are one stream"
             raise ValueError(f"streams: {tuple(streams)} are not the model's; nearest valid: {near}")
 
+    def _check_rows(self, rows: Tensor, count: int) -> None:
+        """Rows of a layout that is not the same for all are `count` from `first` on."""
+        if count == 1 or rows.device.type != "cpu" or not rows.numel():
+            return
+        low, high, last = int(rows.min()), int(rows.max()), self.first + count - 1
+        if low < self.first or high > last:
+            bad, near = (low, self.first) if low < self.first else (high, last)
+            raise ValueError(f"rows: {bad} is outside [{self.first}, {last}], the layout's; nearest valid: {near}")
+
     def _masks(self, t: Tensor) -> list[Tensor]:
         """Of each stream, the elements that count, bool [B or 1, *S]."""
         free = None if self.free is None else self.free.to(t.device)
@@ -264,6 +278,10 @@ def _check_held(free: Tensor, clean: Tensor) -> None:
     none = ~free.flatten(1).any(1)
     if bool(none.any()):
         raise ValueError(f"free: row {int(none.int().argmax())} has no free element; nearest valid: at least one")
+    broken = ~free.to(clean.device) & ~clean.isfinite()
+    if bool(broken.any()):
+        held = float(clean.expand_as(broken)[broken][0])
+        raise ValueError(f"clean: {held} at an element that is not free; nearest valid: a finite number")
 
 
 def _check_streams(streams: Sequence[StateStream], free: Tensor | None) -> None:

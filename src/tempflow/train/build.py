@@ -224,21 +224,30 @@ def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str
 
 def by_stream(config: Config, algorithm: Algorithm, model: Model, prompt: Prompt) -> Algorithm:
     """The algorithm with an advantage for each of the model's streams, where the configuration says of a reward which
-    one it teaches; `prompt`: any of the run's. Raises ValueError for a stream that the model does not have."""
+    one it teaches; `prompt`: any of the run's. Raises ValueError for a stream that the model does not have, or before
+    any forward for an algorithm that takes none."""
     streams = {reward.name: reward.stream for reward in config.rewards if reward.stream}
     if not streams:
         return algorithm
-    name = next(iter(streams))
-    if algorithm.latent_reward is not None or algorithm.offline is not None:
-        raise ValueError(
-            f"rewards: stream {streams[name]!r} of {name!r}, but {algorithm.name} is not taught by rewards"
-        )
+    number, first = next((n, reward) for n, reward in enumerate(config.rewards) if reward.stream)
+    field = f"rewards.{number}.stream: {first.stream[:40]!r} of {first.name!r}"
+    if why := _takes_no_streams(algorithm):
+        raise ValueError(f"{field}, but {algorithm.name[:40]} {why}; nearest valid: ''")
     layout = layout_of(model, encoded(model, [prompt], config.size), config.size)
     if not layout.names:
-        raise ValueError(
-            f"rewards: stream {streams[name]!r} of {name!r}, but {model.name!r} has one alone; nearest valid: ''"
-        )
+        raise ValueError(f"{field}, but {model.name[:40]!r} has one stream alone; nearest valid: ''")
     return replace(algorithm, credit=PerStream(algorithm.credit, layout.names, streams))
+
+
+def _takes_no_streams(algorithm: Algorithm) -> str:
+    """Why rewards cannot teach it by stream; '' where they can."""
+    if algorithm.latent_reward is not None or algorithm.offline is not None:
+        return "is not taught by rewards"
+    if not algorithm.objective.by_stream:
+        return "takes one advantage for all streams together"
+    if algorithm.credit.peers:
+        return "points to a prompt's best path, which differs by stream"
+    return ""
 
 
 def rewards_of(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[SafeReward]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tempflow.core.forest import Edges, Forest, Leaves
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
+from tempflow.models.finite import WHOLE, WHY
 from tempflow.train.checkpoint import sha256
 from tempflow.train.rollouts import Rollouts
 from tempflow.train.signals import Signals
@@ -32,6 +33,12 @@ _WHOLE = (
     *(f"forest/edges/{name}" for name in _EDGES if name not in ("scale", "log_prob", "stochastic", "trained")),
     *(f"forest/leaves/{name}" for name in _LEAVES),
     *("forest/descent/edge", "forest/descent/leaf", "signals/prompt", "signals/leaves", "broken", "drafts"),
+)
+_STATES = ("forest/nodes", "forest/edges/mean")
+_REAL = (
+    *("schedule/sigmas", "forest/nodes", "forest/edges/scale", "forest/edges/log_prob", "forest/edges/mean"),
+    *(f"signals/{name}" for name in _SIGNALS if f"signals/{name}" not in _WHOLE),
+    "fidelity",
 )
 
 
@@ -184,17 +191,28 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
         for name in names:
             if name in tensors and tensors[name].dtype != dtype:
                 raise ValueError(f"{name} is {tensors[name].dtype}; nearest valid: {dtype}")
+    for name in _REAL:
+        if name in tensors and not tensors[name].is_floating_point():
+            raise ValueError(f"{name} is {tensors[name].dtype}; nearest valid: torch.float32")
+    flat = [f"forest/edges/{name}" for name in _EDGES] + [name for name in _WHOLE + _REAL if name not in _STATES]
+    for name in flat:
+        if name in tensors and tensors[name].ndim != 1:
+            raise ValueError(f"{name} has shape {list(tensors[name].shape)[:8]}; nearest valid: one dimension")
 
 
 def _check_places(rollouts: Rollouts) -> None:
     """Every column has a row for each edge or leaf, and indices stay inside what they index."""
-    forest = rollouts.forest
+    forest, grid = rollouts.forest, rollouts.schedule.steps
     edges, leaves, nodes = forest.edges, forest.leaves, len(forest.nodes)
+    if forest.steps != grid and (forest.steps or len(edges)):  # given samples walked none
+        raise ValueError(f"steps is {forest.steps}, but the schedule has {grid}; nearest valid: {grid}")
     columns: list[tuple[str, Tensor, int]] = [(f"edges.{name}", getattr(edges, name), len(edges)) for name in _EDGES]
     columns += [(f"leaves.{name}", getattr(leaves, name), len(leaves)) for name in _LEAVES]
     columns += [(f"edges.traits[{name!r}]", column, len(edges)) for name, column in edges.traits.items()]
     columns += [(f"leaves.traits[{name!r}]", column, len(leaves)) for name, column in leaves.traits.items()]
-    columns += [] if edges.mean is None else [("edges.mean", edges.mean, len(edges))]
+    if edges.mean is not None and edges.mean.shape != (len(edges), *forest.nodes.shape[1:]):
+        near = [len(edges), *forest.nodes.shape[1:]]
+        raise ValueError(f"edges.mean has shape {list(edges.mean.shape)[:8]}; nearest valid: {near[:8]}")
     columns += [(f"signals.{name}", getattr(rollouts.signals, name), len(rollouts.slots)) for name in _SIGNALS]
     columns += [("descent", forest.descent[1], len(forest.descent[0]))]
     for name, column, rows in columns:
@@ -208,9 +226,12 @@ def _check_places(rollouts: Rollouts) -> None:
         ("edges.parent", edges.parent, -1, nodes),
         ("edges.child", edges.child, -1, nodes),
         ("leaves.node", leaves.node, -1, nodes),
-        ("edges.step", edges.step, 0, max(1, forest.steps)),
+        ("edges.step", edges.step, 0, grid),
+        ("broken", rollouts.broken, WHOLE, max(WHY) + 1),
+        *([] if rollouts.drafts is None else [("drafts", rollouts.drafts, WHOLE, max(WHY) + 1)]),
         ("descent", forest.descent[0], 0, len(edges)),
         ("descent", forest.descent[1], 0, len(leaves)),
     ):
         if len(index) and not (low <= int(index.min()) and int(index.max()) < high):
-            raise ValueError(f"{name} has {int(index.max())}; nearest valid: {low} to {high - 1}")
+            bad = int(index.min()) if int(index.min()) < low else int(index.max())
+            raise ValueError(f"{name} has {bad}; nearest valid: {low} to {high - 1}")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from tempflow.core import plan
 from tempflow.core.credit import (
+    Advantage,
     AsScored,
     BestPath,
     DynamicSampling,
     Extremes,
     FromLeaves,
     GroupZScore,
+    Mapped,
     PerReward,
     PerStream,
     Standing,
@@ -95,6 +98,40 @@ def test_prompts_that_any_stream_keeps_are_kept() -> None:
     assert bool((found.value[slot == 0, 0] == 0).all()) and bool((found.value[slot == 1, 1] == 0).all())
 
 
+def test_the_pool_is_that_of_all_streams() -> None:
+    value = torch.zeros(12, 3)
+    value[4:8, 2] = torch.arange(4.0)  # prompt 0 has no spread, prompt 1 one for the sound alone, prompt 2 for both
+    value[8:] = torch.arange(12.0).view(4, 3)
+    given, grown = Scores(value, torch.ones(12, 3, dtype=torch.bool), NAMES), forest(3)
+    found = PerStream(DynamicSampling(Standing(GroupZScore())), STREAMS, OWNERS)(given, grown)
+    whole = PerStream(Standing(GroupZScore()), STREAMS, OWNERS)(given, grown)
+    pool, slot = found.pool, grown.edges.prompt
+    assert pool is not None and pool.streams == STREAMS and pool.pool is None
+    assert torch.equal(pool.value, whole.value) and torch.equal(pool.columns["standing"], whole.columns["standing"])
+    assert bool(pool.ok.all()) and torch.equal(pool.live, slot > 0)
+    assert torch.equal(found.ok, slot > 0) and torch.equal(found.live, slot > 0)
+    alone = PerStream(DynamicSampling(GroupZScore()), ("none", *STREAMS), OWNERS)(given, grown).pool
+    assert alone is not None and bool((alone.value[:, 1] == whole.value[:, 0]).all())
+    silent = PerStream(DynamicSampling(GroupZScore()), STREAMS, dict.fromkeys(NAMES, "sound"))(given, grown).pool
+    assert silent is not None and bool((silent.value[:, 0] == 0).all())
+
+
+def test_maps_of_edges_must_be_those_of_all_streams() -> None:
+    grown = forest()
+    seen = replace(grown, leaves=replace(grown.leaves, traits={"map": torch.rand(8, 2, 2)}))
+    found = PerStream(Mapped(GroupZScore()), STREAMS, OWNERS)(scores(), seen)
+    assert torch.equal(found.columns["map"], Mapped(GroupZScore())(scores(), seen).columns["map"])
+
+    @dataclass(frozen=True)
+    class Own(Mapped):
+        def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+            given = super().__call__(scores, forest)
+            return replace(given, columns={"map": given.columns["map"] * given.value[:, None, None]})
+
+    with pytest.raises(ValueError, match=r"columns: 'map' has shape \[24, 2, 2\] and differs by stream; nearest valid"):
+        PerStream(Own(GroupZScore()), STREAMS, OWNERS)(scores(), seen)
+
+
 def test_faults() -> None:
     with pytest.raises(ValueError, match=r"streams: .* must be distinct"):
         PerStream(AsScored(), ("a", "a"))
@@ -106,8 +143,10 @@ def test_faults() -> None:
         PerStream(AsScored(), STREAMS, {"look": "smell"})
     with pytest.raises(ValueError, match="rewards: 'taste' is no reward; nearest valid: one of look, sync, voice"):
         PerStream(AsScored(), STREAMS, {"taste": "video"})(scores(), forest())
-    with pytest.raises(ValueError, match="inner: points to the best path"):
-        PerStream(BestPath(GroupZScore()), STREAMS, OWNERS)(scores(), forest())
+    assert Standing(BestPath(GroupZScore())).peers and not Standing(GroupZScore()).peers and not AsScored().peers
+    for inner in (BestPath(GroupZScore()), Standing(BestPath(GroupZScore()))):
+        with pytest.raises(ValueError, match="inner: points to the best path"):
+            PerStream(inner, STREAMS, OWNERS)
 
 
 @pytest.mark.parametrize("outer", [PerReward, DynamicSampling, FromLeaves, Standing, StepCredit, BestPath])

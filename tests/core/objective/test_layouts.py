@@ -19,7 +19,7 @@ from tempflow.core.dynamics import DDIM, DanceSDE, Dynamics, FlowSDE
 from tempflow.core.likelihood_proxy import Adaptive, GeneralHuber, Huber, LikelihoodProxy, Matching, PathKL
 from tempflow.core.objective.clip import Clip, ClipRule, DivergenceMask, Score, SoftGate, Truncate
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict
-from tempflow.core.objective.leaves import LeafBatch
+from tempflow.core.objective.leaves import LeafBatch, LeafObjective
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate, PolicyGradient
 from tempflow.core.objective.matching import NegativeAware, SignedLeastSquares
 from tempflow.core.objective.norms import with_velocity_norm
@@ -317,7 +317,7 @@ PROXIES: dict[str, LikelihoodProxy] = {
     "ghuber": GeneralHuber(),
     "path": PathKL(),
 }
-SPLIT: dict[str, Objective] = {
+SPLIT: dict[str, LeafObjective] = {
     "nft": NegativeAware(regularizers=(FAR,)),
     "nft plain": NegativeAware(0.5, adaptive=False, regularizers=(PredictionDistance("old", 0.1, "x0"),)),
     "signed": SignedLeastSquares(),
@@ -330,16 +330,17 @@ SPLIT: dict[str, Objective] = {
     "par": PolicyGradient("par", Estimate(pooled=True)),
     **{f"epg {name}": PolicyGradient(estimate=Estimate(proxy)) for name, proxy in PROXIES.items()},
     **{f"clipped {name}": ClippedLikelihood(0.01, 0.01, Estimate(proxy)) for name, proxy in PROXIES.items()},
-    **{f"supervised {name}": Supervised(proxy) for name, proxy in PROXIES.items()},
 }
-"""Objectives that take an advantage for each stream, or none."""
+"""Objectives that take an advantage for each stream."""
 
-COMPARING: dict[str, Objective] = {
+COMPARING: dict[str, LeafObjective] = {
     "pairs": OnlinePairs(PreferencePairs(20.0, regularizers=(FAR,))),
     "groups": GroupPreference(20.0, 1e-2, regularizers=(FAR,)),
     "centred": CentredReward(),
     "centred, soft": CentredReward(temperature=1.0, form="bce"),
+    **{f"supervised {name}": Supervised(proxy) for name, proxy in PROXIES.items()},
 }
+"""Objectives on whole samples."""
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -368,7 +369,7 @@ def test_another_streams_advantage_leaves_a_leafs_gradient_unchanged(name: str) 
     given = [ADVANTAGES / 3, ADVANTAGES / 3 * torch.tensor([-1.0, 1.0])]
     first, second = (found(SPLIT[name], models(), leaves(layout=layout, advantage=a))[1] for a in given)
     assert torch.equal(first[:, PARTS[1]], second[:, PARTS[1]])
-    assert name.startswith("supervised") or not torch.allclose(first[:, PARTS[0]], second[:, PARTS[0]])
+    assert not torch.allclose(first[:, PARTS[0]], second[:, PARTS[0]])
 
 
 @pytest.mark.parametrize("name", [*SPLIT, *COMPARING])
@@ -403,10 +404,18 @@ def test_one_stream_of_leaves_has_the_bits_of_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPARING)
-def test_objectives_that_compare_samples_refuse_advantages_by_stream(name: str) -> None:
+def test_objectives_on_whole_samples_refuse_advantages_by_stream(name: str) -> None:
     batch = leaves(layout=StateLayout(streams=STREAMS), advantage=ADVANTAGES)
     with pytest.raises(ValueError, match=f"advantage: one for each stream, and {type(COMPARING[name]).__name__}"):
         COMPARING[name](models(), batch)
+
+
+def test_objectives_say_whether_they_take_advantages_by_stream() -> None:
+    assert all(objective.by_stream for objective in SPLIT.values())
+    assert not any(objective.by_stream for objective in COMPARING.values())
+    for ratio in (StepRatio(), NormRatio(), PositionRatio(), RegionRatio()):
+        takes = not isinstance(ratio, PositionRatio | RegionRatio)
+        assert PolicyRatio(ratio=ratio).by_stream == PolicyRatio(ratio=ChunkRatio(ratio)).by_stream == takes
 
 
 def test_leaves_refuse_advantages_of_other_streams() -> None:

@@ -54,6 +54,11 @@ class CreditRule(Protocol):
         """The same credit with other reward weights."""
         ...
 
+    @property
+    def peers(self) -> bool:
+        """Whether it points edges to others (`Advantage.peer`), by all rewards together."""
+        ...
+
     def groups(self, edges: Edges) -> Tensor:
         """Dense group numbers [E]: which edges are compared with each other."""
         ...
@@ -63,7 +68,7 @@ class CreditRule(Protocol):
 
 @dataclass(frozen=True)
 class Around:
-    """What credits around another one share: its reward weights and groups are theirs.
+    """What credits around another one share: its reward weights, groups and peers are theirs.
 
     Raises ValueError around a credit by stream (`PerStream`), which is the outermost: one number an edge is worked on.
     """
@@ -83,6 +88,11 @@ class Around:
     def weighted(self, reward_weights: Mapping[str, float] | None) -> Self:
         """The same credit with other reward weights."""
         return replace(self, inner=self.inner.weighted(reward_weights))
+
+    @property
+    def peers(self) -> bool:
+        """Whether it points edges to others, as the inner credit does."""
+        return self.inner.peers
 
     def groups(self, edges: Edges) -> Tensor:
         """Dense group numbers [E], the inner credit's."""

@@ -98,6 +98,10 @@ class BestPath(Around):
     themselves, as do edges at a step where the path has none, and those of a prompt without a valid leaf.
     """
 
+    @property
+    def peers(self) -> bool:
+        return True
+
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
         given = self.inner(scores, forest)

@@ -34,6 +34,7 @@ class AsScored:
     """
 
     reward_weights: Mapping[str, float] | None = None
+    peers = False
 
     def weighted(self, reward_weights: Mapping[str, float] | None) -> AsScored:
         """The same credit with other reward weights."""
@@ -77,6 +78,7 @@ class GroupZScore:
     center: Center = "group"
     power: float = 1.0
     gain: float = 1.0
+    peers = False
 
     def __post_init__(self) -> None:
         if self.center not in get_args(Center):

@@ -116,6 +116,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def by_stream(self) -> bool:
+        """Whether it can take an advantage for each stream."""
+        ...
+
+    @property
     def keeps_mean(self) -> bool:
         """Whether it reads the batch's `mean`."""
         ...

@@ -74,10 +74,10 @@ class LeafBatch:
         return self.layout.over_streams(values) if self.by_stream else values
 
     def check_joint(self, objective: str) -> None:
-        """Raises ValueError where advantages are by stream, which an objective that compares samples cannot use."""
+        """Raises ValueError where advantages are by stream, which an objective on whole samples cannot use."""
         if self.by_stream:
             raise ValueError(
-                f"advantage: one for each stream, and {objective} compares whole samples; nearest valid: a joint "
+                f"advantage: one for each stream, and {objective} takes whole samples; nearest valid: a joint "
                 "credit, with one advantage a sample"
             )
 
@@ -110,6 +110,11 @@ class LeafObjective(Protocol):
     @property
     def weight_sets(self) -> tuple[str, ...]:
         """The weight sets that `__call__` asks of `models`."""
+        ...
+
+    @property
+    def by_stream(self) -> bool:
+        """Whether it can take an advantage for each stream."""
         ...
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss: ...

@@ -61,6 +61,7 @@ class _OnEstimate:
 
     estimate: Estimate
     regularizers: tuple[LeafRegularizer, ...]
+    by_stream = True
 
     @property
     def unit(self) -> str:

@@ -75,6 +75,7 @@ class NegativeAware:
     adaptive: bool = True
     regularizers: tuple[LeafRegularizer, ...] = ()
     unit = "pair"
+    by_stream = True
 
     def __post_init__(self) -> None:
         positive("mix_beta", self.mix_beta, 1.0)
@@ -145,6 +146,7 @@ class SignedLeastSquares:
     adaptive: bool = False
     regularizers: tuple[LeafRegularizer, ...] = ()
     unit = "pair"
+    by_stream = True
 
     def __post_init__(self) -> None:
         positive("advantage_max", self.advantage_max, 1.0)

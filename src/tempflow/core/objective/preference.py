@@ -26,7 +26,8 @@ Regression = Literal["mse", "bce"]
 class Supervised:
     """Flow matching on given samples: L = −mean of a proxy, by default mean (v − v*)². Advantages are not read.
 
-    With the rollout's best samples it is rejection fine-tuning. Standard (certain).
+    With the rollout's best samples it is rejection fine-tuning. Standard (certain). A choice is one of whole samples,
+    so one stream's reward would move the others: advantages by stream are refused.
 
     With `kl` · mean (v − v_ref)² as the regularizer::
 
@@ -37,15 +38,20 @@ class Supervised:
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
     unit = "pair"
+    by_stream = False
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
         return regularizer.named(("policy",), self.regularizers)
 
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
-        """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
+        """The loss of one micro-batch; gradients flow through `models["policy"]` only.
+
+        Raises ValueError for advantages by stream.
+        """
+        batch.check_joint("Supervised")
         at = noised(models, self.weight_sets, batch)
-        loss = at.merged(-at.likelihood(self.proxy, "policy"))
+        loss = -at.likelihood(self.proxy, "policy")
         metrics = {"error": at.by_sample(loss.detach()).mean(1)}
         loss, more = regularizer.add(loss, self.regularizers, at)
         return Loss(loss.mean(), metrics | more)
@@ -116,6 +122,7 @@ class PreferencePairs:
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
     unit = "pair"
+    by_stream = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta, 2000.0)
@@ -162,6 +169,7 @@ class OnlinePairs:
 
     pairs: PreferencePairs = field(default_factory=PreferencePairs)
     unit = "group"
+    by_stream = False
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
@@ -234,6 +242,7 @@ class GroupPreference:
     proxy: LikelihoodProxy = field(default_factory=Matching)
     regularizers: tuple[LeafRegularizer, ...] = ()
     unit = "group"
+    by_stream = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta, 100.0)
@@ -309,6 +318,7 @@ class CentredReward:
     proxy: LikelihoodProxy = field(default_factory=lambda: Adaptive("velocity"))
     form: Regression = "mse"
     unit = "group"
+    by_stream = False
 
     def __post_init__(self) -> None:
         positive("beta", self.beta, 1.0)

@@ -24,6 +24,11 @@ class Ratio(Protocol):
     def unit(self) -> str: ...
 
     @property
+    def by_stream(self) -> bool:
+        """Whether it can take an advantage for each stream."""
+        ...
+
+    @property
     def keeps_mean(self) -> bool: ...
 
     def __call__(self, at: Replayed) -> Tensor:
@@ -39,6 +44,7 @@ class _PerEdge:
     """One ratio an edge, or one of each stream: its advantage as it is."""
 
     unit = "edge"
+    by_stream = True
     keeps_mean = False
 
     def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
@@ -80,6 +86,10 @@ class ChunkRatio:
     unit = "chunk"
 
     @property
+    def by_stream(self) -> bool:
+        return self.of.by_stream
+
+    @property
     def keeps_mean(self) -> bool:
         return self.of.keeps_mean
 
@@ -106,6 +116,7 @@ class PositionRatio:
     """
 
     unit = "edge"
+    by_stream = False
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
@@ -131,6 +142,7 @@ class RegionRatio(_PerEdge):
     streams.
     """
 
+    by_stream = False
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
@@ -166,6 +178,10 @@ class PolicyRatio:
     @property
     def unit(self) -> str:
         return self.ratio.unit
+
+    @property
+    def by_stream(self) -> bool:
+        return self.ratio.by_stream
 
     @property
     def _regularizers(self) -> tuple[EdgeRegularizer, ...]:
