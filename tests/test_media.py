@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import wave
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tempflow.media import Media, Size, serves
+from tempflow.media import DURATION, Media, Size, serves
 
 
 def clips(count: int = 2, frames: int = 5) -> torch.Tensor:
@@ -45,11 +46,26 @@ def test_sizes() -> None:
         (lambda: Media.of(torch.zeros(2, 2, 2, 4, dtype=torch.uint8)), r"nearest valid: torch.uint8 \[N, H, W, 3\]"),
         (lambda: Media.of("a.png"), "media is a str"),  # type: ignore[arg-type]
         (lambda: Media.cat([Media(clips()), Media(clips(frames=1))]), "2 kinds of media"),
+        (lambda: Media.cat([]), "parts: 0 kinds of media; nearest valid: 1"),
+        (
+            lambda: Media.cat([Media(clips(), 8.0, torch.zeros(2, 1, n), 8) for n in (4, 6)]),
+            r"2 kinds .*sound \[1, 4\] at 8, and .*sound \[1, 6\] at 8\); nearest valid: 1$",
+        ),
+        *((lambda fps=fps: Media(clips(), fps), f"fps: {fps} must be") for fps in (0.0, -8.0, math.inf, math.nan)),
+        (lambda: Media(clips(frames=0)), r"media is \[2, 0, 2, 3, 3\]; nearest valid: F, H and W of at least 1"),
+        (lambda: Media(clips(), 8.0, torch.zeros(2, 1, 0), 8), r"sound is \[2, 1, 0\]; nearest valid: C and S"),
+        (lambda: Media(clips(), 8.0, torch.zeros(2, 1, 4), 0), "sound_rate: 0 is too small; nearest valid: 1"),
     ],
 )
 def test_what_is_no_medium(media: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         media()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_media_are_media() -> None:
+    none = Media(clips(), 8.0)[[]]
+    assert len(none) == 0 and len(Media.cat([none, Media(clips(), 8.0)])) == 2
 
 
 def test_pictures_of_pictures_and_of_clips() -> None:
@@ -99,6 +115,23 @@ def test_what_is_written_loses_nothing(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), noise[1, 0].numpy())
     with pytest.raises(FileExistsError):
         media.write(1, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("fps", [None, 24.0, 10.0])
+@pytest.mark.parametrize(("frames", "durations"), [((0, 0, 1), (2, 1)), ((7,) * 4, (3, 1)), ((1, 0, 0, 0), (1, 2, 1))])
+def test_equal_frames_are_joined_with_their_times(
+    tmp_path: Path, fps: float | None, frames: tuple[int, ...], durations: tuple[int, ...]
+) -> None:
+    clip = torch.tensor(frames, dtype=torch.uint8)[None, :, None, None, None].repeat(1, 1, 4, 5, 3)
+    (file,) = Media(clip, fps).write(0, tmp_path / "a.png")
+    step, told, colours = DURATION if fps is None else 1000 / fps, [], []
+    with Image.open(file) as stored:
+        for number in range(stored.n_frames):  # type: ignore[attr-defined]
+            stored.seek(number)
+            colours.append(stored.convert("RGB").getpixel((0, 0)))
+            told.append(stored.info["duration"] / step)
+    assert told == pytest.approx(durations)
+    assert [c[0] for c, n in zip(colours, durations, strict=True) for _ in range(n)] == list(frames)
 
 
 def test_who_can_be_given_what() -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["picture", "video", "sound", "video and sound"]
-"""What a model makes, and what a reward takes."""
+"""What a model makes, and what a reward takes. "sound" is for rewards, which may take the sound alone: a model that
+makes nothing else cannot be expressed, as media have frames."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -67,7 +68,8 @@ class Media:
     sound       float32 [N, C, S] on the CPU in −1 … 1; None without
     sound_rate  samples of it a second
 
-    Raises ValueError for tensors of another kind, or a sound without a rate.
+    N may be 0, no other side. Raises ValueError for tensors of another kind or with an empty side, a rate that is not
+    above 0 and finite, or a sound without a rate.
     """
 
     frames: Tensor
@@ -85,8 +87,15 @@ class Media:
             raise ValueError(
                 f"sound is {s.dtype} {list(s.shape)} on {s.device}; nearest valid: float32 [{len(f)}, C, S] on cpu"
             )
+        for name, given, sides in (("media", f, "F, H and W"), ("sound", s, "C and S")):
+            if given is not None and 0 in given.shape[1:]:
+                raise ValueError(f"{name} is {list(given.shape)}; nearest valid: {sides} of at least 1")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps: {self.fps} must be above 0 and finite; nearest valid: None")
         if (s is None) != (self.sound_rate is None):
             raise ValueError(f"sound_rate: {self.sound_rate} {'without a sound' if s is None else 'of a sound'}")
+        if self.sound_rate is not None and self.sound_rate < 1:
+            raise ValueError(f"sound_rate: {self.sound_rate} is too small; nearest valid: 1")
 
     @staticmethod
     def of(media: Media | Tensor) -> Media:
@@ -105,10 +114,12 @@ class Media:
 
     @staticmethod
     def cat(parts: Sequence[Media]) -> Media:
-        """One after the other. Raises ValueError where they are of different kinds or rates, or there are none."""
-        kinds = {(p.fps, p.sound_rate, p.frames.shape[1:]) for p in parts}
+        """One after the other. Raises ValueError where they are of different sizes, rates or lengths of sound, or there
+        are none."""
+        kinds = list(dict.fromkeys(p._form for p in parts))
         if len(kinds) != 1:
-            raise ValueError(f"parts: {len(kinds)} kinds of media; nearest valid: 1")
+            differ = f" ({kinds[0]}, and {kinds[1]})" if kinds else ""
+            raise ValueError(f"parts: {len(kinds)} kinds of media{differ}; nearest valid: 1")
         sounds = [p.sound for p in parts if p.sound is not None]
         sound = torch.cat(sounds) if sounds else None
         return replace(parts[0], frames=torch.cat([p.frames for p in parts]), sound=sound)
@@ -126,7 +137,14 @@ class Media:
         return replace(self, frames=self.frames.clone(), sound=None if self.sound is None else self.sound.clone())
 
     @property
+    def _form(self) -> str:
+        """All but how many there are, and of what."""
+        sound = "" if self.sound is None else f", sound {list(self.sound.shape[1:])} at {self.sound_rate}"
+        return f"frames {list(self.frames.shape[1:])} at {self.fps}{sound}"
+
+    @property
     def kind(self) -> Kind:
+        """Never "sound": media have frames. With sound a still picture is a clip."""
         if self.sound is not None:
             return "video and sound"
         return "picture" if self.frames.shape[1] == 1 else "video"
@@ -154,15 +172,22 @@ class Media:
         return self.pictures(side).unflatten(0, (-1, side)).transpose(1, 2).flatten(2, 3)
 
     def write(self, row: int, file: Path) -> list[Path]:
-        """Writes one medium into new files: a PNG (of a clip an animated one, which loses nothing), and beside it its
-        sound as WAV. Returns them. Raises FileExistsError for a file that is there."""
+        """Writes one medium into new files: a PNG, of a clip an animated one, and beside it its sound as WAV. Returns
+        them. Raises FileExistsError for a file that is there.
+
+        No pixel is lost. But equal frames that follow each other are one frame of the file, shown for as long as all of
+        them: who reads it counts by durations, as `data.pictures` does. The last frame is always one of its own, so
+        that a clip that stands still remains a clip.
+        """
         from PIL import Image
 
         first, *others = (Image.fromarray(frame.numpy()) for frame in self.frames[row])
         duration = DURATION if self.fps is None else 1000 / self.fps
         with file.open("xb") as stream:
             if others:
-                first.save(stream, format="PNG", save_all=True, append_images=others, duration=duration, loop=0)
+                blend = [0] * len(others) + [1]  # all the same without transparency, but PIL joins only what is alike
+                told = {"append_images": others, "duration": duration, "loop": 0, "blend": blend}
+                first.save(stream, format="PNG", save_all=True, **told)
             else:
                 first.save(stream, format="PNG")
         if self.sound is None or self.sound_rate is None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tempflow.data import pictures as module
 from tempflow.data.pictures import Pictures
-from tempflow.media import Size
+from tempflow.media import Media, Size
 from tempflow.request import Prompt
 
 SIZE = Size(4, 6)  # height, width
@@ -174,3 +174,72 @@ def test_a_file_that_is_cut_short_is_named_when_it_is_read(folder: Path) -> None
     found.check([Prompt("x", {"image": "long.png"})])
     with pytest.raises(ValueError, match=r"prompt \('x'\), image 'long\.png': no picture that can be read"):
         found([Prompt("x", {"image": "long.png"})])
+
+
+# --------------------------------------------------------------------------------------------------------------- clips
+def clip(*levels: int) -> torch.Tensor:
+    """A clip whose frame k is filled with levels[k]."""
+    return torch.tensor(levels, dtype=torch.uint8)[None, :, None, None, None].repeat(1, 1, 4, 6, 3)
+
+
+def of(folder: Path, fps: float | None, frames: int = 4) -> Pictures:
+    return Pictures(folder, ("clip",), Size(4, 6, frames, fps))
+
+
+CLIP = [Prompt("x", {"clip": "c.png"})]
+
+
+@pytest.mark.parametrize("fps", [None, 8.0, 24.0, 23.976, 60.0])
+@pytest.mark.parametrize("levels", [(1, 2, 3, 4), (1, 1, 2, 3), (1, 2, 2, 2), (1, 2, 2, 1), (5, 5, 5, 5)])
+def test_a_clip_that_was_written_is_read_back_with_its_equal_frames(
+    tmp_path: Path, fps: float | None, levels: tuple[int, ...]
+) -> None:
+    Media(clip(*levels), fps).write(0, tmp_path / "c.png")
+    found = of(tmp_path, fps)
+    found.check(CLIP)
+    again = found(CLIP)
+    assert torch.equal(again.frames, clip(*levels)) and again.fps == fps
+
+
+@pytest.mark.parametrize(
+    ("stored", "fps", "levels", "message"),
+    [
+        (24.0, 8.0, (1, 2, 3, 4), "has 4 frames at 24 a second, and the run draws 4 at 8; nearest .*model.fps 24$"),
+        (24.0, None, (1, 2, 3, 4), "has 4 frames at 24 a second, and the run draws 4 at 10; nearest .*model.fps 24$"),
+        (24.0, 8.0, (1, 1, 1, 2), "has 4 frames at 24 a second"),
+        (4.0, 8.0, (1, 2, 3, 4), "has 8 frames at 8 a second, and the run draws 4 at 8; nearest valid: model.frames 8"),
+        (8.0, 8.0, (1, 1, 2), "has 3 frames at 8 a second, and the run draws 4 at 8; nearest valid: model.frames 3"),
+        (8.0, 8.0, (1, 2, 3, 4, 5, 6), "has 6 frames at 8 a second, and the run draws 4 at 8"),
+        (8.0, 8.0, (1,), "has 1 frames at 8 a second, and the run draws 4 at 8"),
+        (0.02, 8.0, (1, 1, 1, 2), "has 1600 frames at 8 a second"),
+    ],
+)
+def test_a_clip_of_another_length_or_rate_is_refused_with_both(
+    tmp_path: Path, stored: float, fps: float | None, levels: tuple[int, ...], message: str
+) -> None:
+    Media(clip(*levels), stored).write(0, tmp_path / "c.png")
+    for use in (of(tmp_path, fps).check, of(tmp_path, fps)):
+        with pytest.raises(ValueError, match=r"clip 'c\.png': " + message):
+            use(CLIP)
+
+
+def test_clips_of_other_programs(tmp_path: Path) -> None:
+    """WebP's times are whole milliseconds; an animated PNG may say none."""
+    frames = [Image.fromarray(frame.numpy()) for frame in clip(10, 90, 90, 200)[0]]
+    told: dict[str, Any] = {"save_all": True, "append_images": frames[1:]}
+    frames[0].save(tmp_path / "c.png", format="WEBP", lossless=True, duration=[42, 41, 42, 42], **told)
+    assert torch.equal(of(tmp_path, 24.0)(CLIP).frames, clip(10, 90, 90, 200))
+    frames[0].save(tmp_path / "c.png", **told)
+    assert torch.equal(of(tmp_path, 24.0)(CLIP).frames, clip(10, 90, 90, 200))
+
+
+def test_a_clip_that_is_cut_short_is_found_before_a_run(tmp_path: Path) -> None:
+    noisy = np.stack([noise(seed, (64, 64)) for seed in range(4)])
+    Media(torch.from_numpy(noisy)[None], 8.0).write(0, tmp_path / "c.png")
+    whole = (tmp_path / "c.png").read_bytes()
+    found = Pictures(tmp_path, ("clip",), Size(64, 64, 4, 8.0))
+    assert np.array_equal(found(CLIP).frames[0].numpy(), noisy)
+    for part in range(1, 8):
+        (tmp_path / "c.png").write_bytes(whole[: len(whole) * part // 8])
+        with pytest.raises(ValueError, match=r"prompt 1 \('x'\), clip 'c\.png': no picture that can be read"):
+            found.check(CLIP)

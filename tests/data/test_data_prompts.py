@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -275,8 +276,49 @@ def test_pictures_to_start_from_are_refused_or_read_with_their_sums(tmp_path: Pa
         as_prompts([Prompt("x", {}, "", one.sources)])
     for name in ("../a.png", str(tmp_path / "a.png"), "c.png", 3):
         (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "image": name}))
-        with pytest.raises(ValueError, match=r"b\.jsonl:1: the picture .* is no file in .*; nearest valid: a relative"):
+        with pytest.raises(
+            ValueError, match=r"b\.jsonl:1: .image.: the picture .* is no file in .*; nearest .* relative"
+        ):
             load_prompts("b.jsonl", tmp_path, sources=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("image", "a\0.png"), ("images", ["a.png", "a\0.png"]), ("image", "\ud800.png"), ("image", "a" * 5000 + ".png")],
+)
+def test_a_name_that_is_none_is_said_with_its_line_and_key(tmp_path: Path, key: str, name: object) -> None:
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ["x", {"prompt": "y", key: name}])))
+    with pytest.raises(ValueError, match=rf'a\.jsonl:2: "{key}": the picture .* cannot be read \(') as caught:
+        load_prompts("a.jsonl", tmp_path, sources=True)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Source:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "x", "image": "a.png"}))
+    monkeypatch.setattr(Source, "of", refuse)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1: \"image\": the picture 'a\.png' cannot be read \(Permission denied"
+    ):
+        load_prompts("a.jsonl", tmp_path, sources=True)
+
+
+@pytest.mark.parametrize("negative", [5, ["blurry"], "half \ud800", False])
+def test_a_negative_that_is_no_text_is_refused(negative: Any) -> None:
+    with pytest.raises(ValueError, match=r'^prompts\[1\]: "negative" is .*; nearest valid: a text$'):
+        as_prompts(["x", Prompt("y", {}, negative)])
+
+
+def test_of_two_negatives_none_is_dropped() -> None:
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: \"negative\" is 'fog' .* 'blurry'; nearest valid: one of"):
+        as_prompts([Prompt("x", {"negative_prompt": "blurry"}, "fog")])
+    for given in (Prompt("x", {"negative_prompt": "blurry"}), Prompt("x", {"negative_prompt": "blurry "}, " blurry")):
+        assert as_prompts([given]) == (Prompt("x", {}, "blurry"),)
+    assert as_prompts([Prompt("x", {"negative_prompt": ""}, " blurry\n")]) == (Prompt("x", {}, "blurry"),)
 
 
 def test_all_other_keys_are_kept(tmp_path: Path) -> None:

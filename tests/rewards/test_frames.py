@@ -45,6 +45,13 @@ def test_a_count_below_one_is_refused() -> None:
         over_frames(Level(), 0)
 
 
+@pytest.mark.parametrize("takes", ["video", "sound", "video and sound"])
+def test_a_reward_of_something_else_has_no_frames_to_judge(takes: Any) -> None:
+    other = from_function(lambda judged, prompts: [0.0] * len(prompts), "ear", takes=takes)
+    with pytest.raises(ValueError, match=rf"^reward 'ear' takes {takes}; nearest valid: one that takes picture$"):
+        over_frames(other)
+
+
 def test_a_function_is_given_what_it_takes() -> None:
     seen: dict[str, Any] = {}
 

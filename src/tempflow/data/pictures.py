@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from tempflow.data.prompts import source_path
-from tempflow.media import Media, Size
+from tempflow.media import DURATION, Media, Size
 from tempflow.request import Prompt
 
 MAX_BYTES = 64 * 2**20
@@ -29,7 +28,7 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 ORIENTATION = 0x0112
 """EXIF's tag; 1 is upright."""
 
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+BROKEN = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What PIL raises on files that are no pictures, are cut short, or unpack to too much."""
 
 
@@ -40,7 +39,8 @@ class Pictures:
     root  the folder that all pictures are in; a path that leaves it, by "..", from "/" or by a link, is refused
     keys  which of a prompt's metadata
     size  of the run's media; a clip is an animated PNG or WebP. A picture of another size is refused: cropping or
-          scaling is a choice about the data, and nobody would see a wrong one
+          scaling is a choice about the data, and nobody would see a wrong one. So is a clip of another length or rate:
+          by its duration a frame stands for several equal ones, at the run's rate, or else at DURATION a frame
 
     PNG, JPEG and WebP files up to 64 MiB. Grey, palette and CMYK pictures become RGB; transparency is dropped.
     """
@@ -55,15 +55,14 @@ class Pictures:
         return cls(source_path(source).parent, keys, size)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Looks at the header of every picture.
+        """Looks at the header of every picture, and at every frame of a clip.
 
         Raises ValueError, naming the prompt, the key and the file, for the first that is missing, outside `root`, too
-        large, no picture, turned by EXIF, or of another size or range.
+        large, no picture, turned by EXIF, or of another size, length, rate or range.
         """
         for number, prompt in enumerate(prompts, start=1):
             for key in self.keys:
-                with self._opened(prompt, key, f"prompt {number}"):
-                    pass
+                self._read(prompt, key, f"prompt {number}", header=self.size.frames == 1)
 
     def __call__(self, prompts: Sequence[Prompt]) -> Media:
         """N·keys media, a prompt's in the keys' order. Raises ValueError as `check` does, and where
@@ -71,28 +70,32 @@ class Pictures:
         found: list[np.ndarray] = []
         for prompt in prompts:
             for key in self.keys:
-                with self._opened(prompt, key, "prompt") as picture:
-                    found.append(np.stack([np.array(frame.convert("RGB")) for frame in _frames(picture, self.size)]))
+                found.append(np.stack(self._read(prompt, key, "prompt")))
         return Media(torch.from_numpy(np.stack(found)), self.size.fps)
 
-    @contextmanager
-    def _opened(self, prompt: Prompt, key: str, who: str) -> Iterator[Image.Image]:
-        """The picture, its header read and found good. What PIL raises inside becomes a ValueError with its name."""
+    def _read(self, prompt: Prompt, key: str, who: str, header: bool = False) -> list[np.ndarray]:
+        """The run's frames of a picture or clip that is found good; none where its header alone is looked at. What PIL
+        raises becomes a ValueError with its name."""
         name = _named(prompt, key, who)
         where = f"{who} ({prompt.text!r}), {key} {name!r}"
         path = _inside(self.root, name, where)
+        found: list[np.ndarray] = []
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path, formats=FORMATS) as picture:
                     fault = _fault(picture, self.size)
-                    if not fault:
-                        yield picture
+                    if not fault and not header:
+                        shown = _frames(picture, self.size)
+                        fault = _misfit([duration for _, duration in shown], picture, self.size)
+                        if not fault:
+                            found = [frame for frame, duration in shown for _ in range(_count(duration, self.size))]
         except BROKEN as error:
             why = f"no picture that can be read ({error}); nearest valid: a {', '.join(FORMATS)} file"
             raise ValueError(f"{where}: {why}") from error
         if fault:
             raise ValueError(f"{where}: {fault}")
+        return found
 
 
 def _named(prompt: Prompt, key: str, who: str) -> str:
@@ -124,12 +127,45 @@ def _inside(root: Path, name: str, where: str) -> Path:
     return path
 
 
-def _frames(picture: Image.Image, size: Size) -> Iterator[Image.Image]:
-    """Those of a clip; of a picture, and of an animation where pictures are asked for, the first."""
-    for number in range(size.frames):
+def _frames(picture: Image.Image, size: Size) -> list[tuple[np.ndarray, float]]:
+    """Those of a clip, at most as many as are asked for, and the milliseconds that each is shown, 0 where it does not
+    say; of a picture, and of an animation where pictures are asked for, the first."""
+    found: list[tuple[np.ndarray, float]] = []
+    for number in range(min(size.frames, getattr(picture, "n_frames", 1))):
         if number:
             picture.seek(number)
-        yield picture
+        colours = np.array(picture.convert("RGB"))
+        found.append((colours, float(picture.info.get("duration") or 0)))  # which WebP knows once it is loaded
+    return found
+
+
+def _step(size: Size) -> float:
+    """Milliseconds a frame of the run."""
+    return DURATION if size.fps is None else 1000 / size.fps
+
+
+def _count(duration: float, size: Size) -> int:
+    """How many of the run's frames one of a file stands for."""
+    return max(1, round(duration / _step(size))) if size.frames > 1 else 1
+
+
+def _misfit(durations: Sequence[float], picture: Image.Image, size: Size) -> str:
+    """What is wrong with the length or the rate of a clip; "" where nothing is. WebP's times are whole milliseconds."""
+    if size.frames == 1:
+        return ""
+    step, stored = _step(size), getattr(picture, "n_frames", 1)
+    slack = min(1, step / 4)
+    count = sum(_count(duration, size) for duration in durations)
+    fits = all(not d or abs(d - step * _count(d, size)) <= slack for d in durations)
+    if fits and count == size.frames and stored == len(durations):
+        return ""
+    shortest = step if fits else min(duration for duration in durations if duration)
+    frames = max(stored, sum(max(1, round(duration / shortest)) for duration in durations))
+    rate = f"{1000 / shortest:.5g}"
+    return (
+        f"has {frames} frames at {rate} a second, and the run draws {size.frames} at {1000 / step:.5g}; "
+        f"nearest valid: model.frames {frames}, model.fps {rate}"
+    )
 
 
 def _fault(picture: Image.Image, size: Size) -> str:
@@ -140,9 +176,6 @@ def _fault(picture: Image.Image, size: Size) -> str:
             f"is {height}×{width} (height × width), and the run draws {size.height}×{size.width}; scale or crop it, or "
             f"set model.height {height} and model.width {width} where all are alike"
         )
-    frames = getattr(picture, "n_frames", 1)
-    if size.frames > 1 and frames != size.frames:
-        return f"has {frames} frames, and the run draws {size.frames}; nearest valid: model.frames {frames}"
     if picture.mode not in MODES:
         return f"has mode {picture.mode}, whose range is not 8 bits; nearest valid: RGB"
     turned = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1  # of a PNG it would read all

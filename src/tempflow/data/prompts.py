@@ -152,8 +152,11 @@ def as_prompts(given: object, uses: Collection[str] = (), sources: bool = False)
             raise ValueError(f"{where}: {NO_SOURCES}")
         known = (*uses, *SOURCES) if item.sources else uses  # what its line said of them has been read
         read = prompt_of({**item.metadata, KEY: item.text}, where, KEY, known, None, home)
-        given_apart = {"negative": item.negative or read.negative, "sources": item.sources or read.sources}
-        found.append(replace(read, **given_apart))
+        negative = _negative(item.negative, where, "negative")
+        if negative and read.negative and negative != read.negative:
+            two = f'"negative" is {short(negative)} and its metadata\'s "{NEGATIVE}" {short(read.negative)}'
+            raise ValueError(f"{where}: {two}; nearest valid: one of them")
+        found.append(replace(read, negative=negative or read.negative, sources=item.sources or read.sources))
     return tuple(found)
 
 
@@ -181,39 +184,43 @@ def prompt_of(
         raise ValueError(f'{where}: "{key}" is {short(text)}; it must be a text that is not blank')
     if not _encodable(text):
         raise ValueError(f'{where}: "{key}" holds half a character, {short(text)}; nearest valid: whole Unicode text')
-    negative = _negative(rest, where)
+    negative = _negative(rest.get(NEGATIVE), where, NEGATIVE)
     found = () if home is None else _sources(rest, where, uses, home)
     _check_keys(rest, where, key, (*uses, NEGATIVE, *(SOURCES if home is not None else ())))
     return Prompt(text.strip(), {k: v for k, v in rest.items() if k != NEGATIVE}, negative, found)
 
 
-def _negative(rest: Mapping[str, object], where: str) -> str:
-    """What stands under "negative_prompt"; "" where nothing does."""
-    text = rest.get(NEGATIVE)
+def _negative(text: object, where: str, key: str) -> str:
+    """A negative text, which stands under `key`; "" where nothing does."""
     if text is None:
         return ""
     if not isinstance(text, str) or not _encodable(text):
-        raise ValueError(f'{where}: "{NEGATIVE}" is {short(text)}; nearest valid: a text')
+        raise ValueError(f'{where}: "{key}" is {short(text)}; nearest valid: a text')
     return text.strip()
 
 
 def _sources(rest: Mapping[str, object], where: str, uses: Collection[str], home: Path) -> tuple[Source, ...]:
     """The pictures that the record names, inside `home`; their bytes are read for their sums."""
-    names: list[object] = []
+    found: list[Source] = []
     for key in SOURCES:
         told = rest.get(key)
         if key not in uses and not _blank(told):
-            names += told if isinstance(told, list | tuple) else [told]
-    found: list[Source] = []
-    for name in names:
-        file = home / name if isinstance(name, str) else home
-        inside = (
-            isinstance(name, str) and file.resolve().is_relative_to(home.resolve()) and not Path(name).is_absolute()
-        )
-        if not inside or not file.is_file():
-            raise ValueError(f"{where}: the picture {short(name)} is no file in {home}; nearest valid: a relative path")
-        found.append(Source.of(file))
+            names = told if isinstance(told, list | tuple) else [told]
+            found += [_source(name, f'{where}: "{key}"', home) for name in names]
     return tuple(found)
+
+
+def _source(name: object, where: str, home: Path) -> Source:
+    what = f"{where}: the picture {short(name)}"
+    try:
+        if isinstance(name, str) and not Path(name).is_absolute():
+            file = home / name
+            if file.resolve().is_relative_to(home.resolve()) and file.is_file():
+                return Source.of(file)
+    except (OSError, RuntimeError, ValueError) as error:  # no rights, a circle of links, a null byte
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{what} cannot be read ({why}); nearest valid: a file in {home}") from error
+    raise ValueError(f"{what} is no file in {home}; nearest valid: a relative path")
 
 
 def _check_keys(rest: Mapping[str, object], where: str, key: str, uses: Collection[str]) -> None:

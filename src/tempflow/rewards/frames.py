@@ -10,7 +10,7 @@ import torch
 
 from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
-from tempflow.rewards.protocol import Reward, check
+from tempflow.rewards.protocol import Reward, check, takes_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class OverFrames:
 def over_frames(reward: Reward, count: int = 4) -> OverFrames:
     """`reward`, which takes pictures, as one of clips: its mean over `count` frames, evenly apart.
 
-    Raises ValueError for a count below 1.
+    Raises ValueError for a count below 1, or a reward that takes something else.
     """
+    if takes_of(reward) != "picture":
+        raise ValueError(f"reward {reward.name!r} takes {takes_of(reward)}; nearest valid: one that takes picture")
     if count < 1:
         raise ValueError(f"count: {count} is too small; nearest valid: 1")
     return OverFrames(reward, count)
