@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import tempflow
-from tempflow import algorithms, rewards
+from tempflow import algorithms, models, registry, rewards
 from tempflow.cli import main
 from tempflow.config import algorithm_config
 from tempflow.config.algorithm import to_algorithm
+from tempflow.registry import Declared
 
 MY_GRPO = '''
 from dataclasses import replace
@@ -96,17 +98,17 @@ def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
     assert "How red a picture is" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("registry", [algorithms.ALGORITHMS, rewards.REWARDS])
-def test_a_registry_is_a_read_only_mapping(registry: Any) -> None:
-    assert list(registry) == sorted(registry) and len(registry) == len(list(registry)) > 2
-    assert all(make.__name__ == name for name, make in registry.items())
-    assert not {"base", "frames", "function", "protocol", "safe", "__init__", ""} & registry.keys()
+@pytest.mark.parametrize("found", [algorithms.ALGORITHMS, rewards.REWARDS])
+def test_a_registry_is_a_read_only_mapping(found: Any) -> None:
+    assert list(found) == sorted(found) and len(found) == len(list(found)) > 2
+    assert all(make.__name__ == name for name, make in found.items())
+    assert not {"base", "frames", "function", "protocol", "safe", "__init__", ""} & found.keys()
     for nothing in ("base", "flow_grpo.py", "os.path", "", 3):
-        assert nothing not in registry
+        assert nothing not in found
         with pytest.raises(KeyError):
-            registry[nothing]
+            found[nothing]
     with pytest.raises(TypeError):
-        registry["mine"] = len
+        found["mine"] = len
 
 
 def test_a_name_is_the_function_even_after_its_file_was_imported() -> None:
@@ -144,3 +146,111 @@ assert files("rewards") == tools | {"jpeg_compressibility"}, files("rewards")
 def test_one_that_is_found_imports_no_other() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ declared
+Written = Callable[[str | bytes], Declared[Any]]
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Written]:
+    """Puts a file `odd.py` of that text into models/, and gives what is declared then."""
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+
+    def write(text: str | bytes) -> Declared[Any]:
+        (tmp_path / "odd.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return Declared("tempflow.models", "PIPELINES")
+
+    yield write
+    sys.modules.pop("tempflow.models.odd", None)
+    vars(models).pop("odd", None)
+
+
+PLAIN = 'PIPELINES = {"OddPipeline": "Odd"}\n'
+UNREADABLE = {
+    "a syntax error": (PLAIN + "def", r"odd\.py: PIPELINES cannot be read: invalid syntax.*line 2"),
+    "no UTF-8": (PLAIN.encode() + b'X = "\xff"\n', r"odd\.py: PIPELINES cannot be read: .*utf-8"),
+    "a null byte": (PLAIN.encode() + b"\0", r"odd\.py: PIPELINES cannot be read: .*null bytes"),
+    "a key twice": (
+        'PIPELINES = {"A": "Odd", "B": "B", "A": "C"}',
+        r"odd\.py: PIPELINES has 'A' 2 times; nearest .*once",
+    ),
+    "no literal": ("PIPELINES = dict(A='Odd')", r"odd\.py: PIPELINES must be a dictionary of texts, as literals"),
+    "a number": ('PIPELINES = {"A": 1}', r"odd\.py: PIPELINES must be a dictionary of texts"),
+    "another one inside": (
+        'PIPELINES = {"A": "Odd", **{"B": "B"}}',
+        r"odd\.py: PIPELINES must be a dictionary of texts",
+    ),
+    "another file's": (PLAIN.replace("Odd", "StableDiffusion3"), r"odd\.py and sd3\.py both declare"),
+    "more by |=": (
+        PLAIN + 'PIPELINES |= {"B": "B"}',
+        r"odd\.py:2: PIPELINES is set or changed here; nearest valid: one",
+    ),
+    "more by a key": (PLAIN + 'PIPELINES["B"] = "B"', r"odd\.py:2: PIPELINES is set or changed"),
+    "more by update": (PLAIN + "PIPELINES.update(B='B')", r"odd\.py:2: PIPELINES is set or changed"),
+    "twice": (PLAIN + PLAIN, r"odd\.py:2: PIPELINES is set or changed"),
+    "if": ("if True:\n    " + PLAIN, r"odd\.py:2: PIPELINES is set or changed"),
+    "try": ("try:\n    " + PLAIN + "finally:\n    pass", r"odd\.py:2: PIPELINES is set or changed"),
+    "two names": ('X = PIPELINES = {"A": "Odd"}', r"odd\.py:1: PIPELINES is set or changed"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_one_line(written: Written, case: str) -> None:
+    text, message = UNREADABLE[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        list(written(text))
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            PLAIN + "class Od: pass",
+            r"odd\.py: PIPELINES\['OddPipeline'\] is 'Odd', which .* not have; nearest valid: 'Od'",
+        ),
+        (PLAIN, r"odd\.py: PIPELINES\['OddPipeline'\] is 'Odd', which the file does not have$"),
+        (PLAIN + "import math\nmath.nothing", r"PIPELINES\['OddPipeline'\]: which fails: module .* \(AttributeError\)"),
+        (PLAIN + "{}['a']", r"PIPELINES\['OddPipeline'\]: which fails: 'a' \(KeyError\)"),
+        (PLAIN + "Odd = nothing", r"PIPELINES\['OddPipeline'\]: which fails: .* \(NameError\)"),
+    ],
+)
+def test_a_file_without_what_it_declares_says_so_when_that_is_asked_for(
+    written: Written, text: str, message: str
+) -> None:
+    declared = written(text)
+    assert "OddPipeline" in declared and "StableDiffusion3Pipeline" in declared
+    assert "tempflow.models.odd" not in sys.modules  # listing imports none
+    with pytest.raises(ValueError, match=message):
+        declared["OddPipeline"]
+    assert declared["StableDiffusion3Pipeline"].__name__ == "SD3"
+
+
+def test_what_is_declared_beside_functions_and_annotations(written: Written) -> None:
+    text = "# coding: latin-1\nPIPELINES: dict[str, str]\n" + PLAIN + "class Odd: pass\n# \xe9\n"
+    declared = written((text + "def f():\n    PIPELINES = 3\n    return PIPELINES\n").encode("latin-1"))
+    assert declared["OddPipeline"].__name__ == "Odd"
+    written(b"# \xff, and nothing declared")
+    assert "OddPipeline" not in declared and len(declared) >= 1
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(*told: tuple[str, str]) -> None:
+        found = EntryPoints(EntryPoint(name, value, "tempflow.models") for name, value in told)
+        monkeypatch.setattr(registry, "entry_points", found.select)
+
+    declared: Declared[Any] = Declared("tempflow.models", "PIPELINES", "tempflow.models")
+    points(("A", "json:loads"), ("B", "json:nothing"), ("C", "no_such_module:x"))
+    assert declared["A"].__name__ == "loads" and {"A", "B", "C"} <= declared.keys()
+    with pytest.raises(ValueError, match=r"^tempflow\.models: 'B' is 'json:nothing', which fails: .*AttributeError"):
+        declared["B"]
+    with pytest.raises(
+        ValueError, match=r"^tempflow\.models: 'C' is 'no_such_module:x', which fails: .*no_such_module"
+    ):
+        declared["C"]
+    points(("A", "json:loads"), ("A", "json:dumps"))
+    with pytest.raises(
+        ValueError, match=r"^tempflow\.models: 'A' is 'json:loads' and 'json:dumps'; nearest valid: one"
+    ):
+        list(declared)

@@ -6,13 +6,22 @@ import ast
 import importlib
 import pkgutil
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 T = TypeVar("T")
+
+FAULTS = (SyntaxError, AttributeError, NameError, TypeError, LookupError, ValueError)
+"""What a file with a mistake raises when it is imported. An ImportError of a file here is let through: it says what to
+install."""
+
+CHANGING = ("update", "setdefault", "pop", "popitem", "clear")
+"""Methods that change a dictionary."""
 
 
 def files_of(package: str) -> list[tuple[str, Path]]:
@@ -62,7 +71,9 @@ class Declared(Mapping[str, T]):
     constant  what the dictionary is called
     group     the entry point group by which other packages add keys; a file's comes first. None: they cannot
 
-    Raises ValueError, when it is read, for a dictionary that is no literal, or a key that two files declare.
+    Raises ValueError, when it is read, for a file with the constant that is no Python, a dictionary that is no literal
+    or is changed or made elsewhere than at the top level, a key that is declared twice, and two entry points of one
+    name; when a key is looked up, for a file that does not run or has no object of that name.
     """
 
     def __init__(self, package: str, constant: str, group: str | None = None) -> None:
@@ -71,12 +82,26 @@ class Declared(Mapping[str, T]):
     def __getitem__(self, key: str) -> T:
         own = self._own
         if key in own:
-            file, name = own[key]
-            return vars(importlib.import_module(f"{self._package}.{file}"))[name]
+            return self._of_file(key, *own[key])
         for entry in self._entries:
             if entry.name == key:
-                return entry.load()
+                try:
+                    return entry.load()
+                except (*FAULTS, ImportError) as error:
+                    raise ValueError(f"{self._group}: {key!r} is {entry.value!r}, {_why(error)}") from error
         raise KeyError(key)
+
+    def _of_file(self, key: str, file: str, name: str) -> T:
+        where = f"{file}.py: {self._constant}[{key!r}]"
+        try:
+            there = vars(importlib.import_module(f"{self._package}.{file}"))
+        except FAULTS as error:
+            raise ValueError(f"{where}: {_why(error)}") from error
+        if name not in there:
+            near = get_close_matches(name, [n for n, value in there.items() if isinstance(value, type)], 1, 0.0)
+            hint = f"; nearest valid: {near[0]!r}" if near else ""
+            raise ValueError(f"{where} is {name[:60]!r}, which the file does not have{hint}")
+        return there[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._own, *sorted({entry.name for entry in self._entries} - self._own.keys())])
@@ -89,7 +114,12 @@ class Declared(Mapping[str, T]):
 
     @property
     def _entries(self) -> tuple[EntryPoint, ...]:
-        return () if self._group is None else tuple(entry_points(group=self._group))
+        found = () if self._group is None else tuple(entry_points(group=self._group))
+        for name, times in Counter(entry.name for entry in found).items():
+            if times > 1:
+                values = " and ".join(repr(entry.value) for entry in found if entry.name == name)
+                raise ValueError(f"{self._group}: {name!r} is {values}; nearest valid: one of these packages alone")
+        return found
 
     @property
     def _own(self) -> dict[str, tuple[str, str]]:
@@ -103,21 +133,64 @@ class Declared(Mapping[str, T]):
         return found
 
 
+def _why(error: Exception) -> str:
+    return f"which fails: {' '.join(str(error).split())[:200]} ({type(error).__name__})"
+
+
 def _declared(path: Path, constant: str) -> dict[str, str]:
     """The dictionary of that name at a file's top level, read without running the file; {} where there is none."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if constant not in text:
+    raw = path.read_bytes() if path.is_file() else b""
+    if constant.encode() not in raw:
         return {}
-    for node in ast.parse(text).body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+    try:
+        tree = ast.parse(raw)
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
+        raise ValueError(f"{path.name}: {constant} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    found: dict[str, str] = {}
+    plain: ast.expr | None = None
+    for node in tree.body:
+        if plain is not None or not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        if isinstance(target, ast.Name) and target.id == constant:
-            try:
-                return {str(key): str(name) for key, name in dict(ast.literal_eval(node.value)).items()}
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path.name}: {constant} must be a dictionary of texts, as literals") from error
-    return {}
+        target, *others = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+        if isinstance(target, ast.Name) and target.id == constant and not others:
+            found, plain = _texts(node.value, f"{path.name}: {constant}"), target
+    for node in _at_import(tree):
+        if node is not plain and _changes(node, constant):
+            where = f"{path.name}:{getattr(node, 'lineno', 1)}: {constant}"
+            raise ValueError(f"{where} is set or changed here; nearest valid: one dictionary at the file's top level")
+    return found
+
+
+def _texts(node: ast.expr, where: str) -> dict[str, str]:
+    """A dictionary of texts, as literals."""
+    sides = [*node.keys, *node.values] if isinstance(node, ast.Dict) else [None]
+    texts = [side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)]
+    if len(texts) < len(sides):
+        raise ValueError(f"{where} must be a dictionary of texts, as literals")
+    keys, names = texts[: len(texts) // 2], texts[len(texts) // 2 :]
+    for key, times in Counter(keys).items():
+        if times > 1:
+            raise ValueError(f"{where} has {key[:60]!r} {times} times; nearest valid: once")
+    return dict(zip(keys, names, strict=True))
+
+
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """All that runs when a file is imported, but for its functions and classes, and annotations without a value."""
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
+        if not inside and not (isinstance(child, ast.AnnAssign) and child.value is None):
+            yield child
+            yield from _at_import(child)
+
+
+def _changes(node: ast.AST, constant: str) -> bool:
+    """Whether it sets, changes or deletes what has that name."""
+    if isinstance(node, ast.Name):
+        return node.id == constant and not isinstance(node.ctx, ast.Load)
+    if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.value, ast.Name):
+        method = isinstance(node, ast.Attribute) and node.attr in CHANGING
+        return node.value.id == constant and (method or not isinstance(node.ctx, ast.Load))
+    return False
 
 
 class Namesakes(ModuleType):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
 from tempflow.models.protocol import Conditioning, Predict, TextInputs
-from tempflow.request import Prompt, asked
+from tempflow.request import Prompt, Source, asked
 from tempflow.train import trainer
-from tempflow.train.conditions import Learned, moved_conditions, perturbed
+from tempflow.train.conditions import Learned, _number, moved_conditions, perturbed
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
 
@@ -214,6 +215,24 @@ def test_offsets_are_the_prompts_own_whatever_stands_beside_it() -> None:
         assert all(torch.equal(o.delta["text"], together[n]) for o, n in zip(offsets, (2, 0, 2), strict=True))
     (other,) = Learned().of(model, asked([PROMPTS[0]]), conditions, 6)
     assert not torch.equal(other.delta["text"], together[0])
+
+
+def test_offsets_are_a_prompts_with_its_sources() -> None:
+    """Whose path does not matter. Without sources they are those of the text alone, drawn by a number that stays."""
+    assert _number(Prompt("fog")) == int.from_bytes(hashlib.blake2b(b"fog", digest_size=8).digest(), "little")
+    model, conditions, text = Fake(), small().conditions, PROMPTS[0]
+    assert conditions is not None
+
+    def prompt(*digests: str, path: str = "a.png") -> Prompt:
+        return Prompt(text, sources=tuple(Source(Path(path), digest) for digest in digests))
+
+    apart = [prompt(), prompt("1"), prompt("2"), prompt("1", "2"), prompt("2", "1")]
+    learned = Learned()
+    found = [o.delta["text"] for o in learned.of(model, [*apart, prompt("1", path="b.png")], conditions, 5)]
+    assert all(not torch.equal(a, b) for n, a in enumerate(found[:5]) for b in found[:n])
+    assert torch.equal(found[5], found[1]) and len(learned._kept) == 5
+    (plain,) = Learned().of(model, asked([text]), conditions, 5)
+    assert torch.equal(found[0], plain.delta["text"])
 
 
 def test_kept_offsets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

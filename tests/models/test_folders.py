@@ -19,6 +19,8 @@ from worlds import SIZE, World, ours, plain_pipeline, theirs
 
 from tempflow import models
 from tempflow.media import Size
+from tempflow.models.family import Family
+from tempflow.models.pipeline_folder import check_folder
 from tempflow.models.sd3 import SD3
 from tempflow.request import Prompt, asked
 
@@ -96,6 +98,18 @@ class Missing:
 def test_t5_without_its_tokenizer(copied: Path) -> None:
     edited(copied / "model_index.json", tokenizer_3=[None, None])
     assert "has a text_encoder_3 and no tokenizer_3; nearest valid: both or neither" in refusal(copied)
+
+
+@pytest.mark.parametrize("part", ["processor", "image_processor"])
+def test_a_part_without_weights_that_a_family_names(copied: Path, part: str) -> None:
+    edited(copied / "model_index.json", **{part: ["transformers", "Qwen2VLProcessor"]})
+    family = Family("Made up", needed=("transformer", part), weightless=(part,))
+    with pytest.raises(ValueError, match=rf"^model\.path: 'x' lacks the folder {part} \(Qwen2VLProcessor\); get it"):
+        check_folder("x", copied, family)
+    (copied / part).mkdir()
+    assert check_folder("x", copied, family) == ()
+    with pytest.raises(ValueError, match=rf"{part}/config\.json' is missing"):
+        check_folder("x", copied, Family("Made up", needed=("transformer", part)))
 
 
 # --------------------------------------------------------------------------------------------------------- autoencoder

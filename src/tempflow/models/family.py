@@ -38,6 +38,7 @@ class Family:
     title        what people call them
     needed       parts that must be there, the networks among them, by the names of model_index.json
     optional     parts that may be null
+    weightless   parts that have no weights, beside the scheduler, tokenizers and feature extractors: a processor
     together     pairs of optional parts: the first needs the second
     may_be_null  the optional ones in words, for the message over a part that is missing
     networks     the parts that are trained
@@ -54,6 +55,7 @@ class Family:
     title: str
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    weightless: tuple[str, ...] = ()
     together: tuple[tuple[str, str], ...] = ()
     may_be_null: str = ""
     networks: tuple[str, ...] = ("transformer",)

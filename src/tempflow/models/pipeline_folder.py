@@ -89,7 +89,7 @@ def _check_part(path: str, folder: Path, library: str, kind: str, family: Family
         raise ValueError(f"model.path: {path!r} lacks the folder {folder.name} ({kind}); get it again")
     if folder.name == "scheduler":
         family.scheduler(path, kind, _json(folder / "scheduler_config.json"))
-    elif not folder.name.startswith(("tokenizer", "feature_extractor")):
+    elif folder.name not in family.weightless and not folder.name.startswith(("tokenizer", "feature_extractor")):
         _json(folder / "config.json")
         tensor_names(folder, WEIGHTS[library])
 

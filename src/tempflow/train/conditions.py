@@ -40,12 +40,12 @@ class Offsets:
 
 
 class Learned:
-    """Offsets that were learned, by prompt and what enters the encoders for it. Each is a function of the run's seed
-    and of these alone: the same in every iteration, slot, batch and rank, and after a resume. So they are kept, on the
-    CPU, at most KEPT_BYTES."""
+    """Offsets that were learned, by a prompt's text, its sources and what enters the encoders for it. Each is a
+    function of the run's seed and of these alone: the same in every iteration, slot, batch and rank, and after a
+    resume. So they are kept, on the CPU, at most KEPT_BYTES."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Perturbation, int, str, bytes], Offsets] = {}
+        self._kept: dict[tuple[Perturbation, int, str, tuple[str, ...], bytes], Offsets] = {}
 
     def of(self, model: Model, prompts: Sequence[Prompt], perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
@@ -54,7 +54,10 @@ class Learned:
                 f"conditions: the model {model.name!r} does not show what enters its text encoders "
                 "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
             )
-        keys = [(perturbation, seed, prompt.text, _digest(model.text_inputs(prompt).tokens)) for prompt in prompts]
+        keys = [
+            (perturbation, seed, prompt.text, _sources(prompt), _digest(model.text_inputs(prompt).tokens))
+            for prompt in prompts
+        ]
         for key, prompt in zip(keys, prompts, strict=True):
             if key not in self._kept:
                 self._kept[key] = _learn(model, perturbation, seed, prompt)
@@ -73,6 +76,18 @@ def _digest(tensors: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
+def _sources(prompt: Prompt) -> tuple[str, ...]:
+    return tuple(source.digest for source in prompt.sources)
+
+
+def _number(prompt: Prompt) -> int:
+    """What tells its offsets' draws from another prompt's."""
+    digest = hashlib.blake2b(prompt.text.encode(), digest_size=8)
+    for source in _sources(prompt):
+        digest.update(b"\0" + source.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
 def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, prompt: Prompt) -> Offsets:
     inputs, text = model.text_inputs(prompt), prompt.text
     places = {name: content.nonzero()[:, 0] for name, content in inputs.content.items()}
@@ -80,9 +95,8 @@ def _learn(model: EncodesInputs, perturbation: Perturbation, seed: int, prompt: 
     def encode(words: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return model.encode_inputs(prompt, _with_words(inputs, places, words)).vectors
 
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     words = {name: inputs.tokens[name][place] for name, place in places.items()}
-    delta = perturbation.offsets(words, encode, Stream(seed, "conditions.offset"), (number,))
+    delta = perturbation.offsets(words, encode, Stream(seed, "conditions.offset"), (_number(prompt),))
     _check_finite(text, "what was learned as its offsets", delta)
     return Offsets({n: p.cpu() for n, p in places.items()}, {n: d.cpu() for n, d in delta.items()})
 
