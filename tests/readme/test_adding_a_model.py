@@ -78,3 +78,11 @@ def test_a_folder_of_it_that_is_not_whole_is_refused(glow: ModuleType, capsys: p
         models.load("glow")
     assert main(["train", "shapes_flow", "--model.path", "glow", "--model.training", "lora"]) == 2
     assert "is missing" in capsys.readouterr().err
+
+
+def test_an_adapter_without_a_family_is_named(glow: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    del glow.Glow.family
+    glow.write(Path("glow"), glow.GlowNetwork(16))
+    for words in (["models"], ["sample", "glow", "--prompt", "a lamp", "--height", "8", "--width", "8"]):
+        assert main(words) == 2
+        assert "PIPELINES: 'GlowPipeline':" in capsys.readouterr().err

@@ -19,10 +19,10 @@ def algorithms_verb(args: Sequence[str]) -> int:
 
 
 def models_verb(args: Sequence[str]) -> int:
-    from tempflow.models import ADAPTERS
+    from tempflow.models import ADAPTERS, adapter_for
 
     rows = [("shapes", "embedded, 32×32, shapes by prompt", "Apache-2.0", "tempflow[diffusers]")]
-    rows += [(n, a.family.title, "of the weights' folder", "tempflow[diffusers]") for n, a in ADAPTERS.items()]
+    rows += [(n, adapter_for(n).family.title, "of the weights' folder", "tempflow[diffusers]") for n in ADAPTERS]
     return _list("models", args, ("path or pipeline class", "what", "licence", "needs"), rows)
 
 

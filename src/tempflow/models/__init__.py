@@ -41,6 +41,7 @@ __all__ = [
     "Family",
     "Model",
     "Predict",
+    "adapter_for",
     "adapter_of",
     "load",
     "local_folder",
@@ -106,7 +107,15 @@ def adapter_of(path: str, folder: Path) -> type[Adapter]:
 def _adapter(path: str, pipeline: object) -> type[Adapter]:
     if not isinstance(pipeline, str) or pipeline not in ADAPTERS:
         raise ValueError(f"model.path: {path!r} is a {str(pipeline)[:60]}; supported are {', '.join(ADAPTERS)}")
-    return ADAPTERS[pipeline]
+    return adapter_for(pipeline)
+
+
+def adapter_for(pipeline: str) -> type[Adapter]:
+    """The adapter of a pipeline class that is in `ADAPTERS`. Raises ValueError for a class that says no family."""
+    adapter = ADAPTERS[pipeline]
+    if not isinstance(getattr(adapter, "family", None), Family):
+        raise ValueError(f"PIPELINES: {pipeline!r}: {adapter!r:.80} has no `family`; nearest valid: a models.Family")
+    return adapter
 
 
 def load(path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> Adapter:
