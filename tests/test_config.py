@@ -401,3 +401,17 @@ def test_latent_shape_reads_the_folder_s_json_only(tmp_path: Path):
     (tmp_path / "vae" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"vae.config\.json does not say 'block_out_channels'"):
         latent_shape(made)
+
+
+def test_the_learning_rate_rises_and_falls():
+    def rates(**options):
+        made = config(optimizer={"learning_rate": 1.0, **options}).optimizer
+        return [made.rate(iteration, 6) for iteration in range(6)]
+
+    assert rates() == [1.0] * 6
+    assert rates(warmup_iterations=2) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+    assert rates(decay="linear") == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates(decay="linear", warmup_iterations=2) == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4])
+    cosine = rates(decay="cosine")
+    assert cosine == pytest.approx([(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)]) and cosine[-1] > 0
+    assert rates(warmup_iterations=9) == pytest.approx([(n + 1) / 10 for n in range(6)])

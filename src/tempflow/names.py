@@ -47,6 +47,9 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "warmup_steps": _WARMUP,
     "lr_warmup_steps": _WARMUP,
     "warmup": _WARMUP,
+    "lr_scheduler": ("optimizer.decay",),
+    "lr_scheduler_type": ("optimizer.decay",),
+    "lr_decay": ("optimizer.decay",),
     "num_iterations": _UPDATES,  # TRL's μ: updates on the same samples
     "num_inner_epochs": _UPDATES,
     "ppo_epochs": _UPDATES,

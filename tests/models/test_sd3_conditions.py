@@ -120,7 +120,7 @@ def test_noise_shape_is_what_the_pipeline_draws(world: World) -> None:
         (Size(64, 39), r"^width: 39 must be a multiple of 16 up to 96; nearest is 32$"),
         (Size(112, 64), r"^height: 112 must be a multiple of 16 up to 96; nearest is 96$"),
         (Size(64, 5), r"^width: 5 must be a multiple of 16 up to 96; nearest is 16$"),
-        (Size(64, 64, frames=5), r"^frames: 5 of '.*', which draws pictures; nearest valid: 1$"),
+        (Size(64, 64, frames=5), r"^frames: 5 of '.*', which makes pictures; nearest valid: 1$"),
     ],
 )
 def test_sizes_that_cannot_be_drawn(tiny_world: World, size: Size, message: str) -> None:

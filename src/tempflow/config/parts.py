@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -111,9 +112,22 @@ class OptimizerConfig(Strict):
     warmup_iterations: int = Field(
         default=0, ge=0, le=1_000_000, description="iterations over which the learning rate rises from 0"
     )
+    decay: Literal["none", "linear", "cosine"] = Field(
+        default="none",
+        description="how the learning rate falls towards 0 from the warm-up's end to the run's",
+    )
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="decay of the average weights that are evaluated; 0 = off"
     )
+
+    def rate(self, iteration: int, iterations: int) -> float:
+        """The learning rate of an iteration, from 0, of a run of `iterations`: it rises linearly in the warm-up, then
+        falls by `decay`; the last iteration's is above 0."""
+        if iteration < self.warmup_iterations:
+            return self.learning_rate * (iteration + 1) / (self.warmup_iterations + 1)
+        left = (iterations - iteration) / max(1, iterations - self.warmup_iterations)
+        fall = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+        return self.learning_rate * fall[self.decay]
 
 
 class EvaluationConfig(Strict):

@@ -189,9 +189,9 @@ class Trainer:
     def _iterate(self) -> None:
         iteration, clock, started = self.done, Clock(), time.perf_counter()
         before = (replace(self.counter), self.guards.state, self.records.sizes())
-        warm = min(1.0, (iteration + 1) / (self.config.optimizer.warmup_iterations + 1))
+        rate = self.config.optimizer.rate(iteration, self.config.iterations)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.learning_rate * warm
+            group["lr"] = rate
         try:
             metrics = self.train_step(iteration, clock)
         except (Exception, Interrupted):
