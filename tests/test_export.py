@@ -188,7 +188,7 @@ def test_an_export_draws_the_runs_own_latents_bit_by_bit(made, tmp_path: Path, t
     assert agree(euler(pipe), expected)
     if dtype == "float32":  # in bfloat16 the pipeline's call rounds the latents too
         assert agree(called(pipe), expected)
-    adapter = SD3(pipe, "export", "unknown", TOKENS)
+    adapter = SD3(pipe, "export", "unknown")
     options = {"steps": STEPS, "guidance": 1.0, "seed": 5, "size": SIZE, "rows": 8}
     assert agree(
         draw(adapter, asked([PROMPT]), **options).pictures(), draw(run.model, asked([PROMPT]), **options).pictures()
@@ -319,7 +319,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     export_run(tmp_path / "run", tmp_path / "out")
     pipe = plain(shapes_folder(), load_config(tmp_path / "run" / "config.yaml").model.dtype, lora=tmp_path / "out")
     options = {"steps": 10, "guidance": 1.0, "seed": 1234, "size": SIZE, "rows": 8}
-    drawn = draw(SD3(pipe, "export", "unknown", TOKENS), asked([PROMPT]), **options).pictures()
+    drawn = draw(SD3(pipe, "export", "unknown"), asked([PROMPT]), **options).pictures()
     assert agree(drawn, draw(run.model, asked([PROMPT]), **options).pictures())
     assert f"{run.after.mean('shapes_strict'):.4g}" in (tmp_path / "out" / "README.md").read_text()
 

@@ -21,7 +21,7 @@ def adapter(layers: int = 4) -> SD3:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(4)
             pipe.register_modules(transformer=build.transformer(heads=1, layers=layers))
-        return SD3(pipe, "tiny", "apache-2.0", build.TOKENS)
+        return SD3(pipe, "tiny", "apache-2.0")
 
 
 def dual_transformer(layers: int = 5) -> SD3Transformer2DModel:

@@ -86,7 +86,7 @@ def own_pipeline(world: World, state: Mapping[str, Tensor] | None = None) -> Sta
 
 
 def own_model(world: World, state: Mapping[str, Tensor] | None = None) -> SD3:
-    return SD3(own_pipeline(world, state), "tiny", "unknown", world.tokens)
+    return SD3(own_pipeline(world, state), "tiny", "unknown")
 
 
 # ------------------------------------------------------------------------------------------------- the original's names

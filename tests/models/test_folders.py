@@ -70,19 +70,19 @@ def test_without_t5_it_draws_what_diffusers_draws(tiny_world: World, copied: Pat
 
 
 def test_without_t5_in_python(tiny_world: World) -> None:
-    """With T5's tokenizer still there, and as many zeros as are asked for."""
+    """With T5's tokenizer still there, and as many zeros as it allows."""
     plain = StableDiffusion3Pipeline(**{**tiny_world.plain.components, "text_encoder_3": None})
     prompts = [tiny_world.prompts[0]]
-    adapter = SD3(plain, "x", "y", 77)
-    assert agree(ours(adapter, prompts, 2, 3.0, Size(32, 32)), theirs(plain, prompts, 2, 3.0, Size(32, 32), 77))
+    adapter = SD3(plain, "x", "y")
+    assert agree(ours(adapter, prompts, 2, 3.0, Size(32, 32)), theirs(plain, prompts, 2, 3.0, Size(32, 32), 16))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer_2", "vae"])
 def test_a_part_that_is_needed(tiny_world: World, copied: Path, part: str) -> None:
     edited(copied / "model_index.json", **{part: [None, None]})
     assert f"has no {part} in its model_index.json; only text_encoder_3 and" in refusal(copied)
-    with pytest.raises(ValueError, match=f"has no {part}; only T5"):
-        SD3(Missing(tiny_world.plain, part), "x", "y", 16)
+    with pytest.raises(ValueError, match=f"has no {part}; only text_encoder_3"):
+        SD3(Missing(tiny_world.plain, part), "x", "y")
 
 
 class Missing:
@@ -139,7 +139,7 @@ def test_a_tiny_autoencoder(tiny_world: World) -> None:
             latent_channels=16, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
         )
     plain = StableDiffusion3Pipeline(**{**own_pipeline(tiny_world).components, "vae": vae.eval()})
-    adapter, prompts = SD3(plain, "x", "y", tiny_world.tokens), [tiny_world.prompts[0]]
+    adapter, prompts = SD3(plain, "x", "y"), [tiny_world.prompts[0]]
     media = adapter.decode(ours(adapter, prompts, 2, 3.0, Size(32, 32)), Size(32, 32)).pictures()
     plain.set_progress_bar_config(disable=True)
     pictures = theirs(plain, prompts, 2, 3.0, Size(32, 32), tiny_world.tokens, output="np")
@@ -164,7 +164,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 def test_what_is_accepted_is_the_pipelines_own_grid(tiny_world: World, settings: str) -> None:
     pipe = own_pipeline(tiny_world)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(**ACCEPTED[settings])
-    adapter, prompts = SD3(pipe, "x", "y", tiny_world.tokens), [tiny_world.prompts[0]]
+    adapter, prompts = SD3(pipe, "x", "y"), [tiny_world.prompts[0]]
     drawn = ours(adapter, prompts, 4, 3.0, Size(32, 32))
     wanted = theirs(pipe, prompts, 4, 3.0, Size(32, 32), tiny_world.tokens)
     grid = adapter.schedule(4, Size(32, 32)).sigmas
@@ -199,7 +199,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(copied: Path, case: str) -> 
 
 def test_a_scheduler_put_in_later_is_looked_at_too(tiny_world: World) -> None:
     pipe = own_pipeline(tiny_world)
-    adapter = SD3(pipe, "x", "y", tiny_world.tokens)
+    adapter = SD3(pipe, "x", "y")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     with pytest.raises(ValueError, match=r"^model.path: 'x' has a .* with invert_sigmas True"):
         adapter.schedule(2, Size(32, 32))

@@ -84,13 +84,14 @@ def test_encoding_does_not_depend_on_what_came_before(fresh: SD3, world: World) 
     assert torch.equal(alone.tensors["pooled"][0], together.tensors["pooled"][2])
 
 
-def test_cache_is_bounded(fresh: SD3, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempflow.models.sd3.CACHED_PROMPTS", 2)
+def test_cache_is_bounded(fresh: SD3, world: World) -> None:
+    row = world.adapter.encode(asked(world.prompts[:1]), SIZE).tensors
+    fresh.embeddings.memory = 2 * sum(tensor.nbytes for tensor in row.values())
     whole = fresh.encode(asked(world.prompts), SIZE)
     assert torch.equal(whole.tensors["embeds"], world.adapter.encode(asked(world.prompts), SIZE).tensors["embeds"])
     calls = encoded(fresh)
     fresh.encode(asked(world.prompts[-2:]), SIZE)
-    assert calls == [[""]]  # the oldest were dropped
+    assert calls == [[""]]  # the oldest was dropped
 
 
 def test_encode_needs_a_prompt(world: World) -> None:

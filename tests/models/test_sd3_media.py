@@ -45,7 +45,7 @@ def test_parts_bound_memory_and_change_no_more_than_rounding(world: World, monke
     media, seen = noise(5, world.size), list[int]()
     whole = world.adapter.encode_media(media, world.size)
     handle = world.adapter.pipe.vae.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size.pixels)
+    monkeypatch.setattr("tempflow.models.diffusers_model.VAE_PIXELS", 2 * world.size.pixels)
     parts = world.adapter.encode_media(media, world.size)
     handle.remove()
     assert seen == [2, 2, 1]

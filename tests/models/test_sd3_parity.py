@@ -133,11 +133,11 @@ def test_decoding_in_parts_changes_no_picture(world: World, monkeypatch: pytest.
     seen: list[int] = []
     decode = world.adapter.pipe.vae.decode
     monkeypatch.setattr(world.adapter.pipe.vae, "decode", lambda z, **k: (seen.append(len(z)), decode(z, **k))[1])
-    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 2 * world.size.pixels)
+    monkeypatch.setattr("tempflow.models.diffusers_model.VAE_PIXELS", 2 * world.size.pixels)
     parts = world.adapter.decode(x, world.size).pictures()
     assert seen == [2, 2, 1]
     assert (whole.int() - parts.int()).abs().max() <= 1  # a value between two levels may round either way
-    monkeypatch.setattr("tempflow.models.sd3.VAE_PIXELS", 1)
+    monkeypatch.setattr("tempflow.models.diffusers_model.VAE_PIXELS", 1)
     assert len(world.adapter.decode(x[:2], world.size)) == 2 and seen[3:] == [1, 1]
 
 

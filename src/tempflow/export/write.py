@@ -19,7 +19,7 @@ from tempflow.config import Config, load_config
 from tempflow.export.card import Export, base_file, base_name, card, licence
 from tempflow.folder import check
 from tempflow.models import DTYPES, load
-from tempflow.models.lora import LORA_FILE, PREFIX, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
+from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
 from tempflow.models.quiet import quiet
 
 Form = Literal["lora", "peft", "merged"]
@@ -138,7 +138,9 @@ def _tensors(source: Path, weights: Which) -> dict[str, Tensor]:
 def _lora(source: Path, config: Config, weights: Which) -> Lora:
     try:
         if source.name == "model":
-            return paired(load_file(source / LORA_FILE), 1.0, PREFIX)  # `save` has multiplied the scale in
+            tensors = load_file(source / LORA_FILE)
+            part = next(iter(tensors), "").partition(".")[0]  # every name begins with the network's
+            return paired(tensors, 1.0, f"{part}.")  # `save` has multiplied the scale in
         return paired(_tensors(source, weights), config.model.lora_alpha / config.model.lora_rank)
     except ValueError as error:
         raise ValueError(f"run: {error}") from error

@@ -26,6 +26,11 @@ def unknown_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
     return None
 
 
+def nothing_said(settings: Settings) -> str:
+    """The files say nothing of it."""
+    return ""
+
+
 def no_options(settings: Settings) -> Mapping[str, object]:
     """A call of the pipeline needs nothing more."""
     return {}
@@ -42,6 +47,8 @@ class Family:
     together     pairs of optional parts: the first needs the second
     may_be_null  the optional ones in words, for the message over a part that is missing
     networks     the parts that are trained
+    blocks       the lists of repeated layers inside a network
+    float32_parts  parts that are computed in float32 whatever the network's dtype
     lora_targets ends of the names of the layers that a LoRA is put on
     task         the hub's pipeline tag, for model cards
     makes        what it makes
@@ -49,6 +56,7 @@ class Family:
     guidance     its guidance
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
+    distilled    distilled(settings): what in these files says that the weights are a few-step distillation; "" if nothing
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
     """
 
@@ -59,6 +67,8 @@ class Family:
     together: tuple[tuple[str, str], ...] = ()
     may_be_null: str = ""
     networks: tuple[str, ...] = ("transformer",)
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    float32_parts: tuple[str, ...] = ()
     lora_targets: Sequence[str] = ()
     task: str = "text-to-image"
     makes: Kind = "picture"
@@ -66,7 +76,24 @@ class Family:
     guidance: type[Guidance] = Guidance
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)
+    distilled: Callable[[Settings], str] = field(default=nothing_said)
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
+
+
+def drawable(size: Size, channels: int, scale: int, patch: int = 1, most: int | None = None) -> tuple[int, int, int]:
+    """[C, H, W] of one latent: `scale` pixels a side of a latent, sides of whole patches, `most` patches at most.
+
+    Raises ValueError for another height or width, naming the nearest.
+    """
+    unit = scale * patch
+    limit = None if most is None else most * unit
+    for label, value in (("height", size.height), ("width", size.width)):
+        nearest = max(round(value / unit), 1) * unit
+        nearest = nearest if limit is None else min(nearest, limit)
+        if value != nearest:
+            upto = "" if limit is None else f" up to {limit}"
+            raise ValueError(f"{label}: {value} must be a multiple of {unit}{upto}; nearest is {nearest}")
+    return (channels, size.height // scale, size.width // scale)
 
 
 def check_size(size: Size, made: Kind, model: str) -> None:

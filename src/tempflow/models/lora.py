@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-LORA_FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."
-"""What diffusers calls a LoRA's file, and how that file names the network that a LoRA belongs to."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA's file. Its names begin with the part of the pipeline that the LoRA belongs to."""
 
 ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 """The two files of a PEFT folder, and what stands before each of its names."""
@@ -112,9 +112,10 @@ def add_adapter(network: Any, ranks: Mapping[str, int], scale: float) -> None:
 
 
 def fresh_adapter(network: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """`add_adapter` of scale alpha/rank on the linear layers whose names end as one of `targets` does.
+    """`add_adapter` of scale alpha/rank on the linear layers that one of `targets` means: an end of their name, or a
+    regular expression of all of it.
 
-    Raises ValueError when rank or alpha is below 1, there is a LoRA already, or one of `targets` ends no such name.
+    Raises ValueError when rank or alpha is below 1, there is a LoRA already, or one of `targets` means no such layer.
     """
     for name, value in (("lora rank", rank), ("lora alpha", alpha)):
         if value < 1:
@@ -123,8 +124,16 @@ def fresh_adapter(network: nn.Module, rank: int, alpha: int, targets: Sequence[s
         raise ValueError("lora: the model has one already; load it afresh to add another")
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     _check_targets(linear, targets)
-    chosen = [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
+    chosen = [name for name in linear if any(_means(target, name) for target in targets)]
     add_adapter(network, dict.fromkeys(chosen, rank), alpha / rank)
+
+
+def _means(target: str, layer: str) -> bool:
+    """Whether `target` is an end of the layer's name, or an expression of it."""
+    try:
+        return f".{layer}".endswith(f".{target}") or re.fullmatch(target, layer) is not None
+    except re.error:
+        return False
 
 
 def _check_targets(linear: Sequence[str], targets: Sequence[str]) -> None:
@@ -133,7 +142,7 @@ def _check_targets(linear: Sequence[str], targets: Sequence[str]) -> None:
     if not targets:
         raise ValueError(f"lora targets: the list is empty; there are {', '.join(known)}")
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+        if not any(_means(target, name) for name in linear):
             nearest = difflib.get_close_matches(target, known, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"lora targets: {target!r} is no linear layer; nearest is {nearest!r} of {', '.join(known)}"
@@ -209,11 +218,11 @@ def paired(tensors: Mapping[str, Tensor], scale: float, prefix: str = "") -> dic
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-def write_lora(lora: Lora, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes diffusers' form into `folder`. The scale is multiplied into b: a file without a scale means the same to
-    every reader, and one beside the weights is lost on some."""
+def write_lora(lora: Lora, folder: Path, dtype: torch.dtype = torch.float32, part: str = "transformer") -> None:
+    """Writes diffusers' form into `folder`; `part` of the pipeline is what the LoRA is of. The scale is multiplied into
+    b: a file without a scale means the same to every reader, and one beside the weights is lost on some."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_tensors(lora, PREFIX, dtype), folder / LORA_FILE, metadata={"format": "pt"})
+    save_file(_tensors(lora, f"{part}.", dtype), folder / LORA_FILE, metadata={"format": "pt"})
 
 
 def write_peft(lora: Lora, folder: Path, base: str, dtype: torch.dtype = torch.float32) -> None:

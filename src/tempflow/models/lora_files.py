@@ -26,17 +26,21 @@ METADATA = "lora_adapter_metadata"
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+NETWORK = "transformer"
+"""The part that is trained, whatever the pipeline calls it: files of one family go by several names for it."""
+
 DOTTED = {
-    "transformer.": "transformer",
-    "model.diffusion_model.": "transformer",
-    "diffusion_model.": "transformer",
+    "transformer.": NETWORK,
+    "unet.": NETWORK,
+    "model.diffusion_model.": NETWORK,
+    "diffusion_model.": NETWORK,
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
-    "": "transformer",
+    "": NETWORK,
 }
 """What stands before a layer's name with dots, and which part of the pipeline that means."""
 
@@ -44,9 +48,9 @@ PEFT_PREFIX = "base_model.model."
 """Stands before those prefixes in a PEFT file."""
 
 FLAT = {
-    "lora_unet_": "transformer",
-    "lora_transformer_": "transformer",
-    "lycoris_": "transformer",
+    "lora_unet_": NETWORK,
+    "lora_transformer_": NETWORK,
+    "lycoris_": NETWORK,
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
@@ -205,7 +209,8 @@ def _scales(file: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     if not parts:  # of a transformer's own `save_lora_adapter`, which names no part
         return {"": _peft_scales(metadata[METADATA], where)}
     split = {
-        part: {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(f"{part}.")} for part in parts
+        DOTTED[f"{part}."]: {k.removeprefix(f"{part}."): v for k, v in told.items() if k.startswith(f"{part}.")}
+        for part in parts
     }
     return {part: _named(where, fields) for part, fields in split.items()}
 
@@ -308,8 +313,8 @@ class Raw:
 def fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: str) -> dict[str, Lora]:
     """The LoRA of each part of a pipeline, in its own layers' names and the shapes of their weights.
 
-    shapes   part ("transformer", "text_encoder" …) → its layers
-    aliases  other names of the transformer's layers
+    shapes   part (NETWORK, "text_encoder" …) → its layers
+    aliases  other names of the network's layers
     base     what the model is called
 
     Raises ValueError, naming the tensor, for one that is not used, a layer that is not there, or another shape.
@@ -323,7 +328,7 @@ def fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: st
 def _fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: str) -> dict[str, Lora]:
     found: dict[str, dict[str, Factors]] = {}
     origin: dict[tuple[str, str], str] = {}
-    tables = {part: _Names.of(of, aliases if part == "transformer" else {}) for part, of in shapes.items()}
+    tables = {part: _Names.of(of, aliases if part == NETWORK else {}) for part, of in shapes.items()}
     for raw in _layers(file.tensors):
         if raw.component not in tables:
             raise ValueError(f"{raw.stem!r} is of {raw.component}, which {base} lacks")

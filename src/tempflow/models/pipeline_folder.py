@@ -142,6 +142,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
+def pipeline_class(path: str, kind: str) -> Any:
+    """A pipeline class of diffusers. Raises ValueError where the diffusers that is installed lacks it."""
+    import diffusers
+
+    if kind not in dir(diffusers):
+        raise ValueError(
+            f"model.path: {path!r} is a {kind}, which diffusers {diffusers.__version__} lacks; nearest valid: "
+            "pip install --upgrade diffusers"
+        )
+    return getattr(diffusers, kind)
+
+
 LOADING_FAULTS = (
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError,
 )  # fmt: skip
