@@ -22,6 +22,13 @@ PAD, BOS, UNK, EOS = range(4)
 VOCABULARY = len(SPECIAL) + len(WORDS) + 4
 """Tokens of every tiny tokenizer; "\\n" and the names of a chat's roles are among them."""
 
+QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Qwen3's chat template in short: with thinking off, an empty thought follows."""
+
 
 class Family(Protocol):
     """The names that each file of this folder offers; a file with two pipelines offers two such objects.
@@ -174,6 +181,11 @@ def tokenizer(
     if chat is not None:
         made.chat_template = chat
     return made
+
+
+def length(tokenizer: Any, default: int) -> int:
+    """A text's length in tokens: the pipeline's default, or what its tokenizer allows where that is less."""
+    return min(default, tokenizer.model_max_length)
 
 
 def autoencoder(channels: int, levels: int = 2, **settings: Any) -> AutoencoderKL:

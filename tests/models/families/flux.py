@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from families.common import EOS, VOCABULARY, Size, autoencoder, build, fresh, guided, pack, tokenizer, unpack
+from families.common import EOS, VOCABULARY, Size, autoencoder, build, fresh, guided, length, pack, tokenizer, unpack
 
 SIZES: tuple[Size, Size] = ((16, 24), (20, 12))
 GUIDANCE = 3.5
@@ -95,13 +95,13 @@ def theirs(
         true_cfg_scale=true_cfg,
         latents=pack(latents),
         output_type=output,
-        max_sequence_length=pipe.tokenizer_2.model_max_length,  # the real one is 512, the pipeline's default too
+        max_sequence_length=length(pipe.tokenizer_2, 512),
     ).images
     return unpack(drawn, *latents.shape[2:]) if output == "latent" else drawn
 
 
 def encode(pipe: FluxPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, pooled, ids = pipe.encode_prompt(prompts, max_sequence_length=pipe.tokenizer_2.model_max_length)
+    embeds, pooled, ids = pipe.encode_prompt(prompts, max_sequence_length=length(pipe.tokenizer_2, 512))
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
 
 
