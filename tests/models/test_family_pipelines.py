@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image, stable_diffusion, z_image
+from families import flux, flux2, qwen_image, stable_diffusion, z_image
 from families.common import NEGATIVES, PROMPTS, plain
 from torch import Tensor, nn
 
 from tempflow.models.quiet import quiet
 
 STEPS = 3
-VISIBLE = 0.02
+VISIBLE = 0.01
 """By at least so much, of their size, a change of the conditions moves the latents; equality holds to 1e-5."""
 
 
@@ -41,6 +41,8 @@ CASES = {
     "sd15": Case(stable_diffusion, stable_diffusion.sd15, loop=stable_diffusion.plain),
     "sd15 of v": Case(stable_diffusion, lambda: stable_diffusion.sd15("v_prediction"), loop=stable_diffusion.plain),
     "z_image": Case(z_image, z_image.pipeline),
+    "flux2 dev": Case(flux2, flux2.dev, negatives_count=False),
+    "flux2 klein": Case(flux2, flux2.klein, negatives_count=False),
 }
 
 
