@@ -1,0 +1,135 @@
+"""Each tiny pipeline's own drawing equals a plain Euler loop over its network: the record of what is known of a family.
+
+The loop is in `families/`: what the network is given for σ, the sign of its output, the grid, the rule of guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import flux, flux2, qwen_image, stable_diffusion, z_image
+from families.common import NEGATIVES, PROMPTS, plain
+from torch import Tensor, nn
+
+from tempflow.models.quiet import quiet
+
+STEPS = 3
+VISIBLE = 0.01
+"""By at least so much, of their size, a change of the conditions moves the latents; equality holds to 1e-5."""
+
+
+@dataclass(frozen=True)
+class Case:
+    module: Any
+    make: Callable[[], Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What `theirs` and `velocity` take beside, where guidance is on."""
+    negatives_count: bool = True
+    loop: Callable[..., Tensor] = plain
+
+
+CASES = {
+    "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
+    "qwen_image": Case(qwen_image, qwen_image.pipeline),
+    "sdxl": Case(stable_diffusion, stable_diffusion.sdxl, loop=stable_diffusion.plain),
+    "sd15": Case(stable_diffusion, stable_diffusion.sd15, loop=stable_diffusion.plain),
+    "sd15 of v": Case(stable_diffusion, lambda: stable_diffusion.sd15("v_prediction"), loop=stable_diffusion.plain),
+    "z_image": Case(z_image, z_image.pipeline),
+    "flux2 dev": Case(flux2, flux2.dev, negatives_count=False),
+    "flux2 klein": Case(flux2, flux2.klein, negatives_count=False),
+}
+
+
+class Scene:
+    """One pipeline, built once, and its drawing of two prompts from one noise."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.family = case, case.module
+        with quiet():
+            self.pipe = case.make()
+        self.size = self.family.SIZES[0]
+        self.guidance = self.family.GUIDANCE
+        self.latents = self.theirs()
+
+    def noise(self, size: tuple[int, int]) -> Tensor:
+        shape = self.family.noise_shape(self.pipe, size)
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+    def _asked(self, **changed: Any) -> dict[str, Any]:
+        asked = {"prompts": PROMPTS[:2], "negatives": NEGATIVES[:2], "steps": STEPS, "size": self.size, **changed}
+        asked = {"guidance": self.guidance, "latents": self.noise(asked["size"]), **asked}
+        return {**asked, "prompts": list(asked["prompts"]), "negatives": list(asked["negatives"])}
+
+    def theirs(self, pipe: Any = None, **changed: Any) -> Any:
+        asked = {**self._asked(**changed)}
+        extra = self.case.extra if asked["guidance"] != 1 else {}
+        return self.family.theirs(self.pipe if pipe is None else pipe, **asked, **extra)
+
+    def ours(self, **changed: Any) -> Tensor:
+        asked = {**self._asked(**changed)}
+        extra = self.case.extra if asked["guidance"] != 1 else {}
+        return self.case.loop(self.family, self.pipe, **asked, **extra)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def scene(request: pytest.FixtureRequest) -> Scene:
+    return Scene(CASES[request.param])
+
+
+def moved(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a share of the largest latent (of 1, for smaller ones)."""
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    return float((a - b).abs().max() / max(1.0, float(b.abs().max())))
+
+
+def test_a_plain_loop_draws_what_the_pipeline_draws(scene: Scene) -> None:
+    assert moved(scene.ours(), scene.latents) <= 1e-5
+
+
+def test_it_does_so_without_guidance_at_another_size_and_number_of_steps(scene: Scene) -> None:
+    asked = {"guidance": 1.0, "size": scene.family.SIZES[1], "steps": 5}
+    assert moved(scene.ours(**asked), scene.theirs(**asked)) <= 1e-5
+
+
+def test_prompt_and_guidance_move_the_latents_and_negatives_where_they_count(scene: Scene) -> None:
+    assert moved(scene.theirs(prompts=PROMPTS[1:]), scene.latents) > VISIBLE
+    assert moved(scene.theirs(guidance=scene.guidance + 1), scene.latents) > VISIBLE
+    by_negatives = moved(scene.theirs(negatives=NEGATIVES[1:]), scene.latents)
+    assert by_negatives > VISIBLE if scene.case.negatives_count else by_negatives == 0
+
+
+def test_the_scheduler_s_shift_moves_the_latents(scene: Scene) -> None:
+    kept = scene.pipe.scheduler
+    scene.pipe.scheduler = type(kept).from_config(kept.config, **scene.family.SHIFTED)
+    try:
+        changed = scene.theirs()
+    finally:
+        scene.pipe.scheduler = kept
+    assert moved(changed, scene.latents) > VISIBLE
+
+
+def test_a_saved_folder_draws_the_same_to_the_bit(scene: Scene, tmp_path: Path) -> None:
+    with quiet():
+        scene.pipe.save_pretrained(tmp_path)
+        again = type(scene.pipe).from_pretrained(str(tmp_path), use_safetensors=True)
+    again.set_progress_bar_config(disable=True)
+    for name, part in scene.pipe.components.items():
+        if isinstance(part, nn.Module):
+            weights = getattr(again, name).state_dict()
+            assert all(torch.equal(weights.pop(key), value) for key, value in part.state_dict().items())
+            assert not weights
+    assert torch.equal(scene.theirs(again), scene.latents)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2_000_000
+
+
+def test_pictures_are_visible(scene: Scene) -> None:
+    pictures = scene.theirs(output="np")
+    assert pictures.shape == (2, *scene.size, 3)
+    assert np.isfinite(pictures).all() and pictures.std() > 0.05
+    assert ((pictures > 0) & (pictures < 1)).mean() > 0.5
