@@ -372,3 +372,18 @@ def mode(encoded: Any) -> Tensor:
 def rows_at_once(size: Size) -> int:
     """Media that go through an autoencoder at once."""
     return max(1, min(VAE_ROWS, VAE_PIXELS // size.pixels))
+
+
+# Networks that take patches of 2 × 2 side by side as tokens. A permutation: noise and log-probs are the same.
+def pack(x: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] → [B, h·w, 4C]: patches row by row, in each the channels outermost."""
+    batch, channels, height, width = x.shape
+    patches = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // 2 * (width // 2), 4 * channels)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse, [B, C, height, width]."""
+    batch, _, wide = tokens.shape
+    patches = tokens.view(batch, height // 2, width // 2, wide // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, wide // 4, height, width)

@@ -56,7 +56,7 @@ class Family:
     guidance     its guidance
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
-    distilled    distilled(settings): what in these files says that the weights are a few-step distillation; "" if nothing
+    distilled    distilled(settings): what in these files says that it is a few-step distillation; "" if nothing
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
     """
 

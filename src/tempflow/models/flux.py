@@ -1,0 +1,142 @@
+"""FLUX.1 [dev] by diffusers: serves FluxPipeline folders.
+
+Its guidance is a number that the network takes in, distilled from classifier-free guidance; true guidance with a
+negative prompt is an option beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tempflow.core.state import upcast
+from tempflow.media import Size
+from tempflow.models.diffusers_model import DiffusersModel, pack, unpack
+from tempflow.models.embeddings import Row
+from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.guidance import Guidance
+from tempflow.models.pipeline_folder import check_flow_match_euler
+
+PIPELINES = {"FluxPipeline": "Flux"}
+
+PATCH = 2
+"""A token is a patch of 2 × 2 latents."""
+
+T5_TOKENS = 512
+"""The pipeline's own `max_sequence_length`; padding is attended to, so it is part of the condition."""
+
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+"""Both streams' attention and feed-forward layers, in single blocks the attention: diffusers' example and Flow-Factory
+(read in source)."""
+
+
+@dataclass(frozen=True)
+class FluxGuidance(Guidance):
+    """`guidance` is the number that the network takes in, also at 1; checkpoints without it (schnell) ignore it.
+
+    true_cfg  classifier-free guidance against the negative prompt; 1: the negative branch is not asked
+    """
+
+    true_cfg: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.true_cfg == 1 else 2
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        base, guided = upcast(negative), upcast(positive)
+        return base + self.true_cfg * (guided - base)
+
+
+def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
+    if transformer is None or vae is None:
+        return None
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return drawable(size, transformer["in_channels"] // PATCH**2, scale, PATCH)
+
+
+def _distilled(settings: Settings) -> str:
+    told = settings("transformer/config.json") or {}
+    return "" if told.get("guidance_embeds", True) else "guidance_embeds is false in transformer/config.json"
+
+
+FAMILY = Family(
+    title="FLUX.1 [dev]",
+    needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    optional=("image_encoder", "feature_extractor"),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    lora_targets=LORA_TARGETS,
+    guidance=FluxGuidance,
+    scheduler=check_flow_match_euler,
+    latent_shape=_latent_shape,
+    distilled=_distilled,
+)
+
+
+class Flux(DiffusersModel):
+    """The adapter. Latents are unpacked, [16, H/8, W/8]; the network's tokens are their patches."""
+
+    family = FAMILY
+
+    def encode_text(self, text: str, negative: bool, size: Size) -> Row:
+        """`embeds` [L, d] and `pooled` [p]; L is 512, or what T5's tokenizer allows."""
+        length = min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)
+        embeds, pooled, _ = self.pipe.encode_prompt([text], None, max_sequence_length=length)
+        return {"embeds": embeds[0], "pooled": pooled[0]}
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config, tokens = scheduler.config, shape[1] * shape[2] // PATCH**2
+        mu = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        even = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(None if even is not None else steps, sigmas=even, mu=mu)
+
+    def velocity(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance
+    ) -> Tensor:
+        height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        said = network(
+            hidden_states=pack(x.to(self.dtype)),
+            timestep=sigma * 1000 / 1000,  # the last bit as the pipeline has it
+            guidance=sigma.new_full([len(x)], guidance.guidance)
+            if self.pipe.transformer.config.guidance_embeds
+            else None,
+            pooled_projections=rows["pooled"],
+            encoder_hidden_states=rows["embeds"],
+            txt_ids=torch.zeros(rows["embeds"].shape[1], 3, device=x.device),
+            img_ids=_places(height, width, x.device),
+            return_dict=False,
+        )[0]
+        return unpack(said, *x.shape[-2:])
+
+
+def _places(height: int, width: int, device: torch.device) -> Tensor:
+    """[h·w, 3], (0, row, column) of each token, for the rotary embedding."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    return torch.cartesian_prod(rows.new_zeros(1), rows, columns).float()

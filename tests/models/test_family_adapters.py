@@ -1,0 +1,285 @@
+"""Every family's adapter draws what its pipeline draws, trains by both kinds of method, and gives back what it learned.
+
+`families/` holds the tiny random-weight pipelines and their own calls. One fast case a family here; the rest is slow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import flux
+from families.common import NEGATIVES, PROMPTS
+from torch import Tensor
+
+import tempflow
+from tempflow import models
+from tempflow.config import Config
+from tempflow.core import plan
+from tempflow.core.dynamics import ODE
+from tempflow.core.rollout import Noise, rollout
+from tempflow.core.schedule import Schedule
+from tempflow.export import export_run
+from tempflow.media import Media, Size
+from tempflow.models.guidance import Guidance
+from tempflow.models.lora_files import load_lora
+from tempflow.models.quiet import quiet
+from tempflow.request import Prompt
+from tempflow.rewards.function import from_function
+
+NOISE = Noise(seed=5)
+VISIBLE = 0.02
+"""By at least so much, of their size, a change of what is asked moves the latents; equality holds to 1e-5."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny pipeline, and how its call and ours are asked for the same thing.
+
+    extra        what the pipeline's call takes beside, where guidance is on, and what ours has as options
+    negatives    what both take for negative prompts; None: the family has none
+    into, out    from our latents to the pipeline's own and back, where they differ: f(adapter, latents, schedule)
+    """
+
+    module: Any
+    make: Callable[[], Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    negatives: Sequence[str] | None = tuple(NEGATIVES)
+    out: Callable[[Any, Tensor, Schedule], Tensor] = lambda adapter, x, schedule: x
+
+
+CASES = {
+    "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
+}
+
+
+class Scene:
+    """One folder, loaded by the adapter and by diffusers alone."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.family, self.folder = case, case.module, folder
+        with quiet():
+            case.make().save_pretrained(folder)
+            self.adapter: Any = models.load(str(folder))
+            self.pipe = self.load()
+        self.guidance = float(self.family.GUIDANCE)
+
+    def load(self, folder: Path | None = None) -> Any:
+        """The pipeline as plain diffusers loads it."""
+        import diffusers
+
+        with quiet():
+            pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder or self.folder), use_safetensors=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def asked(
+        self,
+        guidance: float | None = None,
+        prompts: Sequence[str] = tuple(PROMPTS[:2]),
+        negatives: Sequence[str] | None = None,
+        steps: int = 3,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        told = self.case.negatives or [""] * len(NEGATIVES)
+        return {
+            "guidance": self.guidance if guidance is None else guidance,
+            "prompts": list(prompts),
+            "negatives": list(told[: len(prompts)] if negatives is None else negatives),
+            "steps": steps,
+            "size": self.family.SIZES[0] if size is None else size,
+        }
+
+    def extra(self, guidance: float) -> Mapping[str, Any]:
+        return {} if guidance == 1 else self.case.extra
+
+    def ours(self, adapter: Any = None, **changed: Any) -> Tensor:
+        """Latents of an ODE rollout, in the pipeline's own coordinates."""
+        adapter, a = adapter or self.adapter, self.asked(**changed)
+        size = Size(*a["size"])
+        schedule = adapter.schedule(a["steps"], size)
+        prompts = [Prompt(text, negative=n) for text, n in zip(a["prompts"], a["negatives"], strict=True)]
+        guidance: Guidance = adapter.guidance(a["guidance"], **self.extra(a["guidance"]))
+        forest = rollout(
+            [plan.ode(a["steps"], 1)] * len(prompts),
+            ODE(),
+            schedule,
+            adapter.predictor(adapter.encode(prompts, size), guidance),
+            NOISE,
+            shape=adapter.noise_shape(size),
+        )
+        return self.case.out(adapter, forest.nodes[forest.leaves.node], schedule)
+
+    def theirs(self, pipe: Any = None, output: str = "latent", **changed: Any) -> Any:
+        a = self.asked(**changed)
+        shape = self.adapter.noise_shape(Size(*a["size"]))
+        noise = NOISE.initial([(row, 0) for row in range(len(a["prompts"]))], shape)
+        return self.family.theirs(pipe or self.pipe, **a, latents=noise, output=output, **self.extra(a["guidance"]))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(CASES[request.param], tmp_path_factory.mktemp("families") / "model")
+
+
+def moved(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a share of the largest latent (of 1, for smaller ones)."""
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    return float((a - b).abs().max() / max(1.0, float(b.abs().max())))
+
+
+# --------------------------------------------------------------------------------------------------------------- parity
+def test_it_draws_what_the_pipeline_draws(scene: Scene) -> None:
+    assert moved(scene.ours(), scene.theirs()) <= 1e-5
+
+
+def test_what_is_asked_matters(scene: Scene) -> None:
+    """Or equality would say little."""
+    base = scene.ours()
+    assert moved(scene.ours(prompts=PROMPTS[1:]), base) > VISIBLE
+    assert moved(scene.ours(guidance=scene.guidance + 1), base) > VISIBLE
+    by_negatives = moved(scene.ours(negatives=NEGATIVES[1:]), base)
+    assert by_negatives > VISIBLE if scene.case.negatives is not None else by_negatives == 0
+
+
+def test_another_shift_breaks_the_equality(scene: Scene) -> None:
+    kept = scene.adapter.pipe.scheduler
+    scene.adapter.pipe.scheduler = type(kept).from_config(kept.config, **scene.family.SHIFTED)
+    try:
+        changed = scene.ours()
+    finally:
+        scene.adapter.pipe.scheduler = kept
+    assert moved(changed, scene.theirs()) > VISIBLE
+
+
+def test_pictures_are_the_pipelines(scene: Scene) -> None:
+    size = Size(*scene.family.SIZES[0])
+    a = scene.asked()
+    schedule = scene.adapter.schedule(a["steps"], size)
+    prompts = [Prompt(text, negative=n) for text, n in zip(a["prompts"], a["negatives"], strict=True)]
+    forest = rollout(
+        [plan.ode(a["steps"], 1)] * 2,
+        ODE(),
+        schedule,
+        scene.adapter.predictor(
+            scene.adapter.encode(prompts, size),
+            scene.adapter.guidance(scene.guidance, **scene.extra(scene.guidance)),
+        ),
+        NOISE,
+        shape=scene.adapter.noise_shape(size),
+    )
+    ours = scene.adapter.decode(forest.nodes[forest.leaves.node], size).pictures().numpy()
+    theirs = scene.theirs(output="np")
+    assert ours.shape == theirs.shape and ours.std() > 5
+    assert np.abs(ours / 255 - theirs).max() <= 0.51 / 255
+
+
+def test_media_come_back_nearly(scene: Scene) -> None:
+    """Up to what a random autoencoder loses: latents of pictures are as `decode` takes them."""
+    size = Size(*scene.family.SIZES[0])
+    x = scene.adapter.encode_media(Media.of(torch.randint(0, 256, (3, *scene.family.SIZES[0], 3)).byte()), size)
+    assert x.shape == (3, *scene.adapter.noise_shape(size)) and x.dtype == torch.float32
+    assert x.isfinite().all() and 0.1 < float(x.std()) < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_it_draws_so_at_all_lengths_and_sizes(scene: Scene, steps: int, place: int, guided: bool) -> None:
+    asked: dict[str, Any] = {"steps": steps, "size": scene.family.SIZES[place]}
+    asked["guidance"] = scene.guidance if guided else 1.0
+    error = moved(scene.ours(**asked), scene.theirs(**asked))
+    print(f"error {error:.1e}")
+    assert error <= 1e-5
+
+
+def test_rows_do_not_depend_on_their_neighbours(scene: Scene) -> None:
+    both, alone = scene.ours(), scene.ours(prompts=PROMPTS[:1])
+    assert moved(both[:1], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_size_that_cannot_be_drawn_is_refused(scene: Scene, side: int) -> None:
+    size = list(scene.family.SIZES[0])
+    size[side] += 1
+    with pytest.raises(ValueError, match=rf"{('height', 'width')[side]}: {size[side]} .*nearest is \d+"):
+        scene.adapter.noise_shape(Size(*size))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def brightness(images: Any, prompts: Sequence[str]) -> list[float]:
+    return [float(np.asarray(image, dtype=np.float32).mean() / 255) for image in images]
+
+
+def configured(scene: Scene, folder: Path, algorithm: Mapping[str, Any], training: str) -> Config:
+    height, width = scene.family.SIZES[0]
+    return Config.model_validate(
+        {
+            "name": "family",
+            "iterations": 1,
+            "output": str(folder),
+            "rollout_rows": 6,
+            "train_rows": 4,
+            "algorithm": algorithm,
+            "model": {
+                "path": str(scene.folder),
+                "height": height,
+                "width": width,
+                "guidance": scene.guidance,
+                "guidance_options": scene.extra(scene.guidance),
+                "training": training,
+                "lora_rank": 2,
+                "lora_alpha": 4,
+            },
+            "data": {"prompts_per_iteration": 2},
+            "optimizer": {"learning_rate": 1e-2},
+            "evaluation": {"validation_prompts": 2, "test_prompts": 2, "steps": 2, "metric": "reward"},
+        }
+    )
+
+
+METHODS = {
+    "tempflow_grpo": {"name": "tempflow_grpo", "steps": 3, "seeds": 1, "branches": 3},
+    "diffusion_nft": {"name": "diffusion_nft", "steps": 2, "group": 3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: str, training: str) -> None:
+    """Trained, exported, loaded by plain diffusers: the same latents as the run's own model, and not the base's."""
+    config = configured(scene, tmp_path / "run", METHODS[method], training)
+    prompts = [Prompt(text, negative=n) for text, n in zip(PROMPTS, NEGATIVES, strict=True)]
+    tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts)
+    told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    if method == "tempflow_grpo":
+        assert told["log_ratio_max"] == 0
+        assert told["rollout_gap_max"] <= 4  # roundings
+    export_run(tmp_path / "run", tmp_path / "out", weights="policy")
+    if training == "lora":
+        pipe = scene.load()
+        load_by_diffusers(pipe, tmp_path / "out")
+        ours = models.load(str(scene.folder))
+        load_lora(ours, tmp_path / "out")
+    else:
+        pipe, ours = scene.load(tmp_path / "out"), models.load(str(tmp_path / "out"))
+    drawn = scene.theirs(pipe)
+    assert moved(scene.ours(ours), drawn) <= 1e-5
+    assert moved(drawn, scene.theirs()) > 1e-4
+
+
+def load_by_diffusers(pipe: Any, folder: Path) -> None:
+    """By the pipeline's loader, or the network's own where the pipeline has none."""
+    name = "pytorch_lora_weights.safetensors"
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(str(folder), weight_name=name)
+    else:
+        pipe.transformer.load_lora_adapter(str(folder), weight_name=name)
