@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, flux2, qwen_image, stable_diffusion, z_image
-from families.common import NEGATIVES, PROMPTS, plain
+from families import flux, flux2, qwen_image, sana, stable_diffusion, z_image
+from families.common import NEGATIVES, plain
 from torch import Tensor, nn
 
 from tempflow.models.quiet import quiet
@@ -41,6 +41,7 @@ CASES = {
     "sd15": Case(stable_diffusion, stable_diffusion.sd15, loop=stable_diffusion.plain),
     "sd15 of v": Case(stable_diffusion, lambda: stable_diffusion.sd15("v_prediction"), loop=stable_diffusion.plain),
     "z_image": Case(z_image, z_image.pipeline),
+    "sana": Case(sana, sana.pipeline),
     "flux2 dev": Case(flux2, flux2.dev, negatives_count=False),
     "flux2 klein": Case(flux2, flux2.klein, negatives_count=False),
 }
@@ -61,20 +62,23 @@ class Scene:
         shape = self.family.noise_shape(self.pipe, size)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
 
-    def _asked(self, **changed: Any) -> dict[str, Any]:
-        asked = {"prompts": PROMPTS[:2], "negatives": NEGATIVES[:2], "steps": STEPS, "size": self.size, **changed}
-        asked = {"guidance": self.guidance, "latents": self.noise(asked["size"]), **asked}
-        return {**asked, "prompts": list(asked["prompts"]), "negatives": list(asked["negatives"])}
+    def asked(self, **changed: Any) -> dict[str, Any]:
+        """A whole set of arguments; those that are not given are this scene's."""
+        size = changed.get("size", self.size)
+        prompts, negatives = list(self.family.PROMPTS[:2]), list(NEGATIVES[:2])
+        usual = {"prompts": prompts, "negatives": negatives, "steps": STEPS, "size": size, "guidance": self.guidance}
+        return {**usual, "latents": self.noise(size), **changed}
+
+    def _extra(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return self.case.extra if asked["guidance"] != 1 else {}
 
     def theirs(self, pipe: Any = None, **changed: Any) -> Any:
-        asked = {**self._asked(**changed)}
-        extra = self.case.extra if asked["guidance"] != 1 else {}
-        return self.family.theirs(self.pipe if pipe is None else pipe, **asked, **extra)
+        asked = self.asked(**changed)
+        return self.family.theirs(self.pipe if pipe is None else pipe, **asked, **self._extra(asked))
 
     def ours(self, **changed: Any) -> Tensor:
-        asked = {**self._asked(**changed)}
-        extra = self.case.extra if asked["guidance"] != 1 else {}
-        return self.case.loop(self.family, self.pipe, **asked, **extra)
+        asked = self.asked(**changed)
+        return self.case.loop(self.family, self.pipe, **asked, **self._extra(asked))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -98,7 +102,7 @@ def test_it_does_so_without_guidance_at_another_size_and_number_of_steps(scene: 
 
 
 def test_prompt_and_guidance_move_the_latents_and_negatives_where_they_count(scene: Scene) -> None:
-    assert moved(scene.theirs(prompts=PROMPTS[1:]), scene.latents) > VISIBLE
+    assert moved(scene.theirs(prompts=scene.family.PROMPTS[1:]), scene.latents) > VISIBLE
     assert moved(scene.theirs(guidance=scene.guidance + 1), scene.latents) > VISIBLE
     by_negatives = moved(scene.theirs(negatives=NEGATIVES[1:]), scene.latents)
     assert by_negatives > VISIBLE if scene.case.negatives_count else by_negatives == 0
@@ -133,3 +137,10 @@ def test_pictures_are_visible(scene: Scene) -> None:
     assert pictures.shape == (2, *scene.size, 3)
     assert np.isfinite(pictures).all() and pictures.std() > 0.05
     assert ((pictures > 0) & (pictures < 1)).mean() > 0.5
+
+
+def test_sana_s_own_sampler_by_hand() -> None:
+    scene = Scene(CASES["sana"])
+    theirs = scene.theirs(steps=5, dpm=True)
+    assert moved(sana.plain_dpm(scene.pipe, **scene.asked(steps=5)), theirs) <= 1e-5
+    assert moved(theirs, scene.theirs(steps=5)) > VISIBLE
