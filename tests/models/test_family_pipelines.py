@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, flux2, qwen_image, stable_diffusion, z_image
-from families.common import NEGATIVES, PROMPTS, plain
+from families import cogview4, flux, flux2, lumina2, qwen_image, sana, stable_diffusion, z_image
+from families.common import NEGATIVES, plain
 from torch import Tensor, nn
 
 from tempflow.models.quiet import quiet
@@ -32,17 +32,26 @@ class Case:
     """What `theirs` and `velocity` take beside, where guidance is on."""
     negatives_count: bool = True
     loop: Callable[..., Tensor] = plain
+    statistics: tuple[tuple[str, Any], ...] = (("scaling_factor", 1.0),)
+    """Settings of the autoencoder that say nothing; the folder's own are others, and its pictures show it."""
 
 
+SHIFT = (("scaling_factor", 1.0), ("shift_factor", 0.0))
+UNET: dict[str, Any] = {"module": stable_diffusion, "loop": stable_diffusion.plain}
 CASES = {
-    "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
-    "qwen_image": Case(qwen_image, qwen_image.pipeline),
-    "sdxl": Case(stable_diffusion, stable_diffusion.sdxl, loop=stable_diffusion.plain),
-    "sd15": Case(stable_diffusion, stable_diffusion.sd15, loop=stable_diffusion.plain),
-    "sd15 of v": Case(stable_diffusion, lambda: stable_diffusion.sd15("v_prediction"), loop=stable_diffusion.plain),
-    "z_image": Case(z_image, z_image.pipeline),
-    "flux2 dev": Case(flux2, flux2.dev, negatives_count=False),
-    "flux2 klein": Case(flux2, flux2.klein, negatives_count=False),
+    "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}, statistics=SHIFT),
+    "qwen_image": Case(
+        qwen_image, qwen_image.pipeline, statistics=(("latents_mean", [0.0] * 4), ("latents_std", [1.0] * 4))
+    ),
+    "sdxl": Case(**UNET, make=stable_diffusion.sdxl),
+    "sd15": Case(**UNET, make=stable_diffusion.sd15),
+    "sd15 of v": Case(**UNET, make=lambda: stable_diffusion.sd15("v_prediction")),
+    "z_image": Case(z_image, z_image.pipeline, statistics=SHIFT),
+    "flux2 dev": Case(flux2, flux2.dev, negatives_count=False, statistics=()),
+    "flux2 klein": Case(flux2, flux2.klein, negatives_count=False, statistics=()),
+    "sana": Case(sana, sana.pipeline),
+    "cogview4": Case(cogview4, cogview4.pipeline),
+    "lumina2": Case(lumina2, lumina2.pipeline, statistics=SHIFT),
 }
 
 
@@ -61,20 +70,23 @@ class Scene:
         shape = self.family.noise_shape(self.pipe, size)
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
 
-    def _asked(self, **changed: Any) -> dict[str, Any]:
-        asked = {"prompts": PROMPTS[:2], "negatives": NEGATIVES[:2], "steps": STEPS, "size": self.size, **changed}
-        asked = {"guidance": self.guidance, "latents": self.noise(asked["size"]), **asked}
-        return {**asked, "prompts": list(asked["prompts"]), "negatives": list(asked["negatives"])}
+    def asked(self, **changed: Any) -> dict[str, Any]:
+        """A whole set of arguments; those that are not given are this scene's."""
+        size = changed.get("size", self.size)
+        prompts, negatives = list(self.family.PROMPTS[:2]), list(NEGATIVES[:2])
+        usual = {"prompts": prompts, "negatives": negatives, "steps": STEPS, "size": size, "guidance": self.guidance}
+        return {**usual, "latents": self.noise(size), **changed}
+
+    def _extra(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return self.case.extra if asked["guidance"] != 1 else {}
 
     def theirs(self, pipe: Any = None, **changed: Any) -> Any:
-        asked = {**self._asked(**changed)}
-        extra = self.case.extra if asked["guidance"] != 1 else {}
-        return self.family.theirs(self.pipe if pipe is None else pipe, **asked, **extra)
+        asked = self.asked(**changed)
+        return self.family.theirs(self.pipe if pipe is None else pipe, **asked, **self._extra(asked))
 
     def ours(self, **changed: Any) -> Tensor:
-        asked = {**self._asked(**changed)}
-        extra = self.case.extra if asked["guidance"] != 1 else {}
-        return self.case.loop(self.family, self.pipe, **asked, **extra)
+        asked = self.asked(**changed)
+        return self.case.loop(self.family, self.pipe, **asked, **self._extra(asked))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -98,7 +110,7 @@ def test_it_does_so_without_guidance_at_another_size_and_number_of_steps(scene: 
 
 
 def test_prompt_and_guidance_move_the_latents_and_negatives_where_they_count(scene: Scene) -> None:
-    assert moved(scene.theirs(prompts=PROMPTS[1:]), scene.latents) > VISIBLE
+    assert moved(scene.theirs(prompts=scene.family.PROMPTS[1:]), scene.latents) > VISIBLE
     assert moved(scene.theirs(guidance=scene.guidance + 1), scene.latents) > VISIBLE
     by_negatives = moved(scene.theirs(negatives=NEGATIVES[1:]), scene.latents)
     assert by_negatives > VISIBLE if scene.case.negatives_count else by_negatives == 0
@@ -128,8 +140,80 @@ def test_a_saved_folder_draws_the_same_to_the_bit(scene: Scene, tmp_path: Path) 
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2_000_000
 
 
-def test_pictures_are_visible(scene: Scene) -> None:
+def test_pictures_are_visible_and_so_are_the_autoencoder_s_statistics(scene: Scene) -> None:
     pictures = scene.theirs(output="np")
     assert pictures.shape == (2, *scene.size, 3)
     assert np.isfinite(pictures).all() and pictures.std() > 0.05
     assert ((pictures > 0) & (pictures < 1)).mean() > 0.5
+    vae = scene.pipe.vae
+    for name, nothing in scene.case.statistics:
+        kept = vae.config[name]
+        vae.register_to_config(**{name: nothing})
+        try:
+            without = scene.theirs(output="np")
+        finally:
+            vae.register_to_config(**{name: kept})
+        assert np.abs(without - pictures).max() > VISIBLE
+
+
+def test_flux2_s_statistics_show_in_latents_and_pictures() -> None:
+    scene = Scene(CASES["flux2 dev"])
+    pictures = scene.theirs(output="np")
+    mean, std = flux2.whitening(scene.pipe)
+    assert mean.abs().max() > 0.5 and std.max() / std.min() > 2
+    latents = flux2.patchify(scene.pipe.vae.encode(torch.rand(2, 3, *scene.size)).latent_dist.mode())
+    assert latents.shape == scene.latents.shape
+    scene.pipe.vae.bn.running_mean.zero_()
+    assert np.abs(scene.theirs(output="np") - pictures).max() > VISIBLE
+
+
+def test_klein_gives_back_the_autoencoder_s_latents_and_dev_its_own() -> None:
+    """From one noise and no steps' worth of difference: what `theirs` makes of both has the statistics of a latent."""
+    scene = Scene(CASES["flux2 klein"])
+    asked = scene.asked()
+    raw = scene.pipe(
+        prompt=asked["prompts"],
+        height=scene.size[0],
+        width=scene.size[1],
+        num_inference_steps=STEPS,
+        guidance_scale=asked["guidance"],
+        latents=asked["latents"],
+        output_type="latent",
+        max_sequence_length=32,
+    ).images
+    assert raw.shape == (2, 4, 8, 12) and scene.latents.shape == (2, 16, 4, 6)
+    mean, std = flux2.whitening(scene.pipe)
+    assert moved(scene.latents * std + mean, flux2.patchify(raw)) <= 1e-6
+
+
+def test_sdxl_takes_no_negative_text_for_zeros_and_an_empty_one_for_a_text() -> None:
+    scene = Scene(CASES["sdxl"])
+    nothing, empty = scene.theirs(negatives=[None, None]), scene.theirs(negatives=["", ""])
+    assert moved(nothing, empty) > VISIBLE
+    assert moved(scene.ours(negatives=[None, None]), nothing) <= 1e-5
+    assert moved(scene.ours(negatives=["", ""]), empty) <= 1e-5
+
+
+def test_qwen_s_template_is_34_tokens_as_with_the_real_tokenizer() -> None:
+    pipe = qwen_image.pipeline()
+    before, _ = pipe.prompt_template_encode.split("{}")
+    assert len(pipe.tokenizer(before).input_ids) == pipe.prompt_template_encode_start_idx
+
+
+def test_a_pipeline_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = flux2.klein()
+    assert torch.equal(torch.rand(3), expected)
+    second = flux2.klein()
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_sana_s_own_sampler_by_hand() -> None:
+    scene = Scene(CASES["sana"])
+    theirs = scene.theirs(steps=5, dpm=True)
+    assert moved(sana.plain_dpm(scene.pipe, **scene.asked(steps=5)), theirs) <= 1e-5
+    assert moved(theirs, scene.theirs(steps=5)) > VISIBLE

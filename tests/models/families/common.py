@@ -36,6 +36,7 @@ class Family(Protocol):
     Latents are [B, C, h, w] everywhere, never packed.
     """
 
+    PROMPTS: list[str]
     SIZES: tuple[Size, Size]
     GUIDANCE: float
     SHIFTED: dict[str, Any]
@@ -61,6 +62,8 @@ class Family(Protocol):
 
     def encode(self, pipe: Any, prompts: list[str]) -> Any: ...
 
+    def encode_negatives(self, pipe: Any, negatives: list[str]) -> Any: ...
+
     def grid(self, pipe: Any, steps: int, size: Size) -> tuple[Tensor, Tensor]: ...
 
     def velocity(self, pipe: Any, x: Tensor, t: Tensor, positive: Any, negative: Any, guidance: float) -> Tensor: ...
@@ -79,7 +82,7 @@ def plain(
 ) -> Tensor:
     """Latents by Euler's rule over the family's own grid, from `latents`: x ← x + (σ' − σ)·v(x, t)."""
     with torch.no_grad():
-        positive, negative = family.encode(pipe, prompts), family.encode(pipe, negatives)
+        positive, negative = family.encode(pipe, prompts), family.encode_negatives(pipe, negatives)
         timesteps, sigmas = family.grid(pipe, steps, size)
         x = latents
         for t, here, there in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from families.common import EOS, VOCABULARY, Size, autoencoder, build, fresh, guided, length, pack, tokenizer, unpack
+from families.common import PROMPTS as PROMPTS
 
 SIZES: tuple[Size, Size] = ((16, 24), (20, 12))
 GUIDANCE = 3.5
@@ -103,6 +104,9 @@ def theirs(
 def encode(pipe: FluxPipeline, prompts: list[str]) -> dict[str, Tensor]:
     embeds, pooled, ids = pipe.encode_prompt(prompts, max_sequence_length=length(pipe.tokenizer_2, 512))
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
+
+
+encode_negatives = encode
 
 
 def grid(pipe: FluxPipeline, steps: int, size: Size) -> tuple[Tensor, Tensor]:

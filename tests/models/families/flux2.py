@@ -20,6 +20,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
+from families.common import PROMPTS as PROMPTS
 from families.common import QWEN_CHAT, VOCABULARY, Size, build, fresh, length, tokenizer
 
 SIZES: tuple[Size, Size] = ((16, 24), (20, 12))
@@ -177,6 +178,9 @@ def encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     """Padding stays, and is attended to. Ids of a text's token l are (0, 0, 0, l)."""
     embeds, ids = pipe.encode_prompt(prompts, max_sequence_length=length(pipe.tokenizer, 512))
     return {"encoder_hidden_states": embeds, "txt_ids": ids}
+
+
+encode_negatives = encode
 
 
 def grid(pipe: Any, steps: int, size: Size) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from families.common import PROMPTS as PROMPTS
 from families.common import VOCABULARY, Size, build, fresh, guided, pack, tokenizer, unpack
 
 SIZES: tuple[Size, Size] = ((16, 24), (20, 12))
@@ -126,6 +127,9 @@ def encode(pipe: QwenImagePipeline, prompts: list[str]) -> dict[str, Tensor | No
     """Rows are cut to the longest of the batch; the mask is None where all are equally long."""
     embeds, mask = pipe.encode_prompt(prompts, max_sequence_length=512)
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
+
+
+encode_negatives = encode
 
 
 def grid(pipe: QwenImagePipeline, steps: int, size: Size) -> tuple[Tensor, Tensor]:

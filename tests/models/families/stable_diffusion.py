@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from families import common
 from families.common import EOS, VOCABULARY, Size, autoencoder, build, guided, tokenizer
+from families.common import PROMPTS as PROMPTS
 
 SIZES: tuple[Size, Size] = ((48, 64), (40, 24))
 """The pipelines take sides in multiples of 8 whatever the autoencoder's factor, which is 8 here too."""
@@ -162,6 +163,9 @@ def encode(pipe: Any, prompts: list[str | None]) -> dict[str, Tensor]:
     embeds, _, pooled, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
     said = torch.tensor([text is not None for text in prompts])
     return {"embeds": embeds * said[:, None, None], "pooled": pooled * said[:, None]}
+
+
+encode_negatives = encode
 
 
 def _alphas(scheduler: DDIMScheduler, steps: int) -> tuple[Tensor, Tensor]:

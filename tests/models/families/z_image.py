@@ -10,6 +10,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
+from families.common import PROMPTS as PROMPTS
 from families.common import QWEN_CHAT, VOCABULARY, Size, autoencoder, build, fresh, guided, length, tokenizer
 
 SIZES: tuple[Size, Size] = ((24, 32), (20, 12))
@@ -90,6 +91,9 @@ def encode(pipe: ZImagePipeline, prompts: list[str]) -> list[Tensor]:
         list(prompts), do_classifier_free_guidance=False, max_sequence_length=length(pipe.tokenizer, 512)
     )
     return embeds
+
+
+encode_negatives = encode
 
 
 def grid(pipe: ZImagePipeline, steps: int, size: Size) -> tuple[Tensor, Tensor]:
