@@ -46,10 +46,10 @@ def test_a_home_folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("dtype", "nearest"), [("float16", "bfloat16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("float", "float32")]
+    ("dtype", "nearest"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("float", "float32")]
 )
 def test_wrong_dtype(tiny_folder: Path, dtype: str, nearest: str) -> None:
-    message = rf"model.dtype: '{dtype}' is not one of float32, bfloat16; nearest is '{nearest}'$"
+    message = rf"model.dtype: '{dtype}' is not one of float32, bfloat16, float16; nearest is '{nearest}'$"
     with pytest.raises(ValueError, match=message):
         models.load(str(tiny_folder), dtype=dtype)
 

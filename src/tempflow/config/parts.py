@@ -21,9 +21,12 @@ class ModelConfig(Strict):
         default="shapes", min_length=1, description="'shapes' (embedded), a diffusers pipeline folder, or a hub id"
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub id")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="what the network computes in; auto: bfloat16 where hardware does it",
+        description="what the network computes in; auto: bfloat16 where hardware does it; float16 scales its loss",
+    )
+    accept_licence: str = Field(
+        default="", description="a non-commercial licence that the model is under and you accept, by its name"
     )
     height: int = Field(default=32, ge=1, le=16_384, description="pixels")
     width: int = Field(default=32, ge=1, le=16_384, description="pixels")
@@ -53,6 +56,40 @@ class ModelConfig(Strict):
     lora_alpha: int = Field(
         default=64, ge=1, le=1_000_000, description="alpha of the LoRA; it is scaled by alpha / rank"
     )
+
+    lora_targets: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="layers of a fresh LoRA: ends of their names, or regular expressions of all of it; empty = the "
+        "family's own",
+    )
+    checkpointing: bool = Field(
+        default=False, description="activation checkpointing: less memory, a third more compute in training"
+    )
+    compile: bool = Field(default=False, description="torch.compile of each block")
+    attention: str = Field(default="", description="an attention backend of diffusers; empty = the network's own")
+    vae_tiling: bool = Field(default=False, description="decode by overlapping tiles: less memory, other pictures")
+    offload: bool = Field(
+        default=False, description="text encoders and autoencoder wait on the CPU while they are not used"
+    )
+    quantise: Literal["none", "int8", "float8", "nf4"] = Field(
+        default="none", description="how the frozen network under a LoRA is held (needs tempflow[quant])"
+    )
+    cache: Place = Field(
+        default="", description="a folder of encoded prompts that runs and ranks share; empty = in memory alone"
+    )
+    drop_encoders: bool = Field(
+        default=False,
+        description="encode all prompts first, then free the text encoders (with a cache, training a LoRA)",
+    )
+    cache_gib: float = Field(default=64.0, gt=0, description="most GiB of that folder; what was unused longest goes")
+
+    @model_validator(mode="after")
+    def _dropped_for_good(self) -> ModelConfig:
+        if self.drop_encoders and not self.cache:
+            raise ValueError("drop_encoders: true needs a folder in model.cache; nearest valid: false")
+        if self.drop_encoders and self.training == "full":
+            raise ValueError("drop_encoders: true, but full training saves the whole pipeline; nearest valid: false")
+        return self
 
     @model_validator(mode="after")
     def _revision_of_hub_only(self) -> ModelConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from tempflow.models.family import Adapter, Family
 from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
+from tempflow.models.tools import TakesTools, Tools
 from tempflow.names import nearest
 from tempflow.registry import Declared
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
+OFF = Tools()
 
 ADAPTERS: Mapping[str, type[Adapter]] = Declared(__name__, "PIPELINES", group="tempflow.models")
 """Pipeline class → the adapter that serves it. Listing them imports none."""
@@ -118,12 +121,14 @@ def adapter_for(pipeline: str) -> type[Adapter]:
     return adapter
 
 
-def load(path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> Adapter:
+def load(
+    path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu", tools: Tools = OFF
+) -> Adapter:
     """The adapter for "shapes", a diffusers pipeline folder, or a hub id ("owner/name", at `revision`).
 
-    `dtype` may be "auto" (`resolved_dtype`).
+    `dtype` may be "auto" (`resolved_dtype`). Of `tools`, what concerns loading is done here: the rest is `equip`'s.
 
-    Raises ValueError, naming the field and what would do, for a dtype that is not float32 or bfloat16, a folder that is
+    Raises ValueError, naming the field and what would do, for an unknown dtype, a folder that is
     no pipeline, a hub id that cannot be had, a pipeline class without an adapter, a scheduler that cannot be honoured,
     and a file of the pipeline that is missing, damaged or pickled; ImportError with the command to run when diffusers
     is missing.
@@ -135,7 +140,14 @@ def load(path: str, *, revision: str | None = None, dtype: str = "float32", devi
         )
     folder = local_folder(path, revision)
     _check_libraries()
-    return adapter_of(path, folder).load(folder, path, DTYPES[dtype], device)
+    adapter = adapter_of(path, folder)
+    if tools == OFF:
+        return adapter.load(folder, path, DTYPES[dtype], device)
+    if not issubclass(adapter, TakesTools):
+        raise ValueError(
+            f"model: {path!r} takes none of {', '.join(f.name for f in fields(Tools))}; nearest valid: off"
+        )
+    return adapter.load_with(folder, path, DTYPES[dtype], device, tools)
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:

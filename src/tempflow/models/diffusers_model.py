@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tempflow.core.schedule import Schedule
 from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
-from tempflow.models.embeddings import Embeddings, Row, stacked
+from tempflow.models.embeddings import Embeddings, Row, digest, stacked
 from tempflow.models.family import Family, check_size
 from tempflow.models.finite import to_pictures
 from tempflow.models.guidance import Guidance, guided
@@ -35,6 +36,7 @@ from tempflow.models.pipeline_folder import (
 )
 from tempflow.models.protocol import Conditioning, Predict, shared
 from tempflow.models.quiet import quiet
+from tempflow.models.tools import Tools, checkpointed, quantised_loading, resident, with_attention
 from tempflow.request import Prompt
 
 VAE_ROWS = 64
@@ -56,6 +58,7 @@ class DiffusersModel(ABC):
 
     def __init__(self, pipe: Any, name: str, licence: str) -> None:
         self.pipe, self.name, self.licence, self.embeddings = pipe, name, licence, Embeddings()
+        self._offloaded, self._dropped = False, False
         for part in self.family.needed:
             if getattr(pipe, part) is None:
                 others = f"; only {self.family.may_be_null} may be missing" if self.family.may_be_null else ""
@@ -67,22 +70,37 @@ class DiffusersModel(ABC):
 
     @classmethod
     def load(cls, folder: Path, name: str, dtype: torch.dtype, device: str) -> Self:
-        """Loads a pipeline folder, safetensors only, in `dtype`, but what the family or diffusers keeps in float32.
-        Optional parts that its index leaves out stay out.
+        """See `Adapter.load`."""
+        return cls.load_with(folder, name, dtype, device, Tools())
+
+    @classmethod
+    def load_with(cls, folder: Path, name: str, dtype: torch.dtype, device: str, tools: Tools) -> Self:
+        """Loads a pipeline folder, safetensors only, in `dtype`, but what the family or diffusers keeps in float32; in
+        float16 the autoencoder too, which overflows. Optional parts that its index leaves out stay out.
+
+        With `tools.offload` the networks alone go to `device`.
 
         Raises ValueError for a folder that is not whole, that cannot be honoured, or that the diffusers here lacks.
         """
         absent = dict.fromkeys(check_folder(name, folder, cls.family))
-        dtypes = {"default": dtype, **dict.fromkeys(cls.family.float32_parts, torch.float32)}
+        kept = (*cls.family.float32_parts, *(("vae",) if dtype == torch.float16 else ()))
+        dtypes = {"default": dtype, **dict.fromkeys(kept, torch.float32)}
         with quiet(), readable_index(folder) as place:
             kind = pipeline_class(name, str(read_index(name, folder)["_class_name"]))
             try:
-                pipe = kind.from_pretrained(str(place), torch_dtype=dtypes, use_safetensors=True, **absent)
+                how = quantised_loading(cls.family.networks, tools.quantise, dtype)
+                pipe = kind.from_pretrained(
+                    str(place), torch_dtype=dtypes, use_safetensors=True, quantization_config=how, **absent
+                )
             except LOADING_FAULTS as error:
                 raise ValueError(cannot_load(name, error)) from error
-        for part in (*cls.family.networks, "vae"):
+        for part in ("vae", *(cls.family.networks if tools.quantise == "none" else ())):  # 4 bits have other names
             check_names(name, folder / part, getattr(pipe, part))
-        return cls(pipe.to(device), name, licence_of(folder))
+        for part in cls.family.networks if tools.offload else pipe.components:
+            module = getattr(pipe, part)
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return cls(pipe, name, licence_of(folder))
 
     # -------------------------------------------------------------------------------------------- what a family says
     @abstractmethod
@@ -188,7 +206,8 @@ class DiffusersModel(ABC):
         for text, negative in [(p.negative, True) for p in prompts] + [(p.text, False) for p in prompts]:
             keys.append(self.text_key(text, negative, size))
             encode.setdefault(keys[-1], partial(self._encode_text, text, negative, size))
-        rows, count = self.embeddings.rows(keys, encode), len(prompts)
+        with resident(list(self.text_encoders().values()), self.device, self._offloaded):
+            rows, count = self.embeddings.rows(keys, encode), len(prompts)
         negatives, texts = rows[:count], rows[count:]
         return Conditioning(
             tuple(prompts),
@@ -200,6 +219,11 @@ class DiffusersModel(ABC):
     def _encode_text(self, text: str, negative: bool, size: Size) -> Row:
         # One by one: in a batch the last bits would depend on its size, so on what an earlier call happened to leave in
         # the cache, and a resumed run would drift from an uninterrupted one.
+        if self._dropped:
+            raise ValueError(
+                f"prompt {text[:60]!r} has not been encoded, and the text encoders are dropped; nearest valid: "
+                "model.drop_encoders false"
+            )
         return self.encode_text(text, negative, size)
 
     def _batch(self, rows: Sequence[Row], keys: Sequence[str], beside: Sequence[Row]) -> dict[str, Tensor]:
@@ -288,7 +312,8 @@ class DiffusersModel(ABC):
     @torch.no_grad()
     def decode(self, x: Tensor, size: Size) -> Media:
         """See `Model.decode`; in float32 equal to the pipeline's pictures, in parts that bound memory."""
-        return to_pictures(self.decode_latents(part) for part in x.split(rows_at_once(size)))
+        with resident([self.pipe.vae], self.device, self._offloaded):
+            return to_pictures(self.decode_latents(part) for part in x.split(rows_at_once(size)))
 
     @torch.no_grad()
     def encode_media(self, media: Media, size: Size) -> Tensor:
@@ -299,12 +324,46 @@ class DiffusersModel(ABC):
             raise ValueError(f"media: {media.size}, and {size} is asked for; nearest valid: pictures of {size}")
         pictures = media.pictures()
         latents = torch.empty(len(media), *shape, device=self.device)
-        for rows in torch.arange(len(media)).split(rows_at_once(size)):
-            image = pictures[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            latents[rows.to(self.device)] = self.encode_pictures(image)
+        with resident([self.pipe.vae], self.device, self._offloaded):
+            for rows in torch.arange(len(media)).split(rows_at_once(size)):
+                image = pictures[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+                latents[rows.to(self.device)] = self.encode_pictures(image)
         return latents
 
     # ------------------------------------------------------------------------------------------------------- training
+    def equip(self, tools: Tools) -> None:
+        """See `TakesTools.equip`."""
+        network: Any = self.network
+        self._offloaded = tools.offload
+        if tools.attention:
+            with_attention(network, tools.attention)
+        if tools.checkpointing:
+            checkpointed(network, self._attention)
+        if tools.compile:
+            for block in self.blocks(network):
+                block.compile()
+        if tools.vae_tiling:
+            if not hasattr(self.pipe.vae, "enable_tiling"):
+                raise ValueError(f"model.vae_tiling: the autoencoder of {self.name!r} has none; nearest valid: false")
+            self.pipe.vae.enable_tiling()
+
+    def keep_embeddings(self, folder: Path, most: int, pipeline: Path) -> None:
+        """See `TakesTools.keep_embeddings`. What is there of another model, dtype, kind of device or library is not
+        taken for this one's."""
+        import diffusers
+        import transformers
+
+        parts = [part for part in self.pipe.components if part.startswith(("text_encoder", "tokenizer", "processor"))]
+        facts = [type(self).__name__, self.dtype, self.device.type, diffusers.__version__, transformers.__version__]
+        facts.append(find_spec("ftfy") is not None)  # cleans prompts where it is installed
+        self.embeddings = Embeddings(folder=folder, content=digest(pipeline, parts, facts), disk=most)
+
+    def drop_encoders(self) -> None:
+        """See `TakesTools.drop_encoders`."""
+        for name in self.text_encoders():
+            setattr(self.pipe, name, None)
+        self._dropped = True
+
     def train_fully(self) -> None:
         """All of the network's parameters become the policy."""
         self.network.requires_grad_(True)

@@ -100,7 +100,7 @@ class Flux(DiffusersModel):
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [L, d] and `pooled` [p]; L is 512, or what T5's tokenizer allows."""
         length = min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)
-        embeds, pooled, _ = self.pipe.encode_prompt([text], None, max_sequence_length=length)
+        embeds, pooled, _ = self.pipe.encode_prompt([text], None, device=self.device, max_sequence_length=length)
         return {"embeds": embeds[0], "pooled": pooled[0]}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:

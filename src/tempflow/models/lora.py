@@ -74,10 +74,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 def layer_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """The layers of `network` that can have a LoRA; one that has is called as it is without."""
     return {
-        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        name.removesuffix(".base_layer"): _shape(module)
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
     }
+
+
+def _shape(module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Of the layer's weight, also where that is packed into fewer bits."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
 
 
 def ranks_of(lora: Lora) -> dict[str, int]:

@@ -93,11 +93,12 @@ class Part:
 class TakesLora(Protocol):
     """A model on whose network a LoRA can be trained, and that takes one from a file."""
 
-    def add_lora(self, rank: int, alpha: int) -> None:
-        """A fresh LoRA of scale alpha/rank, on the family's usual layers, becomes the policy: A Gaussian, from torch's
-        generator, and B zero, so that the policy starts as the base.
+    def add_lora(self, rank: int, alpha: int, targets: Sequence[str] | None = None) -> None:
+        """A fresh LoRA of scale alpha/rank becomes the policy: A Gaussian, from torch's generator, and B zero, so that
+        the policy starts as the base. On the family's usual layers, or on those that `targets` mean: each an end of a
+        layer's name, or a regular expression of all of it.
 
-        Raises ValueError when rank or alpha is below 1, or there is a LoRA already.
+        Raises ValueError when rank or alpha is below 1, there is a LoRA already, or a target means no layer.
         """
         ...
 

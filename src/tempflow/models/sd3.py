@@ -84,7 +84,12 @@ class SD3(DiffusersModel):
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [L, d] and `pooled` [p]."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            [text], None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_tokens
+            [text],
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_tokens,
         )
         return {"embeds": embeds[0], "pooled": pooled[0]}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.config import Config, load_config
+from tempflow.config import Config, ModelConfig, load_config
 from tempflow.core.credit import PerStream
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models import DTYPES, Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
 from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
 from tempflow.models.finite import encoded
@@ -26,6 +26,7 @@ from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_o
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.pipeline_folder import settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
+from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
@@ -39,8 +40,6 @@ from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, ch
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def settled(config: Config) -> Config:
@@ -72,8 +71,9 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
     if begun is not None:
         check_start(begun, m.training)
     check_model(config)
-    dtype = "float32" if sharded(config, world) else m.dtype
-    model = load(m.path, revision=m.revision, dtype=dtype, device=str(device_of(config, None, world)))
+    dtype, device, tools = "float32" if sharded(config, world) else m.dtype, device_of(config, None, world), _tools(m)
+    tools.check(m.training, str(device), sharded(config, world))
+    model = load(m.path, revision=m.revision, dtype=dtype, device=str(device), tools=tools)
     if m.training == "lora":
         if not isinstance(model, TakesLora):
             raise ValueError(f"model.training: 'lora', but {m.path!r} takes no LoRA; nearest valid: 'full'")
@@ -81,12 +81,35 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
             torch.manual_seed(config.seed)  # LoRA's initial weights are a function of the run's seed
             lora = None if begun is None else begun.lora_for(model)
             if lora is None:
-                model.add_lora(m.lora_rank, m.lora_alpha)
+                model.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets or None)
             else:
                 model.add_lora_on(ranks_of(lora), m.lora_alpha / m.lora_rank)
     else:
         model.train_fully()
+    if isinstance(model, TakesTools):
+        model.equip(tools)
+        if m.cache:
+            folder, most = Path(m.cache).expanduser(), int(m.cache_gib * 2**30)
+            model.keep_embeddings(folder, most, local_folder(m.path, m.revision))
+    elif m.cache:
+        raise ValueError(f"model.cache: {m.path!r} keeps no embeddings; nearest valid: ''")
     return model
+
+
+def encode_ahead(config: Config, model: Model, prompts: Sequence[Prompt], world: World) -> None:
+    """Where `model.drop_encoders` asks for it: encodes all prompts into the cache, each rank its share, and frees the
+    text encoders."""
+    if not (config.model.drop_encoders and isinstance(model, TakesTools)):
+        return
+    for prompt in list(prompts)[world.rank :: world.size]:
+        encoded(model, [prompt], config.size)
+    world.wait()
+    model.drop_encoders()
+
+
+def _tools(m: ModelConfig) -> Tools:
+    """The tools that a configuration asks for: fields of the same names."""
+    return Tools(**{field.name: getattr(m, field.name) for field in fields(Tools)})
 
 
 def check_model(config: Config) -> Guidance:

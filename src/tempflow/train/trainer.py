@@ -35,6 +35,7 @@ from tempflow.train.build import (
     check_ranks,
     context_of,
     device_of,
+    encode_ahead,
     guidance_kind,
     pictures_of,
     prepare_model,
@@ -484,6 +485,7 @@ def train(
         say_old_forwards(config, algorithm, display.say)
         check_draft(algorithm, device_of(config, model, world), sharded(config, world))
         model = model or prepare_model(config, world)
+        encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
         context, trainable, weight_sets = context_of(config, model, algorithm, rewards, pictures, world, display.say)
         world.wait()  # all have read what the records will write over
