@@ -19,7 +19,7 @@ GUIDANCE = 3.5
 SHIFTED = {"base_shift": 1.2}
 
 
-def _make() -> FluxPipeline:
+def _make(guidance_embeds: bool) -> FluxPipeline:
     clip = CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -51,7 +51,7 @@ def _make() -> FluxPipeline:
         num_attention_heads=2,
         joint_attention_dim=24,
         pooled_projection_dim=16,
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),
     )
     return FluxPipeline(
@@ -65,8 +65,9 @@ def _make() -> FluxPipeline:
     )
 
 
-def pipeline() -> FluxPipeline:
-    return build(_make)
+def pipeline(guidance_embeds: bool = True) -> FluxPipeline:
+    """Without `guidance_embeds` as FLUX.1-schnell is, which takes no guidance."""
+    return build(lambda: _make(guidance_embeds))
 
 
 def noise_shape(pipe: FluxPipeline, size: Size) -> tuple[int, int, int]:

@@ -103,14 +103,14 @@ def _make_dev() -> Flux2Pipeline:
     )
 
 
-def _make_klein() -> Flux2KleinPipeline:
+def _make_klein(is_distilled: bool) -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         scheduler=_scheduler(),
         vae=_autoencoder(),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(**_decoder(28))),
         tokenizer=tokenizer(32, "$A", chat=QWEN_CHAT),
         transformer=_transformer(guidance_embeds=False),
-        is_distilled=False,
+        is_distilled=is_distilled,
     )
 
 
@@ -118,9 +118,9 @@ def dev() -> Flux2Pipeline:
     return build(_make_dev)
 
 
-def klein() -> Flux2KleinPipeline:
-    """A base checkpoint; a distilled one says `is_distilled` in model_index.json, and takes no guidance."""
-    return build(_make_klein)
+def klein(is_distilled: bool = False) -> Flux2KleinPipeline:
+    """A distilled checkpoint says so in model_index.json, and takes no guidance."""
+    return build(lambda: _make_klein(is_distilled))
 
 
 def noise_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
@@ -197,7 +197,8 @@ def velocity(
 ) -> Tensor:
     """v at t = 1000·σ. The network takes σ, as t/1000, and int64 ids (0, row, column, 0).
 
-    Dev takes the guidance as a number, also at 1; klein's is classifier-free, against "" whatever `negative` says.
+    Dev takes the guidance as a number, also at 1; a base klein's is classifier-free, against "" whatever
+    `negative` says.
     """
     rows, columns = torch.arange(x.shape[2]), torch.arange(x.shape[3])
     ids = torch.cartesian_prod(torch.tensor([0]), rows, columns, torch.tensor([0])).expand(len(x), -1, -1)
@@ -214,7 +215,7 @@ def velocity(
         )[0]
 
     v = run(positive)
-    if embedded is None and guidance != 1:
+    if embedded is None and guidance != 1 and not pipe.config.is_distilled:
         base = run(encode(pipe, [""] * len(x)))
         v = base + guidance * (v - base)
     return v.transpose(1, 2).reshape(x.shape)
