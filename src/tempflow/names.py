@@ -283,14 +283,13 @@ command or configuration at hand has is proposed, where there are no sections by
 field there is never looked up."""
 
 VALUES: Mapping[str, tuple[str, ...]] = {
-    "fp16": ("bfloat16",),  # float16 is not offered; both halve the memory
-    "float16": ("bfloat16",),
-    "half": ("bfloat16",),
-    "16": ("bfloat16",),
+    "fp16": ("float16",),
+    "half": ("float16",),
+    "16": ("float16",),
     "bf16": ("bfloat16",),
     "bf16-mixed": ("bfloat16",),
-    "16-mixed": ("bfloat16",),
-    "torch.float16": ("bfloat16",),
+    "16-mixed": ("float16",),
+    "torch.float16": ("float16",),
     "torch.bfloat16": ("bfloat16",),
     "amp": ("bfloat16",),
     "fp32": ("float32",),

@@ -72,7 +72,8 @@ class ModelConfig(Strict):
         default=False, description="text encoders and autoencoder wait on the CPU while they are not used"
     )
     quantise: Literal["none", "int8", "float8", "nf4"] = Field(
-        default="none", description="how the frozen network under a LoRA is held (needs tempflow[quant])"
+        default="none",
+        description="how the frozen network under a LoRA is held (needs tempflow[quant] or, for nf4, tempflow[bits])",
     )
     cache: Place = Field(
         default="", description="a folder of encoded prompts that runs and ranks share; empty = in memory alone"

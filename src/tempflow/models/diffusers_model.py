@@ -206,8 +206,8 @@ class DiffusersModel(ABC):
         for text, negative in [(p.negative, True) for p in prompts] + [(p.text, False) for p in prompts]:
             keys.append(self.text_key(text, negative, size))
             encode.setdefault(keys[-1], partial(self._encode_text, text, negative, size))
-        with resident(list(self.text_encoders().values()), self.device, self._offloaded):
-            rows, count = self.embeddings.rows(keys, encode), len(prompts)
+        here = partial(resident, list(self.text_encoders().values()), self.device, self._offloaded)
+        rows, count = self.embeddings.rows(keys, encode, here), len(prompts)
         negatives, texts = rows[:count], rows[count:]
         return Conditioning(
             tuple(prompts),

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -62,15 +62,17 @@ class Embeddings:
         mark.touch()
         self._bound(self.folder)
 
-    def rows(self, keys: Sequence[str], encode: Mapping[str, Callable[[], Row]]) -> list[Row]:
-        """The rows of those keys; `encode` makes the ones that are nowhere yet, each once, in the keys' order."""
+    def rows(
+        self,
+        keys: Sequence[str],
+        encode: Mapping[str, Callable[[], Row]],
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> list[Row]:
+        """The rows of those keys; `encode` makes the ones that are nowhere yet, each once, in the keys' order, inside
+        one `around`."""
         found = {key: self._rows.pop(key) if key in self._rows else self._from_disk(key) for key in dict.fromkeys(keys)}
-        kept: dict[str, Row] = {}
-        for key, row in found.items():
-            if row is None:
-                row = {name: tensor.detach().cpu().contiguous() for name, tensor in encode[key]().items()}
-                self._to_disk(key, row)
-            kept[key] = row
+        with nullcontext() if all(row is not None for row in found.values()) else around():
+            kept = {key: self._made(key, encode[key]) if row is None else row for key, row in found.items()}
         self._rows |= kept  # the newest last
         held = sum(map(_bytes, self._rows.values()))
         for oldest in list(self._rows):
@@ -78,6 +80,11 @@ class Embeddings:
                 break
             held -= _bytes(self._rows.pop(oldest))
         return [kept[key] for key in keys]
+
+    def _made(self, key: str, encode: Callable[[], Row]) -> Row:
+        row = {name: tensor.detach().cpu().contiguous() for name, tensor in encode().items()}
+        self._to_disk(key, row)
+        return row
 
     def clear(self) -> None:
         """Forgets what is in memory, and the folder: the encoders have changed."""

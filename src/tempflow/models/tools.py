@@ -23,8 +23,8 @@ Quantised = Literal["none", "int8", "float8", "nf4"]
 """How the frozen weights of a network with a LoRA are held: int8 and float8 by torchao, a scale a row; NF4 by
 bitsandbytes, 4 bits, as QLoRA has it."""
 
-NEEDS = {"int8": "torchao", "float8": "torchao", "nf4": "bitsandbytes"}
-"""The library that each takes; `tempflow[quant]` brings both."""
+NEEDS = {"int8": ("torchao", "quant"), "float8": ("torchao", "quant"), "nf4": ("bitsandbytes", "bits")}
+"""The library that each takes, and the extra that brings it."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ class Tools:
                 )
             if self.quantise == "nf4" and not device.startswith("cuda"):
                 raise ValueError(f"model.quantise: 'nf4' needs a CUDA device, and this is {device}; nearest: 'int8'")
-            if find_spec(NEEDS[self.quantise]) is None:
-                raise ImportError(
-                    f"model.quantise: {self.quantise!r} needs {NEEDS[self.quantise]}: pip install 'tempflow[quant]'"
-                )
+            library, extra = NEEDS[self.quantise]
+            if find_spec(library) is None:
+                raise ImportError(f"model.quantise: {self.quantise!r} needs {library}: pip install 'tempflow[{extra}]'")
 
 
 @runtime_checkable
@@ -130,7 +129,7 @@ def with_attention(network: Any, backend: str) -> None:
 
     known = [name.value for name in AttentionBackendName]
     if backend not in known:
-        raise ValueError(f"model.attention: {backend[:40]!r} is unknown; nearest valid: {nearest(backend, known)!r}")
+        raise ValueError(f"model.attention: {backend[:40]!r} is unknown; nearest valid: {nearest(backend, known)}")
     try:
         network.set_attention_backend(backend)
     except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,7 +25,7 @@ from tempflow.models.finite import encoded
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
-from tempflow.models.pipeline_folder import settings_in
+from tempflow.models.pipeline_folder import licence_of, settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
@@ -61,8 +62,10 @@ def borrowed_baseline(config: Config, own: Identity, say: Callable[[str], None])
     return run_baseline(config, own)
 
 
-def prepare_model(config: Config, world: World = SINGLE) -> Model:
+def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], None] = lambda line: None) -> Model:
     """Loads the model and marks what is trained: where `model.start` is a LoRA, a LoRA on the layers of that.
+
+    Says its licence, and what a user should know of its weights.
 
     A sharded one is loaded in float32: its shards are the masters. Raises ValueError for a start that does not fit.
     """
@@ -72,6 +75,8 @@ def prepare_model(config: Config, world: World = SINGLE) -> Model:
         check_start(begun, m.training)
     check_model(config)
     dtype, device, tools = "float32" if sharded(config, world) else m.dtype, device_of(config, None, world), _tools(m)
+    if m.dtype == "float16" and sharded(config, world):
+        raise ValueError("model.dtype: 'float16' cannot be sharded; nearest valid: 'bfloat16'")
     tools.check(m.training, str(device), sharded(config, world))
     model = load(m.path, revision=m.revision, dtype=dtype, device=str(device), tools=tools)
     if m.training == "lora":
@@ -112,11 +117,34 @@ def _tools(m: ModelConfig) -> Tools:
     return Tools(**{field.name: getattr(m, field.name) for field in fields(Tools)})
 
 
-def check_model(config: Config) -> Guidance:
-    """What the configuration asks of its model, before that is loaded. Raises ValueError, naming the field."""
+NON_COMMERCIAL = re.compile(r"non-?commercial|(^|[-_. ])nc([-_. ]|$)|nscl|research-?only", re.IGNORECASE)
+"""In the name of a licence."""
+
+FEW_STEPS = re.compile(r"turbo|schnell|lightning|hyper|distill|(^|[-_])(lcm|dmd)([-_]|$)|few-?step", re.IGNORECASE)
+"""In the name of a checkpoint: what its files often do not say."""
+
+
+def check_model(config: Config, say: Callable[[str], None] = lambda line: None) -> Guidance:
+    """What the configuration asks of its model, before that is loaded; `say` is told its licence and what looks like a
+    few-step distillation. Raises ValueError, naming the field."""
     m = config.model
     folder = local_folder(m.path, m.revision)
     family, settings = adapter_of(m.path, folder).family, partial(settings_in, folder)
+    licence = licence_of(folder)
+    if NON_COMMERCIAL.search(licence) and m.accept_licence != licence:
+        raise ValueError(
+            f"model.accept_licence: {m.accept_licence[:40]!r}, and {m.path[:60]!r} is under {licence!r}, which is "
+            f"non-commercial; nearest valid, where you accept it: {licence!r}"
+        )
+    if m.path != "shapes":
+        say(f"model: {m.path}, {family.title}, licence {licence}")
+    name = FEW_STEPS.search(Path(m.path).name)
+    why = family.distilled(settings) or (f"its name says {name[0]!r}" if name else "")
+    if why:
+        say(
+            f"warn: model.path: {m.path} looks like a few-step distillation ({why}): such weights are made for the few "
+            "steps of their own grid, and training undoes that; nearest valid: the checkpoint that it was made of"
+        )
     return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 
 

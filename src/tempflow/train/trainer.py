@@ -328,6 +328,7 @@ class Trainer:
                     "followers": self.weight_sets.updates(),
                     "average_updates": 0 if self.average is None else self.average.updates,
                     "best": self.best,
+                    "loss_scale": [self.trainable.loss_scale, self.trainable.finite_steps],
                     "seconds": self.seconds,
                     "guards": self.guards.state,
                     "looks": baseline_facts(self.baseline),
@@ -355,6 +356,8 @@ class Trainer:
             self.average.load(tensors[checkpoint.AVERAGE], state["average_updates"])
         self.weight_sets.load(tensors, state["followers"])
         load_optimizer(self.optimizer, self.trainable.names, tensors.get(checkpoint.OPTIMIZER, {}))
+        scale = [self.trainable.loss_scale, self.trainable.finite_steps]
+        self.trainable.loss_scale, self.trainable.finite_steps = state.get("loss_scale", scale)
         self.counter = Counter(**state["counter"])
         self.done, self.seconds, self.guards.state = state["iteration"], state["seconds"], state["guards"]
         self.kept = self.done
@@ -484,7 +487,7 @@ def train(
         warn_of_warmup(config, display.say)
         say_old_forwards(config, algorithm, display.say)
         check_draft(algorithm, device_of(config, model, world), sharded(config, world))
-        model = model or prepare_model(config, world)
+        model = model or prepare_model(config, world, display.say)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
         context, trainable, weight_sets = context_of(config, model, algorithm, rewards, pictures, world, display.say)

@@ -129,9 +129,15 @@ def _checked(context: Context, trainable: Trainable, seen: Sums, iteration: int,
         check_finite_loss(torch.tensor(seen.loss), iteration)
         norm = clip_gradients(trainable.masters, context.max_grad_norm, iteration)
     except NonFiniteError as fault:
-        guards.drops(iteration, fault)
+        if math.isfinite(seen.loss) and trainable.rescale(finite=False):
+            guards.say(
+                f"iteration {iteration}: the loss's scale is halved to {trainable.loss_scale:g}, and no step made"
+            )
+        else:
+            guards.drops(iteration, fault)
         trainable.zero_grad()
         return None
+    trainable.rescale(finite=True)
     guards.drops(iteration, None)
     return norm
 
@@ -184,7 +190,7 @@ def accumulate(
             context.shards.before_backward(last=number + 1 == len(batches))
         loss = loss_of(context, models, experience, advantages, batch, None if old is None else old[number], drawn_by)
         value = loss.value * (batch.units * share)
-        value.backward()
+        (value * trainable.loss_scale).backward()
         trainable.collect()
         total += value.item()
         rows += len(batch.row)

@@ -23,12 +23,17 @@ from tempflow.core.ema import Rule
 from tempflow.models.precision import CheapCopy, cheap_copy, check_precision
 from tempflow.models.protocol import Model
 
+FIRST_SCALE, LARGEST_SCALE, GROWS = 2.0**16, 2.0**24, 2000
+"""Of float16's losses."""
+
 
 class Trainable:
     """The parameters of `network` that require gradients, with float32 masters that the optimizer moves.
 
     In float32 the masters are the parameters themselves. In bfloat16 the network computes with rounded copies:
-    gradients are added up in float32 (`collect`) and the moved masters are rounded back (`publish`).
+    gradients are added up in float32 (`collect`) and the moved masters are rounded back (`publish`). In float16 losses
+    are multiplied by `loss_scale` before their backward, or small gradients would be rounded to 0.
+
     Raises ValueError when nothing is trainable.
     """
 
@@ -44,16 +49,32 @@ class Trainable:
             [nn.Parameter(p.detach().float().clone()) for p in self.parameters] if self.split else self.parameters
         )
 
+        half = any(p.dtype == torch.float16 for p in self.parameters)
+        self.loss_scale, self.finite_steps = FIRST_SCALE if half else 1.0, 0
+
     def collect(self) -> None:
-        """Adds the network's fresh gradients to the masters'. To be called after each backward."""
+        """Adds the network's fresh gradients to the masters', without the loss's scale. To be called after each
+        backward."""
         if not self.split:
             return
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.grad is None:
                 continue
-            fresh = parameter.grad.float()
+            fresh = parameter.grad.float() / self.loss_scale
             master.grad = fresh if master.grad is None else master.grad.add_(fresh)
             parameter.grad = None
+
+    def rescale(self, finite: bool) -> bool:
+        """After a step's gradients: where they are not `finite`, half the loss's scale, and whether that was above 1,
+        so that the scale may have been why. After `GROWS` finite steps in a row it is doubled (as torch.amp's)."""
+        if self.loss_scale <= 1:
+            return False
+        self.finite_steps = self.finite_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale /= 2
+        elif self.finite_steps % GROWS == 0:
+            self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
+        return not finite
 
     def zero_grad(self) -> None:
         for p in (*self.parameters, *self.masters):
