@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake import Bench, Fake
 from torch import nn
 
 from tempflow.core.ema import Ema
+from tempflow.train.guards import GuardError
 from tempflow.train.weights import Trainable, WeightSet, frozen_copy
 
 
@@ -130,3 +132,52 @@ def test_frozen_copy_neither_trains_nor_follows() -> None:
         p.requires_grad for p in network.parameters()
     )
     assert not any(m.training for m in reference.modules()) and network.training
+
+
+# -------------------------------------------------------------------------------------------------------------- float16
+def test_a_scaled_loss_gives_the_gradient_that_float32_gives() -> None:
+    """Without the scale the half of a small gradient would be 0."""
+    exact, half = Bench(), Bench(Fake(dtype=torch.float16))
+    assert half.trainable.loss_scale == 2.0**16 and exact.trainable.loss_scale == 1
+    for bench in (exact, half):
+        bench.iterate()
+    for a, b in zip(exact.trainable.masters, half.trainable.masters, strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).abs().max() <= 0.05 * a.grad.abs().max()
+
+
+def test_an_overflow_halves_the_scale_and_moves_nothing() -> None:
+    bench = Bench(Fake(dtype=torch.float16))
+    bench.trainable.loss_scale = 2.0**40
+    before = bench.trainable.state()
+    metrics = bench.iterate()
+    assert metrics["updates"] == 0 and bench.trainable.loss_scale == 2.0**39
+    assert all(torch.equal(before[n], t) for n, t in bench.trainable.state().items())
+    assert bench.said == ["iteration 1: no step; the loss's scale is halved to 5.49756e+11"]
+    for iteration in range(1, 40):
+        if bench.iterate(iteration)["updates"]:
+            break
+    assert not all(torch.equal(before[n], t) for n, t in bench.trainable.state().items())
+    assert 1 < bench.trainable.loss_scale < 2.0**39
+
+
+def test_a_fault_that_no_scale_mends_is_a_fault() -> None:
+    bench = Bench(Fake(dtype=torch.float16))
+    experience = bench.collect()
+    with torch.no_grad():
+        bench.trainable.masters[0].fill_(float("nan"))
+    bench.trainable.publish()
+    with pytest.raises(GuardError, match=r"iteration 1: non_finite: the loss is nan\. No weight was changed"):
+        bench.update(experience)
+    assert bench.trainable.loss_scale == 2.0**16
+
+
+def test_the_scale_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempflow.train.weights.GROWS", 3)
+    trainable = Trainable(Fake(dtype=torch.float16).network)
+    seen = [trainable.rescale(finite) for finite in (True, True, False, True, True, True)]
+    assert seen == [False, False, True, False, False, False] and trainable.loss_scale == 2.0**16
+    trainable.loss_scale = 2.0**24
+    for _ in range(3):
+        trainable.rescale(True)
+    assert trainable.loss_scale == 2.0**24

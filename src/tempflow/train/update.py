@@ -130,9 +130,7 @@ def _checked(context: Context, trainable: Trainable, seen: Sums, iteration: int,
         norm = clip_gradients(trainable.masters, context.max_grad_norm, iteration)
     except NonFiniteError as fault:
         if math.isfinite(seen.loss) and trainable.rescale(finite=False):
-            guards.say(
-                f"iteration {iteration}: the loss's scale is halved to {trainable.loss_scale:g}, and no step made"
-            )
+            guards.say(f"iteration {iteration}: no step; the loss's scale is halved to {trainable.loss_scale:g}")
         else:
             guards.drops(iteration, fault)
         trainable.zero_grad()
