@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.evaluate.suite import draw
-from tempflow.export import export_run
+from tempflow.export import export_run, push
 from tempflow.export import write as export_write
 from tempflow.media import Size
 from tempflow.models import load, shapes_folder
@@ -493,3 +494,81 @@ def test_wrong_lines(words: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         export_verb(words)
     assert message in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- the hub
+class Hub:
+    """Stands in for huggingface_hub's HfApi."""
+
+    calls: ClassVar[list[tuple[str, dict]]] = []
+    refuses: ClassVar[Exception | None] = None
+
+    def create_repo(self, repo_id: str, **options: object) -> None:
+        self.calls.append(("create", {"repo_id": repo_id, **options}))
+        if self.refuses is not None:
+            raise self.refuses
+
+    def upload_folder(self, **options: object) -> str:
+        self.calls.append(("upload", options))
+        return "https://hub/org/name/commit/1"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    return Hub
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_text("a card")
+    return folder
+
+
+def test_a_folder_goes_to_a_private_repository(exported: Path, hub: type[Hub]) -> None:
+    line = push(exported, "org/name")
+    assert [name for name, _ in hub.calls] == ["create", "upload"]
+    assert hub.calls[0][1] == {"repo_id": "org/name", "private": True, "exist_ok": True}
+    assert hub.calls[1][1]["folder_path"] == str(exported) and hub.calls[1][1]["repo_id"] == "org/name"
+    assert line == "1 files, 0.0 MB are at https://hub/org/name/commit/1"
+
+
+def test_a_dry_run_sends_nothing(exported: Path, hub: type[Hub]) -> None:
+    assert push(exported, "org/name", dry=True).endswith("would go to org/name; nothing was sent")
+    assert hub.calls == []
+
+
+def test_a_hub_that_refuses_is_one_line(exported: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "refuses", OSError("401 Client Error\nUnauthorized"))
+    with pytest.raises(
+        ValueError, match=r"push_to_hub: 'org/name' cannot be written \(OSError: 401 .*hf auth login"
+    ) as e:
+        push(exported, "org/name")
+    assert "\n" not in str(e.value) and (exported / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "a b/c", ""])
+def test_a_name_that_is_no_repository(exported: Path, hub: type[Hub], name: str) -> None:
+    with pytest.raises(ValueError, match=r"push_to_hub: .* is no repository; nearest valid: 'ORG/NAME'"):
+        push(exported, name)
+    assert hub.calls == []
+
+
+def test_the_verb_checks_the_name_first_and_pushes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempflow.export as room
+
+    done: list[tuple] = []
+    monkeypatch.setattr(room, "export_run", lambda run, to, **options: done.append(("export", to)) or to)
+    monkeypatch.setattr(room, "push", lambda folder, name, dry: done.append(("push", name, dry)) or "pushed")
+    with pytest.raises(ValueError, match="push_to_hub"):
+        export_verb(["runs/x", "--output", str(tmp_path / "o"), "--push-to-hub", "nowhere"])
+    with pytest.raises(ValueError, match="dry_run: true, and nothing is to be pushed"):
+        export_verb(["runs/x", "--output", str(tmp_path / "o"), "--dry-run"])
+    assert done == []
+    assert export_verb(["runs/x", "--output", str(tmp_path / "o"), "--push-to-hub", "org/x", "--dry-run"]) == 0
+    assert done == [("export", tmp_path / "o"), ("push", "org/x", True)]

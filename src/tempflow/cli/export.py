@@ -25,9 +25,13 @@ class ExportOptions(Strict):
         default=None,
         description="a LoRA for diffusers, one as a PEFT folder, or a whole pipeline (default: as the run trained)",
     )
-    dtype: Literal["float32", "bfloat16"] | None = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the files (default: what the run computed in)"
     )
+    push_to_hub: str = Field(
+        default="", description="ORG/NAME to upload the folder to, as your own hub login allows; private if it is new"
+    )
+    dry_run: bool = Field(default=False, description="with --push-to-hub: write the folder and upload nothing")
 
 
 def export_verb(args: Sequence[str]) -> int:
@@ -37,7 +41,12 @@ def export_verb(args: Sequence[str]) -> int:
     if not options.output:
         fits = f"{options.run.rstrip('/')}-export"
         raise ConfigError(f"output: none given; nearest valid: --output {cut(fits)}")
-    from tempflow.export import export_run
+    if options.dry_run and not options.push_to_hub:
+        raise ConfigError("dry_run: true, and nothing is to be pushed; nearest valid: --push-to-hub ORG/NAME")
+    from tempflow.export import check_hub_name, export_run, push
+
+    if options.push_to_hub:
+        check_hub_name(options.push_to_hub)
 
     folder = export_run(
         Path(options.run),
@@ -48,4 +57,6 @@ def export_verb(args: Sequence[str]) -> int:
         dtype=options.dtype,
     )
     print(folder)
+    if options.push_to_hub:
+        print(push(folder, options.push_to_hub, dry=options.dry_run))
     return 0

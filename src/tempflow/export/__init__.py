@@ -1,5 +1,5 @@
 """A run's weights as a folder for diffusers."""
 
-from tempflow.export.write import Form, Which, export_run, merge, run_config
+from tempflow.export.write import Form, Which, check_hub_name, export_run, merge, push, run_config
 
-__all__ = ["Form", "Which", "export_run", "merge", "run_config"]
+__all__ = ["Form", "Which", "check_hub_name", "export_run", "merge", "push", "run_config"]

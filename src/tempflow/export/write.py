@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tempflow.config import Config, load_config
 from tempflow.export.card import Export, base_file, base_name, card, licence
 from tempflow.folder import check
-from tempflow.models import DTYPES, load
+from tempflow.models import DTYPES, HUB_ID, load
 from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
 from tempflow.models.quiet import quiet
 
@@ -219,3 +219,39 @@ def _finished(to: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+def check_hub_name(name: str) -> None:
+    """Raises ValueError where `name` is no "ORG/NAME"."""
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"push_to_hub: {name[:60]!r} is no repository; nearest valid: 'ORG/NAME'")
+
+
+def push(folder: Path, name: str, dry: bool = False) -> str:
+    """Uploads an exported folder to the hub's repository `name`, which is made, private, where it is not there. Returns
+    a line that says what was done; with `dry`, what would be, and nothing is sent.
+
+    Raises ValueError in one line for a name that is none, or where the hub refuses; ImportError where huggingface_hub
+    is missing.
+    """
+    check_hub_name(name)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    what = f"{len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB"
+    if dry:
+        return f"dry run: {what} of {folder} would go to {name}; nothing was sent"
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ImportError("push_to_hub needs huggingface_hub: pip install 'tempflow[diffusers]'") from error
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=True, exist_ok=True)
+        place = hub.upload_folder(repo_id=name, folder_path=str(folder), commit_message=f"Upload {folder.name}")
+    except (OSError, ValueError) as error:  # the hub's own errors are both kinds
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"push_to_hub: {name!r} cannot be written ({type(error).__name__}: {told}); nearest valid: a repository of "
+            f"yours, after `hf auth login`. The folder is whole: {folder}"
+        ) from error
+    return f"{what} are at {place}"
