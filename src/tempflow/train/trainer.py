@@ -33,6 +33,7 @@ from tempflow.train.build import (
     borrowed_baseline,
     by_stream,
     check_ranks,
+    check_streams,
     context_of,
     device_of,
     encode_ahead,
@@ -45,6 +46,7 @@ from tempflow.train.build import (
     say_old_forwards,
     settled,
     sharded,
+    streams_of,
     takes_sources,
     warn_of_warmup,
 )
@@ -483,7 +485,10 @@ def train(
         check_ranks(config, world, display.say)
         warn_of_warmup(config, display.say)
         say_old_forwards(config, algorithm, display.say)
-        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+        with config.naming("algorithm"):
+            check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+        if reward is None:
+            check_streams(config, algorithm, streams_of(config, model), config.model.path)
         model = model or prepare_model(config, world)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
