@@ -138,3 +138,41 @@ def test_who_can_be_given_what() -> None:
     assert serves("picture", "picture") and serves("video", "video") and serves("video and sound", "video and sound")
     assert serves("video and sound", "sound") and serves("video and sound", "video")
     assert not serves("video", "picture") and not serves("picture", "video") and not serves("video", "sound")
+
+
+def test_media_of_another_size_say_both() -> None:
+    def made(frames: int = 4, fps: float | None = 8.0, seconds: float | None = None) -> Media:
+        sound = None if seconds is None else torch.zeros(1, 1, round(seconds * 100))
+        pixels = torch.zeros(1, frames, 2, 3, 3, dtype=torch.uint8)
+        return Media(pixels, fps, sound, None if seconds is None else 100)
+
+    for media, size in (
+        (made(), Size(2, 3, 4, 8.0)),
+        (made(), Size(2, 3, 4)),
+        (made(seconds=9.0), Size(2, 3, 4, 8.0)),
+        (made(seconds=0.55), Size(2, 3, 4, 8.0, 0.5)),
+        (made(fps=24000 / 1001), Size(2, 3, 4, 23.976024)),
+        (made(frames=1, fps=None), Size(2, 3, 1, 8.0)),
+    ):
+        assert media.misfit(size) == ""
+    for media, size, told in (
+        (
+            made(frames=2, fps=4.0),
+            Size(2, 3, 4, 8.0),
+            "2×3, 2 frames at 4 a second, and 2×3, 4 frames at 8 a second is",
+        ),
+        (
+            made(fps=4.0),
+            Size(2, 3, 4, 8.0),
+            "2×3, 4 frames at 4 a second, and 2×3, 4 frames at 8 a second is asked for",
+        ),
+        (made(fps=None), Size(2, 3, 4, 8.0), "2×3, 4 frames, and 2×3, 4 frames at 8 a second is asked for"),
+        (made(), Size(3, 3, 4), "2×3, 4 frames at 8 a second, and 3×3, 4 frames is asked for"),
+        (made(seconds=0.5), Size(2, 3, 4, 8.0, 1.0), "2×3, 4 frames at 8 a second, 0.5 s of sound, and 2×3, 4 frames"),
+        (
+            made(),
+            Size(2, 3, 4, 8.0, 1.0),
+            "2×3, 4 frames at 8 a second, and 2×3, 4 frames at 8 a second, 1 s of sound is",
+        ),
+    ):
+        assert media.misfit(size).startswith(told)

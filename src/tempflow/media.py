@@ -21,6 +21,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 DURATION = 100
 """Milliseconds that a frame of a clip without a rate is shown."""
 
+SLACK = 0.1
+"""Seconds by which a sound may be longer or shorter than was asked for: models make it in blocks."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -55,8 +58,10 @@ class Size:
         return self.height * self.width * self.frames
 
     def __str__(self) -> str:
-        frames = f", {self.frames} frames" if self.frames > 1 else ""
-        return f"{self.height}×{self.width}{frames}"
+        rate = f" at {self.fps:.5g} a second" if self.fps is not None else ""
+        frames = f", {self.frames} frames{rate}" if self.frames > 1 else ""
+        sound = f", {self.seconds:.5g} s of sound" if self.seconds is not None else ""
+        return f"{self.height}×{self.width}{frames}{sound}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +157,19 @@ class Media:
     @property
     def size(self) -> Size:
         _, frames, height, width, _ = self.frames.shape
-        return Size(height, width, frames, self.fps)
+        heard = self.sound is not None and self.sound_rate is not None
+        return Size(height, width, frames, self.fps, self.sound.shape[2] / self.sound_rate if heard else None)
+
+    def misfit(self, size: Size) -> str:
+        """Both sizes, where media are not of `size`; "" where they are. A rate and a length of sound count where they
+        are asked for, the rate of clips alone."""
+        own = self.size
+        fits = (own.height, own.width, own.frames) == (size.height, size.width, size.frames)
+        if size.fps is not None and size.frames > 1:
+            fits = fits and own.fps is not None and math.isclose(own.fps, size.fps, rel_tol=1e-6)
+        if size.seconds is not None:
+            fits = fits and own.seconds is not None and abs(own.seconds - size.seconds) <= SLACK
+        return "" if fits else f"{own}, and {size} is asked for"
 
     def pictures(self, count: int = 1) -> Tensor:
         """uint8 [N·count, H, W, 3]: of each medium `count` frames in order, evenly apart, its middle one for 1.

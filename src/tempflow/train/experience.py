@@ -25,7 +25,18 @@ from tempflow.core.scores import Scores
 from tempflow.core.state import WHOLE as WHOLE_STATE
 from tempflow.core.state import StateLayout
 from tempflow.media import Size
-from tempflow.models.finite import ADVICE, GIVEN, WHOLE, WHY, Decoded, decoded, encoded, finite_rows, told
+from tempflow.models.finite import (
+    ADVICE,
+    GIVEN,
+    WHOLE,
+    WHY,
+    Decoded,
+    decoded,
+    encoded,
+    encoded_media,
+    finite_rows,
+    told,
+)
 from tempflow.models.protocol import LaysOut, Model, Predict, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards.safe import faults
@@ -493,7 +504,7 @@ def offline_forest(
     A prompt is read and encoded by itself, so that its latents do not depend on its neighbours nor on the ranks. A
     sample whose latent is not finite has a failed score.
     """
-    latents = torch.cat([model.encode_media(read([prompt]), size) for prompt in prompts])
+    latents = torch.cat([encoded_media(model, read([prompt]), size) for prompt in prompts])
     plans = [samples.plan(0, slot) for slot in slots]
     forest = replace(skeleton(plans, slots), nodes=latents)
     ok = finite_rows(latents).cpu()
