@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tempflow import media
 from tempflow.media import DURATION, Media, Size, serves
 
 
@@ -146,7 +147,7 @@ def test_media_of_another_size_say_both() -> None:
         pixels = torch.zeros(1, frames, 2, 3, 3, dtype=torch.uint8)
         return Media(pixels, fps, sound, None if seconds is None else 100)
 
-    for media, size in (
+    for given, size in (
         (made(), Size(2, 3, 4, 8.0)),
         (made(), Size(2, 3, 4)),
         (made(seconds=9.0), Size(2, 3, 4, 8.0)),
@@ -154,8 +155,8 @@ def test_media_of_another_size_say_both() -> None:
         (made(fps=24000 / 1001), Size(2, 3, 4, 23.976024)),
         (made(frames=1, fps=None), Size(2, 3, 1, 8.0)),
     ):
-        assert media.misfit(size) == ""
-    for media, size, told in (
+        assert given.misfit(size) == ""
+    for given, size, told in (
         (
             made(frames=2, fps=4.0),
             Size(2, 3, 4, 8.0),
@@ -175,4 +176,19 @@ def test_media_of_another_size_say_both() -> None:
             "2×3, 4 frames at 8 a second, and 2×3, 4 frames at 8 a second, 1 s of sound is",
         ),
     ):
-        assert media.misfit(size).startswith(told)
+        assert given.misfit(size).startswith(told)
+
+
+def test_what_is_held_at_a_time_is_bounded_by_frames_and_by_bytes() -> None:
+    """1 GiB is 341 pictures at 1024², and 11 clips of 81 frames at 480×832."""
+    for size, most, held in (
+        (Size(32, 32), 1024, 1024),
+        (Size(32, 32, 81), 1024, 12),
+        (Size(512, 512), 1024, 1024),
+        (Size(1024, 1024), 1024, 341),
+        (Size(480, 832, 81, 16.0), 1024, 11),
+        (Size(720, 1280, 121), 1024, 3),
+        (Size(2160, 3840, 2000), 1, 1),
+    ):
+        assert size.at_once(most) == held
+        assert held == 1 or held * 3 * size.pixels <= media.BYTES_AT_ONCE

@@ -18,6 +18,9 @@ makes nothing else cannot be expressed, as media have frames."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+BYTES_AT_ONCE = 1 << 30
+"""Of decoded frames that are held at a time, unless a single medium has more."""
+
 DURATION = 100
 """Milliseconds that a frame of a clip without a rate is shown."""
 
@@ -56,6 +59,11 @@ class Size:
     def pixels(self) -> int:
         """Of all frames."""
         return self.height * self.width * self.frames
+
+    def at_once(self, most: int) -> int:
+        """How many media of this size are made and held at a time: at most `most` frames together, and BYTES_AT_ONCE of
+        them; one at least."""
+        return max(1, min(most // self.frames, BYTES_AT_ONCE // (3 * self.pixels)))
 
     def __str__(self) -> str:
         rate = f" at {self.fps:.5g} a second" if self.fps is not None else ""

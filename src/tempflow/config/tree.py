@@ -43,7 +43,8 @@ class Config(Strict):
         default=1024,
         ge=1,
         le=1_000_000,
-        description="most samples of a chunk of whole prompts (one at least) that is grown, then decoded and scored",
+        description="most pictures, or frames of clips, of a chunk of whole prompts (one at least) that is grown, then "
+        "decoded and scored; of large ones fewer, 1 GiB together",
     )
     overlap: bool = Field(
         default=True,

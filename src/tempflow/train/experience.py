@@ -109,7 +109,7 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     The counter counts all ranks' work.
     """
     plans = plans_of(context, iteration, len(prompts))
-    chunks = chunks_of(plans, max(1, context.rollout_leaves // context.size.frames), context.world.block(len(prompts)))
+    chunks = chunks_of(plans, context.size.at_once(context.rollout_leaves), context.world.block(len(prompts)))
     parts = roll_out(context, prompts, plans, iteration, chunks, clock)
     experience = experience_of(context, prompts, plans, Rollouts.join(parts))
     costs, algorithm = [context.algorithm.cost_of(plan) for plan in plans], context.algorithm

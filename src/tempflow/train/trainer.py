@@ -147,7 +147,7 @@ class Trainer:
             self.display.doing(f"test of the untrained model, {len(test)} pictures")
             self.baseline = Baseline(
                 self.evaluator.evaluate(test, "test", training=False),
-                self.evaluator.sample(test[:GRID]).strips(),
+                self.evaluator.strips(test[:GRID]),
                 self.evaluator.yardstick(self.prompts),
             )
         metric = self.config.evaluation.metric
@@ -296,9 +296,9 @@ class Trainer:
         """The averaged weights' pictures of the first validation prompts, for the trackers."""
         prompts = self.prompts["validation"][:SHOWN]
         with self._evaluated():
-            media = self.evaluator.sample(prompts)
+            strips = self.evaluator.strips(prompts)
         for tracker in self.trackers:
-            shown = zip(prompts, media.strips(), strict=True)
+            shown = zip(prompts, strips, strict=True)
             tracker.images("validation", [(p.text, picture.numpy()) for p, picture in shown], self.done)
 
     def _gathered(self) -> None:
@@ -389,7 +389,7 @@ class Trainer:
         test = self.prompts["test"]
         self.display.doing(f"test of the trained model, {len(test)} pictures")
         after = self.evaluator.evaluate(test, "test", training=True)
-        grid_after = self.evaluator.sample(test[:GRID]).strips()
+        grid_after = self.evaluator.strips(test[:GRID])
         run = Run(
             folder=self.records.folder,
             metric=self.config.evaluation.metric,
