@@ -165,8 +165,9 @@ class Media:
     @property
     def size(self) -> Size:
         _, frames, height, width, _ = self.frames.shape
-        heard = self.sound is not None and self.sound_rate is not None
-        return Size(height, width, frames, self.fps, self.sound.shape[2] / self.sound_rate if heard else None)
+        if self.sound is None or self.sound_rate is None:
+            return Size(height, width, frames, self.fps)
+        return Size(height, width, frames, self.fps, self.sound.shape[2] / self.sound_rate)
 
     def misfit(self, size: Size) -> str:
         """Both sizes, where media are not of `size`; "" where they are. A rate and a length of sound count where they

@@ -49,14 +49,14 @@ class Learned:
 
     def of(self, model: Model, prompts: Sequence[Prompt], perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
-        model = check_encodes(model)
+        shown = check_encodes(model)
         keys = [
-            (perturbation, seed, prompt.text, _sources(prompt), _digest(model.text_inputs(prompt).tokens))
+            (perturbation, seed, prompt.text, _sources(prompt), _digest(shown.text_inputs(prompt).tokens))
             for prompt in prompts
         ]
         for key, prompt in zip(keys, prompts, strict=True):
             if key not in self._kept:
-                self._kept[key] = _learn(model, perturbation, seed, prompt)
+                self._kept[key] = _learn(shown, perturbation, seed, prompt)
         offsets = [self._kept[key] for key in keys]
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
