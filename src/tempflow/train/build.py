@@ -18,6 +18,7 @@ from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import DTYPES, Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models.conditions import check_encodes
 from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
 from tempflow.models.finite import encoded
@@ -32,13 +33,12 @@ from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
 from tempflow.strict import nearest, shown
 from tempflow.train import checkpoint
-from tempflow.train.conditions import check_encodes
 from tempflow.train.context import Context, ScoreLatents
 from tempflow.train.identity import Identity
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
 from tempflow.train.state import Baseline, run_baseline
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_names, frozen_copy
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft, check_names, frozen_copy
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -343,11 +343,6 @@ def guidance_kind(config: Config, model: Model | None) -> type[Guidance]:
     return _family(config).guidance if model is None else model.guidance
 
 
-def streams_of(config: Config, model: Model | None) -> Sequence[str] | None:
-    """Names of the streams of the run's model before it is loaded; None where that is not known."""
-    return _family(config).streams if model is None else None
-
-
 def _family(config: Config) -> Family:
     return adapter_of(config.model.path, local_folder(config.model.path, config.model.revision)).family
 
@@ -417,6 +412,20 @@ def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt],
 def _unweighted(algorithm: Algorithm) -> Algorithm:
     """Offline samples bear scores of their own: the rewards' weights are of no use to their credit."""
     return replace(algorithm, credit=algorithm.credit.weighted(None))
+
+
+def check_before_loading(
+    config: Config, algorithm: Algorithm, model: Model | None, own: bool, world: World, say: Callable[[str], None]
+) -> None:
+    """What needs no weights. `model`: one given as an object; `own`: the rewards are the configuration's. Raises
+    ValueError, naming the field."""
+    check_ranks(config, world, say)
+    warn_of_warmup(config, say)
+    say_old_forwards(config, algorithm, say)
+    with config.naming("algorithm"):
+        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+    if own:
+        check_streams(config, algorithm, _family(config).streams if model is None else None, config.model.path)
 
 
 def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

@@ -25,6 +25,7 @@ from tempflow.core.scores import Scores
 from tempflow.core.state import WHOLE as WHOLE_STATE
 from tempflow.core.state import StateLayout
 from tempflow.media import Size
+from tempflow.models.conditions import perturbed_predictor
 from tempflow.models.finite import (
     ADVICE,
     GIVEN,
@@ -40,12 +41,11 @@ from tempflow.models.finite import (
 from tempflow.models.protocol import LaysOut, Model, Predict, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards.safe import faults
-from tempflow.train.conditions import perturbed_predictor
+from tempflow.rewards.scoring import Pending, Scoring
 from tempflow.train.context import Clock, Context, Counter, ReadPictures
 from tempflow.train.guards import GuardError
 from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
-from tempflow.train.scoring import Pending, Scoring
 from tempflow.train.signals import Signals, measure, measure_given
 
 NO_EDGES = torch.zeros(0, dtype=torch.long)

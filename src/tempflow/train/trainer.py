@@ -32,10 +32,8 @@ from tempflow.train.build import (
     PromptsLike,
     borrowed_baseline,
     by_stream,
-    check_ranks,
-    check_streams,
+    check_before_loading,
     context_of,
-    device_of,
     encode_ahead,
     guidance_kind,
     pictures_of,
@@ -43,12 +41,8 @@ from tempflow.train.build import (
     prompt_sets,
     prompt_sources,
     rewards_of,
-    say_old_forwards,
     settled,
-    sharded,
-    streams_of,
     takes_sources,
-    warn_of_warmup,
 )
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.display import Display, Interrupt, Interrupted
@@ -70,7 +64,7 @@ from tempflow.train.state import (
 )
 from tempflow.train.track import Tracker, open_trackers
 from tempflow.train.update import update
-from tempflow.train.weights import Trainable, WeightSet, WeightSets, check_draft
+from tempflow.train.weights import Trainable, WeightSet, WeightSets
 
 GRID = 24
 """Pictures in the before/after grid."""
@@ -482,13 +476,7 @@ def train(
         baseline = borrowed_baseline(config, own, display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         eval_rewards = rewards + [safe(build(name)) for name in sorted(extra)]
-        check_ranks(config, world, display.say)
-        warn_of_warmup(config, display.say)
-        say_old_forwards(config, algorithm, display.say)
-        with config.naming("algorithm"):
-            check_draft(algorithm, device_of(config, model, world), sharded(config, world))
-        if reward is None:
-            check_streams(config, algorithm, streams_of(config, model), config.model.path)
+        check_before_loading(config, algorithm, model, reward is None, world, display.say)
         model = model or prepare_model(config, world)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
