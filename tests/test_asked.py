@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,18 @@ from tempflow.doctor.run import asked_check
 from tempflow.export.card import Export, card
 from tempflow.media import Size
 from tempflow.models.family import Family, check_size
+from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.sd3 import SD3
 
 TINY = ["--iterations", "1", "--data.prompts-per-iteration", "2", "--algorithm.group", "2", "--threads", "1"]
 WRONG = [
-    (["--model.frames", "4"], "frames: 4 of 'shapes', which makes pictures; nearest valid: 1"),
-    (["--model.fps", "24"], "fps: 24.0 of 'shapes', which makes pictures; nearest valid: null"),
-    (["--model.seconds", "3"], "seconds: 3.0 of 'shapes', which makes pictures; nearest valid: null"),
-    (["--model.height", "33"], "height: 33 must be a multiple of 8 up to"),
+    (["--model.frames", "4"], "model.frames: 4 of 'shapes', which makes pictures; nearest valid: 1"),
+    (["--model.fps", "24"], "model.fps: 24.0 of 'shapes', which makes pictures; nearest valid: null"),
+    (["--model.seconds", "3"], "model.seconds: 3.0 of 'shapes', which makes pictures; nearest valid: null"),
+    (["--model.height", "33"], "model.height: 33 must be a multiple of 8 up to"),
     (
         ["--model.guidance-options", "{rescale: 0.7}"],
-        "guidance_options: 'rescale' is unknown; this family",
+        "model.guidance_options: 'rescale' is unknown; this family",
     ),
 ]
 
@@ -87,6 +90,29 @@ def test_a_prompt_file_is_looked_at_before_anything_is_fetched(
 def test_latent_shapes_are_those_that_can_be_drawn() -> None:
     config = configured("cost", ["shapes_flow", "--model.height", "64"])
     assert latent_shape(config) == (8, 16, 8)
+
+
+def test_an_option_of_guidance_that_is_refused_is_named_with_its_place() -> None:
+    @dataclass(frozen=True)
+    class Late(Guidance):
+        until: float = 1.0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 0 <= self.until <= 1:
+                raise ValueError(f"until: {self.until} must be in [0, 1]; nearest valid: 1")
+
+    assert guidance_of(Late, 4.0, {"until": 0.5}) == Late(4.0, 0.5)
+    with pytest.raises(ValueError, match=r"^model\.guidance_options\.until: 2 must be in \[0, 1\]; nearest valid: 1"):
+        guidance_of(Late, 4.0, {"until": 2})
+    with pytest.raises(ValueError, match=r"^guidance: inf is no number"):
+        guidance_of(Late, math.inf, {})
+
+
+def test_doctor_sees_a_stream_that_is_not_there() -> None:
+    config = configured("train", ["shapes_flow", "--rewards.0.stream", "video"])
+    (check,) = asked_check(config, models.shapes_folder())
+    assert check.state == "fails" and check.found.startswith("rewards.0.stream: 'video' of 'shapes', but 'shapes'")
 
 
 def test_sizes_by_what_is_made() -> None:

@@ -415,3 +415,20 @@ def test_the_learning_rate_rises_and_falls():
     cosine = rates(decay="cosine")
     assert cosine == pytest.approx([(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)]) and cosine[-1] > 0
     assert rates(warmup_iterations=9) == pytest.approx([(n + 1) / 10 for n in range(6)])
+
+
+def test_faults_of_a_section_name_its_field_with_the_section() -> None:
+    run = config(algorithm={"name": "sol_rl"})
+    for section, said, told in (
+        ("model", "height: 33 must be a multiple of 16", "model.height: 33 must be a multiple of 16"),
+        ("model", "height, width: 4×2 must be 2×2", "model.height, width: 4×2 must be 2×2"),
+        ("algorithm", "draft_precision: 'fp4'", "algorithm.draft_precision: 'fp4'"),
+        ("evaluation", "steps: 9", "evaluation.steps: 9"),
+        ("model", "model.height: 3", "model.height: 3"),
+        ("model", "draft_precision: 'fp4'", "draft_precision: 'fp4'"),
+        ("model", "the height: 3", "the height: 3"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}$") as plain, run.naming("data"):
+            raise ValueError(said)
+        with pytest.raises(ValueError, match=f"^{told}$"), run.naming(section):
+            raise plain.value

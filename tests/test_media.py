@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tempflow import media
 from tempflow.media import DURATION, Media, Size, serves
 
 
@@ -138,3 +139,56 @@ def test_who_can_be_given_what() -> None:
     assert serves("picture", "picture") and serves("video", "video") and serves("video and sound", "video and sound")
     assert serves("video and sound", "sound") and serves("video and sound", "video")
     assert not serves("video", "picture") and not serves("picture", "video") and not serves("video", "sound")
+
+
+def test_media_of_another_size_say_both() -> None:
+    def made(frames: int = 4, fps: float | None = 8.0, seconds: float | None = None) -> Media:
+        sound = None if seconds is None else torch.zeros(1, 1, round(seconds * 100))
+        pixels = torch.zeros(1, frames, 2, 3, 3, dtype=torch.uint8)
+        return Media(pixels, fps, sound, None if seconds is None else 100)
+
+    for given, size in (
+        (made(), Size(2, 3, 4, 8.0)),
+        (made(), Size(2, 3, 4)),
+        (made(seconds=9.0), Size(2, 3, 4, 8.0)),
+        (made(seconds=0.55), Size(2, 3, 4, 8.0, 0.5)),
+        (made(fps=24000 / 1001), Size(2, 3, 4, 23.976024)),
+        (made(frames=1, fps=None), Size(2, 3, 1, 8.0)),
+    ):
+        assert given.misfit(size) == ""
+    for given, size, told in (
+        (
+            made(frames=2, fps=4.0),
+            Size(2, 3, 4, 8.0),
+            "2×3, 2 frames at 4 a second, and 2×3, 4 frames at 8 a second is",
+        ),
+        (
+            made(fps=4.0),
+            Size(2, 3, 4, 8.0),
+            "2×3, 4 frames at 4 a second, and 2×3, 4 frames at 8 a second is asked for",
+        ),
+        (made(fps=None), Size(2, 3, 4, 8.0), "2×3, 4 frames, and 2×3, 4 frames at 8 a second is asked for"),
+        (made(), Size(3, 3, 4), "2×3, 4 frames at 8 a second, and 3×3, 4 frames is asked for"),
+        (made(seconds=0.5), Size(2, 3, 4, 8.0, 1.0), "2×3, 4 frames at 8 a second, 0.5 s of sound, and 2×3, 4 frames"),
+        (
+            made(),
+            Size(2, 3, 4, 8.0, 1.0),
+            "2×3, 4 frames at 8 a second, and 2×3, 4 frames at 8 a second, 1 s of sound is",
+        ),
+    ):
+        assert given.misfit(size).startswith(told)
+
+
+def test_what_is_held_at_a_time_is_bounded_by_frames_and_by_bytes() -> None:
+    """1 GiB is 341 pictures at 1024², and 11 clips of 81 frames at 480×832."""
+    for size, most, held in (
+        (Size(32, 32), 1024, 1024),
+        (Size(32, 32, 81), 1024, 12),
+        (Size(512, 512), 1024, 1024),
+        (Size(1024, 1024), 1024, 341),
+        (Size(480, 832, 81, 16.0), 1024, 11),
+        (Size(720, 1280, 121), 1024, 3),
+        (Size(2160, 3840, 2000), 1, 1),
+    ):
+        assert size.at_once(most) == held
+        assert held == 1 or held * 3 * size.pixels <= media.BYTES_AT_ONCE

@@ -102,7 +102,7 @@ def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_registry_is_a_read_only_mapping(found: Any) -> None:
     assert list(found) == sorted(found) and len(found) == len(list(found)) > 2
     assert all(make.__name__ == name for name, make in found.items())
-    assert not {"base", "frames", "function", "protocol", "safe", "__init__", ""} & found.keys()
+    assert not {"base", "frames", "function", "protocol", "safe", "scoring", "__init__", ""} & found.keys()
     for nothing in ("base", "flow_grpo.py", "os.path", "", 3):
         assert nothing not in found
         with pytest.raises(KeyError):

@@ -166,5 +166,6 @@ def latent_shape(config: Config) -> tuple[int, ...] | None:
     if not (folder / "model_index.json").is_file():
         return None
     family = adapter_of(config.model.path, folder).family
-    check_size(config.size, family.makes, config.model.path)
-    return family.latent_shape(partial(settings_in, folder), config.size)
+    with config.naming("model"):
+        check_size(config.size, family.makes, config.model.path)
+        return family.latent_shape(partial(settings_in, folder), config.size)

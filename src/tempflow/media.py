@@ -18,8 +18,14 @@ makes nothing else cannot be expressed, as media have frames."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+BYTES_AT_ONCE = 1 << 30
+"""Of decoded frames that are held at a time, unless a single medium has more."""
+
 DURATION = 100
 """Milliseconds that a frame of a clip without a rate is shown."""
+
+SLACK = 0.1
+"""Seconds by which a sound may be longer or shorter than was asked for: models make it in blocks."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,16 @@ class Size:
         """Of all frames."""
         return self.height * self.width * self.frames
 
+    def at_once(self, most: int) -> int:
+        """How many media of this size are made and held at a time: at most `most` frames together, and BYTES_AT_ONCE of
+        them; one at least."""
+        return max(1, min(most // self.frames, BYTES_AT_ONCE // (3 * self.pixels)))
+
     def __str__(self) -> str:
-        frames = f", {self.frames} frames" if self.frames > 1 else ""
-        return f"{self.height}×{self.width}{frames}"
+        rate = f" at {self.fps:.5g} a second" if self.fps is not None else ""
+        frames = f", {self.frames} frames{rate}" if self.frames > 1 else ""
+        sound = f", {self.seconds:.5g} s of sound" if self.seconds is not None else ""
+        return f"{self.height}×{self.width}{frames}{sound}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +165,20 @@ class Media:
     @property
     def size(self) -> Size:
         _, frames, height, width, _ = self.frames.shape
-        return Size(height, width, frames, self.fps)
+        if self.sound is None or self.sound_rate is None:
+            return Size(height, width, frames, self.fps)
+        return Size(height, width, frames, self.fps, self.sound.shape[2] / self.sound_rate)
+
+    def misfit(self, size: Size) -> str:
+        """Both sizes, where media are not of `size`; "" where they are. A rate and a length of sound count where they
+        are asked for, the rate of clips alone."""
+        own = self.size
+        fits = (own.height, own.width, own.frames) == (size.height, size.width, size.frames)
+        if size.fps is not None and size.frames > 1:
+            fits = fits and own.fps is not None and math.isclose(own.fps, size.fps, rel_tol=1e-6)
+        if size.seconds is not None:
+            fits = fits and own.seconds is not None and abs(own.seconds - size.seconds) <= SLACK
+        return "" if fits else f"{own}, and {size} is asked for"
 
     def pictures(self, count: int = 1) -> Tensor:
         """uint8 [N·count, H, W, 3]: of each medium `count` frames in order, evenly apart, its middle one for 1.

@@ -20,10 +20,10 @@ from tempflow.algorithms.drm_grpo import drm_grpo
 from tempflow.algorithms.e2po import e2po
 from tempflow.core import plan
 from tempflow.core.plan import Cost
+from tempflow.models.conditions import Learned, _number, moved_conditions, perturbed
 from tempflow.models.protocol import Conditioning, Predict, TextInputs
 from tempflow.request import Prompt, Source, asked
 from tempflow.train import trainer
-from tempflow.train.conditions import Learned, _number, moved_conditions, perturbed
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
 
@@ -236,7 +236,7 @@ def test_offsets_are_a_prompts_with_its_sources() -> None:
 
 
 def test_kept_offsets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempflow.train.conditions.KEPT_BYTES", 3 * 2 * 4 * 2)  # two prompts of [3, 1, 2] floats
+    monkeypatch.setattr("tempflow.models.conditions.KEPT_BYTES", 3 * 2 * 4 * 2)  # two prompts of [3, 1, 2] floats
     learned, model, conditions = Learned(), Fake(), small().conditions
     assert conditions is not None
     want = Learned().of(model, asked(PROMPTS), conditions, 5)

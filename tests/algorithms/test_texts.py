@@ -71,3 +71,22 @@ def test_a_function_without_a_docstring_gets_one() -> None:
     def bare(steps: int) -> None: ...
 
     assert texts_of()(bare).__doc__ == f"\n\nArgs:\n    steps: {COMMON['steps']}"
+
+
+def test_faults_of_arguments_begin_with_the_arguments_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part of `core` finds it: the name is what stands in a configuration."""
+    monkeypatch.setattr("tempflow.core.plan.MAX_EDGES", 5000)
+    wrong, refused = dict[tuple[str, str], str](), 0
+    for name, function in ALGORITHMS.items():
+        arguments = inspect.signature(function).parameters
+        for argument in arguments:
+            for value in (-1, 0, 1, 2, 99, 1.5, (99,)):
+                try:
+                    function(**{argument: value})
+                except ValueError as error:
+                    refused += 1
+                    if str(error).partition(":")[0] not in arguments:
+                        wrong[name, argument] = str(error)
+                except TypeError:  # a tuple for a number, which a configuration refuses
+                    pass
+    assert wrong == {} and refused > 500

@@ -207,11 +207,14 @@ def test_a_clip_that_was_written_is_read_back_with_its_equal_frames(
         (24.0, 8.0, (1, 2, 3, 4), "has 4 frames at 24 a second, and the run draws 4 at 8; nearest .*model.fps 24$"),
         (24.0, None, (1, 2, 3, 4), "has 4 frames at 24 a second, and the run draws 4 at 10; nearest .*model.fps 24$"),
         (24.0, 8.0, (1, 1, 1, 2), "has 4 frames at 24 a second"),
-        (4.0, 8.0, (1, 2, 3, 4), "has 8 frames at 8 a second, and the run draws 4 at 8; nearest valid: model.frames 8"),
+        (4.0, 8.0, (1, 2, 3, 4), "has 4 frames at 4 a second, and the run draws 4 at 8; nearest .* 4, model.fps 4$"),
+        (4.0, 8.0, (1, 2), "has 2 frames at 4 a second, and the run draws 4 at 8; nearest .* 2, model.fps 4$"),
+        (4.0, 12.0, (1, 2), "has 2 frames at 4 a second, and the run draws 4 at 12"),
+        (2.0, 8.0, (1,), "has 1 frames at 8 a second"),
         (8.0, 8.0, (1, 1, 2), "has 3 frames at 8 a second, and the run draws 4 at 8; nearest valid: model.frames 3"),
         (8.0, 8.0, (1, 2, 3, 4, 5, 6), "has 6 frames at 8 a second, and the run draws 4 at 8"),
         (8.0, 8.0, (1,), "has 1 frames at 8 a second, and the run draws 4 at 8"),
-        (0.02, 8.0, (1, 1, 1, 2), "has 1600 frames at 8 a second"),
+        (0.02, 8.0, (1, 1, 1, 2), "has 4 frames at 0.02 a second"),
     ],
 )
 def test_a_clip_of_another_length_or_rate_is_refused_with_both(
@@ -221,6 +224,24 @@ def test_a_clip_of_another_length_or_rate_is_refused_with_both(
     for use in (of(tmp_path, fps).check, of(tmp_path, fps)):
         with pytest.raises(ValueError, match=r"clip 'c\.png': " + message):
             use(CLIP)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_clip_where_a_picture_is_asked_for_is_refused(tmp_path: Path, form: str) -> None:
+    first, *others = (Image.fromarray(frame.numpy()) for frame in clip(10, 90, 200)[0])
+    told: dict[str, Any] = {"save_all": True, "append_images": others, "duration": 100}
+    first.save(tmp_path / "c.png", format=form, **told)
+    for use in (of(tmp_path, None, 1).check, of(tmp_path, None, 1)):
+        with pytest.raises(ValueError, match=r"'c\.png': has 3 frames, and the run draws pictures; .*model.frames 3$"):
+            use(CLIP)
+
+
+def test_a_photograph_with_a_preview_is_a_picture(tmp_path: Path) -> None:
+    first, other = (Image.fromarray(frame.numpy()) for frame in clip(10, 200)[0])
+    first.save(tmp_path / "c.png", format="MPO", save_all=True, append_images=[other])
+    found = of(tmp_path, None, 1)
+    found.check(CLIP)
+    assert len(found(CLIP).frames[0]) == 1
 
 
 def test_clips_of_other_programs(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from tempflow import models
 from tempflow.core.perturb import Perturbation
 from tempflow.media import Size
 from tempflow.models import Conditioning
+from tempflow.models.conditions import Learned, blended, moved_conditions, perturbed
 from tempflow.models.sd3 import SD3
 from tempflow.request import Prompt, asked
-from tempflow.train.conditions import Learned, blended, moved_conditions, perturbed
 
 
 def encoded(adapter: SD3) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from fake import PROMPTS, Bench, Fake, brightness, config, flow
 from PIL import Image
 from torch import Tensor
 
-from tempflow.evaluate.suite import sample_path
+from tempflow.evaluate.suite import draw, draw_strips, evaluate, sample_path
 from tempflow.media import Kind, Media, Size
+from tempflow.models.finite import encoded_media
 from tempflow.models.protocol import Conditioning
 from tempflow.request import Prompt, Source
 from tempflow.rewards import from_function
@@ -78,6 +80,61 @@ def test_clips_are_sampled_into_files(tmp_path: Path, monkeypatch: pytest.Monkey
     with Image.open(files[0]) as clip:
         assert clip.n_frames == FRAMES and clip.info["duration"] == 250  # type: ignore[attr-defined]
     assert (tmp_path / "s" / "001.wav").is_file()
+
+
+def test_chunks_are_bounded_by_the_bytes_of_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rollout and of an evaluation: a prompt's clips stay together, and what comes of them is the same."""
+    held = list[int]()
+
+    class Counted(Clips):
+        def decode(self, x: Tensor, size: Size) -> Media:
+            held.append(len(x))
+            return super().decode(x, size)
+
+    size, reward = Size(2, 2, FRAMES, 4.0), from_function(lightness, takes="video")
+    how: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 1, "size": size, "rows": 64}
+    found = list[tuple[Tensor, Tensor, Tensor]]()
+    for clips, parts, drawn in (
+        (1000, [36], [6]),
+        (13, [12, 12, 12], [6]),
+        (4, [6] * 6, [4, 2]),
+        (0, [6] * 6, [1] * 6),
+    ):
+        monkeypatch.setattr("tempflow.media.BYTES_AT_ONCE", clips * 3 * size.pixels)
+        held.clear()
+        scores = Bench(Counted(), flow(), reward, size=size).collect().scores
+        assert held == parts
+        held.clear()
+        prompts = [Prompt(text) for text in PROMPTS]
+        shown, judged = draw_strips(Counted(), prompts, **how), evaluate(Counted(), prompts, [reward], **how)
+        assert held == drawn * 2
+        found.append((scores.value, shown, judged.scores.value))
+    for one in found[1:]:
+        assert all(torch.allclose(a.float(), b.float(), atol=1e-5) for a, b in zip(one, found[0], strict=True))
+
+
+class Slower(Clips):
+    """At half the rate that it is asked for."""
+
+    def decode(self, x: Tensor, size: Size) -> Media:
+        return replace(super().decode(x, size), fps=2.0)
+
+
+def test_what_a_model_makes_is_of_the_size_that_was_asked_for() -> None:
+    size = Size(2, 2, FRAMES, 4.0)
+    told = "fake decoded media of 2×2, 3 frames at 2 a second, 1 s of sound, and 2×2, 3 frames at 4 a second is asked"
+    reward = from_function(lightness, takes="video")
+    with pytest.raises(ValueError, match=told):
+        Bench(Slower(), flow(), reward, size=size).collect()
+    with pytest.raises(ValueError, match=told):
+        draw(Slower(), [Prompt("fog")], steps=2, guidance=1.0, seed=1, size=size, rows=4)
+
+
+def test_what_a_model_encodes_is_of_the_size_that_was_asked_for() -> None:
+    made = Clips().decode(torch.zeros(1, 2, 2, 2), Size(2, 2, FRAMES, 4.0))
+    assert encoded_media(Clips(), made, Size(2, 2, FRAMES, 4.0)).shape == (1, *Clips.shape)
+    with pytest.raises(ValueError, match="media: 2×2, 3 frames at 4 a second, 1 s of sound, and 2×2, 3 frames at 8"):
+        encoded_media(Clips(), made, Size(2, 2, FRAMES, 8.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ requests

@@ -31,6 +31,7 @@ from tempflow.core.schedule import Schedule, linear
 from tempflow.core.state import StateLayout, streams_along
 from tempflow.evaluate.suite import draw, evaluate
 from tempflow.media import Media, Size
+from tempflow.models.family import Family
 from tempflow.models.protocol import Conditioning, LaysOut, Predict, layout_of
 from tempflow.request import Prompt, asked
 from tempflow.rewards import from_function
@@ -233,7 +234,11 @@ def test_a_configuration_says_which_stream_a_reward_teaches(tmp_path: Path) -> N
             "video",
             r"rewards.0.stream: 'video' of 'jpeg_compressibility', but 'fake' has one stream alone; nearest valid: ''",
         ),
-        (Duet(), "vide", r"rewards\['jpeg_compressibility'\]: 'vide' is no stream; nearest valid: one of video, sound"),
+        (
+            Duet(),
+            "vide",
+            r"^rewards.0.stream: 'vide' of 'jpeg_compressibility' is no stream of 'duet'; nearest valid: 'video' of ",
+        ),
     ):
         other = config(tmp_path / "no", rewards=[{**reward, "stream": stream}], **more)
         with pytest.raises(ValueError, match=message):
@@ -260,6 +265,24 @@ def test_algorithms_without_streams_refuse_before_any_forward(algorithm: Algorit
     message = f"rewards.1.stream: 'video' of 'jpeg_compressibility', but {why}.*; nearest valid: ''"
     with pytest.raises(ValueError, match=message):
         configured(settings, algorithm, Untouched(), asked(PROMPTS)[0])
+
+
+@pytest.mark.parametrize(("streams", "why"), [(("video", "sound"), "is no stream of 'shapes'"), ((), "has one stream")])
+def test_streams_are_looked_at_before_a_model_is_loaded(
+    streams: tuple[str, ...], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(*given: object) -> None:
+        raise AssertionError("loads")
+
+    monkeypatch.setattr("tempflow.train.build._family", lambda config: Family("x", needed=(), streams=streams))
+    monkeypatch.setattr("tempflow.train.trainer.prepare_model", loading)
+    rewards = [{"name": "shapes"}, {"name": "jpeg_compressibility", "stream": "vidio"}]
+    settings = config(tmp_path / "no", rewards=rewards)
+    with pytest.raises(ValueError, match=f"^rewards.1.stream: 'vidio' of 'jpeg_compressibility'.*{why}.*; nearest val"):
+        train(settings, prompts=list(PROMPTS), quiet=True)
+    fine = config(tmp_path / "yes", rewards=[{"name": "shapes"}])
+    with pytest.raises(AssertionError, match="loads"):
+        train(fine, prompts=list(PROMPTS), quiet=True)
 
 
 def test_evaluations_hold_what_training_holds() -> None:

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from tempflow.core.schedule import Schedule
 from tempflow.train.checkpoint import sha256
 from tempflow.train.experience import experience_of, plans_of
-from tempflow.train.rollout_files import FACTS, TENSORS, RolloutFileError, read, write
-from tempflow.train.rollouts import Rollouts
+from tempflow.train.rollouts import FACTS, TENSORS, RolloutFileError, Rollouts, read, write
 
 every = pytest.mark.parametrize("kind", KINDS)
 
@@ -217,6 +216,6 @@ def test_what_cannot_be_read_is_one_line(fault: str, folder: Path) -> None:
 def test_what_is_too_large_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RolloutFileError, match=r"rollouts.safetensors has \d+ bytes; nearest valid: 100"):
         read(folder, most=100)
-    monkeypatch.setattr("tempflow.train.rollout_files.MAX_FACTS", 10)
+    monkeypatch.setattr("tempflow.train.rollouts.MAX_FACTS", 10)
     with pytest.raises(RolloutFileError, match=r"rollouts.json has \d+ bytes; nearest valid: 10"):
         read(folder)

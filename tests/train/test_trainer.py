@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tempflow.config import load_config
+from tempflow.core.schedule import Schedule, linear
 from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import evaluate, fixed_prompts
 from tempflow.media import Media, Size
@@ -230,8 +231,39 @@ def test_an_existing_run_is_refused_before_the_first_forward(finished: Run) -> N
 
 def test_what_the_model_cannot_draw_is_refused_before_the_first_forward(tmp_path: Path) -> None:
     model, settings = Fake(), config(tmp_path / "run", model={"height": 4})
-    with pytest.raises(ValueError, match=r"height, width: 4×2 must be 2×2"):
+    with pytest.raises(ValueError, match=r"^model\.height, width: 4×2 must be 2×2"):
         train(settings, model=model, reward=brightness, prompts=PROMPTS, quiet=True)
+    assert model.rows == [] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"algorithm": {"name": "mix_grpo_flash", "steps": 8}},
+            "algorithm.compress: 0.4, but the model's grid ends at",
+        ),
+        (
+            {"algorithm": {"name": "e2po", "steps": 4, "kl": 0.0}},
+            "algorithm.conditions: the model 'fake' does not show",
+        ),
+        ({"evaluation": {"steps": 3}}, "evaluation.steps: 3 is not 4; nearest valid: 4"),
+    ],
+)
+def test_what_the_model_does_not_take_is_named_as_the_configuration_does_before_the_first_forward(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    class Particular(Fake):
+        encode_inputs = None  # type: ignore[assignment]  # as if it were not there
+
+        def schedule(self, steps: int, size: Size) -> Schedule:
+            if steps < 4:
+                raise ValueError(f"steps: {steps} is not 4; nearest valid: 4")
+            return Schedule(linear(steps, 2.0).sigmas * 0.9 + 0.02)
+
+    model = Particular()
+    with pytest.raises(ValueError, match="^" + message):
+        train(config(tmp_path / "run", **changes), model=model, reward=brightness, prompts=PROMPTS, quiet=True)
     assert model.rows == [] and not (tmp_path / "run").exists()
 
 

@@ -28,7 +28,7 @@ guidance, no division by the mean error (`adaptive` is DiffusionNFT's), old ← 
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged, ode_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.matching import Anchor, SignedLeastSquares
@@ -66,8 +66,11 @@ def advantage_flow(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    if not 0 <= t_min < t_max <= 1:
-        raise ValueError(f"t_min, t_max: {t_min}, {t_max} must keep 0 ≤ t_min < t_max ≤ 1; nearest valid: 0, 1")
+    at_least("pairs", pairs, 1)
+    if not 0 <= t_min < 1:
+        raise ValueError(f"t_min: {t_min} must be in [0, 1); nearest valid: 0")
+    if not t_min < t_max <= 1:
+        raise ValueError(f"t_max: {t_max} must be above t_min, {t_min}, and at most 1; nearest valid: 1")
     return Algorithm(
         name="advantage_flow",
         steps=steps,

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, on_grid, one_of, proportion, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan, positive_value
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
@@ -72,6 +72,7 @@ def awm(
     Raises ValueError naming the argument, its value and a valid one.
     """
     one_of("std", std, ("global", "group"))
+    proportion("clip", clip, 1e-2, whole=True)
     for name, value, low in (("ema_kl", ema_kl, 0.0), ("ema_hold", ema_hold, 0.0)):
         if not low <= value < float("inf"):
             raise ValueError(f"{name}: {value} must be finite and ≥ 0; nearest valid: 0")
@@ -91,14 +92,14 @@ def awm(
             Estimate(proxy_of(likelihood), on_policy=not off_policy),
             regularizers=(*held_to_reference(kl), PredictionDistance(average, ema_kl)),
         ),
-        renoise=Renoise(_times(times, pairs), share_times=1),
+        renoise=Renoise(_times(times, pairs, steps), share_times=1),
         weight_sets=rules,
         sampler="old" if off_policy else "policy",
         solver=solver_of(solver),
     )
 
 
-def _times(kind: str, pairs: int) -> Times:
+def _times(kind: str, pairs: int, steps: int) -> Times:
     at_least("pairs", pairs, 2 if kind == "discrete_with_init" else 1)
     one_of("times", kind, get_args(TimeKind))
     if kind == "uniform":
@@ -106,5 +107,6 @@ def _times(kind: str, pairs: int) -> Times:
     if kind == "logit_normal":
         return LogitNormalTimes(pairs, shift=3.0)
     if kind == "discrete_with_init":
-        return StratifiedGridTimes(pairs - 1, first=1, fraction=0.9, initial=True)
-    return StratifiedGridTimes(pairs, first=int(kind == "discrete_wo_init"), fraction=0.9)
+        return on_grid(StratifiedGridTimes(pairs - 1, first=1, fraction=0.9, initial=True), pairs, steps)
+    first = int(kind == "discrete_wo_init")
+    return on_grid(StratifiedGridTimes(pairs, first=first, fraction=0.9), pairs, steps)

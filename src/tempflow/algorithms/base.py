@@ -27,6 +27,7 @@ from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.solver import Solver
+from tempflow.core.times import StratifiedGridTimes
 from tempflow.core.weight import Weight, uniform
 
 
@@ -288,6 +289,24 @@ def positive_or(field: str, value: float | None, usual: float) -> float:
     given = usual if value is None else value
     positive(field, given, usual)
     return given
+
+
+def proportion(field: str, value: float | None, usual: float, whole: bool = False) -> float:
+    """`usual` for None, else the value. Raises ValueError naming field, value and `usual` unless the value is above 0
+    and below 1, or with `whole` at most 1."""
+    given = positive_or(field, value, usual)
+    if given > 1 or (given == 1 and not whole):
+        raise ValueError(f"{field}: {given} must be {'at most' if whole else 'below'} 1; {usual} is usual")
+    return given
+
+
+def on_grid(times: StratifiedGridTimes, pairs: int, steps: int) -> StratifiedGridTimes:
+    """The times, which draw `pairs` from a grid of `steps`. Raises ValueError, naming `pairs`, for too many."""
+    most = times.room(steps) + times.initial
+    if pairs > most:
+        near = str(most) if times.room(steps) else f"{pairs}, with more steps"
+        raise ValueError(f"pairs: {pairs} do not fit the {most} times of {steps} steps; nearest valid: {near}")
+    return times
 
 
 def one_of(field: str, value: str, options: tuple[str, ...]) -> None:

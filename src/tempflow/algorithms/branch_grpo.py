@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, proportion, texts_of
 from tempflow.algorithms.dance_grpo import dance_grpo
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, FromLeaves, GroupZScore, LogProb, LogProbBackup
@@ -87,7 +87,7 @@ def branch_grpo(
     one_of("width", width, get_args(Width))
     positive("split_scale", split_scale, 4.0)
     positive("noise_level", noise_level, 0.3)
-    positive("clip", clip, 1e-3)
+    proportion("clip", clip, 1e-3)
     positive("advantage_clip", 5.0 if advantage_clip is None else advantage_clip, 5.0)
     for name, given in (("splits", splits), ("prune_steps", prune_steps)):
         for i in given:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, proportion, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, GroupZScore
 from tempflow.core.dynamics import DanceSDE
@@ -58,7 +58,7 @@ def dance_grpo(
     at_least("steps", steps, 2, "as the last one draws no noise")
     at_least("group", group, 2, "or there is nothing to compare with")
     positive("noise_level", noise_level, 0.3)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     count = trained_steps(fraction, steps - 1)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
+from tempflow.algorithms.base import Algorithm, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DDIM
@@ -67,7 +67,7 @@ def ddpo(
     one_of("kind", kind, ("is", "sf"))
     one_of("statistics", statistics, ("prompt", "batch"))
     positive("eta", eta, 1.0)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     by_prompt = GroupZScore(by=("prompt", "step"), eps=eps, clip=advantage_clip)

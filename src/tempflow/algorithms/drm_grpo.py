@@ -28,7 +28,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_cps import UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
@@ -72,7 +72,7 @@ def drm_grpo(
     one_of("carry", carry, get_args(plan.Carry))
     one_of("dynamics", dynamics, ("flow", "cps"))
     level = positive_or("noise_level", noise_level, 0.7 if dynamics == "flow" else 0.8)
-    bound = positive_or("clip", clip, 1e-4 if dynamics == "flow" else 1e-5)
+    bound = proportion("clip", clip, 1e-4 if dynamics == "flow" else 1e-5)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     if not reward:

@@ -34,7 +34,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, texts_of
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, texts_of
 from tempflow.algorithms.mix_grpo import mix_grpo
 from tempflow.core import plan
 from tempflow.core.credit import BestPath, FromLeaves, GroupZScore, Standing
@@ -88,7 +88,7 @@ def dynamic_treerpo(
     if depth >= steps:
         raise ValueError(f"depth: {depth} leaves no step to finish by; nearest valid: {steps - 1}")
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if not 0 <= growth < float("inf"):
         raise ValueError(f"growth: {growth} must be finite and ≥ 0; 0 keeps the noise even")
     if advantage_clip is not None:

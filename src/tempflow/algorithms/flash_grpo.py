@@ -21,7 +21,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, proportion, texts_of
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import LinearSDE
@@ -49,7 +49,7 @@ def flash_grpo(
     """
     at_least("steps", steps, 2, "as the last one is not trained")
     at_least("group", group, 2, "or there is nothing to compare with")
-    positive("clip", clip, 1e-3)
+    proportion("clip", clip, 1e-3)
     one_of("std", std, ("global", "group"))
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)

@@ -30,7 +30,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import Algorithm, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
@@ -78,7 +78,7 @@ def flow_cps(
     one_of("log_prob", log_prob, get_args(LogProbForm))
     positive("noise_level", noise_level, 0.8)
     unscaled = log_prob == "unscaled"
-    bound = positive_or("clip", clip, 1e-5 if unscaled else 1e-4)
+    bound = proportion("clip", clip, 1e-5 if unscaled else 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(

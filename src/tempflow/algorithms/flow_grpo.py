@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, some_steps, texts_of
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, some_steps, texts_of
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -60,7 +60,7 @@ def flow_grpo(
     if std not in ("global", "group"):
         raise ValueError(f"std: {std!r} is not one of 'global', 'group'; nearest valid: 'global'")
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(

@@ -23,7 +23,17 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import (
+    EXACT_KL,
+    Algorithm,
+    Drawn,
+    at_least,
+    one_of,
+    positive,
+    positive_or,
+    proportion,
+    texts_of,
+)
 from tempflow.algorithms.flow_cps import LogProbForm, UnscaledRatio
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
@@ -65,7 +75,7 @@ def flow_grpo_fast(
     at_least("steps", steps, 2, "as the last one is not trained")
     at_least("group", group, 2, "or there is nothing to compare with")
     at_least("window", window, 1)
-    positive("clip", clip, 1e-5)
+    proportion("clip", clip, 1e-5)
     one_of("kind", kind, ("cps", "sde"))
     level = positive_or("noise_level", noise_level, 0.8 if kind == "cps" else 0.7)
     form = _form(kind, log_prob)

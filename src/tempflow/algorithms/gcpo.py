@@ -35,7 +35,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, at_least, positive, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, at_least, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore, RelativeChange
 from tempflow.core.dynamics import Dynamics, FlowSDE
@@ -83,7 +83,7 @@ def gcpo(
     plan = chains_plan(steps, group, None, shared_noise=shared_noise)
     at_least("largest", largest, 1)
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 5e-5)
+    proportion("clip", clip, 5e-5)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     sampler = ChunkSampler(share, weighted)

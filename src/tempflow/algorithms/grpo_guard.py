@@ -29,7 +29,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
@@ -68,7 +68,7 @@ def grpo_guard(
     one_of("weight", weight, ("published", "equalised"))
     one_of("std", std, ("global", "group"))
     level = positive_or("noise_level", noise_level, 0.7 if kind == "flow" else 0.3)
-    positive("clip", clip, 2e-6)
+    proportion("clip", clip, 2e-6)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     published: Weight = inverse_step if kind == "flow" else dance_published

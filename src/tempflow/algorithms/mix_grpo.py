@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, proportion, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, GroupZScore, PerReward
 from tempflow.core.dynamics import FlowSDE
@@ -70,7 +70,7 @@ def mix_grpo(
     """
     at_least("steps", steps, 2, "as the last one is not trained")
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     slide = SlidingWindow.of(steps, window, window_end, order, every, stride, roll_back)
     return Algorithm(
         name="mix_grpo",

@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 
-from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, texts_of
+from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, texts_of
 from tempflow.algorithms.mix_grpo import Rewards, group_credit, mix_grpo, window_plan
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -71,7 +71,7 @@ def mix_grpo_flash(
     at_least("steps", steps, 2, "as the last one is not trained")
     positive("shift", shift, 3.0)
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if not 0 < compress <= 1:
         raise ValueError(f"compress: {compress} must be in (0, 1]; 0.4 is usual, 1 leaves the grid as it is")
     if window >= steps:

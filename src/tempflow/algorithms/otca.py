@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
 from tempflow.core.credit import CreditRule, GroupZScore, MinNorm, Progress, StepCredit
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -63,7 +63,7 @@ def otca(
     plan = chains_plan(steps, group, None, shared_noise=kind == "dance", noisy_last=kind == "flow")
     one_of("kind", kind, ("dance", "flow"))
     level = positive_or("noise_level", noise_level, 0.3 if kind == "dance" else 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     credit: CreditRule = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)

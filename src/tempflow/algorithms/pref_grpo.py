@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore, WinRate
@@ -63,7 +63,7 @@ def pref_grpo(
     plan = chains_plan(steps, group, train_steps, shared_noise=shared_noise, noisy_last=False)
     one_of("ratio", ratio, ("norm", "step"))
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if rounding is not None:
         at_least("rounding", rounding, 0, "or None for no rounding")
     if advantage_clip is not None:

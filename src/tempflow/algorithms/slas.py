@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, texts_of
+from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -63,7 +63,7 @@ def slas(
         raise ValueError(f"gamma: {gamma} must be finite and at least 0; nearest valid: 0, which is linear")
     one_of("dynamics", dynamics, ("dance", "flow"))
     level = positive_or("noise_level", noise_level, 0.3 if dynamics == "dance" else 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(

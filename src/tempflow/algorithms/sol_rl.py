@@ -26,9 +26,9 @@ kept noises, which are the ends, so that it is above the pool's own agreement.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged
 from tempflow.core.draft import Choice, Draft, Precision
 from tempflow.core.ema import Ramp
@@ -79,6 +79,7 @@ def sol_rl(
         eps=eps,
     )
     old = _ramp(lag_steps, lag_hold) if lag == "type3" else lagged(lag)
+    one_of("choice", choice, get_args(Choice))
     draft = Draft(pool, draft_steps, choice, draft_precision)
     return replace(base, name="sol_rl", draft=draft, weight_sets={"old": old})
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Literal
 
-from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, some_steps, texts_of
+from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, proportion, some_steps, texts_of
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -77,7 +77,7 @@ def tempflow_grpo(
     if weight not in WEIGHTS:
         raise ValueError(f"weight: {weight!r} is not one of {', '.join(WEIGHTS)}; nearest valid: 'noise_aware'")
     positive("noise_level", noise_level, 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     return Algorithm(

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, on_grid, one_of, positive, proportion, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, ode_plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Copy
@@ -66,7 +66,7 @@ def v_grpo(
     one_of("std", std, ("global", "group"))
     at_least("pairs", pairs, 1)
     if clip is not None:
-        positive("clip", clip, 1e-2)
+        proportion("clip", clip, 1e-2, whole=True)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     if not 0 <= kl < float("inf"):
@@ -84,7 +84,7 @@ def v_grpo(
             soft_clip,
             regularizers=(PredictionDistance("old", kl, "x0"),),
         ),
-        renoise=Renoise(StratifiedGridTimes(pairs), share, share),
+        renoise=Renoise(on_grid(StratifiedGridTimes(pairs), pairs, steps), share, share),
         weight_sets={} if clip is None and kl == 0 else {"old": Copy()},
         solver=solver_of(solver),
     )

@@ -40,6 +40,7 @@ from tempflow.algorithms.base import (
     one_of,
     positive,
     positive_or,
+    proportion,
     some_steps,
     texts_of,
 )
@@ -117,7 +118,7 @@ def vipo(
     one_of("orient", orient, ("border", "reverse", "none"))
     one_of("normalise", normalise, ("minmax", "mean_one"))
     level = positive_or("noise_level", noise_level, 0.25 if kind == "dance" else 0.7)
-    positive("clip", clip, 1e-4)
+    proportion("clip", clip, 1e-4)
     if not 0 < train_fraction <= 1:
         raise ValueError(f"train_fraction: {train_fraction} must be in (0, 1]; 0.6 is usual")
     if advantage_clip is not None:

@@ -182,11 +182,11 @@ def _write(options: EvalOptions, how: Settings, report: Report) -> None:
 def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Sequence[Prompt]) -> None:
     from tempflow.evaluate.grid import grid
     from tempflow.evaluate.source import guidance_for
-    from tempflow.evaluate.suite import FOLDER, draw
+    from tempflow.evaluate.suite import FOLDER, draw_strips
     from tempflow.folder import claim
 
     texts = [prompt.text for prompt in prompts]
-    media = draw(
+    strips = draw_strips(
         model,
         prompts,
         steps=how.steps,
@@ -197,4 +197,4 @@ def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Seque
         samples_per_prompt=options.samples_per_prompt,
     )
     with writing("pictures", options.pictures):
-        grid(media.strips(), texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")
+        grid(strips, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")

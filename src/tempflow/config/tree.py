@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
@@ -42,7 +43,8 @@ class Config(Strict):
         default=1024,
         ge=1,
         le=1_000_000,
-        description="most samples of a chunk of whole prompts (one at least) that is grown, then decoded and scored",
+        description="most pictures, or frames of clips, of a chunk of whole prompts (one at least) that is grown, then "
+        "decoded and scored; of large ones fewer, 1 GiB together",
     )
     overlap: bool = Field(
         default=True,
@@ -70,6 +72,18 @@ class Config(Strict):
         """Of what is drawn."""
         m = self.model
         return Size(m.height, m.width, m.frames, m.fps, m.seconds)
+
+    @contextmanager
+    def naming(self, section: str) -> Iterator[None]:
+        """Around work with a section's values: a ValueError that begins with one of its fields ("height: …") names it
+        as the configuration does ("model.height: …")."""
+        try:
+            yield
+        except ValueError as error:
+            field = re.match(r"\w+(?=[:,])", str(error))
+            if field is None or field[0] not in type(getattr(self, section)).model_fields:
+                raise
+            raise ValueError(f"{section}.{error}") from error
 
     def replace(self, **fields: Any) -> Config:
         """A copy with other top-level fields, checked as a whole; `output` follows a new `name` unless it is given."""

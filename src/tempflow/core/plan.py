@@ -317,9 +317,8 @@ def _grow(steps: int, start: tuple[int, ...], rule: Callable[[int, bool], Sequen
         for node, trunk in front:
             for shoot in rule(i, trunk):
                 if len(shoots) == MAX_EDGES:
-                    raise _invalid(
-                        "steps", steps, f"at step {i} a prompt has {MAX_EDGES} edges", "fewer steps or branches"
-                    )
+                    over = f"{steps} would give a prompt more than {MAX_EDGES} edges, by step {i}"
+                    raise ValueError(f"steps: {over}; nearest valid: fewer steps or branches")
                 children.append((roots + len(shoots), shoot.trunk))
                 parent.append(node)
                 step.append(i)

@@ -88,10 +88,13 @@ class StratifiedGridTimes:
         self._check_room(steps)
         return self.strata + self.initial
 
+    def room(self, steps: int) -> int:
+        """How many indices of a grid of `steps` there are to draw from."""
+        return max(int(steps * self.fraction) - self.first, 0)
+
     def _check_room(self, steps: int) -> None:
-        last = int(steps * self.fraction)
-        if last - self.first < self.strata:
-            room = max(last - self.first, 0)
+        room, last = self.room(steps), int(steps * self.fraction)
+        if room < self.strata:
             raise ValueError(
                 f"strata: {self.strata} do not fit the indices {self.first} … {last - 1} of {steps} steps; "
                 f"nearest valid: {room}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ MAX_BYTES = 64 * 2**20
 FORMATS = ("PNG", "JPEG", "WEBP")
 """No others are tried: some of PIL's readers start other programs."""
 
+ANIMATED = ("PNG", "WEBP")
+"""Of these, those whose further pictures are frames of a clip; in a JPEG they are previews and depths."""
+
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 """What becomes 8-bit RGB without a guess about its range."""
 
@@ -40,7 +44,8 @@ class Pictures:
     keys  which of a prompt's metadata
     size  of the run's media; a clip is an animated PNG or WebP. A picture of another size is refused: cropping or
           scaling is a choice about the data, and nobody would see a wrong one. So is a clip of another length or rate:
-          by its duration a frame stands for several equal ones, at the run's rate, or else at DURATION a frame
+          by its duration a frame stands for several equal ones, at the run's rate, or else at DURATION a frame.
+          Where all stand for several the clip is of a lower rate, and nobody says that its frames come twice
 
     PNG, JPEG and WebP files up to 64 MiB. Grey, palette and CMYK pictures become RGB; transparency is dropped.
     """
@@ -129,7 +134,7 @@ def _inside(root: Path, name: str, where: str) -> Path:
 
 def _frames(picture: Image.Image, size: Size) -> list[tuple[np.ndarray, float]]:
     """Those of a clip, at most as many as are asked for, and the milliseconds that each is shown, 0 where it does not
-    say; of a picture, and of an animation where pictures are asked for, the first."""
+    say; of a picture the one."""
     found: list[tuple[np.ndarray, float]] = []
     for number in range(min(size.frames, getattr(picture, "n_frames", 1))):
         if number:
@@ -155,11 +160,12 @@ def _misfit(durations: Sequence[float], picture: Image.Image, size: Size) -> str
         return ""
     step, stored = _step(size), getattr(picture, "n_frames", 1)
     slack = min(1, step / 4)
-    count = sum(_count(duration, size) for duration in durations)
-    fits = all(not d or abs(d - step * _count(d, size)) <= slack for d in durations)
-    if fits and count == size.frames and stored == len(durations):
+    counts = [_count(duration, size) for duration in durations]
+    fits = all(not d or abs(d - step * n) <= slack for d, n in zip(durations, counts, strict=True))
+    every = math.gcd(*counts)  # 2: no frame is shown for less than two of the run's, so the clip has half its rate
+    if fits and every == 1 and sum(counts) == size.frames and stored == len(durations):
         return ""
-    shortest = step if fits else min(duration for duration in durations if duration)
+    shortest = step * every if fits else min(duration for duration in durations if duration)
     frames = max(stored, sum(max(1, round(duration / shortest)) for duration in durations))
     rate = f"{1000 / shortest:.5g}"
     return (
@@ -176,6 +182,9 @@ def _fault(picture: Image.Image, size: Size) -> str:
             f"is {height}×{width} (height × width), and the run draws {size.height}×{size.width}; scale or crop it, or "
             f"set model.height {height} and model.width {width} where all are alike"
         )
+    stored = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
+    if size.frames == 1 and stored > 1:
+        return f"has {stored} frames, and the run draws pictures; nearest valid: one frame, or model.frames {stored}"
     if picture.mode not in MODES:
         return f"has mode {picture.mode}, whose range is not 8 bits; nearest valid: RGB"
     turned = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1  # of a PNG it would read all

@@ -102,10 +102,14 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
         family = adapter_of(config.model.path, folder).family
     except ValueError:  # `model_check` says why
         return []
+    from tempflow.train.build import check_streams
+
     m = config.model
     try:
-        check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
+        with config.naming("model"):
+            check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
         check_takes([build(r.name) for r in config.rewards], family.makes, m.path)
+        check_streams(config, config.algorithm.build(), family.streams, m.path)
     except (ValueError, ImportError) as error:
         fault, _, advice = str(error).rpartition("; ")
         return [Check("size and guidance", "fails", fault or str(error), advice or "other settings of model")]

@@ -29,13 +29,22 @@ from tempflow.request import Prompt
 from tempflow.rewards import check_takes, score_all
 from tempflow.rewards.protocol import Reward
 
-__all__ = ["PROMPTS_AT_ONCE", "Report", "draw", "evaluate", "evaluate_path", "fixed_prompts", "sample_path"]
+__all__ = [
+    "PROMPTS_AT_ONCE",
+    "Report",
+    "draw",
+    "draw_strips",
+    "evaluate",
+    "evaluate_path",
+    "fixed_prompts",
+    "sample_path",
+]
 
 FOLDER = "pictures"
 """What a folder of pictures is marked as."""
 
 PROMPTS_AT_ONCE = 252
-"""Pictures, or frames of clips, drawn, decoded and scored at once, in whole prompts."""
+"""Pictures, or frames of clips, drawn, decoded and scored at once, in whole prompts; fewer of large ones."""
 
 
 def fixed_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -66,6 +75,23 @@ def draw(
     """
     how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
     return Media.cat([_crossed(seen) for _, seen in _drawn(model, prompts, how)])
+
+
+def draw_strips(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int,
+    guidance: Guidance | float,
+    seed: int,
+    size: Size,
+    rows: int,
+    samples_per_prompt: int = 1,
+) -> Tensor:
+    """What `draw` draws, as `Media.strips`, uint8 [N·samples_per_prompt, H, K·W, 3]; of the clips few are held at a
+    time."""
+    how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
+    return torch.cat([_crossed(seen).strips() for _, seen in _drawn(model, prompts, how)])
 
 
 def _crossed(seen: Decoded) -> Media:
@@ -108,7 +134,7 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
     """Parts of what `draw` draws, as they are ready: which prompts, and their pictures."""
     check_size(how.size, model.makes, model.name)
     schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
-    at_once = max(1, PROMPTS_AT_ONCE // (how.samples * how.size.frames))
+    at_once = max(1, how.size.at_once(PROMPTS_AT_ONCE) // how.samples)
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
         slots = range(how.first + first, how.first + first + len(part))

@@ -53,6 +53,7 @@ class Family:
     task         the hub's pipeline tag, for model cards
     makes        what it makes
     sources      whether it draws from pictures too
+    streams      of its states, by the names of their layout (`core.state.StateLayout`): ("video", "sound"); () for one
     guidance     its guidance
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
@@ -73,6 +74,7 @@ class Family:
     task: str = "text-to-image"
     makes: Kind = "picture"
     sources: bool = False
+    streams: tuple[str, ...] = ()
     guidance: type[Guidance] = Guidance
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)

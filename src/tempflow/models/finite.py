@@ -1,6 +1,7 @@
 """What leaves a model and is not finite: a failure with a name, before anyone scores it or learns from it.
 
-The rest of the house calls a model's `encode` and `decode` through `encoded` and `decoded`, whatever the adapter.
+The rest of the house calls a model's `encode`, `decode` and `encode_media` through `encoded`, `decoded` and
+`encoded_media`, whatever the adapter: media that meet a run's size are looked at here.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def encoded(model: Model, prompts: Sequence[Prompt], size: Size) -> Conditioning
 def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
     """`model.decode` of latents [B, *S]; what is not finite before or after it is marked, and black.
 
-    Raises ValueError for media of another kind or number.
+    Raises ValueError for media of another kind, number or size.
     """
     fine, drawn = finite_rows(latents), torch.ones(len(latents), dtype=torch.bool)
     if not bool(fine.all()):  # what an adapter makes of NaN is nobody's business
@@ -84,8 +85,17 @@ def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
     if not isinstance(media, Media) or len(media) != len(latents):
         told = f"{len(media)} media" if isinstance(media, Media) else f"a {type(media).__name__}"
         raise ValueError(f"{model.name} decoded {len(latents)} latents to {told}; expected Media of {len(latents)}")
+    if wrong := media.misfit(size):
+        raise ValueError(f"{model.name} decoded media of {wrong}; nearest valid: an adapter that makes that size")
     broken = torch.where(drawn.cpu(), WHOLE, PICTURE)
     return Decoded(media, torch.where(fine.cpu(), broken, LATENT))
+
+
+def encoded_media(model: Model, media: Media, size: Size) -> Tensor:
+    """`model.encode_media`. Raises ValueError for media of another size, rate or length of sound."""
+    if wrong := media.misfit(size):
+        raise ValueError(f"media: {wrong}; nearest valid: media of {size}")
+    return model.encode_media(media, size)
 
 
 def to_pictures(images: Iterable[Tensor]) -> Media:

@@ -45,7 +45,8 @@ class Guidance:
 
 
 def guidance_of(kind: type[Guidance], guidance: float, options: Mapping[str, object]) -> Guidance:
-    """A family's guidance from a configuration. Raises ValueError for an option that it does not have."""
+    """A family's guidance from a configuration. Raises ValueError, naming the field, for an option that is unknown
+    or a value that is refused."""
     known = [f.name for f in fields(kind)][1:]
     for name in options:
         if name not in known:
@@ -55,6 +56,9 @@ def guidance_of(kind: type[Guidance], guidance: float, options: Mapping[str, obj
         return kind(guidance, **options)  # pyright: ignore[reportCallIssue]
     except TypeError as error:
         raise ValueError(f"model.guidance_options: {error}") from error
+    except ValueError as error:
+        option = str(error).partition(":")[0]
+        raise ValueError(f"model.guidance_options.{error}" if option in known else str(error)) from error
 
 
 def guided(guidance: Guidance | float, kind: type[Guidance] = Guidance) -> Guidance:

@@ -41,7 +41,9 @@ __all__ = [
     "score_all",
 ]
 
-REWARDS: Mapping[str, Callable[[], Reward]] = Registry(__name__, besides=("frames", "function", "protocol", "safe"))
+REWARDS: Mapping[str, Callable[[], Reward]] = Registry(
+    __name__, besides=("frames", "function", "protocol", "safe", "scoring")
+)
 """What ships with the package: name → constructor without arguments."""
 
 GROUP = "tempflow.rewards"

@@ -19,6 +19,7 @@ from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.models import DTYPES, Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models.conditions import check_encodes
 from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
 from tempflow.models.finite import encoded
@@ -31,13 +32,14 @@ from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
+from tempflow.strict import nearest, shown
 from tempflow.train import checkpoint
 from tempflow.train.context import Context, ScoreLatents
 from tempflow.train.identity import Identity
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
 from tempflow.train.state import Baseline, run_baseline
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_names, frozen_copy
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft, check_names, frozen_copy
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -145,7 +147,8 @@ def check_model(config: Config, say: Callable[[str], None] = lambda line: None) 
             f"warn: model.path: {m.path} looks like a few-step distillation ({why}): such weights are made for the few "
             "steps of their own grid, and training undoes that; nearest valid: the checkpoint that it was made of"
         )
-    return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
+    with config.naming("model"):
+        return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 
 
 def device_of(config: Config, model: Model | None, world: World) -> torch.device:
@@ -171,10 +174,8 @@ def context_of(
     """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
     follows them."""
     size = config.size
-    check_size(size, model.makes, model.name)
-    model.noise_shape(size)
+    guidance = _asked(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
-    guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)
     trainable = Trainable(model.network)
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
     weight_sets = WeightSets.of(algorithm, trainable)
@@ -221,6 +222,22 @@ def context_of(
         reward_weights=algorithm.credit.reward_weights,
     )
     return context, trainable, weight_sets
+
+
+def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
+    """What is asked of a model that is loaded: its size, guidance, grids. Raises ValueError, naming the field."""
+    size = config.size
+    with config.naming("model"):
+        check_size(size, model.makes, model.name)
+        model.noise_shape(size)
+        guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)
+    with config.naming("evaluation"):
+        model.schedule(config.evaluation.steps, size)
+    with config.naming("algorithm"):
+        algorithm.schedule(0, model.schedule(algorithm.steps, size))
+        if algorithm.conditions is not None:
+            check_encodes(model)
+    return guidance
 
 
 def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[str], None]) -> Mapping[str, Tensor]:
@@ -273,20 +290,31 @@ def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str
     return WeightSet(trainable, Frozen(), starting_state(held, trainable, untrained, held.lora_for(model)))
 
 
+def check_streams(config: Config, algorithm: Algorithm, names: Sequence[str] | None, model: str) -> None:
+    """Whether the streams that the configuration's rewards teach are there, as far as it is known: `names` of those of
+    the model so called, none for a single one; None: not yet known. Raises ValueError, naming the field."""
+    for number, reward in enumerate(config.rewards):
+        if not reward.stream:
+            continue
+        field = f"rewards.{number}.stream: {shown(reward.stream)} of {shown(reward.name)}"
+        if why := _takes_no_streams(algorithm):
+            raise ValueError(f"{field}, but {algorithm.name[:40]} {why}; nearest valid: ''")
+        if names == ():
+            raise ValueError(f"{field}, but {shown(model)} has one stream alone; nearest valid: ''")
+        if names and reward.stream not in names:
+            near = f"nearest valid: {nearest(reward.stream, names)} of {', '.join(names)}"
+            raise ValueError(f"{field} is no stream of {shown(model)}; {near}")
+
+
 def by_stream(config: Config, algorithm: Algorithm, model: Model, prompt: Prompt) -> Algorithm:
     """The algorithm with an advantage for each of the model's streams, where the configuration says of a reward which
-    one it teaches; `prompt`: any of the run's. Raises ValueError for a stream that the model does not have, or before
-    any forward for an algorithm that takes none."""
+    one it teaches; `prompt`: any of the run's. Raises ValueError as `check_streams`."""
     streams = {reward.name: reward.stream for reward in config.rewards if reward.stream}
     if not streams:
         return algorithm
-    number, first = next((n, reward) for n, reward in enumerate(config.rewards) if reward.stream)
-    field = f"rewards.{number}.stream: {first.stream[:40]!r} of {first.name!r}"
-    if why := _takes_no_streams(algorithm):
-        raise ValueError(f"{field}, but {algorithm.name[:40]} {why}; nearest valid: ''")
+    check_streams(config, algorithm, None, model.name)
     layout = layout_of(model, encoded(model, [prompt], config.size), config.size)
-    if not layout.names:
-        raise ValueError(f"{field}, but {model.name[:40]!r} has one stream alone; nearest valid: ''")
+    check_streams(config, algorithm, layout.names, model.name)
     return replace(algorithm, credit=PerStream(algorithm.credit, layout.names, streams))
 
 
@@ -412,6 +440,20 @@ def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt],
 def _unweighted(algorithm: Algorithm) -> Algorithm:
     """Offline samples bear scores of their own: the rewards' weights are of no use to their credit."""
     return replace(algorithm, credit=algorithm.credit.weighted(None))
+
+
+def check_before_loading(
+    config: Config, algorithm: Algorithm, model: Model | None, own: bool, world: World, say: Callable[[str], None]
+) -> None:
+    """What needs no weights. `model`: one given as an object; `own`: the rewards are the configuration's. Raises
+    ValueError, naming the field."""
+    check_ranks(config, world, say)
+    warn_of_warmup(config, say)
+    say_old_forwards(config, algorithm, say)
+    with config.naming("algorithm"):
+        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+    if own:
+        check_streams(config, algorithm, _family(config).streams if model is None else None, config.model.path)
 
 
 def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

@@ -16,11 +16,11 @@ from tempflow.core.objective.old import rounding_of
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.media import Media, Size
+from tempflow.models.conditions import Learned
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.request import Prompt
 from tempflow.rewards.protocol import Reward
-from tempflow.train.conditions import Learned
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import FIGURES
 from tempflow.train.weights import Drafter

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from tempflow.config import Config
 from tempflow.core.scores import Scores
-from tempflow.evaluate.suite import Report, Stream, draw, evaluate
-from tempflow.media import Media
+from tempflow.evaluate.suite import Report, Stream, draw_strips, evaluate
 from tempflow.request import Prompt
 from tempflow.rewards.protocol import Reward
 from tempflow.rewards.safe import faults
@@ -73,11 +74,11 @@ class Evaluator:
         best = max(values, key=lambda g: self.evaluate(prompts["validation"], "validation", False, g).mean(metric))
         return best, self.evaluate(prompts["test"], "test", False, best)
 
-    def sample(self, prompts: Sequence[Prompt]) -> Media:
-        """A medium of each."""
+    def strips(self, prompts: Sequence[Prompt]) -> Tensor:
+        """A picture of each prompt, of a clip some frames side by side, uint8 [N, H, K·W, 3]."""
         e, context = self.config.evaluation, self.context
         self._gathered()
-        return draw(
+        return draw_strips(
             context.model,
             prompts,
             steps=e.steps,

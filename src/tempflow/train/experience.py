@@ -25,16 +25,27 @@ from tempflow.core.scores import Scores
 from tempflow.core.state import WHOLE as WHOLE_STATE
 from tempflow.core.state import StateLayout
 from tempflow.media import Size
-from tempflow.models.finite import ADVICE, GIVEN, WHOLE, WHY, Decoded, decoded, encoded, finite_rows, told
+from tempflow.models.conditions import perturbed_predictor
+from tempflow.models.finite import (
+    ADVICE,
+    GIVEN,
+    WHOLE,
+    WHY,
+    Decoded,
+    decoded,
+    encoded,
+    encoded_media,
+    finite_rows,
+    told,
+)
 from tempflow.models.protocol import LaysOut, Model, Predict, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards.safe import faults
-from tempflow.train.conditions import perturbed_predictor
+from tempflow.rewards.scoring import Pending, Scoring
 from tempflow.train.context import Clock, Context, Counter, ReadPictures
 from tempflow.train.guards import GuardError
 from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
-from tempflow.train.scoring import Pending, Scoring
 from tempflow.train.signals import Signals, measure, measure_given
 
 NO_EDGES = torch.zeros(0, dtype=torch.long)
@@ -98,7 +109,7 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     The counter counts all ranks' work.
     """
     plans = plans_of(context, iteration, len(prompts))
-    chunks = chunks_of(plans, max(1, context.rollout_leaves // context.size.frames), context.world.block(len(prompts)))
+    chunks = chunks_of(plans, context.size.at_once(context.rollout_leaves), context.world.block(len(prompts)))
     parts = roll_out(context, prompts, plans, iteration, chunks, clock)
     experience = experience_of(context, prompts, plans, Rollouts.join(parts))
     costs, algorithm = [context.algorithm.cost_of(plan) for plan in plans], context.algorithm
@@ -493,7 +504,7 @@ def offline_forest(
     A prompt is read and encoded by itself, so that its latents do not depend on its neighbours nor on the ranks. A
     sample whose latent is not finite has a failed score.
     """
-    latents = torch.cat([model.encode_media(read([prompt]), size) for prompt in prompts])
+    latents = torch.cat([encoded_media(model, read([prompt]), size) for prompt in prompts])
     plans = [samples.plan(0, slot) for slot in slots]
     forest = replace(skeleton(plans, slots), nodes=latents)
     ok = finite_rows(latents).cpu()

@@ -32,9 +32,8 @@ from tempflow.train.build import (
     PromptsLike,
     borrowed_baseline,
     by_stream,
-    check_ranks,
+    check_before_loading,
     context_of,
-    device_of,
     encode_ahead,
     guidance_kind,
     pictures_of,
@@ -42,11 +41,8 @@ from tempflow.train.build import (
     prompt_sets,
     prompt_sources,
     rewards_of,
-    say_old_forwards,
     settled,
-    sharded,
     takes_sources,
-    warn_of_warmup,
 )
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.display import Display, Interrupt, Interrupted
@@ -68,7 +64,7 @@ from tempflow.train.state import (
 )
 from tempflow.train.track import Tracker, open_trackers
 from tempflow.train.update import update
-from tempflow.train.weights import Trainable, WeightSet, WeightSets, check_draft
+from tempflow.train.weights import Trainable, WeightSet, WeightSets
 
 GRID = 24
 """Pictures in the before/after grid."""
@@ -145,7 +141,7 @@ class Trainer:
             self.display.doing(f"test of the untrained model, {len(test)} pictures")
             self.baseline = Baseline(
                 self.evaluator.evaluate(test, "test", training=False),
-                self.evaluator.sample(test[:GRID]).strips(),
+                self.evaluator.strips(test[:GRID]),
                 self.evaluator.yardstick(self.prompts),
             )
         metric = self.config.evaluation.metric
@@ -294,9 +290,9 @@ class Trainer:
         """The averaged weights' pictures of the first validation prompts, for the trackers."""
         prompts = self.prompts["validation"][:SHOWN]
         with self._evaluated():
-            media = self.evaluator.sample(prompts)
+            strips = self.evaluator.strips(prompts)
         for tracker in self.trackers:
-            shown = zip(prompts, media.strips(), strict=True)
+            shown = zip(prompts, strips, strict=True)
             tracker.images("validation", [(p.text, picture.numpy()) for p, picture in shown], self.done)
 
     def _gathered(self) -> None:
@@ -390,7 +386,7 @@ class Trainer:
         test = self.prompts["test"]
         self.display.doing(f"test of the trained model, {len(test)} pictures")
         after = self.evaluator.evaluate(test, "test", training=True)
-        grid_after = self.evaluator.sample(test[:GRID]).strips()
+        grid_after = self.evaluator.strips(test[:GRID])
         run = Run(
             folder=self.records.folder,
             metric=self.config.evaluation.metric,
@@ -483,10 +479,7 @@ def train(
         baseline = borrowed_baseline(config, own, display.say) if saved is None else None
         extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
         eval_rewards = rewards + [safe(build(name)) for name in sorted(extra)]
-        check_ranks(config, world, display.say)
-        warn_of_warmup(config, display.say)
-        say_old_forwards(config, algorithm, display.say)
-        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+        check_before_loading(config, algorithm, model, reward is None, world, display.say)
         model = model or prepare_model(config, world, display.say)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm

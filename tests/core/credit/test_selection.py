@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,17 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tempflow.core import credit as credits
 from tempflow.core import plan as P
 from tempflow.core.credit import (
+    Advantage,
+    Around,
     BestPath,
     CreditRule,
+    DynamicSampling,
     Extremes,
     FromLeaves,
     GroupZScore,
     LogProb,
     LogProbBackup,
+    Mapped,
+    MinNorm,
     PerReward,
     Standing,
+    WinRate,
 )
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.forest import Forest
@@ -373,3 +380,67 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError) as caught:
             make()
         assert message in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- nesting
+VALUES_ONLY: list[type[Around]] = [PerReward, MinNorm, FromLeaves]
+DECIDING: list[CreditRule] = [Extremes(Z, 1, 1), DynamicSampling(Z, 1), Standing(Z), BestPath(Z), Mapped(Z)]
+
+
+def test_every_rule_is_of_one_of_these_kinds() -> None:
+    """A rule that decides more than values says so. WinRate and its like hand on what the inner credit says."""
+    rules = {rule for rule in vars(credits).values() if isinstance(rule, type) and issubclass(rule, Around)} - {Around}
+    deciding, joining = {type(rule) for rule in DECIDING}, set(VALUES_ONLY)
+    assert {rule for rule in rules if rule.decides} == deciding and {r for r in rules if r.values_only} == joining
+    assert {rule.__name__ for rule in rules - deciding - joining} == {
+        "LogProbBackup",
+        "PerStream",
+        "StepCredit",
+        "Surprisal",
+        "WinRate",
+    }
+
+
+@pytest.mark.parametrize("outer", VALUES_ONLY)
+@pytest.mark.parametrize("inner", DECIDING, ids=lambda rule: type(rule).__name__)
+def test_what_decides_stands_around_what_reads_values_alone(outer: type[Around], inner: CreditRule) -> None:
+    own, name = outer.__name__, type(inner).__name__
+    for nested in (inner, WinRate(inner), LogProbBackup(WinRate(inner))):
+        with pytest.raises(ValueError, match=f"^inner: {own} reads values alone, .*nearest valid: {name} around {own}"):
+            outer(nested)
+
+
+@pytest.mark.parametrize("outer", VALUES_ONLY)
+def test_a_rule_that_does_not_say_that_it_decides_is_found_when_it_does(outer: type[Around]) -> None:
+    @dataclass(frozen=True)
+    class Bold(Around):
+        def __call__(self, scores: Scores, forest: Forest) -> Advantage:
+            return DynamicSampling(self.inner)(scores, forest)
+
+    with pytest.raises(ValueError, match=f"{outer.__name__} reads values alone, and Bold selects"):
+        outer(Bold(Z))(random_scores(CHAINS, 3, rewards=2), CHAINS)
+
+
+@pytest.mark.parametrize("joined", [PerReward(Z), MinNorm(Z)], ids=["per_reward", "min_norm"])
+def test_prompts_on_which_any_reward_has_spread_are_kept_whatever_the_rewards_order(joined: CreditRule) -> None:
+    forest = grow(P.chain(3, roots=4), prompts=4)
+    value = random_scores(forest, 6, rewards=2).value
+    first, second, third = (forest.leaves.prompt == p for p in range(3))
+    value[first] = 0.5  # no reward has spread there; at prompt 1 the second alone, at prompt 2 the first alone
+    value[second, 0] = 0.5
+    value[third, 1] = 0.5
+    slot = forest.edges.prompt
+    for table in (value, value.flip(1)):
+        plain = joined(scored(table), forest)
+        for keep, prompts in ((None, (1, 2, 3)), (2, (1, 2)), (1, (1,))):
+            got = DynamicSampling(joined, keep)(scored(table), forest)
+            kept = torch.isin(slot, torch.tensor(prompts))
+            assert torch.equal(got.ok, kept) and torch.equal(got.value, torch.where(kept, plain.value, 0.0))
+            assert got.pool is not None and torch.equal(got.pool.ok, plain.ok)
+
+
+def test_prompts_that_are_left_out_twice_stay_in_the_first_pool() -> None:
+    scores = random_scores(CHAINS, 6)
+    got = DynamicSampling(DynamicSampling(Z, 1))(scores, CHAINS)
+    assert got.pool is not None and torch.equal(got.pool.ok, Z(scores, CHAINS).ok) and got.pool.pool is None
+    assert torch.equal(got.ok, CHAINS.edges.prompt == 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tempflow.core.credit.rule import Advantage, Around
+from tempflow.core.credit.rule import Advantage, Around, alike
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
@@ -20,10 +20,12 @@ class PerReward(Around):
 
     A reward of large spread does not drown the others, as it does in a sum of scores. A leaf on which one of them
     failed counts for none. `restandardise`: the sum is then centred and scaled over all the iteration's edges (GDPO;
-    second-hand). An edge is live if it is for any reward. Raises ValueError for a negative eps or a clip that is not
-    positive.
+    second-hand). An edge is live if it is for any reward: what selects edges or prompts stands around it, and then has
+    those on which any reward has spread. Raises ValueError for a negative eps, a clip that is not positive, or an inner
+    credit that selects.
     """
 
+    values_only = True
     clip: float | None = 5.0
     restandardise: bool = False
     eps: float = 1e-4
@@ -46,13 +48,14 @@ class PerReward(Around):
         value = torch.zeros_like(parts[0].value, dtype=torch.float64)
         for part, w in zip(parts, weights.values(), strict=True):
             value = value + part.value.double() * (w / size)
-        ok, live = parts[0].ok, torch.stack([part.live for part in parts]).any(0)
+        first = alike(self, parts)
+        ok, live = first.ok, torch.stack([part.live for part in parts]).any(0)
         if self.restandardise:
             mean, deviation, _ = moments(value, ok, torch.zeros_like(forest.edges.step), False)
             value = (value - mean) / (deviation + self.eps)
         if self.clip is not None:
             value = value.clamp(-self.clip, self.clip)
-        return replace(parts[0], value=torch.where(live, value, 0.0).float(), live=live)
+        return replace(first, value=torch.where(live, value, 0.0).float(), live=live)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ class MinNorm(Around):
     spread takes no part in m, or one saturated reward would silence the others (our choice). An edge without a valid
     score of every objective is not ok. `explore` (ρ) is unknown in the paper, as is whether u is random.
 
-    Raises ValueError for explore outside [0, 1].
+    Raises ValueError for explore outside [0, 1], or an inner credit that selects: that stands around this one.
     """
 
+    values_only = True
     explore: float = 0.2
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class MinNorm(Around):
         weight = torch.tensor([abs(w) for w in used.values()], dtype=torch.float64, device=value.device)
         mixed = (weight[:, None] * value).sum(0) / weight.sum()
         fused = (1 - self.explore) * nearest_to_zero(value, live) + self.explore * mixed
-        first = parts[0]
+        first = alike(self, parts)
         alive = live.any(0) & (fused != 0)
         return replace(first, value=torch.where(alive, fused, 0.0).float(), live=alive)
 

@@ -138,6 +138,7 @@ class Mapped(Around):
     When called, raises ValueError for a missing trait, or edges with another number of leaves than one.
     """
 
+    decides = True
     trait: str = "map"
     column: str = "map"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -70,15 +70,23 @@ class CreditRule(Protocol):
 class Around:
     """What credits around another one share: its reward weights, groups and peers are theirs.
 
+    decides      beside values it says which edges count, to which others they point, or columns of theirs
+    values_only  it makes advantages anew of the inner credit's values, of each reward or leaf, and loses all else
+
     Raises ValueError around a credit by stream (`PerStream`), which is the outermost: one number an edge is worked on.
+    Also where only values are read and the inner credit, or one inside that, decides.
     """
 
     inner: CreditRule
+    decides: ClassVar[bool] = False
+    values_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        own, inner = type(self).__name__, type(self.inner).__name__
         if getattr(self.inner, "streams", ()):
-            own, inner = type(self).__name__, type(self.inner).__name__
             raise ValueError(f"inner: {own} works on one advantage an edge; nearest valid: {inner} around {own}")
+        if self.values_only and (name := _deciding(self.inner)):
+            raise ValueError(_lost(own, name))
 
     @property
     def reward_weights(self) -> Mapping[str, float] | None:
@@ -97,6 +105,30 @@ class Around:
     def groups(self, edges: Edges) -> Tensor:
         """Dense group numbers [E], the inner credit's."""
         return self.inner.groups(edges)
+
+
+def _deciding(rule: CreditRule) -> str:
+    """Which of a rule and those inside it decides; "" where none does."""
+    if getattr(rule, "decides", False) or (rule.peers and not isinstance(rule, Around)):
+        return type(rule).__name__
+    return _deciding(rule.inner) if isinstance(rule, Around) else ""
+
+
+def _lost(own: str, inner: str) -> str:
+    return f"inner: {own} reads values alone, and {inner} selects or marks edges; nearest valid: {inner} around {own}"
+
+
+def alike(rule: Around, parts: Sequence[Advantage]) -> Advantage:
+    """The first of the parts that a rule reads values of, which differ in nothing but `value` and `live`.
+
+    Raises ValueError where they do: the inner credit decides, and did not say so (`Around.decides`).
+    """
+    first = parts[0]
+    for part in parts:
+        more = bool(part.columns) or part.peer is not None or part.pool is not None
+        if more or not torch.equal(part.ok, first.ok):
+            raise ValueError(_lost(type(rule).__name__, type(rule.inner).__name__))
+    return first
 
 
 def group_index(edges: Edges, by: tuple[Key, ...]) -> Tensor:

@@ -33,6 +33,7 @@ class Extremes(Around):
     is > 0.
     """
 
+    decides = True
     best: int
     worst: int
     among: Among = "prompt"
@@ -72,8 +73,11 @@ class DynamicSampling(Around):
     rollouts are paid for whether kept or not. None keeps all with spread. The inner credit sees the whole pool, so a
     batch-wide scale of its counts what is then left out; what it said stays as `Advantage.pool`. Raises ValueError for
     less than one prompt.
+
+    Of several rewards it stands around the rule that joins them, and keeps the prompts on which any has spread.
     """
 
+    decides = True
     prompts: int | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class DynamicSampling(Around):
         if self.prompts is not None:
             kept = kept & (spread.cumsum(0)[slot] <= self.prompts)
         value = torch.where(kept, given.value, 0.0)
-        return replace(given, value=value, ok=given.ok & kept, live=given.live & kept, pool=given)
+        return replace(given, value=value, ok=given.ok & kept, live=given.live & kept, pool=given.pool or given)
 
 
 def _last_split(forest: Forest) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tempflow.core.credit.rule import Advantage, Around
+from tempflow.core.credit.rule import Advantage, Around, alike
 from tempflow.core.forest import Forest, Leaves
 from tempflow.core.groups import dense
 from tempflow.core.scores import Scores
@@ -21,11 +21,15 @@ class FromLeaves(Around):
 
     So a tree's edges are judged by the statistics of the prompt's leaves, whatever their depth (Dynamic-TreeRPO;
     BranchGRPO's `use_group`), where the inner credit alone standardises the values at each depth.
+
+    Raises ValueError for an inner credit that selects or marks edges: that stands around this one.
     """
+
+    values_only = True
 
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
-        leaves = self.inner(scores, forest.as_leaves())
+        leaves = alike(self, [self.inner(scores, forest.as_leaves())])
         value, ok = forest.backup(leaves.value, leaves.ok)
         live = ok & any_below(forest, leaves.live)
         return Advantage(torch.where(live, value, 0.0), ok, live)
@@ -84,6 +88,8 @@ class Standing(Around):
     With a z-score inside it is Dynamic-TreeRPO's reward condition in our reading; the paper's form is not known.
     """
 
+    decides = True
+
     def __call__(self, scores: Scores, forest: Forest) -> Advantage:
         """`scores` of the forest's leaves, [N, R]; the advantages of its recorded edges."""
         given = self.inner(scores, forest)
@@ -97,6 +103,8 @@ class BestPath(Around):
     Best by total reward, the first of equals: advantages are bounded, and may tie. Edges of that path point to
     themselves, as do edges at a step where the path has none, and those of a prompt without a valid leaf.
     """
+
+    decides = True
 
     @property
     def peers(self) -> bool:

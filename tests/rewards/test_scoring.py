@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tempflow.core.scores import Scores
 from tempflow.media import Media
-from tempflow.rewards import from_function
+from tempflow.rewards import from_function, scoring
 from tempflow.rewards.protocol import RewardError
 from tempflow.rewards.safe import SafeReward
-from tempflow.train import scoring
+from tempflow.rewards.scoring import Scoring
 from tempflow.train.display import Interrupt, Interrupted
-from tempflow.train.scoring import Scoring
 
 Images = list[Image.Image]
 LONG = 20.0

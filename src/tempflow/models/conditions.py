@@ -49,22 +49,28 @@ class Learned:
 
     def of(self, model: Model, prompts: Sequence[Prompt], perturbation: Perturbation, seed: int) -> list[Offsets]:
         """Every prompt's. Raises ValueError for a model that does not show what enters its text encoders."""
-        if not isinstance(model, EncodesInputs):
-            raise ValueError(
-                f"conditions: the model {model.name!r} does not show what enters its text encoders "
-                "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
-            )
+        shown = check_encodes(model)
         keys = [
-            (perturbation, seed, prompt.text, _sources(prompt), _digest(model.text_inputs(prompt).tokens))
+            (perturbation, seed, prompt.text, _sources(prompt), _digest(shown.text_inputs(prompt).tokens))
             for prompt in prompts
         ]
         for key, prompt in zip(keys, prompts, strict=True):
             if key not in self._kept:
-                self._kept[key] = _learn(model, perturbation, seed, prompt)
+                self._kept[key] = _learn(shown, perturbation, seed, prompt)
         offsets = [self._kept[key] for key in keys]
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
             del self._kept[next(iter(self._kept))]
         return offsets
+
+
+def check_encodes(model: Model) -> EncodesInputs:
+    """The model, if it shows what enters its text encoders. Raises ValueError."""
+    if not isinstance(model, EncodesInputs):
+        raise ValueError(
+            f"conditions: the model {model.name!r} does not show what enters its text encoders "
+            "(models.protocol.EncodesInputs); nearest valid: one that does, or an algorithm without conditions"
+        )
+    return model
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> bytes:
