@@ -433,6 +433,14 @@ def rows_at_once(size: Size) -> int:
     return max(1, min(VAE_ROWS, VAE_PIXELS // size.pixels))
 
 
+def token_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """μ of the σ grid's dynamic shift: linear in the tokens of a latent, by the scheduler's configuration."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return tokens * slope + (low - slope * few)
+
+
 # Networks that take patches of 2 × 2 side by side as tokens. A permutation: noise and log-probs are the same.
 def pack(x: Tensor) -> Tensor:
     """[B, C, 2h, 2w] → [B, h·w, 4C]: patches row by row, in each the channels outermost."""

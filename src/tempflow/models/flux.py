@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tempflow.core.state import upcast
 from tempflow.media import Size
-from tempflow.models.diffusers_model import DiffusersModel, pack, unpack
+from tempflow.models.diffusers_model import DiffusersModel, pack, token_shift, unpack
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
 from tempflow.models.guidance import Guidance
@@ -104,17 +104,8 @@ class Flux(DiffusersModel):
         return {"embeds": embeds[0], "pooled": pooled[0]}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        config, tokens = scheduler.config, shape[1] * shape[2] // PATCH**2
-        mu = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        even = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)
+        even = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(None if even is not None else steps, sigmas=even, mu=mu)
 
     def velocity(
