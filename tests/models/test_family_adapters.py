@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image
+from families import flux, qwen_image, z_image
 from families.common import NEGATIVES, PROMPTS
 from torch import Tensor
 
@@ -59,6 +59,7 @@ class Case:
 CASES = {
     "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
     "qwen_image": Case(qwen_image, qwen_image.pipeline, least=2),
+    "z_image": Case(z_image, z_image.pipeline),
 }
 
 

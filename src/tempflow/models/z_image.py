@@ -1,0 +1,93 @@
+"""Z-Image by diffusers: serves ZImagePipeline folders.
+
+Its network takes lists of texts without padding, a time that runs from 0 (noise) to 1, and gives the velocity's
+negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempflow.media import Size
+from tempflow.models.diffusers_model import DiffusersModel, token_shift
+from tempflow.models.embeddings import Row
+from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.guidance import Guidance
+from tempflow.models.pipeline_folder import check_flow_match_euler
+
+PIPELINES = {"ZImagePipeline": "ZImage"}
+
+PATCH = 2
+"""A token is a patch of 2 × 2 latents."""
+
+TOKENS = 512
+"""The pipeline's own `max_sequence_length`, the chat around a prompt included."""
+
+TURBO_SHIFT = 3.0
+"""The σ grid's shift in Z-Image-Turbo's folder; Z-Image's own is 6. Nothing else in their files tells them apart."""
+
+LORA_TARGETS = (
+    "attention.to_q",
+    "attention.to_k",
+    "attention.to_v",
+    "attention.to_out.0",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
+"""Attention and feed-forward layers, of the two refiners too: Flow-Factory's (read in source)."""
+
+
+def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
+    if transformer is None or vae is None:
+        return None
+    return drawable(size, transformer["in_channels"], 2 ** (len(vae["block_out_channels"]) - 1), PATCH)
+
+
+def _distilled(settings: Settings) -> str:
+    shift = (settings("scheduler/scheduler_config.json") or {}).get("shift")
+    return f"shift is {shift:g} in scheduler/scheduler_config.json, as in Z-Image-Turbo" if shift == TURBO_SHIFT else ""
+
+
+FAMILY = Family(
+    title="Z-Image",
+    needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
+    blocks=("noise_refiner", "context_refiner", "layers"),
+    lora_targets=LORA_TARGETS,
+    scheduler=check_flow_match_euler,
+    latent_shape=_latent_shape,
+    distilled=_distilled,
+)
+
+
+class ZImage(DiffusersModel):
+    """The adapter. Guidance g is classifier-free guidance as everywhere here; the pipeline's own scale is g − 1."""
+
+    family = FAMILY
+
+    def encode_text(self, text: str, negative: bool, size: Size) -> Row:
+        """`embeds` [L, d] and `mask` [L], true; L is the prompt's own length and that of the chat around it."""
+        length = min(TOKENS, self.pipe.tokenizer.model_max_length)
+        (embeds,), _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"embeds": embeds, "mask": torch.ones(len(embeds), dtype=torch.bool)}
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+        mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)  # which a constant shift ignores
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+
+    def velocity(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance
+    ) -> Tensor:
+        lengths = rows["mask"].sum(1).tolist()
+        said = network(
+            x=list(x.to(self.dtype)[:, :, None].unbind()),  # a picture is a clip of one frame there
+            t=(1000 - sigma * 1000) / 1000,  # the last bit as the pipeline has it
+            cap_feats=[text[:length] for text, length in zip(rows["embeds"], lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(said)[:, :, 0]
