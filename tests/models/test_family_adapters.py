@@ -277,6 +277,9 @@ def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: s
         assert told["log_ratio_max"] == 0
         assert told["rollout_gap_max"] <= 4  # roundings
     export_run(tmp_path / "run", tmp_path / "out", weights="policy")
+    card = (tmp_path / "out" / "README.md").read_text()
+    said = scene.adapter.guidance(1.0, **scene.extra(scene.guidance)).call_options()
+    assert all(f"{name}=" in card for name in said) and ("guidance_scale=" in card) == ("guidance_scale" in said)
     if training == "lora":
         pipe = scene.load()
         load_by_diffusers(pipe, tmp_path / "out")

@@ -11,8 +11,11 @@ from worlds import NOISE, World
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import rollout
+from tempflow.models.flux import FluxGuidance
 from tempflow.models.guidance import Guidance, guidance_of, guided
 from tempflow.models.protocol import Conditioning, shared
+from tempflow.models.qwen_image import QwenGuidance
+from tempflow.models.z_image import ZImageGuidance
 from tempflow.request import Prompt
 
 
@@ -37,6 +40,21 @@ def test_a_familys_options_are_known_by_name() -> None:
         guidance_of(Rescaled, 4.0, {"rescal": 0.7})
     with pytest.raises(ValueError, match=r"'rescale' is unknown; this family has none; nearest valid: \{\}"):
         guidance_of(Guidance, 4.0, {"rescale": 0.7})
+
+
+@pytest.mark.parametrize(
+    ("guidance", "asked"),
+    [
+        (Guidance(4.5), {"guidance_scale": 4.5}),
+        (FluxGuidance(3.5), {"guidance_scale": 3.5}),
+        (FluxGuidance(3.5, 2.0), {"guidance_scale": 3.5, "true_cfg_scale": 2.0, "negative_prompt": ""}),
+        (QwenGuidance(4.0), {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+        (QwenGuidance(1.0), {"true_cfg_scale": 1.0}),
+        (ZImageGuidance(6.0), {"guidance_scale": 5.0}),
+    ],
+)
+def test_model_cards_ask_in_the_pipelines_own_words(guidance: Guidance, asked: dict[str, object]) -> None:
+    assert guidance.call_options() == asked
 
 
 def drawn(world: World, prompts: tuple[Prompt, ...], guidance: float) -> torch.Tensor:

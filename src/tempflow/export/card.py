@@ -13,6 +13,7 @@ import yaml
 
 from tempflow.config import OWN_REWARD, Config
 from tempflow.models import HUB_ID, Family, adapter_of, shapes_folder
+from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.pipeline_folder import licence_of
 
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail")
@@ -218,9 +219,12 @@ def _usage(config: Config, export: Export) -> str:
         loading = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(export.name)}, {dtype})"]
     e = config.evaluation
     size, m = f"height={config.model.height}, width={config.model.width}", config.model
+    guidance = Guidance(e.guidance) if family is None else guidance_of(family.guidance, e.guidance, m.guidance_options)
     more = {} if family is None else family.call_options(partial(base_settings, config))
-    named = "".join(f", {name}={value!r}" for name, value in more.items())
-    options = f"num_inference_steps={e.steps}, guidance_scale={e.guidance:g}, {size}{named}"
+    said = {name: f"{v:g}" if isinstance(v, float) else repr(v) for name, v in guidance.call_options().items()}
+    said |= {name: repr(value) for name, value in more.items()}
+    named = "".join(f", {name}={value}" for name, value in said.items())
+    options = f"num_inference_steps={e.steps}, {size}{named}"
     drawing = [f'image = pipe("a red circle", {options}).images[0]', 'image.save("picture.png")']
     if family is not None and family.makes != "picture":
         imports = [*imports, "from diffusers.utils import export_to_video"]

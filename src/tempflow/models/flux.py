@@ -61,6 +61,10 @@ class FluxGuidance(Guidance):
     def rows(self) -> int:
         return 1 if self.true_cfg == 1 else 2
 
+    def call_options(self) -> Mapping[str, object]:
+        beside = {} if self.rows == 1 else {"true_cfg_scale": self.true_cfg, "negative_prompt": ""}
+        return {**super().call_options(), **beside}
+
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         base, guided = upcast(negative), upcast(positive)
         return base + self.true_cfg * (guided - base)

@@ -34,6 +34,10 @@ class Guidance:
         """Rows of the network for each that is asked for."""
         return 1 if self.guidance == 1 else 2
 
+    def call_options(self) -> Mapping[str, object]:
+        """How a call of the pipeline is asked for the same, for model cards."""
+        return {"guidance_scale": self.guidance}
+
     def at(self, guidance: float) -> Self:
         """The same with another main number."""
         return replace(self, guidance=guidance)

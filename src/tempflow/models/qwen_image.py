@@ -54,6 +54,9 @@ class QwenGuidance(Guidance):
     """Classifier-free guidance, then each token (a patch of 2 × 2 latents, all channels) gets the norm that the
     prompt's velocity has there. At 1 the negative branch is not asked; the pipeline has no guidance below 1."""
 
+    def call_options(self) -> Mapping[str, object]:
+        return {"true_cfg_scale": self.guidance, **({} if self.rows == 1 else {"negative_prompt": NO_NEGATIVE})}
+
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         mixed = super().__call__(positive, negative)
         own, theirs = pack(upcast(positive)), pack(mixed)

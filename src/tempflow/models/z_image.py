@@ -7,6 +7,7 @@ negative.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ LORA_TARGETS = (
 """Attention and feed-forward layers, of the two refiners too: Flow-Factory's (read in source)."""
 
 
+@dataclass(frozen=True)
+class ZImageGuidance(Guidance):
+    """Classifier-free guidance as everywhere here; the pipeline's own scale is this number − 1."""
+
+    def call_options(self) -> Mapping[str, object]:
+        return {"guidance_scale": self.guidance - 1}
+
+
 def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
     transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
     if transformer is None or vae is None:
@@ -59,6 +68,7 @@ FAMILY = Family(
     needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
     blocks=("noise_refiner", "context_refiner", "layers"),
     lora_targets=LORA_TARGETS,
+    guidance=ZImageGuidance,
     scheduler=check_flow_match_euler,
     latent_shape=_latent_shape,
     distilled=_distilled,
@@ -66,7 +76,7 @@ FAMILY = Family(
 
 
 class ZImage(DiffusersModel):
-    """The adapter. Guidance g is classifier-free guidance as everywhere here; the pipeline's own scale is g − 1."""
+    """The adapter. A text's tensors are padded, and cut to its length for the network."""
 
     family = FAMILY
 
