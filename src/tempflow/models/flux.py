@@ -6,7 +6,7 @@ negative prompt is an option beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from tempflow.media import Size
 from tempflow.models.diffusers_model import DiffusersModel, pack, token_shift, unpack
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.flux_names import original_names
 from tempflow.models.guidance import Guidance
+from tempflow.models.lora_files import Aliases
 from tempflow.models.pipeline_folder import check_flow_match_euler
 
 PIPELINES = {"FluxPipeline": "Flux"}
@@ -129,6 +131,10 @@ class Flux(DiffusersModel):
             return_dict=False,
         )[0]
         return unpack(said, *x.shape[-2:])
+
+    def lora_aliases(self, layers: Sequence[str]) -> Aliases:
+        """Black Forest Labs' own names of the layers."""
+        return original_names(layers)
 
 
 def _places(height: int, width: int, device: torch.device) -> Tensor:

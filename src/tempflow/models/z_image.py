@@ -6,7 +6,8 @@ negative.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from tempflow.models.diffusers_model import DiffusersModel, token_shift
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
 from tempflow.models.guidance import Guidance
+from tempflow.models.lora_files import Aliases, Part
 from tempflow.models.pipeline_folder import check_flow_match_euler
 
 PIPELINES = {"ZImagePipeline": "ZImage"}
@@ -101,3 +103,24 @@ class ZImage(DiffusersModel):
             return_dict=False,
         )[0]
         return -torch.stack(said)[:, :, 0]
+
+    def lora_aliases(self, layers: Sequence[str]) -> Aliases:
+        return original_names(layers)
+
+
+ONE_SIZE = re.compile(r"all_(final_layer|x_embedder)\.2-1(.*)")
+"""diffusers keeps a first and a last layer for each size of a patch; the original code has the one of 2 × 2 × 1."""
+
+
+def original_names(layers: Sequence[str]) -> dict[str, tuple[Part, ...]]:
+    """The name of a layer in the original code, where it is another → diffusers' layers that hold its rows."""
+    names: dict[str, tuple[Part, ...]] = {}
+    for layer in layers:
+        attention, _, kind = layer.rpartition(".attention.")
+        if kind == "to_q":
+            names[f"{attention}.attention.qkv"] = tuple(Part(f"{attention}.attention.to_{x}") for x in "qkv")
+        elif kind == "to_out.0":
+            names[f"{attention}.attention.out"] = (Part(layer),)
+        elif found := ONE_SIZE.fullmatch(layer):
+            names[found[1] + found[2]] = (Part(layer),)
+    return names
