@@ -354,6 +354,28 @@ def test_the_sd35_recipe_has_the_papers_settings():
     assert (made.optimizer.learning_rate, made.optimizer.updates_per_iteration) == (3e-4, 2)
 
 
+PUBLISHED = {  # forwards, trained edges and leaves of a prompt; prompts; evaluation's steps; guidance; EMA; path
+    "flux1_dev_flow_grpo": ((144, 120, 24), 48, 28, 3.5, 0.9, "black-forest-labs/FLUX.1-dev"),
+    "qwen_image_flow_grpo": ((160, 32, 16), 32, 50, 4.0, 0.0, "Qwen/Qwen-Image"),
+    "z_image_flow_grpo": ((160, 16, 16), 48, 40, 5.0, 0.9, "Tongyi-MAI/Z-Image"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_of_other_families_have_the_published_settings(name: str):
+    made = RECIPES[name]()
+    cost, prompts, steps, guidance, ema, path = PUBLISHED[name]
+    m, o = made.model, made.optimizer
+    of_prompt = made.algorithm.build().plan(0, 0).cost()
+    assert (of_prompt.forwards, of_prompt.trained_edges, of_prompt.leaves) == cost
+    assert (made.data.prompts_per_iteration, made.evaluation.steps) == (prompts, steps)
+    assert (m.path, m.guidance, made.evaluation.guidance) == (path, guidance, guidance)
+    assert (m.height, m.width, m.training, m.lora_rank, m.lora_alpha) == (512, 512, "lora", 64, 128)
+    assert (o.learning_rate, o.beta2, o.weight_decay, o.updates_per_iteration, o.ema_decay) == (
+        3e-4, 0.999, 1e-4, 2, ema,
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------- cost
 def test_cost_of_the_papers_settings():
     cost = run_cost(config(iterations=3, data={"prompts_per_iteration": 2}, evaluation={"steps": 7}))

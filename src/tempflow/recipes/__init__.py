@@ -1,4 +1,4 @@
-"""Recipes: functions that return a `Config`, one file per base model; `tempflow train NAME` runs one."""
+"""Recipes: functions that return a `Config`; `tempflow train NAME` runs one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tempflow.config import Config
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.text_to_image import flux1_dev_flow_grpo, qwen_image_flow_grpo, z_image_flow_grpo
 from tempflow.recipes.zoo import ENTRIES, Entry, recipe
 
 
@@ -27,6 +28,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
     "sd35_medium_tempflow": sd35_medium_tempflow,
+    "flux1_dev_flow_grpo": flux1_dev_flow_grpo,
+    "qwen_image_flow_grpo": qwen_image_flow_grpo,
+    "z_image_flow_grpo": z_image_flow_grpo,
     **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
@@ -35,10 +39,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
 __all__ = [
     "RECIPES",
     "demo",
+    "flux1_dev_flow_grpo",
+    "qwen_image_flow_grpo",
     "sd35_medium_tempflow",
     "shapes_diffusion_dpo",
     "shapes_flow",
     "shapes_lora",
     "shapes_sft",
     "shapes_tempflow",
+    "z_image_flow_grpo",
 ]
