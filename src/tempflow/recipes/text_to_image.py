@@ -17,8 +17,8 @@ def flux1_dev_flow_grpo() -> Config:
 
     6 steps of which 5 are trained (28 in evaluation), embedded guidance 3.5, groups of 24, 48 prompts and 2 updates an
     iteration, noise 0.9, clip 1e-4, no KL, AdamW (3e-4, .9, .999, decay 1e-4), EMA .9. The LoRA is on attention and
-    feed-forward layers. They cut prompts at 128 tokens of T5; here it is the pipeline's own 512. The weights are under a
-    non-commercial licence: `model.accept_licence`.
+    feed-forward layers. They cut prompts at 128 tokens of T5; here it is the pipeline's own 512. The weights' licence
+    is a non-commercial one: `model.accept_licence`.
     """
     return _recipe(
         "flux1-dev-flow-grpo",
@@ -60,8 +60,8 @@ def qwen_image_flow_grpo() -> Config:
 
 
 def z_image_flow_grpo() -> Config:
-    """Flow-GRPO on Z-Image as Flow-Factory has it (examples/grpo/lora/z_image): 8 processes at one picture each, on GPUs
-    that it does not name.
+    """Flow-GRPO on Z-Image as Flow-Factory has it (examples/grpo/lora/z_image): 8 processes at one picture each, of
+    GPUs that it does not name.
 
     10 steps (40 in evaluation), one of which draws noise and is trained, guidance 5 (the pipeline's scale 4), groups of
     16, 48 prompts and 2 updates an iteration, noise 0.7, clip 1e-4, no KL, the group's own standard deviation, AdamW
