@@ -85,7 +85,9 @@ class ZImage(DiffusersModel):
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [L, d] and `mask` [L], true; L is the prompt's own length and that of the chat around it."""
         length = min(TOKENS, self.pipe.tokenizer.model_max_length)
-        (embeds,), _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, max_sequence_length=length)
+        (embeds,), _ = self.pipe.encode_prompt(
+            [text], device=self.device, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return {"embeds": embeds, "mask": torch.ones(len(embeds), dtype=torch.bool)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
