@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image, sana, z_image
+from families import cogview4, flux, qwen_image, sana, z_image
+from families.common import NEGATIVES
 from families.common import NEGATIVES
 from torch import Tensor
 
@@ -61,6 +62,7 @@ CASES = {
     "qwen_image": Case(qwen_image, qwen_image.pipeline, least=2),
     "z_image": Case(z_image, z_image.pipeline),
     "sana": Case(sana, sana.pipeline),
+    "cogview4": Case(cogview4, cogview4.pipeline),
 }
 
 
