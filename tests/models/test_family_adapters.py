@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import cogview4, flux, qwen_image, sana, z_image
+from families import cogview4, flux, lumina2, qwen_image, sana, z_image
 from families.common import NEGATIVES
 from families.common import NEGATIVES
 from torch import Tensor
@@ -63,6 +63,7 @@ CASES = {
     "z_image": Case(z_image, z_image.pipeline),
     "sana": Case(sana, sana.pipeline),
     "cogview4": Case(cogview4, cogview4.pipeline),
+    "lumina2": Case(lumina2, lumina2.pipeline),
 }
 
 
