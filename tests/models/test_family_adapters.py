@@ -16,7 +16,6 @@ import pytest
 import torch
 from families import cogview4, flux, lumina2, qwen_image, sana, z_image
 from families.common import NEGATIVES
-from families.common import NEGATIVES
 from torch import Tensor
 
 import tempflow
