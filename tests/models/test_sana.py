@@ -12,14 +12,16 @@ from families.common import NEGATIVES, PROMPTS
 from torch import Tensor
 
 from tempflow import models
+from tempflow.config import Config
 from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
 from tempflow.core.solver import DPMSolver2
+from tempflow.export.card import Export, card
 from tempflow.media import Size
 from tempflow.models.quiet import quiet
-from tempflow.models.sana import check_sana
+from tempflow.models.sana import Sana, check_sana
 from tempflow.request import Prompt
 
 SIZE = Size(*sana.SIZES[0])
@@ -119,6 +121,29 @@ def test_the_instruction_stands_before_prompts_alone(adapter: Any) -> None:
     told = adapter.encode([Prompt("a small bird", negative="a small bird")], SIZE)
     assert not torch.equal(told.tensors["embeds"], told.negative["embeds"])
     assert told.tensors["mask"].sum() > told.negative["mask"].sum()
+
+
+def test_a_model_card_draws_by_the_sampler_that_is_walked_at_the_size_that_is_asked(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = Config.model_validate(
+        {
+            "name": "it",
+            "iterations": 1,
+            "algorithm": {"name": "diffusion_nft"},
+            "model": {"path": str(folder), "height": SIZE.height, "width": SIZE.width},
+            "evaluation": {"steps": 4, "guidance": 4.5},
+        }
+    )
+    text = card(tmp_path, config, Export(str(folder), "merged", "float32", None))
+    lines = text.partition("```python\n")[2].partition("```")[0].splitlines()
+    shown: dict[str, Any] = {}
+    exec("\n".join(line for line in lines if not line.startswith("image")), shown)
+    scheduler = shown["pipe"].scheduler
+    assert type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and scheduler.config.shift == 3.0
+    again = eval(Sana.family.sampler, shown)  # of a folder that has it already
+    assert type(again) is type(scheduler) and again.config.shift == 3.0
+    assert "use_resolution_binning=False" in text and "guidance_scale=4.5" in text
 
 
 def asked() -> list[Prompt]:

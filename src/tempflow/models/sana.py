@@ -77,6 +77,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     scheduler=check_sana,
     latent_shape=_latent_shape,
+    sampler=f'{EULER}.from_config({{"shift": pipe.scheduler.config.get("flow_shift"), **pipe.scheduler.config}})',
     call_options=_call_options,
 )
 
