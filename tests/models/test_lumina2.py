@@ -65,7 +65,10 @@ def test_guidance_keeps_the_prompts_norm_in_every_line_and_may_be_plain(adapter:
 
 
 def test_the_option_goes_by_the_pipelines_own_name() -> None:
-    assert guidance_of(Lumina2Guidance, 4.0, {"cfg_normalization": False}) == Lumina2Guidance(4.0, False)
+    plain = guidance_of(Lumina2Guidance, 4.0, {"cfg_normalization": False})
+    assert isinstance(plain, Lumina2Guidance) and plain == Lumina2Guidance(4.0, False)
+    assert plain.call_options() == {"guidance_scale": 4.0, "cfg_normalization": False}
+    assert Lumina2Guidance(4.0).call_options() == {"guidance_scale": 4.0}
     with pytest.raises(ValueError, match=r"guidance_options: 'cfg_normalisation' .*'cfg_normalization'"):
         guidance_of(Lumina2Guidance, 4.0, {"cfg_normalisation": False})
 

@@ -23,6 +23,7 @@ from tempflow.media import Size
 from tempflow.models.quiet import quiet
 from tempflow.models.sana import Sana, check_sana
 from tempflow.request import Prompt
+from tempflow.train.build import check_model, prepare_model
 
 SIZE = Size(*sana.SIZES[0])
 NOISE = Noise(seed=5)
@@ -70,19 +71,30 @@ def test_the_folders_own_sampler_is_our_multistep_solver_on_its_grid(adapter: An
     assert float((euler - theirs).abs().max()) > 0.01
 
 
-def test_it_is_said_that_euler_is_walked(adapter: Any) -> None:
-    assert adapter.notes == (
-        "the folder names DPMSolverMultistepScheduler; it is drawn by Euler's rule on the same shift",
-    )
+def test_it_is_said_that_euler_is_walked(folder: Path) -> None:
+    said: list[str] = []
+    prepare_model(configured(folder), say=said.append)
+    assert said[0].startswith("model: ") and "Sana, licence unknown" in said[0]
+    assert said[1:] == [
+        "model: its folder names DPMSolverMultistepScheduler; it is drawn by FlowMatchEulerDiscreteScheduler, set to "
+        "the same noise levels"
+    ]
+
+
+def test_a_folder_that_names_euler_is_walked_as_it_says(adapter: Any, tmp_path: Path) -> None:
     kept = adapter.pipe.scheduler
     adapter.pipe.scheduler = sana.euler(adapter.pipe)
     try:
-        assert adapter.notes == ()
         own = adapter.schedule(4, SIZE)
+        with quiet():
+            adapter.pipe.save_pretrained(tmp_path)
     finally:
         adapter.pipe.scheduler = kept
     assert torch.equal(own.sigmas, adapter.schedule(4, SIZE).sigmas)
     assert float(own.sigmas[0]) == 1
+    said: list[str] = []
+    check_model(configured(tmp_path), said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,15 +138,7 @@ def test_the_instruction_stands_before_prompts_alone(adapter: Any) -> None:
 def test_a_model_card_draws_by_the_sampler_that_is_walked_at_the_size_that_is_asked(
     folder: Path, tmp_path: Path
 ) -> None:
-    config = Config.model_validate(
-        {
-            "name": "it",
-            "iterations": 1,
-            "algorithm": {"name": "diffusion_nft"},
-            "model": {"path": str(folder), "height": SIZE.height, "width": SIZE.width},
-            "evaluation": {"steps": 4, "guidance": 4.5},
-        }
-    )
+    config = configured(folder)
     text = card(tmp_path, config, Export(str(folder), "merged", "float32", None))
     lines = text.partition("```python\n")[2].partition("```")[0].splitlines()
     shown: dict[str, Any] = {}
@@ -144,6 +148,18 @@ def test_a_model_card_draws_by_the_sampler_that_is_walked_at_the_size_that_is_as
     again = eval(Sana.family.sampler, shown)  # of a folder that has it already
     assert type(again) is type(scheduler) and again.config.shift == 3.0
     assert "use_resolution_binning=False" in text and "guidance_scale=4.5" in text
+
+
+def configured(folder: Path) -> Config:
+    return Config.model_validate(
+        {
+            "name": "it",
+            "iterations": 1,
+            "algorithm": {"name": "diffusion_nft"},
+            "model": {"path": str(folder), "height": SIZE.height, "width": SIZE.width},
+            "evaluation": {"steps": 4, "guidance": 4.5},
+        }
+    )
 
 
 def asked() -> list[Prompt]:

@@ -44,6 +44,11 @@ class Lumina2Guidance(Guidance):
 
     cfg_normalization: bool = True
 
+    def call_options(self) -> Mapping[str, object]:
+        """How a call of the pipeline is asked for the same, for model cards."""
+        told = {} if self.cfg_normalization else {"cfg_normalization": False}
+        return {"guidance_scale": self.guidance, **told}
+
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         mixed = super().__call__(positive, negative)
         if not self.cfg_normalization:

@@ -87,12 +87,6 @@ class Sana(DiffusersModel):
 
     family = FAMILY
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """That it is walked by Euler's rule, where the folder names another sampler."""
-        kind = type(self.pipe.scheduler).__name__
-        return () if kind == EULER else (f"the folder names {kind}; it is drawn by Euler's rule on the same shift",)
-
     def text_key(self, text: str, negative: bool, size: Size) -> str:
         return f"{negative}\0{text}"
 
