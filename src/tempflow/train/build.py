@@ -26,7 +26,7 @@ from tempflow.models.finite import encoded
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
-from tempflow.models.pipeline_folder import licence_of, read_index, settings_in
+from tempflow.models.pipeline_folder import licence_of, other_sampler, settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
@@ -147,10 +147,8 @@ def check_model(config: Config, say: Callable[[str], None] = lambda line: None) 
             f"warn: model.path: {m.path} looks like a few-step distillation ({why}): such weights are made for the few "
             "steps of their own grid, and training undoes that; nearest valid: the checkpoint that it was made of"
         )
-    walked = family.sampler.partition(".")[0]
-    named = read_index(m.path, folder)["scheduler"][1] if walked else ""
-    if named != walked:
-        say(f"model: its folder names {named}; it is drawn by {walked}, set to the same noise levels")
+    if note := other_sampler(m.path, folder, family):
+        say(f"model: {note}")
     with config.naming("model"):
         return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 
