@@ -373,6 +373,24 @@ def test_recipes_of_other_families_have_the_published_settings(name: str):
     )  # fmt: skip
 
 
+def test_the_sana_recipe_has_sol_rls_settings():
+    made = RECIPES["sana_sol_rl"]()
+    built, draft = made.algorithm.build(), made.algorithm.build().draft
+    assert draft is not None and (draft.pool, draft.steps, built.steps) == (96, 6, 10)
+    assert built.plan(0, 0).cost().leaves == 24 and made.data.prompts_per_iteration == 48
+    assert (made.model.height, made.model.guidance, made.evaluation.guidance, made.evaluation.steps) == (1024, 1, 1, 40)
+    assert (made.optimizer.updates_per_iteration, made.optimizer.max_grad_norm, made.train_rows) == (1, 1.0, 16)
+
+
+@pytest.mark.parametrize("name,guidance", [("cogview4_flow_grpo", 5.0), ("lumina2_flow_grpo", 4.0)])
+def test_what_nobody_published_has_flow_grpos_settings_and_says_so(name: str, guidance: float):
+    made, sd35 = RECIPES[name](), RECIPES["sd35_medium_tempflow"]()
+    assert "nobody published" in (RECIPES[name].__doc__ or "")
+    assert made.model.guidance == made.evaluation.guidance == guidance
+    assert made.optimizer == sd35.optimizer and made.data == sd35.data
+    assert made.algorithm.build().plan(0, 0).cost().leaves == 24
+
+
 # --------------------------------------------------------------------------------------------------------- cost
 def test_cost_of_the_papers_settings():
     cost = run_cost(config(iterations=3, data={"prompts_per_iteration": 2}, evaluation={"steps": 7}))

@@ -63,6 +63,8 @@ def test_it_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------------------- the recipes
 SMALL = {
     "sd35_medium_tempflow": {"steps": 5, "seeds": 1},
+    "cogview4_flow_grpo": {"steps": 5},
+    "lumina2_flow_grpo": {"steps": 5},
 }
 """What of a recipe is made smaller: forwards, not what may differ between rollout and training."""
 

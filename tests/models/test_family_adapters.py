@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image, z_image
-from families.common import NEGATIVES, PROMPTS
+from families import cogview4, flux, lumina2, qwen_image, sana, z_image
+from families.common import NEGATIVES
 from torch import Tensor
 
 import tempflow
@@ -60,6 +60,9 @@ CASES = {
     "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
     "qwen_image": Case(qwen_image, qwen_image.pipeline, least=2),
     "z_image": Case(z_image, z_image.pipeline),
+    "sana": Case(sana, sana.pipeline),
+    "cogview4": Case(cogview4, cogview4.pipeline),
+    "lumina2": Case(lumina2, lumina2.pipeline),
 }
 
 
@@ -86,12 +89,13 @@ class Scene:
     def asked(
         self,
         guidance: float | None = None,
-        prompts: Sequence[str] = tuple(PROMPTS[:2]),
+        prompts: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
         steps: int = 3,
         size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         told = self.case.negatives or [""] * len(NEGATIVES)
+        prompts = self.family.PROMPTS[:2] if prompts is None else prompts
         return {
             "guidance": self.guidance if guidance is None else guidance,
             "prompts": list(prompts),
@@ -146,7 +150,7 @@ def test_it_draws_what_the_pipeline_draws(scene: Scene) -> None:
 def test_what_is_asked_matters(scene: Scene) -> None:
     """Or equality would say little."""
     base = scene.ours()
-    assert moved(scene.ours(prompts=PROMPTS[1:]), base) > VISIBLE
+    assert moved(scene.ours(prompts=scene.family.PROMPTS[1:]), base) > VISIBLE
     assert moved(scene.ours(guidance=scene.guidance + 1), base) > VISIBLE
     by_negatives = moved(scene.ours(negatives=NEGATIVES[1:]), base)
     assert by_negatives > VISIBLE if scene.case.negatives is not None else by_negatives == 0
@@ -205,7 +209,7 @@ def test_it_draws_so_at_all_lengths_and_sizes(scene: Scene, steps: int, place: i
 
 
 def test_rows_do_not_depend_on_their_neighbours(scene: Scene) -> None:
-    both, alone = scene.ours(), scene.ours(prompts=PROMPTS[:1])
+    both, alone = scene.ours(), scene.ours(prompts=scene.family.PROMPTS[:1])
     assert moved(both[:1], alone) <= 1e-5
 
 
@@ -270,7 +274,7 @@ METHODS = {
 def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: str, training: str) -> None:
     """Trained, exported, loaded by plain diffusers: the same latents as the run's own model, and not the base's."""
     config = configured(scene, tmp_path / "run", METHODS[method], training)
-    prompts = [Prompt(text, negative=n) for text, n in zip(PROMPTS, NEGATIVES, strict=True)]
+    prompts = [Prompt(text, negative=n) for text, n in zip(scene.family.PROMPTS, NEGATIVES, strict=True)]
     tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts)
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     if method == "tempflow_grpo":

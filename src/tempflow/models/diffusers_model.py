@@ -121,6 +121,10 @@ class DiffusersModel(ABC):
         """The network's velocity ε − x0, [B, *S], of latents x [B, *S] at σ [B]; `rows`: a prompt's tensors for each of
         them, [B, …]."""
 
+    def walked(self) -> Any:
+        """A fresh scheduler whose grid is walked: the folder's own, without the state that a call leaves behind."""
+        return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         """Sets a fresh scheduler as the pipeline does for a latent of that shape."""
         scheduler.set_timesteps(steps)
@@ -247,7 +251,7 @@ class DiffusersModel(ABC):
             raise ValueError(f"steps: {steps} is too small; the nearest valid value is 1")
         shape = self.noise_shape(size)
         self.check_scheduler()
-        scheduler: Any = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler = self.walked()
         self.set_timesteps(scheduler, steps, shape)
         sigmas = scheduler.sigmas.float()
         if sigmas[0] <= 1 + 1e-5:  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
@@ -425,7 +429,8 @@ class DiffusersModel(ABC):
 
 def mode(encoded: Any) -> Tensor:
     """What an autoencoder's `encode` gave, as one latent: its posterior's mode, where it has one."""
-    return encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
+    first = encoded[0]
+    return first if isinstance(first, Tensor) else first.mode()
 
 
 def rows_at_once(size: Size) -> int:

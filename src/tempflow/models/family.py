@@ -58,6 +58,8 @@ class Family:
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
     distilled    distilled(settings): what in these files says that it is a few-step distillation; "" if nothing
+    sampler      the scheduler that it is drawn by, in Python that has a `pipe`, where folders name others, for model
+                 cards; "" for their own
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
     """
 
@@ -79,6 +81,7 @@ class Family:
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)
     distilled: Callable[[Settings], str] = field(default=nothing_said)
+    sampler: str = ""
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
 
 

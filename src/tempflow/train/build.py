@@ -26,7 +26,7 @@ from tempflow.models.finite import encoded
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
-from tempflow.models.pipeline_folder import licence_of, settings_in
+from tempflow.models.pipeline_folder import licence_of, other_sampler, settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
@@ -75,7 +75,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     begun = read_start(m.start, "model.start") if m.start else None  # before gigabytes are loaded
     if begun is not None:
         check_start(begun, m.training)
-    check_model(config)
+    check_model(config, say)
     dtype, device, tools = "float32" if sharded(config, world) else m.dtype, device_of(config, None, world), _tools(m)
     if m.dtype == "float16" and sharded(config, world):
         raise ValueError("model.dtype: 'float16' cannot be sharded; nearest valid: 'bfloat16'")
@@ -127,8 +127,8 @@ FEW_STEPS = re.compile(r"turbo|schnell|lightning|hyper|distill|(^|[-_])(lcm|dmd)
 
 
 def check_model(config: Config, say: Callable[[str], None] = lambda line: None) -> Guidance:
-    """What the configuration asks of its model, before that is loaded; `say` is told its licence and what looks like a
-    few-step distillation. Raises ValueError, naming the field."""
+    """What the configuration asks of its model, before that is loaded; `say` is told its licence, what looks like
+    a few-step distillation, and another sampler than the folder's. Raises ValueError, naming the field."""
     m = config.model
     folder = local_folder(m.path, m.revision)
     family, settings = adapter_of(m.path, folder).family, partial(settings_in, folder)
@@ -147,6 +147,8 @@ def check_model(config: Config, say: Callable[[str], None] = lambda line: None) 
             f"warn: model.path: {m.path} looks like a few-step distillation ({why}): such weights are made for the few "
             "steps of their own grid, and training undoes that; nearest valid: the checkpoint that it was made of"
         )
+    if note := other_sampler(m.path, folder, family):
+        say(f"model: {note}")
     with config.naming("model"):
         return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 

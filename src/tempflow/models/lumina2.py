@@ -1,0 +1,137 @@
+"""Lumina-Image 2 by diffusers: serves Lumina2Pipeline folders.
+
+Its time runs from noise at 0 to the picture at 1, and its velocity the same way; both are turned around here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tempflow.core.state import upcast
+from tempflow.media import Size
+from tempflow.models.diffusers_model import DiffusersModel
+from tempflow.models.embeddings import Row
+from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.guidance import Guidance
+from tempflow.models.pipeline_folder import check_flow_match_euler
+
+PIPELINES = {"Lumina2Pipeline": "Lumina2"}
+
+TOKENS = 256
+"""The pipeline's own `max_sequence_length`."""
+
+UNIT = 16
+"""The pipeline takes no sides but multiples of it, whatever the autoencoder's factor."""
+
+LORA_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+"""The attention of the layers and of both refiners; diffusers' example leaves out `to_out`."""
+
+
+@dataclass(frozen=True)
+class Lumina2Guidance(Guidance):
+    """Classifier-free guidance, then every line of the picture, in every channel, gets the norm that the prompt's
+    velocity has there: over the last axis, the width, as the pipeline takes it.
+
+    cfg_normalization  false: plain guidance
+    """
+
+    cfg_normalization: bool = True
+
+    def call_options(self) -> Mapping[str, object]:
+        """How a call of the pipeline is asked for the same, for model cards."""
+        told = {} if self.cfg_normalization else {"cfg_normalization": False}
+        return {"guidance_scale": self.guidance, **told}
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        mixed = super().__call__(positive, negative)
+        if not self.cfg_normalization:
+            return mixed
+        return mixed * (upcast(positive).norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+
+
+def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
+    if transformer is None or vae is None:
+        return None
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    patch = transformer.get("patch_size", 2)
+    unit = math.lcm(scale * patch, UNIT) // scale
+    most = min(transformer.get("axes_lens", (300, 512, 512))[1:]) * patch // unit  # places that a token can have
+    return drawable(size, transformer["in_channels"], scale, unit, most)
+
+
+def _call_options(settings: Settings) -> dict[str, object]:
+    length = (settings("tokenizer/tokenizer_config.json") or {}).get("model_max_length", TOKENS)
+    return {"max_sequence_length": length} if length < TOKENS else {}
+
+
+FAMILY = Family(
+    title="Lumina-Image 2",
+    needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
+    blocks=("noise_refiner", "context_refiner", "layers"),
+    lora_targets=LORA_TARGETS,
+    guidance=Lumina2Guidance,
+    scheduler=check_flow_match_euler,
+    latent_shape=_latent_shape,
+    call_options=_call_options,
+)
+
+
+class Lumina2(DiffusersModel):
+    """The adapter. A system prompt stands before every prompt, and none before a negative one."""
+
+    family = FAMILY
+
+    def text_key(self, text: str, negative: bool, size: Size) -> str:
+        return f"{negative}\0{text}"
+
+    def encode_text(self, text: str, negative: bool, size: Size) -> Row:
+        """`embeds` [L, d] and `mask` [L]; L is 256, or what the tokenizer allows."""
+        length = min(TOKENS, self.pipe.tokenizer.model_max_length)
+        if negative:  # the pipeline encodes these beside some prompt alone: one that is encoded already
+            nothing = torch.zeros(1, 1, 1, device=self.device)
+            _, _, embeds, mask = self.pipe.encode_prompt(
+                None,
+                negative_prompt=[text],
+                device=self.device,
+                prompt_embeds=nothing,
+                prompt_attention_mask=nothing[0],
+                max_sequence_length=length,
+            )
+        else:
+            embeds, mask, _, _ = self.pipe.encode_prompt(
+                [text], do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
+            )
+        return {"embeds": embeds[0], "mask": mask[0]}
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+        from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
+
+        config, channels = scheduler.config, shape[0]
+        mu = calculate_shift(
+            channels,  # which the pipeline takes for the number of tokens
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def velocity(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance
+    ) -> Tensor:
+        trained = self.pipe.scheduler.config.num_train_timesteps
+        return -network(
+            hidden_states=x.to(self.dtype),
+            timestep=1 - sigma * trained / trained,  # the last bit as the pipeline has it
+            encoder_hidden_states=rows["embeds"],
+            encoder_attention_mask=rows["mask"],
+            return_dict=False,
+        )[0]
