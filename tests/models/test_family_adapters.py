@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image, z_image
+from families import flux, qwen_image, stable_diffusion, z_image
 from families.common import NEGATIVES, PROMPTS
 from torch import Tensor
 
@@ -60,6 +60,8 @@ CASES = {
     "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
     "qwen_image": Case(qwen_image, qwen_image.pipeline, least=2),
     "z_image": Case(z_image, z_image.pipeline),
+    "sd15": Case(stable_diffusion, stable_diffusion.sd15),
+    "sdxl": Case(stable_diffusion, stable_diffusion.sdxl),
 }
 
 
@@ -118,7 +120,7 @@ class Scene:
             NOISE,
             shape=adapter.noise_shape(size),
         )
-        return self.case.out(adapter, forest.nodes[forest.leaves.node], schedule)
+        return self.case.out(adapter, schedule.samples(forest.nodes[forest.leaves.node]), schedule)
 
     def theirs(self, pipe: Any = None, output: str = "latent", **changed: Any) -> Any:
         a = self.asked(**changed)
@@ -178,7 +180,7 @@ def test_pictures_are_the_pipelines(scene: Scene) -> None:
         NOISE,
         shape=scene.adapter.noise_shape(size),
     )
-    ours = scene.adapter.decode(forest.nodes[forest.leaves.node], size).pictures().numpy()
+    ours = scene.adapter.decode(schedule.samples(forest.nodes[forest.leaves.node]), size).pictures().numpy()
     theirs = scene.theirs(output="np")
     assert ours.shape == theirs.shape and ours.std() > 5
     assert np.abs(ours / 255 - theirs).max() <= 0.51 / 255

@@ -217,6 +217,9 @@ def _usage(config: Config, export: Export) -> str:
         ]
     else:
         loading = [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(export.name)}, {dtype})"]
+    if family is not None and family.sampler:
+        imports[1] += f", {family.sampler}"
+        loading.append(f"pipe.scheduler = {family.sampler}.from_config(pipe.scheduler.config)  # as it was trained")
     e = config.evaluation
     size, m = f"height={config.model.height}, width={config.model.width}", config.model
     guidance = Guidance(e.guidance) if family is None else guidance_of(family.guidance, e.guidance, m.guidance_options)

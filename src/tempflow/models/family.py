@@ -43,6 +43,7 @@ class Family:
     title        what people call them
     needed       parts that must be there, the networks among them, by the names of model_index.json
     optional     parts that may be null
+    unused       parts that may lie in the folder and are never loaded: a checker of pictures
     weightless   parts that have no weights, beside the scheduler, tokenizers and feature extractors: a processor
     together     pairs of optional parts: the first needs the second
     may_be_null  the optional ones in words, for the message over a part that is missing
@@ -58,12 +59,14 @@ class Family:
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
     distilled    distilled(settings): what in these files says that it is a few-step distillation; "" if nothing
+    sampler      the scheduler of diffusers that it is drawn by, where folders name others; "" for their own
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
     """
 
     title: str
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     weightless: tuple[str, ...] = ()
     together: tuple[tuple[str, str], ...] = ()
     may_be_null: str = ""
@@ -79,6 +82,7 @@ class Family:
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)
     distilled: Callable[[Settings], str] = field(default=nothing_said)
+    sampler: str = ""
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
 
 

@@ -54,7 +54,13 @@ def check_folder(path: str, folder: Path, family: Family) -> tuple[str, ...]:
     """
     index = read_index(path, folder)
     for name, told in index.items():
-        if isinstance(told, list) and told and told[0] is not None and told[0] not in LIBRARIES:
+        if (
+            name not in family.unused
+            and isinstance(told, list)
+            and told
+            and told[0] is not None
+            and told[0] not in LIBRARIES
+        ):
             raise ValueError(_own_code(path, name, told))
     parts = {name: _part(index, name) for name in (*family.needed, *family.optional)}
     for name in family.needed:
