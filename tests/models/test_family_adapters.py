@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import flux, qwen_image, stable_diffusion, z_image
+from families import flux, flux2, qwen_image, stable_diffusion, z_image
 from families.common import NEGATIVES, PROMPTS
 from torch import Tensor
 
@@ -45,6 +45,7 @@ class Case:
     extra        what the pipeline's call takes beside, where guidance is on, and what ours has as options
     negatives    what both take for negative prompts; None: the family has none
     least        steps below which the pipeline's own grid is not finite
+    refuses      whether ours refuses a prompt that has one
     into, out    from our latents to the pipeline's own and back, where they differ: f(adapter, latents, schedule)
     """
 
@@ -53,6 +54,7 @@ class Case:
     extra: Mapping[str, Any] = field(default_factory=dict)
     negatives: Sequence[str] | None = tuple(NEGATIVES)
     least: int = 1
+    refuses: bool = False
     out: Callable[[Any, Tensor, Schedule], Tensor] = lambda adapter, x, schedule: x
 
 
@@ -62,6 +64,8 @@ CASES = {
     "z_image": Case(z_image, z_image.pipeline),
     "sd15": Case(stable_diffusion, stable_diffusion.sd15),
     "sdxl": Case(stable_diffusion, stable_diffusion.sdxl),
+    "flux2 dev": Case(flux2, flux2.dev, negatives=None),
+    "flux2 klein": Case(flux2, flux2.klein, negatives=None, refuses=True),
 }
 
 
@@ -150,6 +154,10 @@ def test_what_is_asked_matters(scene: Scene) -> None:
     base = scene.ours()
     assert moved(scene.ours(prompts=PROMPTS[1:]), base) > VISIBLE
     assert moved(scene.ours(guidance=scene.guidance + 1), base) > VISIBLE
+    if scene.case.refuses:
+        with pytest.raises(ValueError, match=r"prompt .*: negative_prompt 'blue'.*nearest valid: ''"):
+            scene.ours(negatives=NEGATIVES[1:])
+        return
     by_negatives = moved(scene.ours(negatives=NEGATIVES[1:]), base)
     assert by_negatives > VISIBLE if scene.case.negatives is not None else by_negatives == 0
 
@@ -272,7 +280,8 @@ METHODS = {
 def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: str, training: str) -> None:
     """Trained, exported, loaded by plain diffusers: the same latents as the run's own model, and not the base's."""
     config = configured(scene, tmp_path / "run", METHODS[method], training)
-    prompts = [Prompt(text, negative=n) for text, n in zip(PROMPTS, NEGATIVES, strict=True)]
+    negatives = [""] * len(PROMPTS) if scene.case.refuses else NEGATIVES
+    prompts = [Prompt(text, negative=n) for text, n in zip(PROMPTS, negatives, strict=True)]
     tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts)
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     if method == "tempflow_grpo":

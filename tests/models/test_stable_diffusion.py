@@ -32,6 +32,7 @@ from tempflow.models.lora import layer_shapes
 from tempflow.models.lora_files import load_lora
 from tempflow.models.quiet import quiet
 from tempflow.models.stable_diffusion import original_names
+from tempflow.models.tools import Tools
 from tempflow.request import Prompt
 from tempflow.rewards.function import from_function
 
@@ -230,6 +231,19 @@ def test_blocks_are_units_without_one_another(sdxl: Path) -> None:
     assert len(inside) == len(set(inside))
     within = sum(p.numel() for block in blocks for p in block.parameters())
     assert within > 0.75 * sum(p.numel() for p in adapter.network.parameters())
+
+
+def test_checkpointing_gives_the_same_gradients(sdxl: Path) -> None:
+    grads: list[list[Tensor]] = []
+    for on in (False, True):
+        adapter: Any = models.load(str(sdxl))
+        adapter.equip(Tools(checkpointing=on))
+        adapter.train_fully()
+        predict = adapter.predictor(adapter.encode([Prompt(PROMPTS[0])], Size(*SIZE)), 1.0)
+        noise = NOISE.initial([(0, 0)], adapter.noise_shape(Size(*SIZE)))
+        predict(noise, torch.tensor([0.5]), torch.tensor([0])).square().mean().backward()
+        grads.append([p.grad for p in adapter.network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------- LoRA
