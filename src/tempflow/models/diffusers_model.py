@@ -30,6 +30,7 @@ from tempflow.models.pipeline_folder import (
     cannot_load,
     check_folder,
     check_names,
+    check_packages,
     licence_of,
     pipeline_class,
     read_index,
@@ -87,7 +88,9 @@ class DiffusersModel(ABC):
         kept = (*cls.family.float32_parts, *(("vae",) if dtype == torch.float16 else ()))
         dtypes = {"default": dtype, **dict.fromkeys(kept, torch.float32)}
         with quiet(), readable_index(folder) as place:
-            kind = pipeline_class(name, str(read_index(name, folder)["_class_name"]))
+            index = read_index(name, folder)
+            kind = pipeline_class(name, str(index["_class_name"]))
+            check_packages(name, index, cls.family.needed)
             try:
                 how = quantised_loading(cls.family.networks, tools.quantise, dtype)
                 pipe = kind.from_pretrained(

@@ -6,7 +6,8 @@ of its batch norm. Dev takes its guidance in as a number; klein's is classifier-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tempflow.models.diffusers_model import DiffusersModel, mode
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
 from tempflow.models.guidance import Guidance, guided
+from tempflow.models.lora_files import Aliases, Part
 from tempflow.models.pipeline_folder import INDEX, check_flow_match_euler
 from tempflow.models.protocol import Conditioning, Predict
 from tempflow.request import Prompt
@@ -127,6 +129,10 @@ class Flux2(DiffusersModel):
         )[0]
         return said.transpose(1, 2).reshape(x.shape)
 
+    def lora_aliases(self, layers: Sequence[str]) -> Aliases:
+        """Black Forest Labs' own names of the layers."""
+        return original_names(layers)
+
     def decode_latents(self, x: Tensor) -> Tensor:
         mean, std = self._statistics()
         vae = self.pipe.vae
@@ -168,6 +174,52 @@ class Flux2Klein(Flux2):
         if distilled and asked.rows > 1:
             raise ValueError(f"guidance: {asked.guidance} of {self.name!r}, and {distilled}; nearest valid: 1.0")
         return super().predictor(condition, asked, network)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+}
+IN_BLOCKS = {
+    ("double_blocks", "transformer_blocks"): {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "img_attn.proj": ("attn.to_out.0",),
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    },
+    ("single_blocks", "single_transformer_blocks"): {
+        "linear1": ("attn.to_qkv_mlp_proj",),
+        "linear2": ("attn.to_out",),
+    },
+}
+
+
+def original_names(layers: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    """Black Forest Labs' name of each layer → diffusers' layers that hold its rows.
+
+    Without the last layer's modulation: whether its halves have the same order in files is not known for sure.
+    """
+    there = set(layers)
+    names: dict[str, tuple[Part, ...]] = {name: (Part(layer),) for name, layer in OUTSIDE.items() if layer in there}
+    for (theirs, ours), inside in IN_BLOCKS.items():
+        blocks = {found[1] for name in there if (found := re.match(rf"{ours}\.(\d+)\.", name))}
+        for block in blocks:
+            for name, held in inside.items():
+                names[f"{theirs}.{block}.{name}"] = tuple(Part(f"{ours}.{block}.{layer}") for layer in held)
+    return names
 
 
 def _places(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:

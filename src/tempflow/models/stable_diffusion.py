@@ -280,7 +280,7 @@ def original_names(layers: Iterable[str]) -> dict[str, tuple[Part, ...]]:
     it; so is what halves the sides, while what doubles them is the last part of the level's last block.
     """
     there = list(layers)
-    names = {name: (Part(layer),) for name, layer in OUTSIDE.items() if layer in there}
+    names: dict[str, tuple[Part, ...]] = {name: (Part(layer),) for name, layer in OUTSIDE.items() if layer in there}
     found = [(layer, match) for layer in there if (match := LAYER.fullmatch(layer))]
     counts: dict[tuple[str, int, str], int] = {}
     for _, match in found:

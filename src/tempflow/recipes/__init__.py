@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config
+from tempflow.recipes.flux2 import flux2_dev_flow_grpo, flux2_klein_flow_grpo
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
 from tempflow.recipes.text_to_image import flux1_dev_flow_grpo, qwen_image_flow_grpo, z_image_flow_grpo
+from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
 from tempflow.recipes.zoo import ENTRIES, Entry, recipe
 
 
@@ -31,6 +33,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "flux1_dev_flow_grpo": flux1_dev_flow_grpo,
     "qwen_image_flow_grpo": qwen_image_flow_grpo,
     "z_image_flow_grpo": z_image_flow_grpo,
+    "sd15_ddpo": sd15_ddpo,
+    "sdxl_ddpo": sdxl_ddpo,
+    "flux2_dev_flow_grpo": flux2_dev_flow_grpo,
+    "flux2_klein_flow_grpo": flux2_klein_flow_grpo,
     **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
@@ -41,7 +47,11 @@ __all__ = [
     "demo",
     "flux1_dev_flow_grpo",
     "qwen_image_flow_grpo",
+    "flux2_dev_flow_grpo",
+    "flux2_klein_flow_grpo",
+    "sd15_ddpo",
     "sd35_medium_tempflow",
+    "sdxl_ddpo",
     "shapes_diffusion_dpo",
     "shapes_flow",
     "shapes_lora",
