@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tempflow import algorithms
 from tempflow.algorithms import ALGORITHMS, tempflow_grpo
 from tempflow.cli.options import assign
-from tempflow.config import Config, algorithm_config, load_config, parse_config, to_yaml
+from tempflow.config import Config, ModelConfig, algorithm_config, load_config, parse_config, to_yaml
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
 from tempflow.cost import latent_shape, run_cost

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import cogview4, flux, lumina2, qwen_image, sana, z_image
+from families import cogview4, flux, flux2, lumina2, qwen_image, sana, stable_diffusion, z_image
 from families.common import NEGATIVES
 from torch import Tensor
 
@@ -45,6 +45,7 @@ class Case:
     extra        what the pipeline's call takes beside, where guidance is on, and what ours has as options
     negatives    what both take for negative prompts; None: the family has none
     least        steps below which the pipeline's own grid is not finite
+    refuses      whether ours refuses a prompt that has one
     into, out    from our latents to the pipeline's own and back, where they differ: f(adapter, latents, schedule)
     """
 
@@ -53,6 +54,7 @@ class Case:
     extra: Mapping[str, Any] = field(default_factory=dict)
     negatives: Sequence[str] | None = tuple(NEGATIVES)
     least: int = 1
+    refuses: bool = False
     out: Callable[[Any, Tensor, Schedule], Tensor] = lambda adapter, x, schedule: x
 
 
@@ -63,6 +65,10 @@ CASES = {
     "sana": Case(sana, sana.pipeline),
     "cogview4": Case(cogview4, cogview4.pipeline),
     "lumina2": Case(lumina2, lumina2.pipeline),
+    "sd15": Case(stable_diffusion, stable_diffusion.sd15),
+    "sdxl": Case(stable_diffusion, stable_diffusion.sdxl),
+    "flux2 dev": Case(flux2, flux2.dev, negatives=None),
+    "flux2 klein": Case(flux2, flux2.klein, negatives=None, refuses=True),
 }
 
 
@@ -122,7 +128,7 @@ class Scene:
             NOISE,
             shape=adapter.noise_shape(size),
         )
-        return self.case.out(adapter, forest.nodes[forest.leaves.node], schedule)
+        return self.case.out(adapter, schedule.samples(forest.nodes[forest.leaves.node]), schedule)
 
     def theirs(self, pipe: Any = None, output: str = "latent", **changed: Any) -> Any:
         a = self.asked(**changed)
@@ -152,6 +158,10 @@ def test_what_is_asked_matters(scene: Scene) -> None:
     base = scene.ours()
     assert moved(scene.ours(prompts=scene.family.PROMPTS[1:]), base) > VISIBLE
     assert moved(scene.ours(guidance=scene.guidance + 1), base) > VISIBLE
+    if scene.case.refuses:
+        with pytest.raises(ValueError, match=r"prompt .*: negative_prompt 'blue'.*nearest valid: ''"):
+            scene.ours(negatives=NEGATIVES[1:])
+        return
     by_negatives = moved(scene.ours(negatives=NEGATIVES[1:]), base)
     assert by_negatives > VISIBLE if scene.case.negatives is not None else by_negatives == 0
 
@@ -182,7 +192,7 @@ def test_pictures_are_the_pipelines(scene: Scene) -> None:
         NOISE,
         shape=scene.adapter.noise_shape(size),
     )
-    ours = scene.adapter.decode(forest.nodes[forest.leaves.node], size).pictures().numpy()
+    ours = scene.adapter.decode(schedule.samples(forest.nodes[forest.leaves.node]), size).pictures().numpy()
     theirs = scene.theirs(output="np")
     assert ours.shape == theirs.shape and ours.std() > 5
     assert np.abs(ours / 255 - theirs).max() <= 0.51 / 255
@@ -274,7 +284,8 @@ METHODS = {
 def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: str, training: str) -> None:
     """Trained, exported, loaded by plain diffusers: the same latents as the run's own model, and not the base's."""
     config = configured(scene, tmp_path / "run", METHODS[method], training)
-    prompts = [Prompt(text, negative=n) for text, n in zip(scene.family.PROMPTS, NEGATIVES, strict=True)]
+    negatives = [""] * len(NEGATIVES) if scene.case.refuses else NEGATIVES
+    prompts = [Prompt(text, negative=n) for text, n in zip(scene.family.PROMPTS, negatives, strict=True)]
     tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts)
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     if method == "tempflow_grpo":

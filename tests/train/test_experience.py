@@ -12,7 +12,8 @@ from fake import PROMPTS, Bench, Fake, brightness, flow, same, tempflow, weights
 from PIL import Image
 from torch import Tensor
 
-from tempflow.algorithms import Algorithm
+from tempflow.algorithms import Algorithm, diffusion_nft
+from tempflow.media import Media, Size
 from tempflow.train.experience import Experience, credit
 from tempflow.train.update import Batch, edge_batch, predictors
 
@@ -82,6 +83,26 @@ def test_leaf_latents_are_dropped_after_scoring() -> None:
     experience = Bench().collect()
     early = experience.forest.edges.step.max() < 3
     assert bool(early) and bool((experience.forest.leaves.node == -1).all())
+
+
+@pytest.mark.parametrize("kind", ["states", "samples"])
+def test_samples_are_decoded_and_noised_anew_and_states_stay(kind: str) -> None:
+    """Where a leaf is not yet a sample (`Schedule.gain`); a trajectory's transitions are between states."""
+    decoded: list[Tensor] = []
+
+    class Looking(Fake):
+        def decode(self, x: Tensor, size: Size) -> Media:
+            decoded.append(x)
+            return super().decode(x, size)
+
+    algorithm = diffusion_nft(steps=4, group=6) if kind == "samples" else flow()
+    grown: list[Tensor] = []
+    for gain in (1.0, 2.0):
+        bench = Bench(Looking(), algorithm)
+        bench.context = replace(bench.context, schedule=replace(bench.context.schedule, gain=gain))
+        grown.append(bench.collect().forest.nodes)
+    assert torch.equal(decoded[1], 2 * decoded[0])
+    assert torch.equal(grown[1], 2 * grown[0] if kind == "samples" else grown[0])
 
 
 def test_two_iterations_of_one_seed_are_bit_equal_and_another_seed_differs() -> None:

@@ -69,7 +69,7 @@ def test_odd_numbers_and_dtypes_come_back(chunk: Rollouts, tmp_path: Path) -> No
         ),
         leaves=replace(chunk.forest.leaves, traits={"a/b ü": odd.repeat(leaves)[:leaves]}),
     )
-    grid = Schedule(chunk.schedule.sigmas * 0.9 + 0.02, spread=0.9)
+    grid = Schedule(chunk.schedule.sigmas * 0.9 + 0.02, spread=0.9, gain=1.1)
     made = replace(chunk, forest=forest, schedule=grid)
     write(made, tmp_path / "odd")
     same_bits(read(tmp_path / "odd"), made)

@@ -21,6 +21,7 @@ those before the window are second-order too, on the uncompressed grid; whether 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -119,4 +120,4 @@ def _grid(slide: SlidingWindow, compress: float, shift: float, seed: int, iterat
     start = sigma[last + 1] / (shift - (shift - 1) * sigma[last + 1])
     u = start * torch.linspace(1, 0, _points(grid.steps, last, compress), dtype=torch.float64, device=sigma.device)
     tail = shift * u / (1 + (shift - 1) * u)
-    return Schedule(torch.cat([sigma[: last + 2], tail[1:]]).to(grid.sigmas.dtype), grid.spread)
+    return replace(grid, sigmas=torch.cat([sigma[: last + 2], tail[1:]]).to(grid.sigmas.dtype))

@@ -91,14 +91,15 @@ class VariancePreserving:
 
         last  0, as DDIM with `set_alpha_to_one`; None: the σ of time 0, as without
 
-        States start at variance (1−σ_0)² + σ_0², as x starts at 1. Raises ValueError for a time outside [0, N − 1], and
-        as `Schedule` does.
+        States start at variance (1−σ_0)² + σ_0², as x starts at 1, and samples are the x of the last σ. Raises
+        ValueError for a time outside [0, N − 1], and as `Schedule` does.
         """
         visited = torch.tensor(list(times), dtype=torch.float64, device="cpu")
         self._check("times", visited)
         sigmas = self.sigma(visited)
         end = self.sigma(torch.zeros(1)) if last is None else torch.tensor([last], dtype=torch.float64)
-        return Schedule(torch.cat([sigmas, end]).float(), float(1 / scale(sigmas[:1])) if len(sigmas) else 1.0)
+        spread = float(1 / scale(sigmas[:1])) if len(sigmas) else 1.0
+        return Schedule(torch.cat([sigmas, end]).float(), spread, float(scale(end)))
 
     def _check(self, name: str, t: Tensor) -> None:
         if t.device.type != "cpu":

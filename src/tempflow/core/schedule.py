@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,13 +20,15 @@ class Schedule:
     ``sigmas`` has T+1 entries, float32 or float64: strictly decreasing, the first in (0, 1], the last ≥ 0. Leaves are
     what the last step reaches; the samplers of flow models reach 0, DDIM of variance-preserving models may end above.
     ``spread`` is the standard deviation of the states at σ_0 that a sampler starts from: 1 for flow models, and
-    √((1−σ_0)² + σ_0²) where data of unit variance make it so (`core.prediction`).
+    √((1−σ_0)² + σ_0²) where data of unit variance make it so (`core.prediction`). ``gain`` is what a leaf is multiplied
+    by to be a sample: 1 where leaves are samples, 1/√((1−σ_T)² + σ_T²) in those models.
 
-    Raises ValueError when ``sigmas`` breaks one of these rules, or the spread is not finite and above 0.
+    Raises ValueError when ``sigmas`` breaks one of these rules, or spread or gain is not finite and above 0.
     """
 
     sigmas: Tensor
     spread: float = 1.0
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         sigmas = self.sigmas
@@ -42,6 +44,7 @@ class Schedule:
         if values[-1] < 0.0:
             raise ValueError(f"sigmas[-1]: {values[-1]} is below data; the nearest valid value is 0.0")
         positive("spread", self.spread, 1.0)
+        positive("gain", self.gain, 1.0)
         for i, (here, below) in enumerate(pairwise(values)):
             if not below < here:
                 raise ValueError(f"sigmas[{i + 1}]: {below} is not below sigmas[{i}] = {here}; the grid must decrease")
@@ -69,11 +72,15 @@ class Schedule:
 
     def double(self) -> Schedule:
         """The same grid in float64."""
-        return Schedule(self.sigmas.double(), self.spread)
+        return replace(self, sigmas=self.sigmas.double())
 
     def start(self, noise: Tensor) -> Tensor:
         """The states that a sampler starts from, of standard normals: the noise itself where the spread is 1."""
         return noise if self.spread == 1.0 else upcast(noise) * self.spread
+
+    def samples(self, leaves: Tensor) -> Tensor:
+        """The samples that leaves are: what an autoencoder decodes, and what is noised anew."""
+        return leaves if self.gain == 1.0 else upcast(leaves) * self.gain
 
     def within(self, t: Tensor) -> Tensor:
         """Times brought into the grid's range [σ_T, σ_0]: what lies outside, a model of such a grid has not learned."""

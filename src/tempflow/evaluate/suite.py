@@ -160,7 +160,7 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
             layout=layout,
             device=model.device,
         )
-        yield slots, decoded(model, forest.nodes[forest.leaves.node], how.size)
+        yield slots, decoded(model, schedule.samples(forest.nodes[forest.leaves.node]), how.size)
 
 
 def evaluate(

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tempflow.config import Config, load_config
-from tempflow.export.card import Export, base_file, base_name, card, licence
+from tempflow.export.card import Export, base_file, base_name, card, family_of, licence
 from tempflow.folder import check
 from tempflow.models import DTYPES, HUB_ID, load
+from tempflow.models.family import Family
 from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
 from tempflow.models.quiet import quiet
 
@@ -68,7 +70,7 @@ def export_run(
             if form == "peft":
                 write_peft(lora, partial, base_name(config), DTYPES[dtype])
             else:
-                write_lora(lora, partial, DTYPES[dtype])
+                write_lora(lora, partial, DTYPES[dtype], _part(source, config))
         ranks = tuple(sorted(set(ranks_of(lora).values())))
         _write_papers(run, config, partial, Export(to.name, form, dtype, _unmeasured(source, weights), ranks))
     return to
@@ -144,6 +146,15 @@ def _lora(source: Path, config: Config, weights: Which) -> Lora:
         return paired(_tensors(source, weights), config.model.lora_alpha / config.model.lora_rank)
     except ValueError as error:
         raise ValueError(f"run: {error}") from error
+
+
+def _part(source: Path, config: Config) -> str:
+    """What the pipeline calls the network: as the run's own LoRA has it, else as its base."""
+    family = family_of(config)
+    if source.name != "model":
+        return Family.networks[0] if family is None else family.networks[0]
+    with safe_open(str(source / LORA_FILE), "pt") as file:
+        return next(iter(file.keys())).partition(".")[0]
 
 
 def _write_pipeline(source: Path, config: Config, weights: Which, lora: Lora, folder: Path, dtype: str) -> None:

@@ -176,8 +176,8 @@ def _download(path: str, revision: str | None) -> Path:
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
             index: Any = DiffusionPipeline.load_config(path, revision=revision)
-        _adapter(path, index["_class_name"])
-        return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
+        unused = dict.fromkeys(_adapter(path, index["_class_name"]).family.unused)
+        return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise ValueError(
             f"model.path: {path!r} is no folder, and as a hub id it cannot be had ({error}); "

@@ -25,10 +25,12 @@ from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora import FittedLora, add_adapter, attach, fresh_adapter, layer_shapes, lora_of, write_lora
 from tempflow.models.lora_files import NETWORK, Aliases, LoraFile, fit
 from tempflow.models.pipeline_folder import (
+    INDEX,
     LOADING_FAULTS,
     cannot_load,
     check_folder,
     check_names,
+    check_packages,
     licence_of,
     pipeline_class,
     read_index,
@@ -82,11 +84,13 @@ class DiffusersModel(ABC):
 
         Raises ValueError for a folder that is not whole, that cannot be honoured, or that the diffusers here lacks.
         """
-        absent = dict.fromkeys(check_folder(name, folder, cls.family))
+        absent = dict.fromkeys((*check_folder(name, folder, cls.family), *cls.family.unused))
         kept = (*cls.family.float32_parts, *(("vae",) if dtype == torch.float16 else ()))
         dtypes = {"default": dtype, **dict.fromkeys(kept, torch.float32)}
         with quiet(), readable_index(folder) as place:
-            kind = pipeline_class(name, str(read_index(name, folder)["_class_name"]))
+            index = read_index(name, folder)
+            kind = pipeline_class(name, str(index["_class_name"]))
+            check_packages(name, index, cls.family.needed)
             try:
                 how = quantised_loading(cls.family.networks, tools.quantise, dtype)
                 pipe = kind.from_pretrained(
@@ -149,6 +153,11 @@ class DiffusersModel(ABC):
         """Other names that LoRA files have for the network's layers."""
         return {}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is honoured otherwise than its folder says, a line each: told when a run starts."""
+        return ()
+
     # ------------------------------------------------------------------------------------------------------ the model
     @property
     def makes(self) -> Kind:
@@ -192,6 +201,8 @@ class DiffusersModel(ABC):
     def settings(self, name: str) -> Mapping[str, Any] | None:
         """A JSON file of the folder as the loaded parts tell it: `family.Settings`."""
         part, _, file = name.partition("/")
+        if name == INDEX:
+            return self.pipe.config
         if file not in ("config.json", "scheduler_config.json"):
             return None
         config = getattr(getattr(self.pipe, part, None), "config", None)
@@ -251,18 +262,22 @@ class DiffusersModel(ABC):
             raise ValueError(f"steps: {steps} is too small; the nearest valid value is 1")
         shape = self.noise_shape(size)
         self.check_scheduler()
-        scheduler = self.walked()
-        self.set_timesteps(scheduler, steps, shape)
-        sigmas = scheduler.sigmas.float()
-        if sigmas[0] <= 1 + 1e-5:  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
-            sigmas = sigmas.clamp(max=1)
         try:
-            return Schedule(sigmas)
+            return self.grid(steps, shape)
         except ValueError as error:
             raise ValueError(
                 f"model.path: the scheduler of {self.name!r} gives no falling grid for {steps} steps ({error}); "
                 "nearest valid: other steps, or another scheduler/scheduler_config.json"
             ) from error
+
+    def grid(self, steps: int, shape: tuple[int, ...]) -> Schedule:
+        """The grid for latents of that shape. Raises ValueError where there is none."""
+        scheduler = self.walked()
+        self.set_timesteps(scheduler, steps, shape)
+        sigmas = scheduler.sigmas.float()
+        if sigmas[0] <= 1 + 1e-5:  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
+            sigmas = sigmas.clamp(max=1)
+        return Schedule(sigmas)
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         """See `Model.noise_shape`."""

@@ -43,6 +43,7 @@ class Family:
     title        what people call them
     needed       parts that must be there, the networks among them, by the names of model_index.json
     optional     parts that may be null
+    unused       parts that may lie in the folder and are never loaded: a checker of pictures
     weightless   parts that have no weights, beside the scheduler, tokenizers and feature extractors: a processor
     together     pairs of optional parts: the first needs the second
     may_be_null  the optional ones in words, for the message over a part that is missing
@@ -66,6 +67,7 @@ class Family:
     title: str
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     weightless: tuple[str, ...] = ()
     together: tuple[tuple[str, str], ...] = ()
     may_be_null: str = ""

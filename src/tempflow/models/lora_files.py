@@ -51,6 +51,7 @@ FLAT = {
     "lora_unet_": NETWORK,
     "lora_transformer_": NETWORK,
     "lycoris_": NETWORK,
+    "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
@@ -329,7 +330,7 @@ def fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: st
 def _fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: str) -> dict[str, Lora]:
     found: dict[str, dict[str, Factors]] = {}
     origin: dict[tuple[str, str], str] = {}
-    tables = {part: _Names.of(of, aliases if part == NETWORK else {}) for part, of in shapes.items()}
+    tables = {part: _Names.of(of, aliases if part == NETWORK else _text_names(of)) for part, of in shapes.items()}
     for raw in _layers(file.tensors):
         if raw.component not in tables:
             raise ValueError(f"{raw.stem!r} is of {raw.component}, which {base} lacks")
@@ -346,6 +347,15 @@ def _fit(file: LoraFile, shapes: Mapping[str, Shapes], aliases: Aliases, base: s
             origin[place] = raw.stem
             found.setdefault(raw.component, {})[part.layer] = factors
     return {part: dict(lora) for part, lora in found.items()}
+
+
+CLIP = "text_model."
+"""Stands before the layers of a CLIP in files, and in some releases of transformers."""
+
+
+def _text_names(shapes: Shapes) -> Aliases:
+    """A text encoder's layers as the other releases of transformers call them."""
+    return {name[len(CLIP) :] if name.startswith(CLIP) else CLIP + name: (Part(name),) for name in shapes}
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,7 +55,13 @@ def check_folder(path: str, folder: Path, family: Family) -> tuple[str, ...]:
     """
     index = read_index(path, folder)
     for name, told in index.items():
-        if isinstance(told, list) and told and told[0] is not None and told[0] not in LIBRARIES:
+        if (
+            name not in family.unused
+            and isinstance(told, list)
+            and told
+            and told[0] is not None
+            and told[0] not in LIBRARIES
+        ):
             raise ValueError(_own_code(path, name, told))
     parts = {name: _part(index, name) for name in (*family.needed, *family.optional)}
     for name in family.needed:
@@ -153,6 +160,26 @@ def pipeline_class(path: str, kind: str) -> Any:
         )
     return getattr(diffusers, kind)
 
+
+def check_packages(path: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raises ImportError, with the command, where the class of one of `parts` needs a package that is not here."""
+    import transformers
+
+    for name in parts:
+        library, kind = _part(index, name) or ("", "")
+        backends: Sequence[str] = (
+            getattr(getattr(transformers, kind, None), "_backends", ()) if library == "transformers" else ()
+        )
+        missing: list[str] = [PACKAGES.get(backend, backend) for backend in backends if find_spec(backend) is None]
+        if missing:
+            raise ImportError(
+                f"model.path: {path!r} has a {kind} ({name}), which needs {' and '.join(missing)}: "
+                f"pip install {' '.join(missing)}"
+            )
+
+
+PACKAGES = {"vision": "pillow"}
+"""What transformers calls a package by another name."""
 
 LOADING_FAULTS = (
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError,

@@ -221,7 +221,7 @@ class Model(Protocol):
         ...
 
     def decode(self, x: Tensor, size: Size) -> Media:
-        """Latents [B, *S] → B media.
+        """Latents [B, *S], samples as `Schedule.samples` gives them, → B media.
 
         Raises `models.finite.BrokenPicturesError`, which carries the media, where some are not finite: as whole numbers
         nobody could tell NaN from black. `models.finite.to_pictures` does it.

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config
+from tempflow.recipes.flux2 import flux2_dev_flow_grpo, flux2_klein_flow_grpo
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
 from tempflow.recipes.text_to_image import flux1_dev_flow_grpo, qwen_image_flow_grpo, z_image_flow_grpo
 from tempflow.recipes.unpublished import cogview4_flow_grpo, lumina2_flow_grpo
 from tempflow.recipes.zoo import ENTRIES, Entry, recipe
@@ -36,6 +38,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sana_sol_rl": sana_sol_rl,
     "cogview4_flow_grpo": cogview4_flow_grpo,
     "lumina2_flow_grpo": lumina2_flow_grpo,
+    "sd15_ddpo": sd15_ddpo,
+    "sdxl_ddpo": sdxl_ddpo,
+    "flux2_dev_flow_grpo": flux2_dev_flow_grpo,
+    "flux2_klein_flow_grpo": flux2_klein_flow_grpo,
     **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
@@ -46,10 +52,14 @@ __all__ = [
     "cogview4_flow_grpo",
     "demo",
     "flux1_dev_flow_grpo",
+    "flux2_dev_flow_grpo",
+    "flux2_klein_flow_grpo",
     "lumina2_flow_grpo",
     "qwen_image_flow_grpo",
     "sana_sol_rl",
+    "sd15_ddpo",
     "sd35_medium_tempflow",
+    "sdxl_ddpo",
     "shapes_diffusion_dpo",
     "shapes_flow",
     "shapes_lora",

@@ -283,13 +283,15 @@ class _Grower:
             plans, drafted, drafts = self._drafted(algorithm.draft, slots, plans)
         forest, seen = self._drawn(slots, plans, self.schedule, self._sampler(slots), "rollout")
         pending, started = self._submit(seen, forest), time.perf_counter()
-        latents = forest.nodes[forest.leaves.node]
+        latents = self.schedule.samples(forest.nodes[forest.leaves.node])
         pictures = seen.media.pictures()  # of a clip its middle frame
         signals = measure(latents, pictures, forest.leaves.prompt, None, context.figures)
         forest = observed(algorithm, forest, pictures, laid_out(context, self.prompts, slots))
         self.clock.add("signals", started)
         kept = forest.drop_leaf_states() if algorithm.renoise is None else forest.select(NO_EDGES)
         latent = _latent_scores(context, self.prompts, slots, kept, self.schedule)
+        if algorithm.renoise is not None:  # what is noised anew is what was decoded
+            kept = replace(kept, nodes=self.schedule.samples(kept.nodes))
         return _Grown(slots, kept, signals, seen.broken, pending, latent, drafted, drafts)
 
     def scored(self, grown: _Grown) -> Rollouts:
@@ -345,7 +347,7 @@ class _Grower:
         started = clock.add(phase, started)
         self.scoring.ready()
         started = clock.add("reward", started)
-        seen = decoded(context.model, forest.nodes[forest.leaves.node], context.size)
+        seen = decoded(context.model, schedule.samples(forest.nodes[forest.leaves.node]), context.size)
         clock.add("decode", started)
         return forest, seen
 

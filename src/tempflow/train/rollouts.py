@@ -116,7 +116,7 @@ class Rollouts:
             if part.iteration != first.iteration:
                 raise ValueError(f"iteration: {part.iteration} in one part; nearest valid: {first.iteration}")
             own, theirs = first.schedule, part.schedule
-            if not torch.equal(own.sigmas, theirs.sigmas) or own.spread != theirs.spread:
+            if not torch.equal(own.sigmas, theirs.sigmas) or (own.spread, own.gain) != (theirs.spread, theirs.gain):
                 raise ValueError("schedule: parts walked different grids; nearest valid: parts of one iteration")
         slots = tuple(slot for part in ordered for slot in part.slots)
         for before, after in pairwise(slots):
@@ -174,6 +174,7 @@ def write(rollouts: Rollouts, folder: Path) -> None:
         "iteration": rollouts.iteration,
         "steps": rollouts.forest.steps,
         "spread": rollouts.schedule.spread,
+        "gain": rollouts.schedule.gain,
         "rewards": list(rollouts.scores.names),
         "latent_rewards": None if latent is None else list(latent.names),
         "bytes": (folder / TENSORS).stat().st_size,
@@ -262,7 +263,7 @@ def _rollouts(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Rollouts:
     rollouts = Rollouts(
         slots=tuple(facts["slots"]),
         iteration=facts["iteration"],
-        schedule=Schedule(take("schedule/sigmas"), float(facts["spread"])),
+        schedule=Schedule(take("schedule/sigmas"), float(facts["spread"]), float(facts["gain"])),
         forest=_forest(tensors, facts["steps"]),
         scores=Scores(take("scores/value"), take("scores/ok"), tuple(facts["rewards"])),
         signals=Signals(*(take(f"signals/{name}") for name in _SIGNALS)),
