@@ -314,3 +314,29 @@ def load_by_diffusers(pipe: Any, folder: Path) -> None:
         pipe.load_lora_weights(str(folder), weight_name=name)
     else:
         pipe.transformer.load_lora_adapter(str(folder), weight_name=name)
+
+
+def test_encoding_names_its_device(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline's own guess is where its first part lies, which may be waiting on the CPU."""
+    adapter: Any = models.load(str(scene.folder))
+
+    def guess(pipe: object) -> torch.device:
+        raise AssertionError("the pipeline guesses where to compute")
+
+    monkeypatch.setattr(type(adapter.pipe), "_execution_device", property(guess))
+    adapter.encode([Prompt(scene.family.PROMPTS[0])], Size(*scene.family.SIZES[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["flow_grpo", "dance_grpo", "flow_cps", "grpo_guard", "ddpo"])
+def test_rollout_and_training_agree_in_every_dynamics(scene: Scene, tmp_path: Path, method: str, dtype: str) -> None:
+    """At the first update the ratio is 1, and the rollout's log-probs are the training's up to rounding."""
+    options = {"steps": 3, "group": 3} if method != "ddpo" else {"steps": 3}
+    base = configured(scene, tmp_path / "run", {"name": method, **options}, "lora")
+    config = base.replace(model=base.model.model_copy(update={"dtype": dtype}))
+    prompts = [Prompt(text) for text in scene.family.PROMPTS]
+    tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts, quiet=True)
+    told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert told["log_ratio_max"] == 0
+    assert told["rollout_gap_max"] <= 4  # roundings
