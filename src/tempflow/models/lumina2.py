@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tempflow.core.state import upcast
 from tempflow.media import Size
-from tempflow.models.diffusers_model import DiffusersModel
+from tempflow.models.diffusers_model import DiffusersModel, token_shift
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
 from tempflow.models.guidance import Guidance
@@ -112,16 +112,7 @@ class Lumina2(DiffusersModel):
         return {"embeds": embeds[0], "mask": mask[0]}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
-        from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
-
-        config, channels = scheduler.config, shape[0]
-        mu = calculate_shift(
-            channels,  # which the pipeline takes for the number of tokens
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        mu = token_shift(scheduler.config, shape[0])  # the pipeline takes the channels for the tokens
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def velocity(
