@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config
-from tempflow.recipes.flux2 import flux2_dev_flow_grpo, flux2_klein_flow_grpo
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
 from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
-from tempflow.recipes.text_to_image import flux1_dev_flow_grpo, qwen_image_flow_grpo, z_image_flow_grpo
+from tempflow.recipes.text_to_image import (
+    flux1_dev_flow_grpo,
+    flux2_dev_flow_grpo,
+    flux2_klein_flow_grpo,
+    qwen_image_flow_grpo,
+    z_image_flow_grpo,
+)
 from tempflow.recipes.unpublished import cogview4_flow_grpo, lumina2_flow_grpo
 from tempflow.recipes.zoo import ENTRIES, Entry, recipe
 
