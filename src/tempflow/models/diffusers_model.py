@@ -155,8 +155,11 @@ class DiffusersModel(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is honoured otherwise than its folder says, a line each: told when a run starts."""
-        return ()
+        """See `TakesTools.notes`: another sampler than the folder's."""
+        walked, named = self.family.sampler.partition(".")[0], type(self.pipe.scheduler).__name__
+        return (
+            (f"the folder names {named}; it is drawn by {walked} with the same σ",) if walked not in ("", named) else ()
+        )
 
     # ------------------------------------------------------------------------------------------------------ the model
     @property

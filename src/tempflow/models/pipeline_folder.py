@@ -255,13 +255,6 @@ def check_flow_match_euler(path: str, kind: str, config: Mapping[str, Any]) -> N
             )
 
 
-def other_sampler(path: str, folder: Path, family: Family) -> str:
-    """That the family is drawn by another scheduler than the folder names; "" where it is not."""
-    walked = family.sampler.partition(".")[0]
-    named = read_index(path, folder)["scheduler"][1] if walked else ""
-    return "" if named == walked else f"its folder names {named}; it is drawn by {walked}, set to the same noise levels"
-
-
 # -------------------------------------------------------------------------------------------------------------- licence
 def licence_of(folder: Path) -> str:
     """The licence of the weights: `license` in the README's front matter ("other": its `license_name`), else the

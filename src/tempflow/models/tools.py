@@ -79,6 +79,11 @@ class TakesTools(Protocol):
         """As `Adapter.load`; quantised and placed as `tools` asks."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is honoured otherwise than its folder says, a line each: told when a run starts."""
+        ...
+
     def equip(self, tools: Tools) -> None:
         """Turns on what `tools` asks for; after a LoRA was added. Raises ValueError for what this network lacks."""
         ...

@@ -26,7 +26,7 @@ from tempflow.models.finite import encoded
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ranks_of
 from tempflow.models.lora_files import TakesLora
-from tempflow.models.pipeline_folder import licence_of, other_sampler, settings_in
+from tempflow.models.pipeline_folder import licence_of, settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
@@ -100,6 +100,8 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     else:
         model.train_fully()
     if isinstance(model, TakesTools):
+        for note in model.notes:
+            say(f"model: {note}")
         model.equip(tools)
         if m.cache:
             folder, most = Path(m.cache).expanduser(), int(m.cache_gib * 2**30)
@@ -133,8 +135,8 @@ FEW_STEPS = re.compile(r"turbo|schnell|lightning|hyper|distill|(^|[-_])(lcm|dmd)
 
 
 def check_model(config: Config, say: Callable[[str], None] = lambda line: None) -> Guidance:
-    """What the configuration asks of its model, before that is loaded; `say` is told its licence, what looks like
-    a few-step distillation, and another sampler than the folder's. Raises ValueError, naming the field."""
+    """What the configuration asks of its model, before that is loaded; `say` is told its licence, and what
+    looks like a few-step distillation. Raises ValueError, naming the field."""
     m = config.model
     folder = local_folder(m.path, m.revision)
     family, settings = adapter_of(m.path, folder).family, partial(settings_in, folder)
@@ -153,8 +155,6 @@ def check_model(config: Config, say: Callable[[str], None] = lambda line: None) 
             f"warn: model.path: {m.path} looks like a few-step distillation ({why}): such weights are made for the few "
             "steps of their own grid, and training undoes that; nearest valid: the checkpoint that it was made of"
         )
-    if note := other_sampler(m.path, folder, family):
-        say(f"model: {note}")
     with config.naming("model"):
         return check_asked(family, m.path, settings, config.size, m.guidance, m.guidance_options)
 
