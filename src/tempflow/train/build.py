@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.config import Config, ModelConfig, load_config
+from tempflow.config import Config, ModelConfig
 from tempflow.core.credit import PerStream
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
@@ -24,8 +24,8 @@ from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
 from tempflow.models.finite import encoded
 from tempflow.models.guidance import Guidance, guidance_of
-from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
-from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
+from tempflow.models.lora import ranks_of
+from tempflow.models.lora_files import TakesLora
 from tempflow.models.pipeline_folder import licence_of, other_sampler, settings_in
 from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
@@ -33,13 +33,19 @@ from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.protocol import Reward
 from tempflow.strict import nearest, shown
-from tempflow.train import checkpoint
 from tempflow.train.context import Context, ScoreLatents
 from tempflow.train.identity import Identity
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
-from tempflow.train.state import Baseline, run_baseline
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft, check_names, frozen_copy
+from tempflow.train.state import (
+    Baseline,
+    check_start,
+    read_start,
+    run_baseline,
+    start_summary,
+    starting_state,
+)
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft, frozen_copy
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -489,117 +495,3 @@ def check_ranks(config: Config, world: World, say: Callable[[str], None]) -> Non
     if world.size > 1:
         blocks = [len(world.block(config.data.prompts_per_iteration, rank)) for rank in range(world.size)]
         say(f"{world.size} ranks by {config.parallel.mode}; prompts an iteration by rank: {blocks}")
-
-
-CONFIG_FILE = "config.yaml"
-
-
-@dataclass(frozen=True, eq=False)
-class StartingWeights:
-    """What a field names: all weights of a run by parameter name, a run's LoRA, or a LoRA's file. One of the three."""
-
-    field: str
-    path: str
-    weights: Mapping[str, Tensor] | None = None
-    lora: Lora | None = None
-    file: LoraFile | None = None
-
-    def lora_for(self, model: Model) -> Lora | None:
-        """The LoRA in the names of the model's layers; None where whole weights are given.
-
-        Raises ValueError where it does not fit, or is of a text encoder too, which no run trains or keeps.
-        """
-        if self.file is None:
-            return self.lora
-        if not isinstance(model, TakesLora):
-            raise ValueError(f"{self.field}: {self.path!r} is a LoRA; this model takes none; nearest valid: ''")
-        try:
-            fitted = model.fit_lora(self.file)
-        except ValueError as error:
-            raise ValueError(f"{self.field}: {error}") from error
-        for part, lora in fitted.others.items():
-            raise ValueError(
-                f"{self.field}: {self.path!r} has {len(lora)} layers of {part} too, which a run would not keep; "
-                "nearest valid: the file without them, or `model.path` with them merged in"
-            )
-        return fitted.network
-
-
-def read_start(path: str, field: str) -> StartingWeights:
-    """Reads what `path` names. Raises ValueError, naming `field`, where that is neither a run nor a LoRA."""
-    place = Path(path).expanduser()
-    try:
-        if (place / "model_index.json").is_file():
-            raise ValueError(f"{path!r} is a whole pipeline; nearest valid: --model.path {path}")
-        if (place / CONFIG_FILE).is_file() or (place / checkpoint.FOLDER).is_dir():
-            return _of_run(place, path, field)
-        return StartingWeights(field, path, file=read_lora(place))
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from error
-
-
-def _of_run(run: Path, path: str, field: str) -> StartingWeights:
-    weights = checkpoint.best_weights(run)
-    if not any(".lora_A." in name for name in weights):
-        return StartingWeights(field, path, weights=weights)
-    trained = load_config(run / CONFIG_FILE).model
-    return StartingWeights(field, path, lora=paired(weights, trained.lora_alpha / trained.lora_rank))
-
-
-def check_start(start: StartingWeights, training: str) -> None:
-    """Raises ValueError for whole weights where a LoRA is trained: that LoRA's file alone would not be the model."""
-    if training == "lora" and start.weights is not None:
-        raise ValueError(
-            f"{start.field}: {start.path!r} trained the whole network, and this run trains a LoRA; "
-            f"nearest valid: --model.path {Path(start.path) / 'model'}"
-        )
-
-
-def starting_state(
-    start: StartingWeights, trainable: Trainable, base: Mapping[str, Tensor], lora: Lora | None
-) -> dict[str, Tensor]:
-    """The trained parameters with what is given: `base` is what they are without it, `lora` what `lora_for` gave.
-
-    Raises ValueError, naming the field, where names or shapes do not agree.
-    """
-    state = dict(base)
-    if lora is None:
-        state = dict(start.weights or {})
-    elif any(".lora_A." in name for name in base):
-        state |= _as_lora(start, lora, trainable.network)
-    else:
-        for layer, factors in lora.items():
-            name = f"{layer}.weight"
-            if name not in base:
-                raise ValueError(f"{start.field}: {layer!r} is no layer that is trained; another base?")
-            state[name] = base[name] + factors.dense().to(base[name].device)
-    try:
-        check_names(trainable, state)
-    except ValueError as error:
-        raise ValueError(f"{start.field}: {start.path!r}: {error}") from error
-    return state
-
-
-def _as_lora(start: StartingWeights, lora: Lora, network: nn.Module) -> dict[str, Tensor]:
-    own, told = lora_of(network), ranks_of(lora)
-    state: dict[str, Tensor] = {}
-    for layer, factors in lora.items():
-        if layer not in own or own[layer].rank != told[layer]:
-            has = f"rank {own[layer].rank}" if layer in own else "none"
-            raise ValueError(
-                f"{start.field}: {start.path!r} has a LoRA of rank {told[layer]} on {layer!r}, and what is trained has "
-                f"{has} there"
-            )
-        a, b = parameter_names(layer)
-        state[a] = factors.a.float()
-        state[b] = (factors.b.double() * (factors.scale / own[layer].scale)).float()
-    return state
-
-
-def start_summary(start: StartingWeights, lora: Lora | None, training: str) -> str:
-    """What is done with it, for the run's first lines."""
-    if lora is None:
-        return f"best weights of {start.path}"
-    ranks = " and ".join(map(str, sorted(set(ranks_of(lora).values()))))
-    done = "goes on being trained" if training == "lora" else "is merged into the weights"
-    return f"the LoRA of {start.path} ({len(lora)} layers, rank {ranks}) {done}"
