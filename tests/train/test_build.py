@@ -23,7 +23,7 @@ from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_flow
 from tempflow.request import asked
 from tempflow.train import build, trainer
-from tempflow.train.build import read_start, starting_state
+from tempflow.train.state import read_start, starting_state
 from tempflow.train.weights import Trainable
 
 WIDTH = load("shapes").network.config["caption_projection_dim"]

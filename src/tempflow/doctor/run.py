@@ -120,7 +120,7 @@ def start_check(config: Config) -> list[Check]:
     """Whether what `model.start` names can be read; nothing where it names nothing."""
     if not config.model.start:
         return []
-    from tempflow.train.build import check_start, read_start
+    from tempflow.train.state import check_start, read_start
 
     try:
         check_start(read_start(config.model.start, "model.start"), config.model.training)
