@@ -122,8 +122,13 @@ def test_sizes_by_what_is_made() -> None:
         check_size(Size(8, 8, 4, 8.0, 2.0), "video", "m")
 
 
+@dataclass(frozen=True)
+class Rescaled(Guidance):
+    rescale: float = 0.0
+
+
 def test_the_card_of_a_clips_model_draws_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = Family(title="clips", needed=("transformer",), task="text-to-video", makes="video")
+    family = Family(title="clips", needed=("transformer",), task="text-to-video", makes="video", guidance=Rescaled)
     monkeypatch.setattr("tempflow.export.card.family_of", lambda config: family)
     asked = {"frames": 81, "fps": 16.0, "guidance_options": {"rescale": 0.7}}
     base = configured("train", ["shapes_flow"]).model_dump(mode="json")

@@ -263,7 +263,7 @@ def test_a_list_inside_a_configuration_may_be_given_in_parts():
     assert (config.evaluation.yardstick, config.seed) == ((2.0, 4.0), 3)
 
 
-NO_PLACES = {"prompt", "rewards", "gold", "device"}
+NO_PLACES = {"prompt", "rewards", "gold", "device", "push_to_hub"}
 """Texts that name nothing on the disk."""
 
 

@@ -172,7 +172,8 @@ def test_a_plan_of_any_size_is_refused_before_it_is_grown(monkeypatch, capsys):
     monkeypatch.setattr("tempflow.core.plan.MAX_EDGES", 10_000)
     assert main(["cost", "shapes_tempflow", "--algorithm.seeds", "999", "--algorithm.branches", "999"]) == 2
     err = capsys.readouterr().err
-    assert "algorithm.steps: 6 would give a prompt more than 10000 edges, by step 0; nearest valid: fewer steps or" in err
+    told = "algorithm.steps: 6 would give a prompt more than 10000 edges, by step 0; nearest valid: fewer steps or"
+    assert told in err
 
 
 DEVICES = [("train", "--device"), ("eval", "--device"), ("sample --prompt x", "--device")]

@@ -104,7 +104,8 @@ class Flux2(DiffusersModel):
         """`embeds` [L, 3·d]; L is 512, or what the tokenizer allows."""
         tokenizer = getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)  # dev's is in a processor
         length = min(TEXT_TOKENS, tokenizer.model_max_length)
-        return {"embeds": self.pipe.encode_prompt([text], max_sequence_length=length)[0][0]}
+        embeds, _ = self.pipe.encode_prompt([text], device=self.device, max_sequence_length=length)
+        return {"embeds": embeds[0]}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

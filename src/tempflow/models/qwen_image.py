@@ -104,7 +104,7 @@ class QwenImage(DiffusersModel):
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [L, d], and `mask` [L], true; L is the prompt's own length and that of the chat around it."""
         asked = self.text_key(text, negative, size)
-        embeds, _ = self.pipe.encode_prompt([asked], max_sequence_length=TOKENS)  # alone it has no padding
+        embeds, _ = self.pipe.encode_prompt([asked], device=self.device, max_sequence_length=TOKENS)
         return {"embeds": embeds[0], "mask": torch.ones(embeds.shape[1], dtype=torch.bool)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:

@@ -222,7 +222,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [77, d] and `pooled` [p]."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = self.pipe.encode_prompt([text], device=self.device, do_classifier_free_guidance=False)
         row = {"embeds": embeds[0], "pooled": pooled[0]}
         if self._nothing(text, negative):
             return {name: torch.zeros_like(tensor) for name, tensor in row.items()}

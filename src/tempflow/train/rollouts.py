@@ -28,7 +28,7 @@ from tempflow.train.signals import Signals
 T = TypeVar("T")
 
 FACTS, TENSORS = "rollouts.json", "rollouts.safetensors"
-KIND, FORMAT = "tempflow rollouts", 1
+KIND, FORMAT = "tempflow rollouts", 2
 MAX_FACTS, MAX_TENSORS = 2**24, 2**36
 """Bytes that are read at most, unless more is asked for."""
 
