@@ -77,7 +77,7 @@ def test_it_is_said_that_euler_is_walked(folder: Path) -> None:
     assert said[0].startswith("model: ") and "Sana, licence unknown" in said[0]
     assert said[1:] == [
         "model: the folder names DPMSolverMultistepScheduler; it is drawn by FlowMatchEulerDiscreteScheduler with the "
-        "the same noise levels"
+        "same σ"
     ]
 
 
