@@ -1,5 +1,6 @@
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_missing_file_names_the_nearest_existing_one(tmp_path: Path):
     with pytest.raises(ValueError, match=r"the folder .*nowhere does not exist either"):
         load_prompts("nowhere/a.txt", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no \.txt, \.jsonl, \.json, \.csv or \.tsv file"):
+    with pytest.raises(ValueError, match=r"empty holds no \.txt, \.jsonl, \.json, \.csv, \.tsv or \.parquet file"):
         load_prompts("empty/a.txt", tmp_path)
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(ValueError, match=r"folder\.txt is no file"):
@@ -87,7 +88,10 @@ def test_the_size_limit(tmp_path: Path, monkeypatch):
     [
         ("shapes:trian", "'shapes:trian' names no split of the shapes world; nearest valid: 'shapes:train'"),
         ("shapes:", "nearest valid: 'shapes:"),
-        ("prompts.yaml", ".json, .csv or .tsv file, nor a folder of .txt files; nearest valid: 'prompts.txt'"),
+        (
+            "prompts.yaml",
+            ".json, .csv, .tsv or .parquet file, nor a folder of .txt files; nearest valid: 'prompts.txt'",
+        ),
         ("prompts.cvs", "nearest valid: 'prompts.csv'"),
         ("prompts.jsonlines", "nearest valid: 'prompts.jsonl'"),
         ("", "nearest valid: 'prompts.txt'"),
@@ -370,3 +374,53 @@ def test_it_says_how_prompts_are_shared_out(count: int, said: str) -> None:
 def test_it_says_that_one_kind_is_repeated_while_another_is_not_all_used() -> None:
     pool = [Prompt("a", {"tag": "x"}), *(Prompt(text, {"tag": "y"}) for text in "bcd")]
     assert shared_out(fixed_prompts(pool, 4), pool) == "3 of 4 prompts are used, each comes 1 to 2 times"
+
+
+# ------------------------------------------------------------------------------------------------------------ parquet
+def parquet(path: Path, **columns: list[object]) -> str:
+    from pyarrow import parquet as files
+    from pyarrow import table
+
+    files.write_table(table(columns), path)
+    return str(path)
+
+
+def test_a_parquet_file_is_read_as_json_lines_are(tmp_path: Path) -> None:
+    source = parquet(
+        tmp_path / "p.parquet",
+        prompt=["a red circle", "two squares"],
+        negative_prompt=[None, "blue"],
+        kind=["single", "count"],
+        numbers=[[1, 2], [3]],
+    )
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a red circle", "kind": "single", "numbers": [1, 2]}\n'
+        '{"prompt": "two squares", "negative_prompt": "blue", "kind": "count", "numbers": [3]}\n'
+    )
+    assert load_prompts(source) == load_prompts(str(tmp_path / "p.jsonl"))
+    named = parquet(tmp_path / "q.parquet", caption=["a red circle"])
+    assert [p.text for p in load_prompts(f"{named}:caption")] == ["a red circle"]
+
+
+@pytest.mark.parametrize("value", [b"\x89PNG", {"bytes": b"\x89PNG", "path": "1.png"}])
+def test_pictures_inside_a_parquet_file_are_refused(tmp_path: Path, value: object) -> None:
+    source = parquet(tmp_path / "p.parquet", prompt=["a", "b"], image=[value, value])
+    with pytest.raises(ValueError, match=r"p.parquet: row 1: column 'image' holds bytes, and prompts name files"):
+        load_prompts(source)
+
+
+def test_a_parquet_file_that_is_none_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.parquet").write_text("prompt\na red circle\n")
+    with pytest.raises(ValueError, match=r"p.parquet: not parquet, or damaged .*nearest valid: the file fetched anew"):
+        load_prompts(str(tmp_path / "p.parquet"))
+    source = parquet(tmp_path / "large.parquet", prompt=["a" * 1000])
+    monkeypatch.setattr("tempflow.data.files.MAX_BYTES", 500)
+    with pytest.raises(ValueError, match=r"large.parquet holds .* bytes; the largest valid size is 500"):
+        load_prompts(source)
+
+
+def test_without_pyarrow_it_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = parquet(tmp_path / "p.parquet", prompt=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"p.parquet needs pyarrow: pip install 'tempflow\[parquet\]'"):
+        load_prompts(source)

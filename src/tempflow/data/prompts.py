@@ -80,6 +80,7 @@ def load_prompts(
              *.jsonl  an object {"prompt": …} or a text a line
              *.json   a list of these
              *.csv, *.tsv  a table whose header names a column "prompt"
+             *.parquet     the same
              a folder of .txt files, a prompt each, whose metadata is {"file": its name}
              "FILE:KEY" reads the text from another key or column. UTF-8, or UTF-16 with a byte-order mark; at most
              64 MiB; lines end in LF, CR or both; blank lines are skipped
