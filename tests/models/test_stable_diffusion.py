@@ -95,14 +95,14 @@ def test_schedulers_are_walked_by_ddim(kind: str, settings: Mapping[str, Any], t
     folder = saved(sd.sd15, tmp_path / "model", kind, **settings)
     adapter: Any = models.load(str(folder))
     assert close(drawn(adapter, NEGATIVES[:2]), theirs(folder, list(NEGATIVES[:2])))
-    assert adapter.notes == (
+    assert adapter.notes() == (
         () if kind == "DDIMScheduler" else (f"the folder names {kind}; it is drawn by DDIM with the same betas",)
     )
 
 
 def test_a_grid_of_the_sampler_s_own_is_told(tmp_path: Path) -> None:
     folder = saved(sd.sdxl, tmp_path / "model", use_karras_sigmas=True)
-    assert models.load(str(folder)).notes == (  # pyright: ignore[reportAttributeAccessIssue]
+    assert models.load(str(folder)).notes() == (  # pyright: ignore[reportAttributeAccessIssue]
         "the folder names EulerDiscreteScheduler; it is drawn by DDIM with the same betas, without use_karras_sigmas",
     )
 

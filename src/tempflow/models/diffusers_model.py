@@ -153,7 +153,6 @@ class DiffusersModel(ABC):
         """Other names that LoRA files have for the network's layers."""
         return {}
 
-    @property
     def notes(self) -> tuple[str, ...]:
         """See `TakesTools.notes`: another sampler than the folder's."""
         walked, named = self.family.sampler.partition(".")[0], type(self.pipe.scheduler).__name__

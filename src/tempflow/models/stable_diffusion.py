@@ -158,7 +158,6 @@ class StableDiffusion(DiffusersModel):
 
     family = SD
 
-    @property
     def notes(self) -> tuple[str, ...]:
         """That it is walked by DDIM, where the folder names another sampler."""
         scheduler = self.pipe.scheduler

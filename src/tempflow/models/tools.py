@@ -79,7 +79,6 @@ class TakesTools(Protocol):
         """As `Adapter.load`; quantised and placed as `tools` asks."""
         ...
 
-    @property
     def notes(self) -> tuple[str, ...]:
         """What is honoured otherwise than its folder says, a line each: told when a run starts."""
         ...

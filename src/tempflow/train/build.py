@@ -100,7 +100,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     else:
         model.train_fully()
     if isinstance(model, TakesTools):
-        for note in model.notes:
+        for note in model.notes():
             say(f"model: {note}")
         model.equip(tools)
         if m.cache:
