@@ -13,7 +13,8 @@ from tempflow.config import Config
 from tempflow.models import shapes_folder
 from tempflow.models.embeddings import MARK
 from tempflow.recipes.shapes import shapes_flow, shapes_lora
-from tempflow.train.build import check_model, prepare_model
+from tempflow.train.build import check_model, check_optimizer, prepare_model
+from tempflow.train.parallel import World
 
 
 @pytest.fixture
@@ -119,3 +120,14 @@ def test_a_family_that_takes_no_tools(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tempflow.models.local_folder", lambda path, revision=None: folder)
     with pytest.raises(ValueError, match=r"takes none of checkpointing, compile, .*; nearest valid: off"):
         tempflow.models.load(str(folder), tools=tempflow.models.Tools(offload=True))
+
+
+def test_an_optimizer_in_8_bits_needs_its_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = configured(folder)
+    config = base.replace(optimizer=base.optimizer.model_copy(update={"kind": "adamw_8bit"}))
+    monkeypatch.setattr("tempflow.train.build.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"optimizer.kind: 'adamw_8bit' needs bitsandbytes: .*tempflow\[bits\]"):
+        tempflow.train(config, quiet=True)
+    sharded = config.replace(parallel=config.parallel.model_copy(update={"mode": "fsdp"}))
+    with pytest.raises(ValueError, match=r"optimizer.kind: 'adamw_8bit' cannot be sharded; nearest valid: 'adamw'"):
+        check_optimizer(sharded, World(0, 2))

@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake import PROMPTS, Fake, brightness, config
+import torch
+from fake import PROMPTS, Fake, brightness, config, same
 from PIL import Image
+from torch import Tensor, nn
 
 from tempflow.train import checkpoint, trainer
 from tempflow.train.checkpoint import CheckpointError
 from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError
 from tempflow.train.records import LINES, Run
+from tempflow.train.state import load_optimizer, optimizer_of, optimizer_tensors
 from tempflow.train.trainer import train
+from tempflow.train.weights import Trainable
 
 Images = list[Image.Image]
 OPTIONS: dict[str, Any] = {
@@ -202,3 +208,67 @@ def test_the_start_and_the_reference_may_be_another_run(tmp_path: Path) -> None:
         for line in ((r.folder / "metrics.jsonl").read_text() for r in (second, held_to_base))
     ]
     assert kl[1] > kl[0] >= 0
+
+
+# --------------------------------------------------------------------------------------------------------------- 8 bits
+class EightBit(torch.optim.Optimizer):
+    """Keeps what bitsandbytes' AdamW8bit keeps: a whole number of steps, bytes, their scale. Its steps are signs."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                assert type(state["step"]) is int
+                kept = state.get("state1", torch.zeros(p.shape, dtype=torch.uint8))
+                state["state1"] = (kept + (p.grad > 0).to(torch.uint8)).clamp(max=200)
+                state["absmax1"] = p.grad.abs().max().reshape(1)
+                p.sub_(group["lr"] * p.grad.sign() * state["state1"].float() / state["step"])
+
+
+@pytest.fixture
+def eight_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = types.ModuleType("bitsandbytes")
+    stand_in.optim = types.SimpleNamespace(AdamW8bit=EightBit)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+
+
+def test_moments_in_8_bits_go_into_a_checkpoint_and_back(eight_bit: None, tmp_path: Path) -> None:
+    asked = config(tmp_path, optimizer={"kind": "adamw_8bit"})
+    gradients = [torch.randn(8, 2, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def walked(network: nn.Module, optimizer: torch.optim.Optimizer, some: list[Tensor]) -> None:
+        for gradient in some:
+            for p in network.parameters():
+                p.grad = gradient if p.ndim == 2 else gradient[:, 0]
+            optimizer.step()
+
+    whole, cut = (Trainable(Fake().network) for _ in range(2))
+    first, second = optimizer_of(asked, whole), optimizer_of(asked, cut)
+    walked(whole.network, first, gradients)
+    walked(cut.network, second, gradients[:2])
+    tensors = {k: v.clone() for k, v in optimizer_tensors(second, cut.names).items()}
+    assert {v.dtype for v in tensors.values()} == {torch.uint8, torch.float32, torch.int64}
+    again = Trainable(Fake().network)
+    again.load(cut.state())
+    third = optimizer_of(asked, again)
+    load_optimizer(third, again.names, tensors)
+    walked(again.network, third, gradients[2:])
+    assert same(whole.state(), again.state())
+
+
+def test_adamws_own_state_is_what_it_was(tmp_path: Path) -> None:
+    trainable = Trainable(Fake().network)
+    optimizer = optimizer_of(config(tmp_path), trainable)
+    assert optimizer_tensors(optimizer, trainable.names) == {}
+    for p in trainable.masters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    told = optimizer.state_dict()["state"]
+    found = optimizer_tensors(optimizer, trainable.names)
+    assert all(torch.equal(found[f"{trainable.names[i]}/{k}"], v) for i, part in told.items() for k, v in part.items())
+    assert len(found) == 3 * len(trainable.names)

@@ -138,6 +138,9 @@ class RewardConfig(Strict):
 class OptimizerConfig(Strict):
     """AdamW on float32 weights."""
 
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit holds the moments of large tensors in 8 bits (needs tempflow[bits])"
+    )
     learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the gradient's average")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="decay of the squared gradient's average")

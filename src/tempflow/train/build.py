@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -456,12 +457,23 @@ def check_before_loading(
     """What needs no weights. `model`: one given as an object; `own`: the rewards are the configuration's. Raises
     ValueError, naming the field."""
     check_ranks(config, world, say)
+    check_optimizer(config, world)
     warn_of_warmup(config, say)
     say_old_forwards(config, algorithm, say)
     with config.naming("algorithm"):
         check_draft(algorithm, device_of(config, model, world), sharded(config, world))
     if own:
         check_streams(config, algorithm, _family(config).streams if model is None else None, config.model.path)
+
+
+def check_optimizer(config: Config, world: World) -> None:
+    """Raises ImportError, with the command, where 8 bits lack their library; ValueError where they are sharded."""
+    if config.optimizer.kind != "adamw_8bit":
+        return
+    if sharded(config, world):
+        raise ValueError("optimizer.kind: 'adamw_8bit' cannot be sharded; nearest valid: 'adamw'")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("optimizer.kind: 'adamw_8bit' needs bitsandbytes: pip install 'tempflow[bits]'")
 
 
 def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

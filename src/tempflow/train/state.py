@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,17 @@ class Baseline:
 
 
 def optimizer_of(config: Config, trainable: Trainable) -> torch.optim.Optimizer:
-    """AdamW on the masters."""
+    """AdamW on the masters; its moments in 8 bits by bitsandbytes, where that is asked for."""
     o = config.optimizer
+    if o.kind == "adamw_8bit":
+        eight: Any = import_module("bitsandbytes")
+        return eight.optim.AdamW8bit(
+            trainable.masters,
+            lr=o.learning_rate,
+            betas=(o.beta1, o.beta2),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+        )
     return torch.optim.AdamW(
         trainable.masters,
         lr=o.learning_rate,
@@ -52,21 +62,30 @@ def optimizer_of(config: Config, trainable: Trainable) -> torch.optim.Optimizer:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """An optimizer's state as `name/key` tensors, for parameters in the order of `names`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": torch.as_tensor(v) for i, part in state.items() for key, v in part.items()}
+    parts = zip(names, _masters(optimizer), strict=True)
+    return {f"{n}/{key}": torch.as_tensor(v) for n, m in parts for key, v in optimizer.state.get(m, {}).items()}
+
+
+def _masters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [master for group in optimizer.param_groups for master in group["params"]]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave; group options stay as they are."""
-    masters = [m for group in optimizer.param_groups for m in group["params"]]
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
+    masters, own = _masters(optimizer), isinstance(optimizer, torch.optim.AdamW)
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         place = names.index(name)
-        state.setdefault(place, {})[field] = laid_out(value, masters[place]) if value.ndim else value
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
+        held = laid_out(value, masters[place]) if value.ndim else value
+        # bitsandbytes counts steps by a whole number, and its own loading takes its own wrapping of these alone
+        state.setdefault(place, {})[field] = held if own or value.ndim else int(value)
+    if own:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return
+    for place, part in state.items():
+        moved = {k: v.to(masters[place].device) if isinstance(v, Tensor) else v for k, v in part.items()}
+        optimizer.state[masters[place]] = moved
 
 
 def state_tensors(
