@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,57 @@ def test_adamws_own_state_is_what_it_was(tmp_path: Path) -> None:
     found = optimizer_tensors(optimizer, trainable.names)
     assert all(torch.equal(found[f"{trainable.names[i]}/{k}"], v) for i, part in told.items() for k, v in part.items())
     assert len(found) == 3 * len(trainable.names)
+
+
+# -------------------------------------------------------------------------------------------- behind the next iteration
+BEHIND = {"checkpoint": {"every": 2, "background": True}}
+
+
+def test_checkpoints_behind_the_run_hold_what_it_was_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write waits until the run has gone on; what it writes is the state that it was asked to keep."""
+    plain = go(tmp_path / "plain").folder
+    original = checkpoint.save_file
+
+    def slow(part: Any, file: Path) -> None:
+        time.sleep(0.05)
+        original(part, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    behind = go(tmp_path / "behind", **BEHIND).folder
+    kept = sorted(p.name for p in (plain / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == sorted(p.name for p in (behind / "checkpoints").iterdir() if p.name.isdigit())
+    for name in kept:
+        for file in ("policy/weights", "policy/ema", "policy/optimizer"):
+            a, b = (r / "checkpoints" / name / f"{file}.safetensors" for r in (plain, behind))
+            assert a.read_bytes() == b.read_bytes()
+    assert (plain / "model").is_dir() and (behind / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("left", [2, 20, 44, 73])
+def test_killed_while_writing_behind_the_run_and_resumed(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, countdown = go(tmp_path / "whole", **BEHIND).folder, Countdown(left, dies)
+    with monkeypatch.context() as patch:
+        for name in ("save_file", "_flush", "sha256"):
+            patch.setattr(checkpoint, name, countdown.wrap(getattr(checkpoint, name)))
+        with pytest.raises(Killed):
+            go(tmp_path / "toy", **BEHIND)
+    assert_equal(whole, go(tmp_path / "toy", resume=True, **BEHIND).folder)
+
+
+def test_a_disk_that_fills_behind_the_run_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = go(tmp_path / "whole", **BEHIND).folder
+    original, calls = checkpoint.save_file, {"n": 0}
+
+    def full(part: Any, file: Path) -> None:
+        calls["n"] += 1
+        if calls["n"] > 9:
+            raise OSError(28, "No space left on device")
+        original(part, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(GuardError, match=r"checkpoint of iteration \d could not be written: .*No space left"):
+            go(tmp_path / "toy", **BEHIND)
+    assert_equal(whole, go(tmp_path / "toy", resume=True, **BEHIND).folder)

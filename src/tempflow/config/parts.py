@@ -222,6 +222,10 @@ class CheckpointConfig(Strict):
 
     every: int = Field(default=10, ge=1, description="iterations between checkpoints")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept beside the best")
+    background: bool = Field(
+        default=False,
+        description="write them while the next iteration runs, from a copy in the CPU's memory (one process)",
+    )
 
 
 class ParallelConfig(Strict):

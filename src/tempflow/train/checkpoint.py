@@ -8,12 +8,14 @@ renamed over the old one. Reading checks every sum once; a folder that does not 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,47 @@ def save(
         raise
     wait()
     return target
+
+
+class Writer:
+    """Writes checkpoints, one at a time: while the run waits, or, `behind`, while its next iteration runs. Behind, the
+    tensors are copied to the CPU first, and a fault is raised by the next `save` or `settle`."""
+
+    def __init__(self, behind: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if behind else None
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self,
+        run: Path,
+        iteration: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+        keep: int,
+        first: bool = True,
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See `save` of this module."""
+        self.settle()
+        if self._pool is None:
+            save(run, iteration, tensors, state, best=best, keep=keep, first=first, wait=wait)
+            return
+        held = {file: {n: t.detach().to("cpu", copy=True) for n, t in part.items()} for file, part in tensors.items()}
+        told = copy.deepcopy(dict(state))
+        self._pending = self._pool.submit(save, run, iteration, held, told, best=best, keep=keep)
+
+    def settle(self) -> None:
+        """Waits for what is being written. Raises OSError when the disk did not take it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread; a fault is nobody's any more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
 
 
 def _finish(temporary: Path, target: Path, state: Mapping[str, Any]) -> None:

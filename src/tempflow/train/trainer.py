@@ -109,6 +109,7 @@ class Trainer:
         self.told = set[tuple[str, int]]()  # ways in which samples broke that have been said
         self.whole = False  # whether the state is one between two iterations, from which a run can go on
         self.kept: int | None = None  # the iteration that the newest checkpoint is of
+        self.writer = checkpoint.Writer(behind=config.checkpoint.background and alone)
 
     # ------------------------------------------------------------------------------------------------------- going
     def run(self) -> Run:
@@ -123,6 +124,7 @@ class Trainer:
             except Interrupted:
                 if self.whole and self.kept != self.done:
                     self._keep(best=False)
+                self._settle()
                 self._say(f"stopped after {self.done} of {self.config.iterations} iterations; nothing is lost")
                 self._say(f"to go on: {self.records.go_on}")
                 raise
@@ -132,6 +134,7 @@ class Trainer:
                     raise GuardError(f"{_short(error)}. Free some space or mend the disk, then go on") from error
                 raise
             finally:
+                self.writer.close()
                 for tracker in self.trackers:
                     tracker.close()
 
@@ -162,7 +165,7 @@ class Trainer:
         What fails on top of the fault is said, no more: the fault is the news.
         """
         unkept = self.whole and self.kept != self.done and self.world.size == 1
-        steps = [lambda: self._keep(best=False)] if unkept else []
+        steps = [self._settle, *([lambda: self._keep(best=False), self._settle] if unkept else [])]
         if isinstance(error, GuardError) and self.baseline is not None:
             steps.append(self._use_best)
         for step in steps:
@@ -315,7 +318,7 @@ class Trainer:
         assert self.baseline is not None
         self._scattered()
         try:
-            checkpoint.save(
+            self.writer.save(
                 self.records.folder,
                 self.done,
                 state_tensors(self.trainable, self.average, self.optimizer, self.baseline) | self.weight_sets.tensors(),
@@ -338,11 +341,23 @@ class Trainer:
                 wait=self.world.wait,
             )
         except DISK as error:
-            raise GuardError(
-                f"checkpoint of iteration {self.done} could not be written: {error}. Older ones are whole; free some "
-                f"space, then: {self.records.go_on}"
-            ) from error
+            raise self._unwritten(error) from error
         self.kept = self.done
+
+    def _settle(self) -> None:
+        """What is being written behind the run is there. Raises GuardError when it could not be written."""
+        try:
+            self.writer.settle()
+        except DISK as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> GuardError:
+        last, self.kept = self.done if self.kept is None else self.kept, None
+        number = self.done if not self.config.checkpoint.background else last
+        return GuardError(
+            f"checkpoint of iteration {number} could not be written: {error}. Older ones are whole; free some "
+            f"space, then: {self.records.go_on}"
+        )
 
     def restore(self, saved: checkpoint.Saved) -> None:
         """Goes on from a checkpoint; what the records say of later iterations is taken back."""
@@ -367,6 +382,7 @@ class Trainer:
 
     def _use_best(self) -> None:
         """The network takes the best weights so far, and they are saved as the run's model."""
+        self._settle()
         weights, shards = checkpoint.best_weights(self.records.folder, self._say), self.context.shards
         if shards is not None:
             shards.scatter()
