@@ -90,6 +90,37 @@ def test_an_iteration_is_measured_and_leaves_the_model_as_it_was(script: dict[st
     assert any(not torch.equal(value.bfloat16(), before[name]) for name, value in trained.items())
 
 
+def test_events_of_a_gpu_are_told_in_seconds(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(ticks)
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1000.0 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Network(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return (super().forward(x),)
+
+    network = Network(2, 2)
+    watch = script["Stopwatch"](network, torch.device("cuda"))
+    with torch.no_grad():
+        network(torch.ones(1, 2))
+    for _ in range(3):
+        network(torch.ones(1, 2))[0].sum().backward()
+    assert watch.stop() == (4.0, 3.0)
+    network(torch.ones(1, 2))[0].sum().backward()
+    assert next(ticks) == 14  # nothing is hooked any more
+
+
 def test_another_seed_is_told_from_a_run_that_repeats(script: dict[str, Any]) -> None:
     shape = script["sd35"](True)
     networks = [script["built"](shape, torch.device("cpu"), seed).network.state_dict() for seed in (0, 0, 1)]
