@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,12 +148,13 @@ class Pipe:
 
 def built(shape: Shape, device: torch.device, seed: int = 0) -> Any:
     """The adapter of such a pipeline, bfloat16, with weights drawn on the device and a LoRA to train."""
-    import diffusers
     from accelerate import init_empty_weights
+    from diffusers.utils import logging
 
     from tempflow.models import adapter_for
 
-    diffusers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    diffusers: Any = import_module("diffusers")
     with init_empty_weights():  # buffers are computed, weights are not there yet
         network = getattr(diffusers, shape.network)(**shape.config)
         vae = diffusers.AutoencoderKL(**shape.vae)
@@ -161,7 +163,8 @@ def built(shape: Shape, device: torch.device, seed: int = 0) -> Any:
         draw(module, source, torch.bfloat16)
         nn.Module.to(module, device, torch.bfloat16)  # the buffers, as a file has them
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shape.scheduler)
-    model: Any = adapter_for(shape.pipeline)(Pipe(shape, network, vae, scheduler), shape.title, "none: random weights")
+    adapter: Any = adapter_for(shape.pipeline)
+    model = adapter(Pipe(shape, network, vae, scheduler), shape.title, "none: random weights")
     torch.manual_seed(seed)
     model.add_lora(shape.rank, 2 * shape.rank)
     return model

@@ -405,22 +405,14 @@ def determinism(here: Machine) -> Iterator[Part]:
     shape = sd35(here.tiny, blocks=6)
 
     def compared() -> Facts:
-        runs = list[dict[str, Tensor]]()
-        losses = list[object]()
-        for _ in range(2):
-            facts, weights = iteration(built(shape, here.device), shape, "tempflow_grpo", updates=2)
-            runs.append(weights)
-            losses.append(facts["loss"])
-            freed()
-        one, two = runs
-        away = max(float((one[name] - two[name]).abs().max()) for name in one)
-        largest = max(float(weight.abs().max()) for weight in one.values())
+        runs = [iteration(built(shape, here.device), shape, "tempflow_grpo", updates=2) for _ in range(2)]
+        (first, one), (second, two) = runs
         alike = all(torch.equal(one[name], two[name]) for name in one)
         return {
             "weights": "bitwise equal" if alike else "not bitwise equal",
-            "largest difference": away,
-            "largest weight": largest,
-            "losses": f"{losses[0]!r}, {losses[1]!r}",
+            "largest difference": max(float((one[name] - two[name]).abs().max()) for name in one),
+            "largest weight": max(float(weight.abs().max()) for weight in one.values()),
+            "losses": f"{first['loss']!r}, {second['loss']!r}",
         }
 
     yield shape.title, compared
