@@ -237,3 +237,10 @@ def test_float16_keeps_the_autoencoder_in_float32(load: Any) -> None:
     assert model.dtype == torch.float16 and model.pipe.vae.dtype == torch.float32
     velocity, gradients = taught(model)
     assert velocity.isfinite().all() and all(g.isfinite().all() for g in gradients.values())
+
+
+def test_a_network_that_takes_no_attention_backend_is_refused() -> None:
+    """diffusers itself passes over it in silence."""
+    model: Any = models.load("shapes")
+    with pytest.raises(ValueError, match=r"model.attention: SD3Transformer2DModel takes no backend in this diffusers"):
+        model.equip(Tools(attention="native"))

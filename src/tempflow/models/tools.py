@@ -134,6 +134,11 @@ def with_attention(network: Any, backend: str) -> None:
     known = [name.value for name in AttentionBackendName]
     if backend not in known:
         raise ValueError(f"model.attention: {backend[:40]!r} is unknown; nearest valid: {nearest(backend, known)}")
+    processors = [m.processor for m in network.modules() if hasattr(m, "processor")]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"model.attention: {type(network).__name__} takes no backend in this diffusers; nearest valid: ''"
+        )
     try:
         network.set_attention_backend(backend)
     except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
