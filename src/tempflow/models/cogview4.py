@@ -91,6 +91,11 @@ class CogView4(DiffusersModel):
         )
         return {"embeds": embeds[0], "length": torch.tensor(embeds.shape[1])}
 
+    def blank_row(self, tokens: int) -> Row:
+        length = -(-min(tokens, TOKENS, self.pipe.tokenizer.model_max_length) // 16) * 16
+        width = self.pipe.transformer.config.text_embed_dim
+        return {"embeds": torch.zeros(length, width), "length": torch.tensor(length)}
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         trained = scheduler.config.num_train_timesteps
         whole = np.linspace(trained, 1.0, steps).astype(np.int64).astype(np.float32)

@@ -61,6 +61,7 @@ class DiffusersModel(ABC):
     def __init__(self, pipe: Any, name: str, licence: str) -> None:
         self.pipe, self.name, self.licence, self.embeddings = pipe, name, licence, Embeddings()
         self._offloaded, self._dropped = False, False
+        self.computes_on = ""  # a kind of device, where that is not where its tensors lie: in a count without weights
         for part in self.family.needed:
             if getattr(pipe, part) is None:
                 others = f"; only {self.family.may_be_null} may be missing" if self.family.may_be_null else ""
@@ -117,6 +118,11 @@ class DiffusersModel(ABC):
     def text_key(self, text: str, negative: bool, size: Size) -> str:
         """All that `encode_text` reads, in one text."""
         return text
+
+    def blank_row(self, tokens: int) -> Row | None:
+        """Zeros of the shapes that `encode_text` gives, of a text of so many tokens where these count: what
+        `tempflow cost` counts memory with, from configurations alone. None: the family does not say."""
+        return None
 
     @abstractmethod
     def velocity(
@@ -325,7 +331,7 @@ class DiffusersModel(ABC):
         return predict
 
     def _attention(self) -> AbstractContextManager[object]:
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+        if (self.computes_on or self.device.type) == "cpu" and self.dtype == torch.bfloat16:
             return FusedForward()
         return nullcontext()
 

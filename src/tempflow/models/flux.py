@@ -109,6 +109,14 @@ class Flux(DiffusersModel):
         embeds, pooled, _ = self.pipe.encode_prompt([text], None, device=self.device, max_sequence_length=length)
         return {"embeds": embeds[0], "pooled": pooled[0]}
 
+    def blank_row(self, tokens: int) -> Row:
+        config = self.pipe.transformer.config
+        length = min(T5_TOKENS, self.pipe.tokenizer_2.model_max_length)
+        return {
+            "embeds": torch.zeros(length, config.joint_attention_dim),
+            "pooled": torch.zeros(config.pooled_projection_dim),
+        }
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)
         even = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)

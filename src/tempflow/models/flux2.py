@@ -102,10 +102,17 @@ class Flux2(DiffusersModel):
 
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`embeds` [L, 3·d]; L is 512, or what the tokenizer allows."""
-        tokenizer = getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)  # dev's is in a processor
-        length = min(TEXT_TOKENS, tokenizer.model_max_length)
-        embeds, _ = self.pipe.encode_prompt([text], device=self.device, max_sequence_length=length)
+        embeds, _ = self.pipe.encode_prompt([text], device=self.device, max_sequence_length=self._tokens)
         return {"embeds": embeds[0]}
+
+    @property
+    def _tokens(self) -> int:
+        tokenizer = getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)  # dev's is in a processor
+        return min(TEXT_TOKENS, tokenizer.model_max_length)
+
+    def blank_row(self, tokens: int) -> Row:
+        width = self.pipe.transformer.config.joint_attention_dim
+        return {"embeds": torch.zeros(self._tokens, width)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

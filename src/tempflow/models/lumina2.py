@@ -111,6 +111,11 @@ class Lumina2(DiffusersModel):
             )
         return {"embeds": embeds[0], "mask": mask[0]}
 
+    def blank_row(self, tokens: int) -> Row:
+        length = min(TOKENS, self.pipe.tokenizer.model_max_length)
+        width = self.pipe.transformer.config.cap_feat_dim
+        return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.long)}
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         mu = token_shift(scheduler.config, shape[0])  # the pipeline takes the channels for the tokens
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)

@@ -107,6 +107,11 @@ class QwenImage(DiffusersModel):
         embeds, _ = self.pipe.encode_prompt([asked], device=self.device, max_sequence_length=TOKENS)
         return {"embeds": embeds[0], "mask": torch.ones(embeds.shape[1], dtype=torch.bool)}
 
+    def blank_row(self, tokens: int) -> Row:
+        length = min(tokens, TOKENS)
+        width = self.pipe.transformer.config.joint_attention_dim
+        return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.bool)}
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)

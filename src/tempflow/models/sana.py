@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tempflow.media import Size
@@ -101,6 +102,10 @@ class Sana(DiffusersModel):
             complex_human_instruction=None if negative else asked.default,
         )
         return {"embeds": embeds[0], "mask": mask[0]}
+
+    def blank_row(self, tokens: int) -> Row:
+        width = self.pipe.transformer.config.caption_channels
+        return {"embeds": torch.zeros(TOKENS, width), "mask": torch.ones(TOKENS, dtype=torch.long)}
 
     def walked(self) -> Any:
         """Euler's, with the shift of the folder's."""

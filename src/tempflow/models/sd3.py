@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tempflow.media import Size
@@ -92,6 +93,14 @@ class SD3(DiffusersModel):
             max_sequence_length=self._max_tokens,
         )
         return {"embeds": embeds[0], "pooled": pooled[0]}
+
+    def blank_row(self, tokens: int) -> Row:
+        config = self.pipe.transformer.config
+        length = self.pipe.tokenizer.model_max_length + self._max_tokens
+        return {
+            "embeds": torch.zeros(length, config.joint_attention_dim),
+            "pooled": torch.zeros(config.pooled_projection_dim),
+        }
 
     def text_inputs(self, prompt: Prompt) -> TextInputs:
         """See `EncodesInputs.text_inputs`: of both CLIPs and, where the pipeline has it, T5."""

@@ -178,6 +178,10 @@ class StableDiffusion(DiffusersModel):
         """`embeds` [77, d]."""
         return {"embeds": self.pipe.encode_prompt([text], self.device, 1, do_classifier_free_guidance=False)[0][0]}
 
+    def blank_row(self, tokens: int) -> Row:
+        width = self.pipe.unet.config.cross_attention_dim
+        return {"embeds": torch.zeros(self.pipe.tokenizer.model_max_length, width)}
+
     def grid(self, steps: int, shape: tuple[int, ...]) -> Schedule:
         """DDIM's: at the times that the folder's spacing visits, and then at ᾱ_0 or, with `set_alpha_to_one`, at 1."""
         ddim, path, _ = ddim_of(self.pipe.scheduler)
@@ -226,6 +230,11 @@ class StableDiffusionXL(StableDiffusion):
         if self._nothing(text, negative):
             return {name: torch.zeros_like(tensor) for name, tensor in row.items()}
         return row
+
+    def blank_row(self, tokens: int) -> Row:
+        config = self.pipe.unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim  # beside 6 sizes
+        return {**super().blank_row(tokens), "pooled": torch.zeros(pooled)}
 
     def _nothing(self, text: str, negative: bool) -> bool:
         return negative and not text and bool(self.pipe.config.force_zeros_for_empty_prompt)

@@ -90,6 +90,11 @@ class ZImage(DiffusersModel):
         )
         return {"embeds": embeds, "mask": torch.ones(len(embeds), dtype=torch.bool)}
 
+    def blank_row(self, tokens: int) -> Row:
+        length = min(tokens, TOKENS, self.pipe.tokenizer.model_max_length)
+        width = self.pipe.transformer.config.cap_feat_dim
+        return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.bool)}
+
     def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)  # which a constant shift ignores
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
