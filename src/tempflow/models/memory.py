@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -42,6 +42,9 @@ from tempflow.request import Prompt
 
 TOKENS = 128
 """Of a text, where a family keeps its own length."""
+
+FEW = 2
+"""Blocks of each kind that are run: blocks are alike, so what the third adds every further one does."""
 
 SMALL = 4096
 """Numbers of a tensor that keeps them on fake tensors too: lengths, masks and times that control flow hangs on."""
@@ -130,36 +133,67 @@ def footprint(adapter: type[DiffusersModel], folder: Path, name: str, asked: Ask
                 return None
             for network in (model.network, model.pipe.vae):
                 _replace(network, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t)
-            return counted(model, row, asked, values, spared)
+            return counted(model, row, asked, lambda: values, spared)
 
 
-Around = AbstractContextManager[object]
+Around = Callable[[], AbstractContextManager[object]]
 
 
 def counted(
     model: DiffusersModel,
     row: Mapping[str, Tensor],
     asked: Asked,
-    around: Around = nullcontext(),
+    around: Around = nullcontext,
     spared: int = 0,
+    whole: bool = False,
 ) -> Footprint:
     """Of a model that is ready to be trained, its tensors fake or not.
 
-    row: a text's tensors; around: what is entered for every run; spared: bytes of the network that are not held.
+    row     a text's tensors
+    around  what is entered for every run
+    spared  bytes of the network that are not held
+    whole   whether all blocks are run; else `FEW` of each kind and one more, and the rest by what that one adds
     """
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    saved, training = _training(model, row, trained, asked, around)
+    network = model.network
+    trained = [p for p in network.parameters() if p.requires_grad]
+    lists = {name: len(blocks) for name in model.family.blocks if (blocks := getattr(network, name, None)) is not None}
+    few = {name: length if whole else min(length, FEW) for name, length in lists.items()}
+
+    def work(depths: Mapping[str, int]) -> tuple[int, int, int]:
+        with _depths(network, depths):
+            return (_sampling(model, row, asked, around), *_training(model, row, trained, asked, around))
+
+    base = work(few)
+    total = list(base)
+    for name, length in lists.items():
+        if length > few[name]:
+            more = work({**few, name: few[name] + 1})
+            total = [t + (m - b) * (length - few[name]) for t, m, b in zip(total, more, base, strict=True)]
+    sampling, saved, training = total
     return Footprint(
-        network=nbytes(model.network) - spared,
+        network=nbytes(network) - spared,
         encoders=sum(nbytes(m) for m in model.text_encoders().values()),
         vae=nbytes(model.pipe.vae),
         trainable=sum(p.numel() for p in trained),
         split=_split(trained),
-        sampling=_sampling(model, row, asked, around),
+        sampling=sampling,
         saved=saved,
         training=training,
         decoding=_decoding(model, asked, around),
     )
+
+
+@contextmanager
+def _depths(network: nn.Module, depths: Mapping[str, int]) -> Iterator[None]:
+    """Inside, the network has so many blocks of each list."""
+    lists = {name: network.get_submodule(name) for name in depths}
+    for name, depth in depths.items():
+        setattr(network, name, nn.ModuleList(list(lists[name].children())[:depth]))
+    try:
+        yield
+    finally:
+        for name, blocks in lists.items():
+            setattr(network, name, blocks)
 
 
 def nbytes(module: nn.Module) -> int:
@@ -193,9 +227,9 @@ def _forward(model: DiffusersModel, row: Mapping[str, Tensor], rows: int, asked:
 
 
 def _sampling(model: DiffusersModel, row: Mapping[str, Tensor], asked: Asked, around: Around) -> int:
-    with around:
+    with around():
         velocity = _forward(model, row, asked.sampled, asked)
-    with Live() as live, around, torch.no_grad():
+    with Live() as live, around(), torch.no_grad():
         velocity()
     return live.peak
 
@@ -204,11 +238,11 @@ def _training(
     model: DiffusersModel, row: Mapping[str, Tensor], trained: Sequence[Tensor], asked: Asked, around: Around
 ) -> tuple[int, int]:
     """What the forward leaves for the backward, and the most that lives until that is through."""
-    with around:
+    with around():
         velocity = _forward(model, row, asked.trained, asked)
     for parameter in trained:  # every minibatch but an update's first finds gradients there
         parameter.grad = None if _split(trained) else torch.zeros_like(parameter)
-    with Live() as live, around, torch.enable_grad():
+    with Live() as live, around(), torch.enable_grad():
         said = velocity()
         saved = live.now
         if asked.others:  # they compute by the same network, without gradients
@@ -226,7 +260,7 @@ def _training(
 def _decoding(model: DiffusersModel, asked: Asked, around: Around) -> int:
     rows = min(asked.leaves, rows_at_once(asked.size))
     x = torch.zeros(rows, *model.noise_shape(asked.size), device=model.device)
-    with Live() as live, around, torch.no_grad():
+    with Live() as live, around(), torch.no_grad():
         model.decode_latents(x)
     return live.peak
 
@@ -309,6 +343,10 @@ def _part(folder: Path, part: str, library: str, kind: str, dtype: torch.dtype) 
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
+DEVICE = torch.ops.prim.device.default
+"""Asked of every fake tensor; it makes nothing."""
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of storages that are made inside, as long as they live.
 
@@ -324,6 +362,8 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:
+            return func(*args)
         for t in tree_iter((args, kwargs)):
             if isinstance(t, Tensor):
                 self._see(t, False)  # from before: another's
@@ -358,6 +398,8 @@ class _Values(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:
+            return func(*args)
         args, kwargs = tree_map_only(Tensor, self._held, (args, kwargs or {}))
         values = [self._value(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         known = all(v is not None for v in values) and torch.Tag.nondeterministic_seeded not in func.tags
