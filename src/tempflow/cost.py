@@ -1,8 +1,10 @@
-"""What a run costs, before it starts: counted from its plans, never estimated, except where it says "at most"."""
+"""What a run costs, before it starts: counted from its plans, never estimated, except where it says "at most"; and the
+memory that a rank takes, estimated."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,9 +14,10 @@ from rich.table import Table
 from tempflow.config import Config
 from tempflow.core.cost import equivalents
 from tempflow.core.plan import Cost, Plan
-from tempflow.models import adapter_of, shapes_folder
+from tempflow.models import DTYPES, adapter_of, resolved_device, resolved_dtype, shapes_folder
 from tempflow.models.family import check_size
 from tempflow.models.pipeline_folder import settings_in
+from tempflow.models.tools import Tools
 
 STATE_BYTES = 4
 """States are stored in float32."""
@@ -94,12 +97,7 @@ class RunCost:
     def _memory(self) -> str:
         if self.state_bytes is None:
             return "? (the model's folder is not here)"
-        size = float(self.stored_nodes * self.state_bytes)
-        for unit in ("B", "KiB", "MiB"):
-            if size < 1024:
-                return f"{size:.1f} {unit}"
-            size /= 1024
-        return f"{size:.1f} GiB"
+        return _bytes(self.stored_nodes * self.state_bytes)
 
 
 def run_cost(config: Config) -> RunCost:
@@ -157,15 +155,137 @@ def _edge_states(plan: Plan, means: bool) -> int:
     return len({plan.parent[e] for e in noisy} | {plan.roots + e for e in noisy}) + means * len(noisy)
 
 
+def _folder(config: Config) -> Path | None:
+    """The model's, where it is on this machine."""
+    folder = shapes_folder() if config.model.path == "shapes" else Path(config.model.path).expanduser()
+    return folder if (folder / "model_index.json").is_file() else None
+
+
 def latent_shape(config: Config) -> tuple[int, ...] | None:
     """Shape of a latent by the folder's JSON files; None where it is not on this machine, or its family doesn't say.
 
     Raises ValueError for a file that does not say what it should, or a size that cannot be drawn.
     """
-    folder = shapes_folder() if config.model.path == "shapes" else Path(config.model.path).expanduser()
-    if not (folder / "model_index.json").is_file():
+    folder = _folder(config)
+    if folder is None:
         return None
     family = adapter_of(config.model.path, folder).family
     with config.naming("model"):
         check_size(config.size, family.makes, config.model.path)
         return family.latent_shape(partial(settings_in, folder), config.size)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+MASTER = 4
+"""Bytes of a trained number's master, of its gradient, of each of AdamW's two moments, and in each weight set."""
+
+DRAFT_BITS = {"bfloat16": 16, "int8": 8, "float8": 8, "nvfp4": 4.5}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of one rank that holds all of the network.
+
+    held    what lies there throughout, by name
+    phases  what each phase of an iteration takes beside it, at its peak
+    saved   of training: what a minibatch keeps for its backward
+    """
+
+    held: Mapping[str, int]
+    phases: Mapping[str, int]
+    saved: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.held.values()) + max(self.phases.values())
+
+    def table(self) -> Table:
+        """The parts, for a terminal."""
+        table = Table(title="memory of a rank, estimated")
+        table.add_column("")
+        table.add_column("bytes", justify="right")
+        for name, size in self.held.items():
+            if size:
+                table.add_row(name, _bytes(size))
+        table.add_section()
+        for name, size in self.phases.items():
+            table.add_row(f"while {name}", _bytes(size))
+        table.add_row("of training's: kept for the backward", _bytes(self.saved))
+        table.add_section()
+        table.add_row(f"peak, while {max(self.phases, key=lambda name: self.phases[name])}", _bytes(self.peak))
+        table.caption = (
+            "rewards, kernels' workspaces and what the allocator keeps come on top; fsdp shares all but states and "
+            "activations among the ranks"
+        )
+        return table
+
+
+def memory_of(config: Config, cost: RunCost) -> Memory | str:
+    """Counted from the configurations in the model's folder (`models.memory`), without its weights; or why not.
+
+    Raises ValueError, naming the field, for a LoRA target, size or guidance that the model does not have.
+    """
+    folder, m = _folder(config), config.model
+    if folder is None:
+        return "the model's folder is not here"
+    try:
+        from tempflow.models.memory import Asked, Lora, footprint
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    algorithm, adapter = config.algorithm.build().seeded(config.seed), adapter_of(m.path, folder)
+    device = config.device if config.device != "auto" else resolved_device("auto")
+    dtype = (
+        m.dtype if m.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else resolved_dtype("auto", device))
+    )
+    asked = Asked(
+        size=config.size,
+        guidance=m.guidance,
+        guidance_options=m.guidance_options,
+        dtype=DTYPES[dtype],
+        device=device,
+        tools=Tools(checkpointing=m.checkpointing, vae_tiling=m.vae_tiling, quantise=m.quantise),
+        lora=Lora(m.lora_rank, m.lora_targets) if m.training == "lora" else None,
+        sampled=config.rollout_rows,
+        trained=config.train_rows,
+        leaves=config.rollout_leaves,
+        others=bool(cost.others),
+    )
+    with config.naming("model"):
+        try:
+            found = footprint(adapter, folder, m.path, asked)
+        except ImportError as error:
+            return f"{error.name} is not installed"
+    if found is None:
+        return "the model's family does not say what a text's tensors are"
+    trained, half = found.trainable, asked.dtype.itemsize * found.split
+    sets = len(set(algorithm.sets) - {"policy"})
+    away = m.offload and not device.startswith("cpu")
+    waiting = {"text encoders": found.encoders * (not m.drop_encoders), "autoencoder": found.vae}
+    bits = 0 if algorithm.draft is None else DRAFT_BITS.get(algorithm.draft.precision, 0)
+    held = {
+        "network": found.network,
+        **({} if away else waiting),
+        "float32 masters": MASTER * trained if found.split else 0,
+        "gradients": MASTER * trained,
+        "AdamW's moments": 2 * MASTER * trained,
+        "average weights": MASTER * trained * (config.optimizer.ema_decay > 0),
+        "other weight sets": sets * trained * (MASTER + half),
+        "low-precision copy that drafts": round(found.network / asked.dtype.itemsize * bits / 8),
+        "states kept for training": cost.stored_nodes * (cost.state_bytes or 0),
+    }
+    phases = {
+        "sampling": found.sampling,
+        "decoding": found.decoding + found.vae * away,
+        "training": found.training,
+    }
+    if away or m.drop_encoders:
+        phases = {"encoding prompts": found.encoders, **phases}
+    return Memory(held, phases, found.saved)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -74,10 +74,12 @@ def cost_verb(args: Sequence[str]) -> int:
     config, options = configured_with(CostOptions, "cost", args)
     from rich.console import Console
 
-    from tempflow.cost import run_cost
+    from tempflow.cost import memory_of, run_cost
 
     cost = run_cost(config)
     Console().print(cost.table())
+    memory = memory_of(config, cost)
+    Console().print(f"memory of a rank: ? ({memory})" if isinstance(memory, str) else memory.table())
     if options.measure:
         from tempflow.measure import measured
 

@@ -295,6 +295,41 @@ def bare(
     return model
 
 
+def real(
+    adapter: type[DiffusersModel], folder: Path, name: str, asked: Asked
+) -> tuple[DiffusersModel, Callable[[], None]]:
+    """The same with random weights on `asked.device`, to measure: the model, and what runs a minibatch of training.
+
+    Raises ImportError where the library of a quantisation is missing.
+    """
+
+    def drawn(_: str, t: Tensor) -> Tensor:
+        if not t.is_meta:
+            return t.to(asked.device)
+        empty = torch.empty(t.shape, dtype=t.dtype, device=asked.device)
+        return empty.normal_(std=0.02) if t.is_floating_point() else empty.zero_()
+
+    with quiet():
+        model = bare(adapter, folder, name, asked.dtype)
+        for part in model.pipe.components.values():
+            if isinstance(part, nn.Module):
+                _replace(part, drawn)
+        if asked.tools.quantise != "none":
+            ao: Any = import_module("torchao.quantization")
+            kind = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}[asked.tools.quantise]
+            ao.quantize_(model.network, getattr(ao, kind)())
+        if asked.lora is None:
+            model.train_fully()
+        else:
+            assert isinstance(model, TakesLora)
+            model.add_lora(asked.lora.rank, asked.lora.rank, asked.lora.targets or None)
+        model.equip(Tools(checkpointing=asked.tools.checkpointing, vae_tiling=asked.tools.vae_tiling))
+    row = model.blank_row(TOKENS)
+    assert row is not None
+    velocity = _forward(model, row, asked.trained, asked)
+    return model, lambda: velocity().float().square().mean().backward()
+
+
 def _replace(network: nn.Module, change: Callable[[str, Tensor], Tensor], buffers: bool = True) -> None:
     """Every weight and buffer becomes what `change` makes of its name and itself; what is shared stays so."""
     made: dict[int, Tensor] = {}
