@@ -112,12 +112,26 @@ CASES: Mapping[str, tuple[str, Parts]] = {
             "vae": ("AutoencoderKL", {**VAE, "latent_channels": 4}),
             "scheduler": (
                 "DDIMScheduler",
-                {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+                {
+                    "beta_start": 0.00085,
+                    "beta_end": 0.012,
+                    "beta_schedule": "scaled_linear",
+                    "clip_sample": False,
+                    "set_alpha_to_one": False,
+                    "steps_offset": 1,
+                },
             ),
             **{name: part for name, part in TEXT.items() if name != "text_encoder_3"},
         },
     ),
 }
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "sd35": {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16},
+    "flux": {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": [2, 2, 4]},
+    "sdxl": {"block_out_channels": [32, 32, 64], "attention_head_dim": [2, 2, 4]},
+}
+"""What a test has in place of real widths."""
+
 TEXTS = {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256}
 
 
@@ -128,16 +142,7 @@ def write(case: str, folder: Path, tiny: bool) -> None:
     for name, (what, settings) in parts.items():
         library = "transformers" if name.startswith("text_encoder") else "diffusers"
         index[name] = [library, what]
-        told = {
-            **settings,
-            **({"attention_head_dim": 8, "num_attention_heads": 2} if tiny and name == "transformer" else {}),
-        }
-        if tiny and case == "flux" and name == "transformer":
-            told["axes_dims_rope"] = [2, 2, 4]
-        if tiny and case == "sd35" and name == "transformer":
-            told["caption_projection_dim"] = 16
-        if tiny and name == "unet":
-            told |= {"block_out_channels": [32, 32, 64], "attention_head_dim": [2, 2, 4]}
+        told = {**settings, **(TINY[case] if tiny and name in ("transformer", "unet") else {})}
         (folder / name).mkdir(parents=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / name / file).write_text(json.dumps({"_class_name": what, **told}))
@@ -179,7 +184,7 @@ def measured(case: str, side: int, rows: int, tool: str, device: str, dtype: str
         cuda = device.startswith("cuda")
         torch.nn.functional.linear(torch.randn(512, 512, device=device), torch.randn(512, 512, device=device))
         before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-        model, minibatch = real(adapter, folder, case, asked)
+        _, minibatch = real(adapter, folder, case, asked)
     held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -214,9 +219,7 @@ def main(args: list[str] | None = None) -> None:
         one = measured(a.cases[0], a.sides[0], a.rows, a.tools[0], a.device, a.dtype, a.tiny)
         print(json.dumps(one))
         return
-    print(
-        "| case | side | tools | GB measured | counted | ratio | of these the minibatch | counted | ratio |", flush=True
-    )
+    print("| case | side | tools | GB measured | counted | ratio | the minibatch's | counted | ratio |", flush=True)
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in a.cases:
         for side in a.sides:
