@@ -229,10 +229,13 @@ def memory_of(config: Config, cost: RunCost) -> Memory | str:
     if folder is None:
         return "the model's folder is not here"
     try:
+        from tempflow.models.diffusers_model import DiffusersModel
         from tempflow.models.memory import Asked, Lora, footprint
     except ImportError as error:
         return f"{error.name} is not installed"
     algorithm, adapter = config.algorithm.build().seeded(config.seed), adapter_of(m.path, folder)
+    if not issubclass(adapter, DiffusersModel):
+        return "its adapter is of another kind than those of diffusers' pipelines"
     device = config.device if config.device != "auto" else resolved_device("auto")
     dtype = (
         m.dtype if m.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else resolved_dtype("auto", device))

@@ -283,7 +283,7 @@ def bare(
             continue
         absent = None in told or part in family.unused
         kept = part in family.float32_parts or (part == "vae" and dtype == torch.float16)
-        given[part] = None if absent else _part(folder, part, *told, torch.float32 if kept else dtype)
+        given[part] = None if absent else _part(folder, part, told, torch.float32 if kept else dtype)
     model = adapter(kind(**given), name, "")
     if lora is not None:
         assert isinstance(model, TakesLora)
@@ -349,13 +349,14 @@ class Tokenizer:
     model_max_length: int
 
 
-def _part(folder: Path, part: str, library: str, kind: str, dtype: torch.dtype) -> Any:
+def _part(folder: Path, part: str, told: Sequence[str], dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
+    library, kind = told
     settings = partial(settings_in, folder)
     if part.startswith(("tokenizer", "processor", "feature_extractor")):
-        told = settings(f"{part}/tokenizer_config.json") or {}
-        return Tokenizer(told.get("model_max_length", 10**9))
+        of_it = settings(f"{part}/tokenizer_config.json") or {}
+        return Tokenizer(of_it.get("model_max_length", 10**9))
     made: Any = getattr(import_module(library), kind)
     if part == "scheduler":
         return made.from_config(settings("scheduler/scheduler_config.json"))
@@ -435,15 +436,15 @@ class _Values(TorchDispatchMode):
     ) -> Any:
         if func is DEVICE:
             return func(*args)
-        args, kwargs = tree_map_only(Tensor, self._held, (args, kwargs or {}))
-        values = [self._value(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        args, named = tree_map_only(Tensor, self._held, (args, dict(kwargs or {})))
+        values = [self._value(t) for t in tree_iter((args, named)) if isinstance(t, Tensor)]
         known = all(v is not None for v in values) and torch.Tag.nondeterministic_seeded not in func.tags
         try:
-            out = func(*args, **kwargs)
+            out = func(*args, **named)
         except (DataDependentOutputException, DynamicOutputShapeException):
             if not known:
                 raise
-            real = self._real(func, args, kwargs)
+            real = self._real(func, args, named)
             out = tree_map_only(Tensor, self.mode.from_tensor, real)
         else:
             small = [t for t in tree_iter(out) if isinstance(t, FakeTensor)]
@@ -452,7 +453,7 @@ class _Values(TorchDispatchMode):
                     for t in small:
                         self._known.pop(t, None)
                 return out
-            real = self._real(func, args, kwargs)
+            real = self._real(func, args, named)
         for fake, value in zip(tree_iter(out), tree_iter(real), strict=True):
             if isinstance(fake, FakeTensor):
                 self._known[fake] = value
