@@ -171,11 +171,6 @@ def asked(model: Any, shape: Shape, rows: int, network: nn.Module | None = None)
     return predict, x, torch.full([rows], 0.5, device=device), torch.arange(rows, device=device)
 
 
-def estimated_gib(shape: Shape, config: Any) -> float | None:
-    """The peak that `tempflow cost` expects of such a run; None while it has no estimate."""
-    return None
-
-
 def brightness(images: list[Any], prompts: list[str]) -> list[float]:
     """A reward that costs nothing."""
     import numpy as np
@@ -234,12 +229,11 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     wait(device)
     seconds, (forwards, backwards) = time.perf_counter() - started, watch.stop()
     weights = trainable.state()
-    peak, estimate = peak_gib(device), estimated_gib(shape, config)
+    peak = peak_gib(device)
     trainable.load(before)
     edges = "log_ratio_max" in metrics and not context.algorithm.renoise
     return {
         "peak GiB": peak,
-        "estimate, GiB": "none yet" if estimate is None else estimate,
         "seconds": seconds,
         "rollout, s": drawn,
         "samples": counter.decodes,
