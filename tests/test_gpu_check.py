@@ -84,7 +84,7 @@ def test_an_iteration_is_measured_and_leaves_the_model_as_it_was(script: dict[st
     facts, trained = script["iteration"](model, shape, "tempflow_grpo", updates=2)
     assert facts["|log ratio| at the first update"] > 0  # the largest of both updates, and the second's is not 0
     assert 0 < facts["share in its backwards"] < facts["share in the network"] < 1
-    assert facts["samples"] == 4 and facts["peak GiB"] >= 0
+    assert facts["samples"] == 4 and "peak GiB" in facts
     after = model.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert any(not torch.equal(value.bfloat16(), before[name]) for name, value in trained.items())
