@@ -124,6 +124,8 @@ def footprint(adapter: type[DiffusersModel], folder: Path, name: str, asked: Ask
         if asked.lora is None:
             model.train_fully()
         model.computes_on = torch.device(asked.device).type
+        if asked.tools.quantise in ("int8", "float8"):
+            _widened(model.network)
         model.equip(Tools(checkpointing=asked.tools.checkpointing, vae_tiling=asked.tools.vae_tiling))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             values = _Values(mode)
@@ -209,6 +211,19 @@ def _spared(network: nn.Module, quantise: Quantised) -> int:
     bits, scales = BITS[quantise]
     rows = 0 if scales else sum(w.shape[0] * w.element_size() for w in weights)
     return sum(w.nbytes for w in weights) - round(sum(w.numel() for w in weights) * (bits + scales) / 8) - rows
+
+
+def _widened(network: nn.Module) -> None:
+    """Linear layers compute as torchao's, with a widened copy of their weight; autograd keeps it for the backward
+    wherever a gradient passes."""
+    module: Any
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            module.forward = partial(_linear, module)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, layer.weight.clone(), layer.bias)
 
 
 def _split(trained: Sequence[Tensor]) -> bool:
