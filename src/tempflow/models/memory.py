@@ -216,10 +216,10 @@ def _spared(network: nn.Module, quantise: Quantised) -> int:
 def _widened(network: nn.Module) -> None:
     """Linear layers compute as torchao's, with a widened copy of their weight; autograd keeps it for the backward
     wherever a gradient passes."""
-    module: Any
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
-            module.forward = partial(_linear, module)
+            layer: Any = module
+            layer.forward = partial(_linear, layer)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
