@@ -114,7 +114,7 @@ def test_fidelity_is_reported_and_is_one_for_a_full_draft() -> None:
     [
         ({"pool": 3, "group": 4}, "pool: 3 must be at least 4"),
         ({"draft_steps": 0}, "draft_steps: 0 must be at least 1"),
-        ({"choice": "best"}, "mode: 'best' is not one of"),
+        ({"choice": "best"}, "choice: 'best' is not one of"),
         ({"draft_precision": "fp8"}, "draft_precision: 'fp8' is not one of"),
         ({"group": 1}, "group: 1 must be at least 2"),
     ],

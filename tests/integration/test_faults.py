@@ -368,7 +368,7 @@ DISK = [
     Fault("disk full: model/", half_a_model, (r"No space left on device", r"Free some space", GO_ON), kept=4),
     Fault(
         "disk full: last files",
-        lambda scene: scene.at("after", Evaluator, "sample", lambda drawn: raises(FULL)(None)),
+        lambda scene: scene.at("after", Evaluator, "strips", lambda drawn: raises(FULL)(None)),
         (r"No space left on device", GO_ON),
         kept=4,
     ),
