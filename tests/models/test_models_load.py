@@ -61,7 +61,9 @@ def test_missing_folder_names_the_nearest(tiny_folder: Path) -> None:
 
 
 def test_missing_folder_without_neighbours(tmp_path: Path) -> None:
-    for path in (str(tmp_path), str(tmp_path / "a" / "b" / "c"), "./nothing-here", "no such model"):
+    alone = tmp_path / "alone" / "here"  # tests beside this one leave pipelines beside its own folder
+    alone.mkdir(parents=True)
+    for path in (str(alone), str(tmp_path / "a" / "b" / "c"), "./nothing-here", "no such model"):
         with pytest.raises(ValueError, match=r"is no diffusers pipeline folder; 'shapes' comes with the package"):
             models.load(path)
 
