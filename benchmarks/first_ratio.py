@@ -129,6 +129,7 @@ class Cheap(SD3):
 
     def decode(self, x: Tensor, size: Size) -> Media:
         shades = (x[:, :3].float() * 40 + 128).clamp(0, 255).round().to(torch.uint8)
+        shades = shades.repeat_interleave(size.height // x.shape[2], 2).repeat_interleave(size.width // x.shape[3], 3)
         return Media.of(shades.permute(0, 2, 3, 1).cpu().contiguous())
 
 

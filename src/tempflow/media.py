@@ -169,11 +169,11 @@ class Media:
             return Size(height, width, frames, self.fps)
         return Size(height, width, frames, self.fps, self.sound.shape[2] / self.sound_rate)
 
-    def misfit(self, size: Size, sides: bool = True) -> str:
+    def misfit(self, size: Size) -> str:
         """Both sizes, where media are not of `size`; "" where they are. A rate and a length of sound count where they
-        are asked for, the rate of clips alone; height and width unless `sides` is false."""
+        are asked for, the rate of clips alone."""
         own = self.size
-        fits = own.frames == size.frames and (not sides or (own.height, own.width) == (size.height, size.width))
+        fits = (own.height, own.width, own.frames) == (size.height, size.width, size.frames)
         if size.fps is not None and size.frames > 1:
             fits = fits and own.fps is not None and math.isclose(own.fps, size.fps, rel_tol=1e-6)
         if size.seconds is not None:

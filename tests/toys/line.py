@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from mixture import painted, seen
+from mixture import SIDE, painted, seen
 from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
@@ -38,7 +38,7 @@ class Velocity(nn.Module):
 class Line:
     """Implements `models.protocol.Model`; latents are [1, 1, 1]."""
 
-    name, licence = "line", "Apache-2.0"
+    name, licence, size = "line", "Apache-2.0", Size(SIDE, SIDE)
     makes: Kind = "picture"
     takes_sources, guidance, dtype = False, Guidance, torch.float32
 

@@ -31,7 +31,7 @@ from tempflow.train.context import ScoreLatents
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
 RANGE = 4.0  # what it can show: −RANGE … RANGE
-SIZE = Size(2, 2)  # what the bench asks for; this model has one size
+SIZE = Size(SIDE, 2 * SIDE)  # of the pictures that show a point
 
 PROMPTS = ("north east", "north west", "south west", "south east")
 MEANS = torch.tensor([[1.5, 1.5], [-1.5, 1.5], [-1.5, -1.5], [1.5, -1.5]])
@@ -115,7 +115,7 @@ def pretrained(steps: int = 1500, rows: int = 512) -> Net:
 class Mixture:
     """Implements `models.protocol.Model`; each has a pretrained network of its own."""
 
-    name, licence = "mixture", "Apache-2.0"
+    name, licence, size = "mixture", "Apache-2.0", SIZE
     makes: Kind = "picture"
     takes_sources, guidance, dtype = False, Guidance, torch.float32
 
@@ -268,7 +268,8 @@ def bench(
     if algorithm.offline is not None:
         keys = len(algorithm.offline.keys)
         context["pictures"] = Album(lambda n, generator: painted(drawn(n, generator)), reward, keys)
-    return Bench(model or Mixture(), algorithm, reward, latent_reward=asked, **context)
+    model = model or Mixture()
+    return Bench(model, algorithm, reward, latent_reward=asked, size=model.size, **context)
 
 
 def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:

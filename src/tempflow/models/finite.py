@@ -73,7 +73,7 @@ def encoded(model: Model, prompts: Sequence[Prompt], size: Size) -> Conditioning
 def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
     """`model.decode` of latents [B, *S]; what is not finite before or after it is marked, and black.
 
-    Raises ValueError for media of another kind or number, or of other frames, rate or length of sound.
+    Raises ValueError for media of another kind, number or size.
     """
     fine, drawn = finite_rows(latents), torch.ones(len(latents), dtype=torch.bool)
     if not bool(fine.all()):  # what an adapter makes of NaN is nobody's business
@@ -85,15 +85,15 @@ def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
     if not isinstance(media, Media) or len(media) != len(latents):
         told = f"{len(media)} media" if isinstance(media, Media) else f"a {type(media).__name__}"
         raise ValueError(f"{model.name} decoded {len(latents)} latents to {told}; expected Media of {len(latents)}")
-    if wrong := media.misfit(size, sides=False):  # a toy may draw in sides of its own
+    if wrong := media.misfit(size):
         raise ValueError(f"{model.name} decoded media of {wrong}; nearest valid: an adapter that makes that size")
     broken = torch.where(drawn.cpu(), WHOLE, PICTURE)
     return Decoded(media, torch.where(fine.cpu(), broken, LATENT))
 
 
 def encoded_media(model: Model, media: Media, size: Size) -> Tensor:
-    """`model.encode_media`. Raises ValueError for media of other frames, rate or length of sound."""
-    if wrong := media.misfit(size, sides=False):
+    """`model.encode_media`. Raises ValueError for media of another size, rate or length of sound."""
+    if wrong := media.misfit(size):
         raise ValueError(f"media: {wrong}; nearest valid: media of {size}")
     return model.encode_media(media, size)
 
