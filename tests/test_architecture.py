@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"core", "shapes", "request", "media"},
     "models": {"core", "names", "registry", "request", "media"},
     "registry": set(),
-    "rewards": {"core", "shapes", "registry", "media"},
+    "rewards": {"core", "shapes", "registry", "media", "strict", "names", "request"},
     "algorithms": {"core", "perception", "names", "registry"},
     "perception": {"models"},
     "latent_reward": {"core", "models", "names", "request", "media"},
@@ -53,7 +53,7 @@ ROOMS: dict[str, set[str]] = {
     "stats": set(),
     "report": {"stats", "folder"},
     "export": {"config", "models", "train", "folder"},
-    "doctor": {"config", "data", "models", "rewards", "train"},
+    "doctor": {"config", "data", "models", "rewards", "train", "core", "shapes", "media", "request"},
     "train": {
         "core",
         "data",

@@ -170,7 +170,7 @@ def test_lists(capsys, verb, words):
 def test_every_reward_has_a_note():
     from tempflow.rewards import REWARDS, notes
 
-    assert notes().keys() == set(REWARDS) and all(what and licence for what, licence, _ in notes().values())
+    assert notes().keys() == set(REWARDS) and all(n.what and n.values and n.licence for n in notes().values())
 
 
 class FakeReport:

@@ -20,6 +20,7 @@ from tempflow.cli import main
 from tempflow.config import algorithm_config
 from tempflow.config.algorithm import to_algorithm
 from tempflow.registry import Declared
+from tempflow.rewards import Note
 
 MY_GRPO = '''
 from dataclasses import replace
@@ -40,7 +41,7 @@ def my_grpo(steps: int = 4, group: int = 3):
 REDNESS = '''
 from tempflow.rewards.function import from_function
 
-LICENCE, NEEDS = "CC0-1.0", "tempflow[demo]"
+LICENCE, NEEDS, RANGE = "CC0-1.0", "tempflow[demo]", "0 to 1"
 
 
 def redness():
@@ -93,7 +94,7 @@ def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
     scores = rewards.build("redness").score(red, ["a", "b"], [{}, {}])
     assert scores.value[:, 0].tolist() == [0.0, 1.0]
     assert "redness" in rewards.names() and rewards.plugin("redness") is None
-    assert rewards.notes()["redness"] == ("How red a picture is, 0 to 1.", "CC0-1.0", "tempflow[demo]")
+    assert rewards.notes()["redness"] == Note("How red a picture is, 0 to 1.", "0 to 1", "CC0-1.0", "tempflow[demo]")
     assert main(["rewards"]) == 0
     assert "How red a picture is" in capsys.readouterr().out
 
@@ -102,7 +103,10 @@ def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_registry_is_a_read_only_mapping(found: Any) -> None:
     assert list(found) == sorted(found) and len(found) == len(list(found)) > 2
     assert all(make.__name__ == name for name, make in found.items())
-    assert not {"base", "frames", "function", "protocol", "safe", "scoring", "__init__", ""} & found.keys()
+    assert (
+        not {"base", "around", "compose", "function", "options", "protocol", "safe", "scoring", "__init__", ""}
+        & found.keys()
+    )
     for nothing in ("base", "flow_grpo.py", "os.path", "", 3):
         assert nothing not in found
         with pytest.raises(KeyError):
@@ -136,7 +140,7 @@ assert files("algorithms") == {"base", "rloo", "flow_grpo"}, files("algorithms")
 assert algorithms.flow_grpo().name == "flow_grpo" and algorithms.rloo().name == "rloo"
 import tempflow.algorithms.dapo, tempflow.algorithms.base
 assert tempflow.algorithms.dapo().name == "dapo" and tempflow.algorithms.base.Algorithm
-tools = {"frames", "function", "protocol", "safe"}
+tools = {"around", "function", "options", "protocol", "safe"}
 assert "jpeg_compressibility" in rewards.names() and files("rewards") == tools, files("rewards")
 rewards.build("jpeg_compressibility")
 assert files("rewards") == tools | {"jpeg_compressibility"}, files("rewards")

@@ -16,8 +16,8 @@ from tempflow.config import Config
 from tempflow.cost import RunCost
 from tempflow.media import Media
 from tempflow.models.guidance import guidance_of
-from tempflow.rewards import build, score_all
-from tempflow.train.build import prepare_model, prompt_sources, takes_sources
+from tempflow.rewards import score_all
+from tempflow.train.build import build_reward, prepare_model, prompt_sources, takes_sources
 
 SECONDS = 10.0
 """What a measurement takes, without loading the model; more where a single row takes longer."""
@@ -104,7 +104,7 @@ def measured(config: Config, seconds: float = SECONDS) -> Measured:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     reads, draws = config.algorithm.build().reads, partial(takes_sources, config, None)
     prompts = prompt_sources(config, None, None, reads, draws)["data.train"][:PROMPTS]
-    rewards = [build(reward.name) for reward in config.rewards]
+    rewards = [build_reward(reward) for reward in config.rewards]
     model = prepare_model(config)
     shape, size = model.noise_shape(config.size), config.size
     guidance = guidance_of(model.guidance, config.model.guidance, config.model.guidance_options)

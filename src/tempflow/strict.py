@@ -201,7 +201,7 @@ def _unknown_line(way: Sequence[Any], key: Any, owner: type[BaseModel], fields: 
     sections = dict.fromkeys(path.rpartition(".")[0] for path in fields)
     meant = likeliest(section + str(key), [*filter(None, sections), *fields])
     if meant is None:
-        hint = cut(f"there are {', '.join(owner.model_fields)}", 2 * SCREEN)
+        hint = cut(f"there are {', '.join(owner.model_fields) or 'none'}", 2 * SCREEN)
     else:
         hint = f"did you mean {meant.removeprefix(section)!r}?"
     return f"{section}{_key(key)}: unknown field; {hint}"

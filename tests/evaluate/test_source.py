@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tempflow.cli.judge import EvalOptions, chosen, run_eval
-from tempflow.config import Config, to_yaml
+from tempflow.config import Config, ScorerConfig, to_yaml
 from tempflow.evaluate.source import Settings, Source, check_rewards, find, settings
 from tempflow.media import Size
 from tempflow.models import load
@@ -160,11 +160,31 @@ def test_a_runs_settings_are_its_tests(tmp_path: Path) -> None:
     config = tiny(tmp_path, dtype="bfloat16", height=64, width=48)
     how = settings(Source("x", run=tmp_path, config=config))
     assert how == Settings(
-        prompts="shapes:test", count=12, rewards=("shapes", "shapes_strict"), gold=("shapes_strict",),
-        total={"shapes": -1.0}, steps=3, guidance=1.5, seed=77, size=Size(64, 48), dtype="bfloat16", device="cpu",
+        prompts="shapes:test", count=12, rewards=(*config.rewards, ScorerConfig(name="shapes_strict")),
+        gold=("shapes_strict",), total={"shapes": -1.0}, steps=3,
+        guidance=1.5, seed=77, size=Size(64, 48), dtype="bfloat16", device="cpu",
         rows=7, threads=1,
     )  # fmt: skip
     assert settings(Source("shapes")) == Settings()
+
+
+def names(how: Settings) -> tuple[str, ...]:
+    return tuple(scorer.name for scorer in how.rewards)
+
+
+def test_a_reward_is_named_with_options_or_as_the_run_has_it(tmp_path: Path) -> None:
+    plain = chosen(EvalOptions(rewards=("jpeg_compressibility",)), Settings())
+    assert plain.rewards == (ScorerConfig(name="jpeg_compressibility"),)
+    given = ScorerConfig(name="mine", kind="jpeg_compressibility")
+    assert chosen(EvalOptions(rewards=("mine",)), Settings(rewards=(given,))).rewards == (given,)
+    for text, said in (
+        ("jpeg_compressibility:qualty=3", "options.qualty: unknown field"),
+        ("shape:quality=3", "name: 'shape' is no known reward; nearest valid: 'shapes'"),
+        ("os:system", "name: 'os:system': a configuration names known rewards only"),
+    ):
+        with pytest.raises(ValueError) as error:
+            chosen(EvalOptions(rewards=(text,)), Settings())
+        assert str(error.value).startswith(said)
 
 
 def test_the_command_line_goes_before_the_run(tmp_path: Path) -> None:
@@ -181,12 +201,12 @@ def test_the_command_line_goes_before_the_run(tmp_path: Path) -> None:
     )
     assert how.count == 12
     how = chosen(EvalOptions(gold=("jpeg_compressibility",)), usual)
-    assert how.rewards == ("shapes", "shapes_strict", "jpeg_compressibility") and how.total == {"shapes": -1.0}
+    assert names(how) == ("shapes", "shapes_strict", "jpeg_compressibility") and how.total == {"shapes": -1.0}
     assert how.gold == ("shapes_strict", "jpeg_compressibility")
     how = chosen(EvalOptions(rewards=("jpeg_compressibility",)), usual)
     assert how.gold == ("jpeg_compressibility",) and how.total is None  # the sum needs what was trained on
     how = chosen(EvalOptions(rewards=("shapes",), gold=("shapes_strict",)), Settings())
-    assert how.rewards == ("shapes", "shapes_strict") and how.gold == ("shapes_strict",)
+    assert names(how) == ("shapes", "shapes_strict") and how.gold == ("shapes_strict",)
     with pytest.raises(ValueError, match="gold: 'shapes' is what this run trained on"):
         chosen(EvalOptions(gold=("shapes",)), usual)
 

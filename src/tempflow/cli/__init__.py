@@ -22,6 +22,7 @@ Reinforcement learning for flow-matching image generators.
   report RUN [RUN …] [--output page.html]          one page about a run, or several side by side
   export RUN --output FOLDER [--form merged]       a run's weights as a folder for diffusers
   doctor [RECIPE | config.yaml] [--field value …]  what stands between this machine and a run
+  check-reward NAME [--pictures FILE]              what a reward does, before a run leans on it
   algorithms | models | rewards | recipes          what there is
 
 `tempflow VERB --help` lists a verb's options, `tempflow train RECIPE --help` that recipe's. `tempflow --version` says
@@ -41,6 +42,7 @@ VERBS = {
     "report": "report",
     "export": "export",
     "doctor": "doctor",
+    "check-reward": "check_reward",
 }
 """Verb → the file here whose function VERB_verb runs it."""
 
@@ -117,7 +119,7 @@ def _run(words: Sequence[str]) -> int:
 def _verb(name: str) -> Callable[[Sequence[str]], int]:
     import importlib
 
-    return vars(importlib.import_module(f"tempflow.cli.{VERBS[name]}"))[f"{name}_verb"]
+    return vars(importlib.import_module(f"tempflow.cli.{VERBS[name]}"))[f"{name.replace('-', '_')}_verb"]
 
 
 def _told(error: BaseException) -> int:

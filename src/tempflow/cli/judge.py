@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ from pydantic import Field
 
 from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
-from tempflow.strict import Place, Strict, shown
+from tempflow.config import ScorerConfig
+from tempflow.config.files import read_yaml
+from tempflow.strict import Place, Strict, shown, validated
 
 if TYPE_CHECKING:
     from tempflow.evaluate.source import Settings
@@ -41,7 +43,9 @@ class EvalOptions(Strict):
     samples_per_prompt: int = Field(
         default=1, ge=1, le=10_000, description="pictures of each; from 2 their diversity is told"
     )
-    rewards: Names = Field(default=(), description="what scores them (shapes_strict)")
+    rewards: Names = Field(
+        default=(), description="what scores them, with options as NAME:option=value,option=value (shapes_strict)"
+    )
     gold: Names = Field(default=(), description="more rewards, marked as not trained on")
     steps: int | None = Field(default=None, ge=1, le=1000, description="sampler steps (10)")
     guidance: float | None = Field(default=None, ge=1, description="classifier-free guidance (1 = none)")
@@ -83,6 +87,7 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
     from tempflow.data.prompts import load_prompts, shared_out, unused_negatives, with_sources
     from tempflow.evaluate.source import check_rewards, check_source, find, rows_of, settings, takes_sources
     from tempflow.rewards import build
+    from tempflow.rewards.protocol import check_prompts, prepare
 
     _check_outputs(options)
     source = find(options.what, options.base)
@@ -90,10 +95,8 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
         check_rewards(source)
     how = chosen(options, settings(source))
     reads = () if source.config is None else source.config.algorithm.build().reads
-    rewards, loaded = (
-        [build(name) for name in how.rewards],
-        with_sources(lambda s: load_prompts(how.prompts, uses=reads, sources=s), partial(takes_sources, source)),
-    )
+    rewards = [build(s.name, s.kind, s.options, s.frames) for s in how.rewards]
+    loaded = with_sources(lambda s: load_prompts(how.prompts, uses=reads, sources=s), partial(takes_sources, source))
     check_source(source, how.size, how.guidance, how.guidance_options)
     import torch
 
@@ -106,6 +109,9 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
     if how.threads is not None:
         torch.set_num_threads(how.threads)
     prompts = fixed_prompts(loaded, how.count)
+    for reward in rewards:
+        check_prompts(reward, [p.text for p in prompts], [p.metadata for p in prompts])
+        prepare(reward)
     model = load_source(source, dtype=how.dtype, device=device)
     report = evaluate(
         model,
@@ -117,6 +123,7 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
         size=how.size,
         rows=how.rows,
         total=how.total,
+        compose=how.compose,
         gold=how.gold,
         samples_per_prompt=options.samples_per_prompt,
     )
@@ -138,8 +145,11 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
     for name in options.gold:
         if name in trained:
             raise ValueError(f"gold: {shown(name)} is what this run trained on; nearest valid: --rewards {name}")
-    rewards = tuple(dict.fromkeys((*(options.rewards or usual.rewards), *options.gold)))
-    untrained = {name for name in rewards if name not in trained} if usual.total is not None else {*options.gold}
+    own = {scorer.name: scorer for scorer in usual.rewards}
+    named = [scorer_of(text, own) for text in (*options.rewards, *options.gold)]
+    rewards = tuple({s.name: s for s in (*(() if options.rewards else usual.rewards), *named)}.values())
+    names, gold = [s.name for s in rewards], {s.name for s in named[len(options.rewards) :]}
+    untrained = {name for name in names if name not in trained} if usual.total is not None else gold
     given = {name: value for name, value in options if value is not None and name in USUAL}
     size = {name: value for name, value in options if value is not None and name in SIZE}
     return replace(
@@ -147,9 +157,22 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
         **given,
         size=replace(usual.size, **size),
         rewards=rewards,
-        gold=tuple(name for name in rewards if name in untrained),
-        total=usual.total if set(trained) <= set(rewards) else None,
+        gold=tuple(name for name in names if name in untrained),
+        total=usual.total if set(trained) <= set(names) else None,
+        compose=usual.compose if set(trained) <= set(names) else None,
     )
+
+
+def scorer_of(text: str, own: Mapping[str, ScorerConfig]) -> ScorerConfig:
+    """A reward as the command line names it: one of a run's `own`, or NAME, or NAME:option=value,option=value.
+
+    Raises ConfigError for a reward or an option that is unknown.
+    """
+    name, _, rest = text.partition(":")
+    if "=" not in rest:
+        return own.get(text) or validated(ScorerConfig, {"name": text})
+    pairs = [part.partition("=") for part in rest.split(",")]
+    return validated(ScorerConfig, {"name": name, "options": {key: read_yaml(value) for key, _, value in pairs}})
 
 
 def _check_outputs(options: EvalOptions) -> None:

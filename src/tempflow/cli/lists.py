@@ -27,12 +27,13 @@ def models_verb(args: Sequence[str]) -> int:
 
 
 def rewards_verb(args: Sequence[str]) -> int:
-    from tempflow.rewards import names, notes
+    from tempflow.rewards import Note, names, notes
 
-    other = ("from an installed package", "that package's", "")
+    other = Note("from an installed package", "", "that package's", "")
     known = notes()
-    rows = [(name, *known.get(name, other)) for name in names()]
-    return _list("rewards", args, ("name", "what", "licence", "needs"), rows)
+    told = {name: known.get(name, other) for name in names()}
+    rows = [(name, f"{n.what} {n.values}".strip(), n.licence, n.needs) for name, n in told.items()]
+    return _list("rewards", args, ("name", "what, values", "licence", "needs"), rows)
 
 
 def recipes_verb(args: Sequence[str]) -> int:

@@ -79,7 +79,7 @@ def read(verb: str, args: Sequence[str], fields: Fields, usual: Mapping[str, Any
             continue
         name, has_value, text = word.partition("=")
         path = _field_of(verb, name, fields)
-        field, texts = fields[path], [text] if has_value else []
+        field, texts = fields.get(path, _ANY), [text] if has_value else []
         if not has_value:
             texts = _values(words, field)
         if not texts or "" in texts:
@@ -107,6 +107,9 @@ def _field_of(verb: str, name: str, fields: Fields) -> str:
     by_flag = {flag(path): path for path, field in fields.items() if POSITIONAL not in field.metadata}
     if name in by_flag:
         return by_flag[name]
+    around, dot, inside = name.rpartition(".")  # a setting of a field that takes any by name
+    if dot and inside and around in by_flag and _is_mapping(fields[by_flag[around]]):
+        return f"{by_flag[around]}.{inside.replace('-', '_')}"
     meant = likeliest(name, list(fields))
     if meant is None:
         raise ConfigError(f"{cut(name)}: no such option; nearest valid: those that `tempflow {verb} --help` lists")
@@ -163,6 +166,14 @@ def _is_list(field: FieldInfo) -> bool:
     return any(get_origin(option) is tuple for option in _options(field.annotation))
 
 
+def _is_mapping(field: FieldInfo) -> bool:
+    return any(get_origin(option) is dict for option in _options(field.annotation))
+
+
+_ANY = FieldInfo(annotation=Any)  # type: ignore[arg-type]
+"""What a setting without a type of its own is read as: as YAML."""
+
+
 def _value(texts: Sequence[str], field: FieldInfo) -> Any:
     """What the texts say, of the field's type if they can be read so; else as they are, for validation to explain."""
     options = _options(field.annotation)
@@ -172,7 +183,7 @@ def _value(texts: Sequence[str], field: FieldInfo) -> Any:
             return None
         if field.default == "" or _is_list(field):
             return field.default if field.default == "" else []
-    if any(get_origin(option) is dict for option in options) and first.startswith("{"):
+    if Any in options or (_is_mapping(field) and first.startswith("{")):
         return read_yaml(first)
     if _is_list(field):
         if len(texts) == 1 and first.startswith(("[", "{")):

@@ -9,12 +9,14 @@ from tempflow.config.guards import GuardsConfig
 from tempflow.config.parts import (
     OWN_REWARD,
     CheckpointConfig,
+    CompositionConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
+    ScorerConfig,
 )
 from tempflow.config.track import TrackConfig
 from tempflow.config.tree import Config
@@ -25,6 +27,7 @@ __all__ = [
     "OWN_REWARD",
     "AlgorithmConfig",
     "CheckpointConfig",
+    "CompositionConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RewardConfig",
+    "ScorerConfig",
     "TrackConfig",
     "algorithm_config",
     "load_config",

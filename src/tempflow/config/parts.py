@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+import re
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from tempflow.data.prompts import check_source
@@ -115,24 +118,80 @@ class DataConfig(Strict):
         return source
 
 
-class RewardConfig(Strict):
-    """A reward by name (`tempflow rewards` lists them). Your own function is passed to `tempflow.train` instead."""
+class ScorerConfig(Strict):
+    """What scores pictures (`tempflow rewards` lists all). Your own function is passed to `tempflow.train` instead."""
 
-    name: str = Field(default="shapes", description="which reward")
-    weight: float = Field(default=1.0, description="its factor in the sum of rewards")
+    name: str = Field(default="shapes", description="which reward; with `kind`, what this one is called")
+    kind: str = Field(default="", description="which reward, where several are of one kind; empty = the name says it")
+    options: dict[str, Any] = Field(default={}, description="the reward's own settings, by name (docs/rewards.md)")
+    frames: int | None = Field(
+        default=None, ge=1, le=10_000, description="for clips: the mean over so many frames, by a reward of pictures"
+    )
     timeout: float | None = Field(
         default=None, gt=0, description="seconds a scoring call may take before its scores are failed; null = any"
+    )
+
+    @model_validator(mode="after")
+    def _known_reward(self) -> Self:
+        check_reward("kind" if self.kind else "name", self.kind or self.name)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.name) or self.name == OWN_REWARD:
+            near = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name)[:64].lstrip(".-") or "my_reward"
+            near = "my_reward" if near == OWN_REWARD else near
+            raise ValueError(f"name: {shown(self.name)} names a column; nearest valid: {shown(near)}")
+        from tempflow.rewards import REWARDS, checked  # here, as below
+
+        if (self.kind or self.name) in REWARDS:  # what other packages' take is checked when it is made
+            checked(REWARDS[self.kind or self.name], self.options)
+        return self
+
+
+class RewardConfig(ScorerConfig):
+    """A reward that teaches, and how much."""
+
+    weight: float = Field(default=1.0, description="its factor in the sum of rewards")
+    schedule: dict[int, float] = Field(
+        default={}, description="iteration → weight, linear between them, in place of `weight`; empty = none"
+    )
+    at_least: float | None = Field(
+        default=None, description="a gate: pictures that it scores lower get `composition.gated`; null = none"
     )
     stream: str = Field(
         default="",
         description="which of a model's several streams (video, sound) it teaches; empty = all",
     )
 
-    @field_validator("name")
-    @classmethod
-    def _known_reward(cls, name: str) -> str:
-        _check_reward(name, ())
-        return name
+    @model_validator(mode="after")
+    def _from_the_start(self) -> Self:
+        if any(iteration < 0 for iteration in self.schedule):
+            raise ValueError(f"schedule: {min(self.schedule)} is no iteration; nearest valid: 0")
+        return self
+
+    def weight_at(self, iteration: int) -> float:
+        """Its weight in an iteration, from 0: before the schedule's first the first's, after the last the last's."""
+        points = sorted(self.schedule.items())
+        return float(np.interp(iteration, *zip(*points, strict=True))) if points else self.weight
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it ever has a weight."""
+        return any(self.schedule.values()) if self.schedule else self.weight != 0
+
+
+class CompositionConfig(Strict):
+    """How several rewards become what is learned from. A score that failed makes that picture's failed."""
+
+    how: Literal["sum", "normalised", "product"] = Field(
+        default="sum",
+        description="sum: of scores by weight; normalised: each reward's advantages, summed by weight (GDPO); product: "
+        "of scores, each to the power of its weight",
+    )
+    gated: float = Field(default=0.0, description="what a picture gets that misses a gate (`rewards.N.at_least`)")
+    drop_above: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="a prompt of which a larger share of pictures has failed scores teaches nothing; 1 = never",
+    )
 
 
 class OptimizerConfig(Strict):
@@ -184,6 +243,9 @@ class EvaluationConfig(Strict):
         default=(),
         description="guidance values (≥ 1) of which the untrained model's best is reported beside the result",
     )
+    rewards: Annotated[tuple[ScorerConfig, ...], Field(strict=False)] = Field(
+        default=(), description="rewards with options that `gold` and `metric` name, and that are not trained on"
+    )
     gold: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="rewards that are judged but not trained on, to see whether the gain is real"
     )
@@ -202,19 +264,6 @@ class EvaluationConfig(Strict):
         if low:
             raise ValueError(f"{low[0]} is no guidance; nearest valid: 1.0")
         return values
-
-    @field_validator("gold")
-    @classmethod
-    def _known_gold(cls, gold: tuple[str, ...]) -> tuple[str, ...]:
-        for name in gold:
-            _check_reward(name, ())
-        return gold
-
-    @field_validator("metric")
-    @classmethod
-    def _known_metric(cls, metric: str) -> str:
-        _check_reward(metric, (OWN_REWARD,))
-        return metric
 
 
 class CheckpointConfig(Strict):
@@ -236,14 +285,15 @@ class ParallelConfig(Strict):
     )
 
 
-def _check_reward(name: str, extra: tuple[str, ...]) -> None:
+def check_reward(field: str, name: str, more: Collection[str] = ()) -> None:
+    """Whether a reward is known, or one of `more`. Raises ValueError, naming the field."""
     from tempflow.rewards import names  # here, so that a configuration does not import what rewards need
 
-    known = (*extra, *names())
+    known = (*more, *names())
     if ":" in name:
         raise ValueError(
-            f"{shown(name)}: a configuration names known rewards only, never code; pass your function to "
+            f"{field}: {shown(name)}: a configuration names known rewards only, never code; pass your function to "
             f"tempflow.train, or register it as an entry point; nearest valid: {nearest(name, known)}"
         )
     if name not in known:
-        raise ValueError(f"{shown(name)} is no known reward; nearest valid: {nearest(name, known)}")
+        raise ValueError(f"{field}: {shown(name)} is no known reward; nearest valid: {nearest(name, known)}")

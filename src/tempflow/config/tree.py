@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -12,16 +12,21 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 from tempflow.config.algorithm import AlgorithmConfig, to_algorithm
 from tempflow.config.guards import GuardsConfig
 from tempflow.config.parts import (
+    OWN_REWARD,
     CheckpointConfig,
+    CompositionConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
+    ScorerConfig,
+    check_reward,
 )
 from tempflow.config.track import TrackConfig
 from tempflow.media import Size
+from tempflow.rewards.compose import Composition
 from tempflow.strict import Place, Strict, nearest, shown
 
 
@@ -59,6 +64,7 @@ class Config(Strict):
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = Field(
         default=(RewardConfig(),), description="what is rewarded; several are summed by weight"
     )
+    composition: CompositionConfig = Field(default=CompositionConfig(), description="how several rewards are joined")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="validation and test")
 
@@ -90,10 +96,38 @@ class Config(Strict):
         kept = {key: value for key, value in self if not (key == "output" and "name" in fields)}
         return Config(**(kept | fields))
 
+    def weights_at(self, iteration: int) -> dict[str, float]:
+        """Weight of each reward in an iteration, from 0."""
+        return {reward.name: reward.weight_at(iteration) for reward in self.rewards}
+
+    @property
+    def scheduled(self) -> Callable[[int], dict[str, float]] | None:
+        """`weights_at`, where some weight changes."""
+        return self.weights_at if any(reward.schedule for reward in self.rewards) else None
+
     @property
     def reward_weights(self) -> dict[str, float]:
-        """Factor of each reward, for `GroupZScore.reward_weights`."""
-        return {reward.name: reward.weight for reward in self.rewards}
+        """Weight of each reward in the last iteration, by which evaluations judge."""
+        return self.weights_at(self.iterations - 1)
+
+    def compose(self, given: Sequence[str] | None = None) -> Composition | None:
+        """What the rewards become beside a sum by weight; None: nothing else.
+
+        given   names of rewards that were given as objects: each weighs 1 and none is a gate; None: these here
+        """
+        c = self.composition
+        gates = {r.name: r.at_least for r in self.rewards if given is None and r.at_least is not None}
+        weights = self.weights_at(0) if given is None else dict.fromkeys(given, 1.0)
+        found = Composition(weights, "product" if c.how == "product" else "sum", gates, c.gated, c.drop_above)
+        return found if found.adds or found.drop_above < 1 else None
+
+    @property
+    def judges(self) -> tuple[ScorerConfig, ...]:
+        """What evaluations score by beside the trained rewards: the metric and the gold."""
+        trained = {reward.name for reward in self.rewards}
+        named = {scorer.name: scorer for scorer in self.evaluation.rewards}
+        extra = {*named, self.evaluation.metric, *self.evaluation.gold} - {OWN_REWARD} - trained
+        return tuple(named.get(name) or ScorerConfig(name=name) for name in sorted(extra))
 
     @model_validator(mode="before")
     @classmethod
@@ -128,16 +162,42 @@ class Config(Strict):
             raise ValueError("[] leaves nothing to learn from; nearest valid: [{name: shapes}]")
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"{shown(twice[0])} is named twice; nearest valid: once, with the weights' sum")
-        if all(reward.weight == 0 for reward in rewards):
+            raise ValueError(
+                f"{shown(twice[0])} is named twice; nearest valid: once, with the weights' sum; or two names with the "
+                "same `kind`"
+            )
+        if not any(reward.teaches for reward in rewards):
             raise ValueError("all weights are 0, which leaves nothing to learn from; nearest valid: a weight of 1.0")
         return rewards
 
     @model_validator(mode="after")
-    def _gold_is_not_trained(self) -> Config:
-        both = [name for name in self.evaluation.gold if name in self.reward_weights]
-        if both:
-            raise ValueError(f"evaluation.gold: {shown(both[0])} is trained on; nearest valid: a reward that is not")
+    def _judges(self) -> Config:
+        e, trained = self.evaluation, {reward.name for reward in self.rewards}
+        own = [scorer.name for scorer in e.rewards]
+        for number, name in enumerate(own):
+            if name in trained or name in own[:number]:
+                raise ValueError(f"evaluation.rewards.{number}.name: {shown(name)} is named twice; nearest valid: once")
+        for name in e.gold:
+            if name in {reward.name for reward in self.rewards if reward.teaches}:
+                raise ValueError(f"evaluation.gold: {shown(name)} is trained on; nearest valid: a reward that is not")
+            check_reward("evaluation.gold", name, {*own, *trained})
+        check_reward("evaluation.metric", e.metric, {OWN_REWARD, *own, *trained})
+        return self
+
+    @model_validator(mode="after")
+    def _composed(self) -> Config:
+        c = self.composition
+        for number, reward in enumerate(self.rewards):
+            if reward.stream and (c.how == "product" or any(r.at_least is not None for r in self.rewards)):
+                raise ValueError(
+                    f"rewards.{number}.stream: {shown(reward.stream)}, but products and gates join all streams; "
+                    "nearest valid: ''"
+                )
+            if reward.at_least is not None and c.how == "normalised":
+                raise ValueError(
+                    f"rewards.{number}.at_least: {reward.at_least:g}, but how 'normalised' sums advantages; "
+                    "nearest valid: null, or composition.how 'sum'"
+                )
         return self
 
     @model_validator(mode="after")

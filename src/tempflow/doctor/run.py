@@ -20,11 +20,10 @@ from tempflow.models import HUB_ID, adapter_of, shapes_folder
 from tempflow.models.family import check_asked
 from tempflow.models.pipeline_folder import check_folder, licence_of, read_index, settings_in
 from tempflow.models.precision import lack, nearest, needs_torchao
-from tempflow.rewards import build, check_takes
+from tempflow.rewards import Note, check_takes
 from tempflow.train.identity import check_new
 
-Notes = Mapping[str, tuple[str, str, str]]
-"""Reward → what it is, its licence, the extra it needs ("tempflow[shapes]", or "")."""
+Notes = Mapping[str, Note]
 
 REPORTS = 32 << 20
 """Bytes allowed for metrics, pictures and curves."""
@@ -39,9 +38,9 @@ def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> 
     checks = [model_check(config, folder, offline=is_offline(environment)), *asked_check(config, folder)]
     checks += start_check(config)
     checks += [licence_check("model", config.model.path, licence_of(folder) if folder else "unknown")]
-    for reward in config.rewards:
-        licence = notes[reward.name][1] if reward.name in notes else "unknown"
-        checks.append(licence_check("reward", reward.name, licence))
+    for reward in (*config.rewards, *config.judges):
+        kind = reward.kind or reward.name
+        checks.append(licence_check("reward", reward.name, notes[kind].licence if kind in notes else "unknown"))
     return [*checks, *prompts_checks(config), output_check(Path(config.output)), disk_check(config, folder)]
 
 
@@ -51,9 +50,8 @@ def needed_extras(config: Config, notes: Notes, device: str = "cpu") -> dict[str
     draft = config.algorithm.build().draft
     if draft is not None and needs_torchao(draft.precision, torch.device(device)):
         needs["quant"] = [f"drafts in {draft.precision}"]
-    judged = [*(r.name for r in config.rewards), *config.evaluation.gold, config.evaluation.metric]
-    for name in dict.fromkeys(judged):
-        extra = notes[name][2].removeprefix("tempflow").strip("[]") if name in notes else ""
+    for name in dict.fromkeys(r.kind or r.name for r in (*config.rewards, *config.judges)):
+        extra = notes[name].needs.removeprefix("tempflow").strip("[]") if name in notes else ""
         if extra:
             needs.setdefault(extra, []).append(f"reward {name}")
     return needs | {name: [f"tracker {name}"] for name in config.track.to}
@@ -102,13 +100,13 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
         family = adapter_of(config.model.path, folder).family
     except ValueError:  # `model_check` says why
         return []
-    from tempflow.train.build import check_streams
+    from tempflow.train.build import build_reward, check_streams
 
     m = config.model
     try:
         with config.naming("model"):
             check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
-        check_takes([build(r.name) for r in config.rewards], family.makes, m.path)
+        check_takes([build_reward(r) for r in config.rewards], family.makes, m.path)
         check_streams(config, config.algorithm.build(), family.streams, m.path)
     except (ValueError, ImportError) as error:
         fault, _, advice = str(error).rpartition("; ")

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from tempflow.config import OWN_REWARD, Config, load_config
+from tempflow.config import OWN_REWARD, Config, ScorerConfig, load_config
 from tempflow.media import Size
 from tempflow.models import HUB_ID, Adapter, Family, Model, adapter_of, load, local_folder
 from tempflow.models.family import check_asked
@@ -18,6 +18,7 @@ from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
 from tempflow.models.lora_files import PICKLED, load_lora, lora_file
 from tempflow.models.pipeline_folder import settings_in
 from tempflow.rewards import names
+from tempflow.rewards.compose import Composition
 
 PIPELINE_FILE, CONFIG_FILE = "model_index.json", "config.yaml"
 
@@ -36,13 +37,14 @@ class Source:
 @dataclass(frozen=True)
 class Settings:
     """How a source is evaluated. `rewards` are all that score, `gold` those of them that it was not trained on, `total`
-    the weights of the sum that it was trained on (None: not known)."""
+    the weights of the sum that it was trained on (None: not known), `compose` what was in place of a sum."""
 
     prompts: str = "shapes:test"
     count: int = 504
-    rewards: tuple[str, ...] = ("shapes_strict",)
+    rewards: tuple[ScorerConfig, ...] = (ScorerConfig(name="shapes_strict"),)
     gold: tuple[str, ...] = ()
     total: Mapping[str, float] | None = None
+    compose: Composition | None = None
     steps: int = 10
     guidance: float = 1.0
     guidance_options: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
@@ -118,15 +120,15 @@ def settings(source: Source) -> Settings:
     if source.config is None:
         return Settings()
     c = source.config
-    weights = {name: weight for name, weight in c.reward_weights.items() if weight}
-    extra = {c.evaluation.metric, *c.evaluation.gold} - {OWN_REWARD, *c.reward_weights}
-    judges = (*c.reward_weights, *sorted(extra))
+    weights, compose = {name: weight for name, weight in c.reward_weights.items() if weight}, c.compose()
+    judges = (*c.rewards, *c.judges)
     return Settings(
         prompts=c.data.test,
         count=c.evaluation.test_prompts,
         rewards=judges,
-        gold=tuple(name for name in judges if name not in weights),
+        gold=tuple(scorer.name for scorer in judges if scorer.name not in weights),
         total=weights,
+        compose=None if compose is None else compose.judging(c.reward_weights),
         steps=c.evaluation.steps,
         guidance=c.evaluation.guidance,
         guidance_options=c.model.guidance_options,
@@ -148,7 +150,10 @@ def check_rewards(source: Source) -> None:
         scored = json.loads(summary.read_text(encoding="utf-8"))["after"]["mean"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(summary)!r} is no run's summary ({error}); nearest valid: with --rewards") from error
-    own = [name for name in scored if name != OWN_REWARD and name not in names()]
+    config = source.config
+    known = () if config is None else (scorer.name for scorer in (*config.rewards, *config.judges))
+    own = [name.partition("/")[0] for name in scored if name != OWN_REWARD]
+    own = [name for name in own if name not in {*names(), *known}]
     if own:
         raise ValueError(
             f"rewards: this run was scored by {own[0]!r}, which was given as an object and has no name to call it by; "

@@ -27,6 +27,7 @@ from tempflow.models.protocol import Model, Predict, layout_of
 from tempflow.perception.diversity import features, within_groups
 from tempflow.request import Prompt
 from tempflow.rewards import check_takes, score_all
+from tempflow.rewards.compose import Composition
 from tempflow.rewards.protocol import Reward
 
 __all__ = [
@@ -174,6 +175,7 @@ def evaluate(
     size: Size,
     rows: int,
     total: Mapping[str, float] | None = None,
+    compose: Composition | None = None,
     gold: Sequence[str] = (),
     samples_per_prompt: int = 1,
     first: int = 0,
@@ -184,6 +186,7 @@ def evaluate(
 
     total               weights of the rewards that a run trains on; adds their sum as a column named "reward", unless
                         one of them has that name
+    compose             what they become in place of that sum, where it is no sum
     gold                names of those of `rewards` that the model was not trained on
     samples_per_prompt  with 2 or more the report has the pictures' diversity within a prompt
     first               number of the first prompt, which its noise depends on: a rank judges a block of a longer list
@@ -210,6 +213,8 @@ def evaluate(
         if samples_per_prompt > 1:
             seen.append(features(part.media.pictures()))
     scores = Scores.cat(scored)
+    if compose is not None:
+        scores = compose(scores, groups)
     if total is not None and "reward" not in scores.names:
         value, ok = scores.total(total)
         scores = Scores.stack([scores, Scores(value[:, None], ok[:, None], ("reward",))])

@@ -1,16 +1,18 @@
 """Rewards by name, and the one call that scores media by several of them.
 
 A new file here is a new reward: a function by the file's name makes it, the first line of whose docstring says what it
-measures; LICENCE and NEEDS say under which licence, and by which extra of the package ("" for none).
+measures. Its options are keyword parameters, each with a type (`rewards.options`). LICENCE says under which licence it
+is, NEEDS by which extra of the package it works ("" for none), RANGE which values it gives.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,36 +20,41 @@ from torch import Tensor
 from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.registry import Registry
-from tempflow.rewards.frames import over_frames
+from tempflow.rewards.around import Renamed, over_frames
 from tempflow.rewards.function import from_function
+from tempflow.rewards.options import Make, checked, places
 from tempflow.rewards.protocol import Reward, RewardError, check_media, check_takes
 from tempflow.rewards.safe import Fault, Pause, SafeReward, faults, go_on, safe
 
 __all__ = [
     "REWARDS",
     "Media",
+    "Note",
     "Reward",
     "RewardError",
     "SafeReward",
     "build",
     "check_takes",
+    "checked",
     "faults",
     "from_function",
+    "maker",
     "names",
     "notes",
     "over_frames",
+    "places",
     "plugin",
     "safe",
     "score_all",
 ]
 
-REWARDS: Mapping[str, Callable[[], Reward]] = Registry(
-    __name__, besides=("frames", "function", "protocol", "safe", "scoring")
+REWARDS: Mapping[str, Make] = Registry(
+    __name__, besides=("around", "compose", "function", "options", "protocol", "safe", "scoring")
 )
-"""What ships with the package: name → constructor without arguments."""
+"""What ships with the package: name → a function that makes it of its options."""
 
 GROUP = "tempflow.rewards"
-"""The entry point group by which other packages add rewards: each names a constructor without arguments."""
+"""The entry point group by which other packages add rewards: each names such a function, or a class."""
 
 
 def names() -> tuple[str, ...]:
@@ -55,12 +62,23 @@ def names() -> tuple[str, ...]:
     return (*REWARDS, *sorted(set(entry_points(group=GROUP).names) - set(REWARDS)))
 
 
-def notes() -> dict[str, tuple[str, str, str]]:
-    """What each of our rewards measures, its licence, and the extra that it needs ("" for none)."""
-    told: dict[str, tuple[str, str, str]] = {}
-    for name, make in REWARDS.items():
-        file = vars(sys.modules[make.__module__])
-        told[name] = ((make.__doc__ or "").partition("\n")[0], file["LICENCE"], file["NEEDS"])
+@dataclass(frozen=True)
+class Note:
+    """What a reward measures, which values it gives, its licence, and the extra that it needs ("" for none)."""
+
+    what: str
+    values: str
+    licence: str
+    needs: str
+
+
+def notes() -> dict[str, Note]:
+    """Of each of our rewards."""
+    told: dict[str, Note] = {}
+    for name in REWARDS:
+        make = REWARDS[name]
+        file = vars(sys.modules[f"{__name__}.{name}"])
+        told[name] = Note((make.__doc__ or "").partition("\n")[0], file["RANGE"], file["LICENCE"], file["NEEDS"])
     return told
 
 
@@ -70,25 +88,40 @@ def plugin(name: str) -> EntryPoint | None:
     return found.get(name)
 
 
-def build(name: str) -> Reward:
-    """The reward of that name: one of `REWARDS`, or an installed package's entry point in the group "tempflow.rewards".
-
-    Raises ValueError for an unknown name, RewardError for an entry point that does not make a reward.
-    """
-    if name in REWARDS:
-        return REWARDS[name]()
-    entry = plugin(name)
+def maker(kind: str) -> Make:
+    """The function that makes a reward of that kind: one of `REWARDS`, or an installed package's entry point in the
+    group "tempflow.rewards". Raises ValueError for an unknown one."""
+    if kind in REWARDS:
+        return REWARDS[kind]
+    entry = plugin(kind)
     if entry is None:
-        started = [known for known in names() if name and known.startswith(name)]
-        near = (started or get_close_matches(name, names(), n=1, cutoff=0.0))[0]
-        raise ValueError(f"reward: {name!r} is unknown; did you mean {near!r}? Known: {', '.join(names())}")
-    reward = entry.load()()
+        started = [known for known in names() if kind and known.startswith(kind)]
+        near = (started or get_close_matches(kind, names(), n=1, cutoff=0.0))[0]
+        raise ValueError(f"reward: {kind!r} is unknown; did you mean {near!r}? Known: {', '.join(names())}")
+    return entry.load()
+
+
+def build(name: str, kind: str = "", options: Mapping[str, Any] | None = None, frames: int | None = None) -> Reward:
+    """A reward. Loads no weights (`protocol.prepare`).
+
+    name     what it is called, in metrics and as a column
+    kind     which reward it is (`maker`); "": the one of that name
+    options  its own, by name
+    frames   for clips: the mean over so many frames of each, by a reward of pictures
+
+    Raises ValueError for an unknown kind and for options that it does not take, RewardError for an entry point that
+    does not make a reward, ImportError, with the command, where a library is missing.
+    """
+    make = maker(kind or name)
+    reward = make(**checked(make, options or {}))
     if not isinstance(reward, Reward):
         raise RewardError(
-            f"entry point {entry.value!r} of reward {name!r} made a {type(reward).__name__}; "
+            f"reward {kind or name!r} is a {type(reward).__name__}; "
             "expected an object with name, groupwise and score(media, prompts, metadata)"
         )
-    return reward
+    if frames is not None:
+        reward = over_frames(reward, frames)
+    return reward if not kind or reward.name == name else Renamed(reward, name)
 
 
 def score_all(

@@ -13,7 +13,7 @@ from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.rewards.protocol import check_media
 
-LICENCE, NEEDS = "Apache-2.0", ""
+LICENCE, NEEDS, RANGE = "Apache-2.0", "", "−kB, below 0"
 
 
 def jpeg_compressibility() -> JPEGCompressibility:

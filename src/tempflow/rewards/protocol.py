@@ -22,7 +22,13 @@ class Reward(Protocol):
     name       what its column is called in metrics and configurations
     groupwise  True: `score` is called with all media of one prompt at once (and of no other), as comparisons need
 
-    One that takes anything but pictures says so by a further member, `takes`: "video", "sound" or "video and sound".
+    Further members that it may have:
+
+    takes          "video", "sound" or "video and sound", where it takes anything but pictures
+    prepare        () -> None: loads its weights, or asks its server. Called before the first call of a run, so that a
+                   weight that is missing is an error and no failed score; it raises
+    check_prompts  (prompts, metadata) -> None: raises ValueError for a prompt that it cannot judge. Called with all
+                   prompts of a run when they are read
     """
 
     @property
@@ -39,9 +45,36 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A reward that has something to load."""
+
+    def prepare(self) -> None: ...
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward that cannot judge every prompt."""
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None: ...
+
+
 def takes_of(reward: object) -> Kind:
     """What a reward takes; "picture" where it does not say."""
     return getattr(reward, "takes", "picture")
+
+
+def prepare(*rewards: object) -> None:
+    """Has rewards load what they need, those that have something to load. Raises what they do."""
+    for reward in rewards:
+        if isinstance(reward, Prepares):
+            reward.prepare()
+
+
+def check_prompts(reward: object, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+    """Raises ValueError for a prompt that the reward cannot judge, where it looks at prompts."""
+    if isinstance(reward, ChecksPrompts):
+        reward.check_prompts(prompts, metadata)
 
 
 def check_takes(rewards: Sequence[Reward], made: Kind, model: str) -> None:

@@ -16,7 +16,15 @@ import torch
 
 from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
-from tempflow.rewards.protocol import Reward, RewardError, check, check_media, takes_of
+from tempflow.rewards.protocol import (
+    Reward,
+    RewardError,
+    check,
+    check_media,
+    check_prompts,
+    prepare,
+    takes_of,
+)
 
 SLICE = 0.05
 """Seconds between two looks at whether the run is to be left while a call with a timeout goes on."""
@@ -72,6 +80,14 @@ class SafeReward:
     @property
     def takes(self) -> Kind:
         return takes_of(self.reward)
+
+    def prepare(self) -> None:
+        """As the reward's own; what that raises is an error."""
+        prepare(self.reward)
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        """As the reward's own."""
+        check_prompts(self.reward, prompts, metadata)
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """As `Reward.score`. Raises RewardError for an answer that is no `Scores` with a row per medium."""

@@ -30,17 +30,29 @@ Call = Callable[[Reward], Scores]
 """A chunk's pictures, for a reward to score."""
 
 
+Compose = Callable[[Scores, Sequence[int]], Scores]
+"""What several rewards become: scores of rows, and the rows' slots → those scores, perhaps with a column more."""
+
+
+def as_scored(scores: Scores, slots: Sequence[int]) -> Scores:
+    """The scores as they are."""
+    return scores
+
+
 @dataclass(frozen=True, eq=False)
 class Pending:
     """A chunk that is being scored, by each reward."""
 
     answers: Sequence[Answer]
     wait: Callable[[Sequence[Answer]], None]
+    slots: Sequence[int] = ()
+    compose: Compose = as_scored
 
     def scores(self) -> Scores:
-        """Of all rewards, in their order, once they are there. Raises what the first of them raised that did."""
+        """Of all rewards, in their order, once they are there, and what they become. Raises what the first of them
+        raised that did."""
         self.wait(self.answers)
-        return Scores.stack([answer.result() for answer in self.answers])
+        return self.compose(Scores.stack([answer.result() for answer in self.answers]), self.slots)
 
 
 class Scoring:
@@ -50,14 +62,20 @@ class Scoring:
     the order in which they are given, and is never called twice at once. So its scores are the same bits as without
     threads, if it shares nothing with other rewards (a random generator, a state): these may be called meanwhile.
 
-    `threads`: False scores in the calling thread, at once. `pause` is called while scores are waited for, and while a
-    call with a timeout goes on; it may raise to leave. Whoever leaves early waits for the calls that have begun, as
-    without threads, and for none after KeyboardInterrupt; calls that have not begun are dropped. Threads are daemons:
-    no reward keeps a program from ending.
+    `compose`: what several rewards become. `threads`: False scores in the calling thread, at once. `pause` is called
+    while scores are waited for, and while a call with a timeout goes on; it may raise to leave. Whoever leaves early
+    waits for the calls that have begun, as without threads, and for none after KeyboardInterrupt; calls that have not
+    begun are dropped. Threads are daemons: no reward keeps a program from ending.
     """
 
-    def __init__(self, rewards: Sequence[Reward], pause: Callable[[], None], threads: bool = True) -> None:
-        self.rewards, self.pause = rewards, pause
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        pause: Callable[[], None],
+        threads: bool = True,
+        compose: Compose = as_scored,
+    ) -> None:
+        self.rewards, self.pause, self.compose = rewards, pause, compose
         self._unfinished: list[Pending] = []
         self._left = Event()
         self._jobs: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in rewards] if threads else []
@@ -100,7 +118,7 @@ class Scoring:
         def call(reward: Reward) -> Scores:
             return score_all([reward], media, prompts, metadata, slots, ok=ok, pause=self.pause)
 
-        pending = Pending([Future() for _ in self.rewards], self._wait)
+        pending = Pending([Future() for _ in self.rewards], self._wait, slots, self.compose)
         for place, answer in enumerate(pending.answers):
             job = _Job(call, answer)
             if self._jobs:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tempflow.shapes.prompts import Spec
     from tempflow.shapes.verify import Verdict
 
-LICENCE, NEEDS = "Apache-2.0", "tempflow[shapes]"
+LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[shapes]", "0 to 1"
 
 
 def shapes() -> ShapesReward:
@@ -51,6 +51,14 @@ class ShapesReward:
         self.name = "shapes" if graded else "shapes_strict"
         self._judge, self._size = judge, SIZE
 
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        """Raises ValueError for a prompt that is not of this world."""
+        known = by_prompt()
+        for prompt in prompts:
+            if prompt not in known:
+                near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
+
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; never fails. Raises ValueError for another size or for a prompt that is not of this world."""
         pictures = check_media(media, prompts, metadata).pictures()
@@ -60,11 +68,7 @@ class ShapesReward:
                 f"media is {height}×{width}; the shapes reward judges {self._size}×{self._size}. "
                 f"Nearest valid: height={self._size}, width={self._size}"
             )
-        known = by_prompt()
-        for prompt in prompts:
-            if prompt not in known:
-                near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
+        self.check_prompts(prompts, metadata)
         verdicts: list[Verdict] = []
         for picture, prompt in zip(pictures.numpy(), prompts, strict=True):
             with _JUDGING:  # the graded and the strict reward, each in its thread: the second finds the first's verdict

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tempflow.rewards.shapes import LICENCE, NEEDS, ShapesReward
 
-__all__ = ["LICENCE", "NEEDS", "shapes_strict"]
+__all__ = ["LICENCE", "NEEDS", "RANGE", "shapes_strict"]
+
+RANGE = "0 or 1"
 
 
 def shapes_strict() -> ShapesReward:

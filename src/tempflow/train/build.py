@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.config import Config, ModelConfig
-from tempflow.core.credit import PerStream
+from tempflow.config import Config, ModelConfig, ScorerConfig
+from tempflow.core.credit import PerStream, normalised
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
@@ -32,7 +32,8 @@ from tempflow.models.protocol import Conditioning, Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
-from tempflow.rewards.protocol import Reward
+from tempflow.rewards.compose import COLUMN
+from tempflow.rewards.protocol import Reward, check_prompts
 from tempflow.strict import nearest, shown
 from tempflow.train.context import Context, ScoreLatents
 from tempflow.train.identity import Identity
@@ -176,13 +177,13 @@ def context_of(
     model: Model,
     algorithm: Algorithm,
     rewards: Sequence[Reward],
+    given: bool,
     pictures: Pictures | None,
     world: World,
     say: Callable[[str], None],
 ) -> tuple[Context, Trainable, WeightSets]:
-    """What stays the same over the run, the policy's parameters with the weights that training starts from, and what
-    follows them."""
-    size = config.size
+    """What stays the same over the run, the policy's parameters as training starts, and what follows them. `given`: the
+    rewards were given as objects."""
     guidance = _asked(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
     trainable = Trainable(model.network)
@@ -209,8 +210,8 @@ def context_of(
     context = Context(
         model=model,
         algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),
-        schedule=model.schedule(algorithm.steps, size),
-        size=size,
+        schedule=model.schedule(algorithm.steps, config.size),
+        size=config.size,
         guidance=guidance,
         rewards=rewards,
         seed=config.seed,
@@ -228,7 +229,9 @@ def context_of(
         norms=config.guards.velocity_norm.action != "off",
         drafter=Drafter.of(algorithm, model, trainable, sets),
         pictures=pictures,
-        reward_weights=algorithm.credit.reward_weights,
+        reward_weights=None if given else config.reward_weights,
+        compose=config.compose([reward.name for reward in rewards] if given else None),
+        scheduled=None if given else config.scheduled,
     )
     return context, trainable, weight_sets
 
@@ -339,10 +342,47 @@ def _takes_no_streams(algorithm: Algorithm) -> str:
 
 
 def rewards_of(config: Config, given: Reward | Callable | Sequence[Reward | Callable] | None) -> list[SafeReward]:
+    """What is trained on: the configuration's rewards, or those given as objects. No weights are loaded."""
     if given is None:
-        return [safe(build(r.name), r.timeout) for r in config.rewards]
+        return [build_reward(reward) for reward in config.rewards]
     items = given if isinstance(given, Sequence) else [given]
     return [safe(item) if isinstance(item, Reward) else from_function(item) for item in items]
+
+
+def composed(config: Config, algorithm: Algorithm, own: bool, names: Sequence[str]) -> Algorithm:
+    """The algorithm, whose credit joins the rewards as the configuration says. Raises ValueError, naming the field."""
+    found, credit = config.compose(None if own else names), algorithm.credit
+    if config.composition.how == "normalised":
+        try:
+            credit = normalised(credit)
+        except ValueError as error:
+            raise ValueError(
+                f"composition.how: 'normalised', but {algorithm.name[:40]}: {error}; nearest valid: 'sum'"
+            ) from error
+    if found is not None and found.adds:
+        return replace(algorithm, credit=credit.weighted({COLUMN: 1.0}))
+    return replace(algorithm, credit=credit.weighted(config.weights_at(0)) if own else credit)
+
+
+def judges_of(config: Config, rewards: Sequence[SafeReward], sets: Mapping[str, Sequence[Prompt]]) -> list[SafeReward]:
+    """All that evaluations score by, the trained rewards first. No weights are loaded.
+
+    Raises ValueError, naming the prompt, where a reward cannot judge what it will be given."""
+    trained = {reward.name for reward in rewards}
+    judges = [*rewards, *(build_reward(judge) for judge in config.judges if judge.name not in trained)]
+    for part, prompts in sets.items():
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        for reward in rewards if part == "train" else judges:
+            try:
+                check_prompts(reward, texts, metadata)
+            except ValueError as error:
+                raise ValueError(f"reward {reward.name!r}: {part}: {error}") from error
+    return judges
+
+
+def build_reward(scorer: ScorerConfig) -> SafeReward:
+    """The reward that a configuration describes; no weights are loaded. Raises what `rewards.build` does."""
+    return safe(build(scorer.name, scorer.kind, scorer.options, scorer.frames), scorer.timeout)
 
 
 def prompt_sources(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from tempflow.models.conditions import Learned
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.protocol import Conditioning, Model
 from tempflow.request import Prompt
+from tempflow.rewards.compose import Composition
 from tempflow.rewards.protocol import Reward
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import FIGURES
@@ -91,6 +92,8 @@ class Context:
     drafter         the low-precision network that drafts; None: the sampler does, or there is no draft
     pictures        reads the prompts' own pictures, where the algorithm takes offline samples
     reward_weights  weights of the rewards in their sum, by which evaluations judge; None: 1 each
+    compose         what several rewards become, beside a sum by weight; None: nothing else
+    scheduled       iteration, from 0 -> weights of the rewards in it; None: they stay
     pause           called between batches of work; may raise to leave the iteration
     learned         what prompts' sampling conditions differ by, where the algorithm asks for some
     """
@@ -115,6 +118,8 @@ class Context:
     drafter: Drafter | None = None
     pictures: ReadPictures | None = None
     reward_weights: Mapping[str, float] | None = None
+    compose: Composition | None = None
+    scheduled: Callable[[int], Mapping[str, float]] | None = None
     pause: Callable[[], None] = lambda: None
     rollout_leaves: int = 1024
     overlap: bool = True
@@ -126,6 +131,17 @@ class Context:
         asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
         if asked != (self.drafter is not None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
+
+    def at(self, iteration: int) -> Context:
+        """The same with the iteration's weights of the rewards."""
+        if self.scheduled is None:
+            return self
+        weights = self.scheduled(iteration)
+        compose = None if self.compose is None else replace(self.compose, weights=weights)
+        if compose is not None and compose.adds:
+            return replace(self, compose=compose)
+        credit = self.algorithm.credit.weighted(weights)
+        return replace(self, compose=compose, algorithm=replace(self.algorithm, credit=credit))
 
     @cached_property
     def rounding(self) -> float:

@@ -41,9 +41,8 @@ class Evaluator:
             context.model,
             prompts[block.start : block.stop],
             self.rewards,
-            total=dict.fromkeys((r.name for r in context.rewards), 1.0)
-            if context.reward_weights is None
-            else context.reward_weights,
+            total=context.reward_weights or dict.fromkeys((r.name for r in context.rewards), 1.0),
+            compose=None if context.compose is None else context.compose.judging(context.reward_weights),
             steps=e.steps,
             guidance=context.guidance.at(e.guidance if guidance is None else guidance),
             seed=e.seed,

@@ -41,7 +41,7 @@ from tempflow.models.finite import (
 from tempflow.models.protocol import LaysOut, Model, Predict, layout_of
 from tempflow.request import Prompt
 from tempflow.rewards.safe import faults
-from tempflow.rewards.scoring import Pending, Scoring
+from tempflow.rewards.scoring import Pending, Scoring, as_scored
 from tempflow.train.context import Clock, Context, Counter, ReadPictures
 from tempflow.train.guards import GuardError
 from tempflow.train.parallel import World
@@ -167,7 +167,7 @@ def roll_out(
     if context.drafter is not None:
         drafter = context.drafter.fresh()
         clock.add("draft", started)
-    with Scoring(context.rewards, context.pause, context.overlap) as scoring:
+    with Scoring(context.rewards, context.pause, context.overlap, context.compose or as_scored) as scoring:
         grower = _Grower(context, plans, prompts, iteration, schedule, scoring, clock, drafter)
         grown = [grower.grow(slots) for slots in chunks]
         started = time.perf_counter()

@@ -195,7 +195,19 @@ def identity(
                 contents[f"algorithm.{name}"] = _any(Path(value))
             elif os.sep in value and not HUB_ID.fullmatch(value):
                 raise ValueError(f"algorithm.{name}: {value!r} is no folder; nearest valid: one that is, or a hub id")
+    contents.update(_scorers(config, own="reward" not in given))
     return Identity(contents, {name: _named(name, value) for name, value in given.items()}, _plugins(config, given))
+
+
+def _scorers(config: Config, own: bool) -> dict[str, Digests]:
+    """Of the files that rewards are made of: those that evaluations judge by, and the run's `own`."""
+    found: dict[str, Digests] = {}
+    trained = [(f"rewards.{n}", scorer) for n, scorer in enumerate(config.rewards) if own]
+    for place, scorer in [*trained, *((f"evaluation, {judge.name}", judge) for judge in config.judges)]:
+        for name, where in rewards.places(rewards.maker(scorer.kind or scorer.name), scorer.options).items():
+            if _there(Path(where), Path.exists):
+                found[f"{place}.options.{name}"] = _any(Path(where))
+    return found
 
 
 def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
@@ -217,7 +229,8 @@ def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:
 
 def _plugins(config: Config, given: Mapping[str, object]) -> dict[str, str]:
     """Of other packages' rewards and algorithm that the configuration names and that nothing `given` stands in for."""
-    named = {*config.evaluation.gold, config.evaluation.metric, *(() if "reward" in given else config.reward_weights)}
+    scorers = (*config.judges, *(() if "reward" in given else config.rewards))
+    named = {scorer.kind or scorer.name for scorer in scorers}
     found = {f"reward {name!r}": rewards.plugin(name) for name in sorted(named)}
     if "algorithm" not in given:
         found[f"algorithm {config.algorithm.name!r}"] = algorithms.plugin(config.algorithm.name)

@@ -25,17 +25,18 @@ from tempflow.folder import put, seal
 from tempflow.models import resolved_device
 from tempflow.models.protocol import Model
 from tempflow.request import Prompt
-from tempflow.rewards import build, safe
-from tempflow.rewards.protocol import Reward
+from tempflow.rewards.protocol import Reward, prepare
 from tempflow.train import checkpoint
 from tempflow.train.build import (
     PromptsLike,
     borrowed_baseline,
     by_stream,
     check_before_loading,
+    composed,
     context_of,
     encode_ahead,
     guidance_kind,
+    judges_of,
     pictures_of,
     prepare_model,
     prompt_sets,
@@ -213,7 +214,7 @@ class Trainer:
 
     def train_step(self, iteration: int, clock: Clock) -> dict[str, float]:
         """One iteration: roll out and score, give credit, update the policy and what follows it; its metrics."""
-        context, number = self.context, iteration + 1  # as records count
+        context, number = self.context.at(iteration), iteration + 1  # as records count
         prompts = self._prompts(iteration)
         self._gathered()
         with self._untouched():
@@ -485,27 +486,28 @@ def train(
         rewards = rewards_of(config, reward)
         if reward is not None and config.evaluation.metric not in {r.name for r in rewards}:
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
-        if reward is None:
-            algorithm = replace(algorithm, credit=algorithm.credit.weighted(config.reward_weights))
+        algorithm = composed(config, algorithm, reward is None, [r.name for r in rewards])
         sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, partial(takes_sources, config, model))
         sets = prompt_sets(config, sources, display.say, partial(guidance_kind, config, model))
         pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
         own = identity(config, algorithm, sources, given)
         saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
         baseline = borrowed_baseline(config, own, display.say) if saved is None else None
-        extra = {config.evaluation.metric, *config.evaluation.gold} - {OWN_REWARD, *(r.name for r in rewards)}
-        eval_rewards = rewards + [safe(build(name)) for name in sorted(extra)]
+        judges = judges_of(config, rewards, sets)
         check_before_loading(config, algorithm, model, reward is None, world, display.say)
+        prepare(*judges)
         model = model or prepare_model(config, world, display.say)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
-        context, trainable, weight_sets = context_of(config, model, algorithm, rewards, pictures, world, display.say)
+        context, trainable, weight_sets = context_of(
+            config, model, algorithm, rewards, reward is not None, pictures, world, display.say
+        )
         world.wait()  # all have read what the records will write over
         with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
             trainer = Trainer(
-                config, context, trainable, weight_sets, eval_rewards, sets, records, display, trackers, baseline
+                config, context, trainable, weight_sets, judges, sets, records, display, trackers, baseline
             )
             if saved is not None:
                 trainer.restore(saved)

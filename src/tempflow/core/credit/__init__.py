@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempflow.core.credit.multi_reward import MinNorm, PerReward, WinRate, nearest_to_zero, win_rates
+from tempflow.core.credit.multi_reward import MinNorm, PerReward, WinRate, nearest_to_zero, normalised, win_rates
 from tempflow.core.credit.observed import (
     Mapped,
     PathLogProb,
@@ -46,6 +46,7 @@ __all__ = [
     "WinRate",
     "group_index",
     "nearest_to_zero",
+    "normalised",
     "surprisal",
     "win_rates",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tempflow.core.credit.rule import Advantage, Around, alike
+from tempflow.core.credit.rule import Advantage, Around, CreditRule, alike
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
@@ -56,6 +56,21 @@ class PerReward(Around):
         if self.clip is not None:
             value = value.clamp(-self.clip, self.clip)
         return replace(first, value=torch.where(live, value, 0.0).float(), live=live)
+
+
+def normalised(rule: CreditRule) -> CreditRule:
+    """`rule` with its innermost credit taken on each reward alone, and these summed by weight and restandardised (GDPO,
+    arXiv 2601.05242; its clip is ours to leave out). A rule that has such a sum already stays as it is.
+
+    Raises ValueError where the innermost credit selects or marks edges, or the rule joins rewards in another way.
+    """
+    if isinstance(rule, PerReward):
+        return rule
+    if isinstance(rule, MinNorm):
+        raise ValueError("the min-norm point joins the rewards already")
+    if isinstance(rule, Around):
+        return replace(rule, inner=normalised(rule.inner))
+    return PerReward(rule, clip=None, restandardise=True)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A reward of pictures for clips: the mean over some of a clip's frames."""
+"""Rewards around a reward: of pictures for clips, and under another name."""
 
 from __future__ import annotations
 
@@ -10,24 +10,36 @@ import torch
 
 from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
-from tempflow.rewards.protocol import Reward, check, takes_of
+from tempflow.rewards.protocol import Reward, check, check_prompts, prepare, takes_of
 
 
 @dataclass(frozen=True)
-class OverFrames:
-    """See `over_frames`."""
+class _Around:
+    """A reward that calls another one."""
 
     reward: Reward
+
+    @property
+    def groupwise(self) -> bool:
+        return self.reward.groupwise
+
+    def prepare(self) -> None:
+        prepare(self.reward)
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        check_prompts(self.reward, prompts, metadata)
+
+
+@dataclass(frozen=True)
+class OverFrames(_Around):
+    """See `over_frames`."""
+
     count: int
     takes: Kind = "video"
 
     @property
     def name(self) -> str:
         return self.reward.name
-
-    @property
-    def groupwise(self) -> bool:
-        return self.reward.groupwise
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """The reward's columns; a clip of which it cannot score a frame is failed."""
@@ -52,3 +64,25 @@ def over_frames(reward: Reward, count: int = 4) -> OverFrames:
     if count < 1:
         raise ValueError(f"count: {count} is too small; nearest valid: 1")
     return OverFrames(reward, count)
+
+
+@dataclass(frozen=True)
+class Renamed(_Around):
+    """`reward` under another name, as a run with two rewards of one kind needs it.
+
+    The column that bears the reward's own name gets the new one; any other column has it put in front, "name/column".
+    """
+
+    name: str
+
+    @property
+    def takes(self) -> Kind:
+        return takes_of(self.reward)
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        """The reward's scores, its columns renamed."""
+        scores = check(self.reward.score(media, prompts, metadata), len(media), self.name)
+        own = self.reward.name
+        return Scores(
+            scores.value, scores.ok, tuple(self.name if c == own else f"{self.name}/{c}" for c in scores.names)
+        )
