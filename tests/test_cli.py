@@ -50,7 +50,8 @@ def test_help_shows_every_field_of_the_configuration(capsys):
     for name, value in dumped.items():
         for field, inner in (value if isinstance(value, dict) else {}).items():
             for leaf in [f"{field}.{key}" for key in inner] if isinstance(inner, dict) else [field]:
-                assert f"--{name}.{leaf} ".replace("_", "-") in out
+                listed = f"{field}.0.name" if leaf == "rewards" else leaf  # a list of sections: by its fields
+                assert f"--{name}.{listed} ".replace("_", "-") in out
     assert "--rewards.0.weight" in out and "pictures per prompt" in out
 
 
@@ -207,7 +208,8 @@ def test_eval_asks_the_suite(monkeypatch, capsys, tmp_path):
     ]  # fmt: skip
     assert seen == {
         "model": ("shapes", {"dtype": "bfloat16", "device": "cpu"}), "steps": 10, "guidance": 1.0, "seed": 1234,
-        "size": Size(32, 32), "rows": 96, "total": None, "gold": ("jpeg_compressibility",), "samples_per_prompt": 3,
+        "size": Size(32, 32), "rows": 96, "total": None, "compose": None, "gold": ("jpeg_compressibility",),
+        "samples_per_prompt": 3,
     }  # fmt: skip
 
 

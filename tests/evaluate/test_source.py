@@ -178,9 +178,9 @@ def test_a_reward_is_named_with_options_or_as_the_run_has_it(tmp_path: Path) -> 
     given = ScorerConfig(name="mine", kind="jpeg_compressibility")
     assert chosen(EvalOptions(rewards=("mine",)), Settings(rewards=(given,))).rewards == (given,)
     for text, said in (
-        ("jpeg_compressibility:qualty=3", "options.qualty: unknown field"),
-        ("shape:quality=3", "name: 'shape' is no known reward; nearest valid: 'shapes'"),
-        ("os:system", "name: 'os:system': a configuration names known rewards only"),
+        ("jpeg_compressibility:qualty=3", "rewards: options.qualty: unknown field"),
+        ("shape:quality=3", "rewards: 'shape' is no known reward; nearest valid: 'shapes'"),
+        ("os:system", "rewards: 'os:system': a configuration names known rewards only"),
     ):
         with pytest.raises(ValueError) as error:
             chosen(EvalOptions(rewards=(text,)), Settings())

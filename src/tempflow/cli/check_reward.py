@@ -23,7 +23,7 @@ class CheckRewardOptions(Strict):
     )
     pictures: Place = Field(
         default="",
-        description='a .jsonl of {"prompt": …, "image": path}; empty = rendered `shapes`, every fourth of another prompt',
+        description='a .jsonl of {"prompt": …, "image": path}; empty = rendered `shapes`, some of another prompt',
     )
     count: int = Field(default=8, ge=2, le=1_000, description="most pictures")
     golden: Place = Field(default="", description="scores to compare with, as --write wrote them")
@@ -43,7 +43,7 @@ def check_reward_verb(args: Sequence[str]) -> int:
     for field in ("write", "findings"):
         if getattr(options, field):
             check_file(Path(getattr(options, field)), field)
-    scorer = scorer_of(options.name, {})
+    scorer = scorer_of(options.name, {}, "name")
     reward = build(scorer.name, scorer.kind, scorer.options, scorer.frames)
     golden = Path(options.golden) if options.golden else None
     checks, figures = reward_checks(reward, sample_of(options.pictures, options.count), golden)

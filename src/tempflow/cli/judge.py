@@ -14,7 +14,7 @@ from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
 from tempflow.config import ScorerConfig
 from tempflow.config.files import read_yaml
-from tempflow.strict import Place, Strict, shown, validated
+from tempflow.strict import ConfigError, Place, Strict, shown, validated
 
 if TYPE_CHECKING:
     from tempflow.evaluate.source import Settings
@@ -146,7 +146,8 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
         if name in trained:
             raise ValueError(f"gold: {shown(name)} is what this run trained on; nearest valid: --rewards {name}")
     own = {scorer.name: scorer for scorer in usual.rewards}
-    named = [scorer_of(text, own) for text in (*options.rewards, *options.gold)]
+    named = [scorer_of(text, own) for text in options.rewards]
+    named += [scorer_of(text, own, "gold") for text in options.gold]
     rewards = tuple({s.name: s for s in (*(() if options.rewards else usual.rewards), *named)}.values())
     names, gold = [s.name for s in rewards], {s.name for s in named[len(options.rewards) :]}
     untrained = {name for name in names if name not in trained} if usual.total is not None else gold
@@ -163,16 +164,21 @@ def chosen(options: EvalOptions, usual: Settings) -> Settings:
     )
 
 
-def scorer_of(text: str, own: Mapping[str, ScorerConfig]) -> ScorerConfig:
+def scorer_of(text: str, own: Mapping[str, ScorerConfig], field: str = "rewards") -> ScorerConfig:
     """A reward as the command line names it: one of a run's `own`, or NAME, or NAME:option=value,option=value.
 
-    Raises ConfigError for a reward or an option that is unknown.
+    Raises ConfigError, naming the field, for a reward or an option that is unknown.
     """
+    if text in own:
+        return own[text]
     name, _, rest = text.partition(":")
-    if "=" not in rest:
-        return own.get(text) or validated(ScorerConfig, {"name": text})
-    pairs = [part.partition("=") for part in rest.split(",")]
-    return validated(ScorerConfig, {"name": name, "options": {key: read_yaml(value) for key, _, value in pairs}})
+    pairs = [part.partition("=") for part in rest.split(",")] if "=" in rest else []
+    given = {"name": name if pairs else text, "options": {key: read_yaml(value) for key, _, value in pairs}}
+    try:
+        return validated(ScorerConfig, given)
+    except ConfigError as error:
+        lines = (f"{field}: {line.removeprefix('name: ')}" for line in str(error).splitlines())
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _check_outputs(options: EvalOptions) -> None:

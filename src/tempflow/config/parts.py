@@ -168,8 +168,10 @@ class RewardConfig(ScorerConfig):
 
     def weight_at(self, iteration: int) -> float:
         """Its weight in an iteration, from 0: before the schedule's first the first's, after the last the last's."""
-        points = sorted(self.schedule.items())
-        return float(np.interp(iteration, *zip(*points, strict=True))) if points else self.weight
+        if not self.schedule:
+            return self.weight
+        iterations = sorted(self.schedule)
+        return float(np.interp(iteration, iterations, [self.schedule[i] for i in iterations]))
 
     @property
     def teaches(self) -> bool:

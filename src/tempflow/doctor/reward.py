@@ -48,8 +48,8 @@ class Sample:
 
     def rows(self, rows: Sequence[int]) -> Sample:
         """Some of them, in that order."""
-        picked = [[part[i] for i in rows] for part in (self.prompts, self.metadata, self.names or self.prompts)]
-        return Sample(self.media[list(rows)], *picked)
+        names = [self.names[i] for i in rows] if self.names else []
+        return Sample(self.media[list(rows)], [self.prompts[i] for i in rows], [self.metadata[i] for i in rows], names)
 
     def seen(self, frames: Tensor) -> Sample:
         """The same prompts with other pictures."""
@@ -61,8 +61,8 @@ class Sample:
 def sample_of(source: str, count: int) -> Sample:
     """At most `count` pictures with their prompts.
 
-    source  a .jsonl whose lines have "prompt" and "image", a path beside it; "": rendered pictures of `shapes` prompts, every
-            fourth of the prompt before
+    source  a .jsonl whose lines have "prompt" and "image", a path beside it; "": rendered pictures of `shapes` prompts,
+            every fourth of the prompt before
 
     Raises ValueError for prompts or pictures that are none, ImportError without what rendering needs.
     """
