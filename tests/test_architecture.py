@@ -70,6 +70,7 @@ ROOMS: dict[str, set[str]] = {
         "media",
     },
     "cli": {
+        "registry",
         "request",
         "media",
         "names",

@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib import metadata
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -24,14 +26,29 @@ CHANGING = ("update", "setdefault", "pop", "popitem", "clear")
 """Methods that change a dictionary."""
 
 
+def entry_points(*, group: str) -> EntryPoints:
+    """Those of installed packages, looked up once: it takes milliseconds, and what is installed stays."""
+    return _installed(group, tuple(sys.path))
+
+
+@lru_cache
+def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
+    return metadata.entry_points(group=group)
+
+
 def files_of(package: str) -> list[tuple[str, Path]]:
     """(name, folder) of the files of a package that is imported by then, in alphabetical order."""
     found = [(file.name, Path(getattr(file.module_finder, "path", ""))) for file in _modules(package)]
     return sorted(found)
 
 
-def _modules(package: str) -> Iterator[pkgutil.ModuleInfo]:
-    return pkgutil.iter_modules(sys.modules[package].__path__)
+def _modules(package: str) -> tuple[pkgutil.ModuleInfo, ...]:
+    return _modules_in(tuple(sys.modules[package].__path__))
+
+
+@lru_cache
+def _modules_in(folders: tuple[str, ...]) -> tuple[pkgutil.ModuleInfo, ...]:
+    return tuple(pkgutil.iter_modules(folders))
 
 
 class Registry(Mapping[str, T]):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.names import nearest
-from tempflow.registry import Namesakes, Registry
+from tempflow.registry import Namesakes, Registry, entry_points
 
 if TYPE_CHECKING:  # for type checkers, which would take a name for its file; nothing that runs needs it
     from tempflow.algorithms.advantage_flow import advantage_flow as advantage_flow

@@ -9,9 +9,8 @@ from tempflow.names import cut
 
 
 def algorithms_verb(args: Sequence[str]) -> int:
-    from importlib.metadata import entry_points
-
     from tempflow.algorithms import ALGORITHMS, ENTRY_POINTS
+    from tempflow.registry import entry_points
 
     rows = [(name, _first_line(function)) for name, function in ALGORITHMS.items()]
     rows += [(entry.name, f"from {entry.value}") for entry in entry_points(group=ENTRY_POINTS)]

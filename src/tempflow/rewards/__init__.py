@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tempflow.core.scores import Scores
 from tempflow.media import Media
-from tempflow.registry import Registry
+from tempflow.registry import Registry, entry_points
 from tempflow.rewards.around import Renamed, over_frames
 from tempflow.rewards.function import from_function
 from tempflow.rewards.options import Make, checked, places

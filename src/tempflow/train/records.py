@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def environment() -> dict[str, object]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)
