@@ -7,7 +7,6 @@ of the group "tempflow.models", named by the pipeline class.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import resources
@@ -21,10 +20,9 @@ from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
 from tempflow.models.tools import TakesTools, Tools
-from tempflow.names import nearest
+from tempflow.names import HUB_ID, nearest
 from tempflow.registry import Declared
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
 OFF = Tools()
