@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,20 @@ def metadata_of(place: Path) -> dict[str, str]:
             return dict(tensors.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {str(file)!r} is no safetensors, or damaged ({error}); get it again") from error
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of transformers in a folder (or beside a file), or in a hub's repository. Nothing that it brings as
+    code is run. Raises ValueError as `folder_of` does, and for a place without one."""
+    from transformers import AutoTokenizer
+
+    place = folder_of(path, revision, TOKENIZER)
+    folder = place if place.is_dir() else place.parent
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what their parsers do
+        why = cut(str(error), PATH)
+        raise ValueError(f"tokenizer: {cut(path, PATH)!r} has none that can be loaded ({why})") from error
 
 
 def unfilled(make: Callable[[], Made]) -> Made:
