@@ -27,6 +27,10 @@ def test_an_affine_head_is_one_map() -> None:
     assert torch.allclose(x @ one["weight"].T + one["bias"], tiny.layers(HEAD, x), rtol=1e-12, atol=1e-12)
 
 
+def names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
 def saved(folder: Path, tensors: Any) -> str:
     torch.save(tensors, folder / "published.pth")
     return str(folder / "published.pth")
@@ -49,7 +53,7 @@ def test_listing_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["aesthetic", file, "--list"]) == 0
     told = capsys.readouterr().out
     assert "beside state_dict, not converted: epoch" in told and "weight  float64  [1, 768]" in told
-    assert os.listdir(tmp_path) == ["published.pth"]
+    assert names(tmp_path) == ["published.pth"]
 
 
 class Wicked:
@@ -78,13 +82,13 @@ def test_what_is_not_the_published_file_is_refused(
     file = saved(tmp_path, content)
     assert main(["aesthetic", file, "--output", str(tmp_path / "out")]) == 1
     assert told in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["published.pth"]
+    assert names(tmp_path) == ["published.pth"]
 
 
 def test_a_folder_of_others_is_not_written_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved(tmp_path, HEAD)
     assert main(["aesthetic", file, "--output", str(tmp_path)]) == 1
-    assert "output: " in capsys.readouterr().err and os.listdir(tmp_path) == ["published.pth"]
+    assert "output: " in capsys.readouterr().err and names(tmp_path) == ["published.pth"]
     assert main(["aesthetic", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 1
     assert "is not there" in capsys.readouterr().err
 
@@ -104,7 +108,7 @@ CLIP, BLIP = tiny.open_clip(), tiny.image_reward()
             "hpsv2.1",
             CLIP,
             {"transformer.resblocks.1.attn.in_proj_bias": torch.zeros(71)},
-            r"q_proj.bias is \[24\]|k_pr",
+            r"_proj.bias is \[23\]",
         ),
         ("image_reward", BLIP, {"blip.itm_head.weight": torch.zeros(2, 24)}, "'blip.itm_head.weight' is no tensor"),
         ("image_reward", BLIP, {"blip.text_encoder.embeddings.position_ids": torch.ones(1, 40)}, "unknown: text_enc"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_scorers as tiny
 import torch
-from convert_weights import convert, write
+from convert_weights import affine, convert, write
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,8 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.bert_tokenizer(place / "pieces")
     write("hpsv2.1", convert("hpsv2.1", OPEN_CLIP, tiny.CLIP), "HPS_v2.1_compressed.pt", tiny.CLIP, place / "clip")
     write("image_reward", convert("image_reward", BLIP, tiny.BLIP), "ImageReward.pt", tiny.BLIP, place / "blip")
-    from convert_weights import affine
-
     save_file(affine(HEAD), place / "head.safetensors", metadata={"scorer": "aesthetic"})
     return place
 
@@ -177,7 +175,7 @@ def test_what_is_no_picture_or_no_prompt_is_refused(name: str, scorers: dict[str
     with pytest.raises(ValueError, match="media is a list"):
         score(PROMPTS, PICTURES, [{}] * N)
     for wrong in (PICTURES.float() / 255, PICTURES.float(), PICTURES.permute(0, 3, 1, 2)):
-        with pytest.raises(ValueError, match="nearest valid: torch.uint8"):
+        with pytest.raises(ValueError, match=r"nearest valid: torch\.uint8"):
             score(wrong, PROMPTS, [{}] * N)
     for prompts in ("a dog or ", list(PICTURES), [b"cat"] * N, [None] * N):
         with pytest.raises(ValueError, match="prompts has"):
@@ -270,11 +268,11 @@ def test_weights_of_another_scorer_are_refused(folder: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="tokenizer: .*nearest valid: the tokenizer that the model was trained with"):
+    with pytest.raises(ValueError, match=r"tokenizer: .*nearest valid: the tokenizer that the model was trained with"):
         pickscore(path=str(folder / "clip"), tokenizer=str(folder / "pieces")).prepare()
-    with pytest.raises(ValueError, match="tokenizer: .*nearest valid: BERT's, uncased"):
+    with pytest.raises(ValueError, match=r"tokenizer: .*nearest valid: BERT's, uncased"):
         image_reward(path=str(folder / "blip"), tokenizer=str(folder / "letters")).prepare()
-    with pytest.raises(ValueError, match="tokenizer: .*has none that can be loaded"):
+    with pytest.raises(ValueError, match=r"tokenizer: .*has none that can be loaded"):
         pickscore(path=str(folder / "clip"), tokenizer=str(folder / "clip")).prepare()
 
 

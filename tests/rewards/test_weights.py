@@ -39,7 +39,7 @@ def test_a_module_takes_its_tensors(empty: bool) -> None:
 
 def test_what_the_module_does_not_save_may_be_given_where_it_is_equal() -> None:
     load_strict(Net(), TENSORS | {"steps": torch.arange(3)}, "path: 'x'")
-    with pytest.raises(ValueError, match="path: 'x': does not fit Net: it has unexpected steps$"):
+    with pytest.raises(ValueError, match=r"path: 'x': does not fit Net: it has unexpected steps$"):
         load_strict(Net(), TENSORS | {"steps": torch.arange(1, 4)}, "path: 'x'")
 
 
@@ -70,7 +70,9 @@ def test_tensors_of_a_file_of_a_folder_and_of_shards(tmp_path: Path) -> None:
     shards.mkdir()
     for number, (name, tensor) in enumerate(TENSORS.items()):
         save_file({name: tensor}, shards / f"model-{number}.safetensors")
-    with pytest.raises(ValueError, match="model-0.safetensors, model-1.safetensors.*nearest valid: one of these files"):
+    with pytest.raises(
+        ValueError, match=r"model-0\.safetensors, model-1\.safetensors.*nearest valid: one of these files"
+    ):
         read_tensors(shards)
     index = {"weight_map": {name: f"model-{number}.safetensors" for number, name in enumerate(TENSORS)}}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -101,7 +103,7 @@ def test_pickles_and_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "PickScore").mkdir()
     assert folder_of(str(tmp_path / "PickScore")) == tmp_path / "PickScore"
-    with pytest.raises(ValueError, match="no hub id; nearest valid: .*PickScore"):
+    with pytest.raises(ValueError, match=r"no hub id; nearest valid: .*PickScore"):
         folder_of(str(tmp_path / "Pickscore"))
     with pytest.raises(ValueError, match="revision: 'main' of a place on the disk"):
         folder_of(str(tmp_path), "main")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -110,32 +111,32 @@ def bert_ids(prompt: str) -> list[int]:
 def open_clip(seed: int = 0) -> dict[str, Tensor]:
     """Tensors in open_clip's layout, float32."""
     draw = _drawer(seed)
-    wide, narrow, out, inner_v, inner_t = 32, 24, 20, 64, 48
+    wide, narrow, common = 32, 24, 20
     found = {
         "positional_embedding": draw(LENGTH, narrow),
-        "text_projection": draw(narrow, out),
+        "text_projection": draw(narrow, common),
         "logit_scale": torch.tensor(math.log(100.0)),
         "visual.class_embedding": draw(wide),
         "visual.positional_embedding": draw((SIDE // PATCH) ** 2 + 1, wide),
-        "visual.proj": draw(wide, out),
+        "visual.proj": draw(wide, common),
         "visual.conv1.weight": draw(wide, 3, PATCH, PATCH),
         "token_embedding.weight": draw(len(WORDS), narrow),
     }
     for name, size in (("visual.ln_pre", wide), ("visual.ln_post", wide), ("ln_final", narrow)):
         found |= {f"{name}.weight": 1 + draw(size), f"{name}.bias": draw(size)}
-    for tower, size, inner in (("visual.", wide, inner_v), ("", narrow, inner_t)):
+    for tower, size, inner in (("visual.", wide, 64), ("", narrow, 48)):
         for place in range(2):
             block = f"{tower}transformer.resblocks.{place}"
             for name in ("ln_1", "ln_2"):
                 found |= {f"{block}.{name}.weight": 1 + draw(size), f"{block}.{name}.bias": draw(size)}
             found[f"{block}.attn.in_proj_weight"] = draw(3 * size, size)
             found[f"{block}.attn.in_proj_bias"] = draw(3 * size)
-            for name, sides in (
-                ("attn.out_proj", (size, size)),
-                ("mlp.c_fc", (inner, size)),
-                ("mlp.c_proj", (size, inner)),
+            for name, out, into in (
+                ("attn.out_proj", size, size),
+                ("mlp.c_fc", inner, size),
+                ("mlp.c_proj", size, inner),
             ):
-                found |= {f"{block}.{name}.weight": draw(*sides), f"{block}.{name}.bias": draw(sides[0])}
+                found |= {f"{block}.{name}.weight": draw(out, into), f"{block}.{name}.bias": draw(out)}
     return found
 
 
@@ -260,7 +261,7 @@ def head(width: int, seed: int = 0, hidden: tuple[int, ...] = (7, 6, 5, 4)) -> d
     """Five linear layers as they are published, float32."""
     draw, sizes = _drawer(seed), (width, *hidden, 1)
     found: dict[str, Tensor] = {}
-    for place, (into, out) in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:], strict=False), strict=True):
+    for place, (into, out) in zip((0, 2, 4, 6, 7), pairwise(sizes), strict=True):
         found |= {f"layers.{place}.weight": draw(out, into), f"layers.{place}.bias": draw(out)}
     return found
 
