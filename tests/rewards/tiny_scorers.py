@@ -131,11 +131,8 @@ def open_clip(seed: int = 0) -> dict[str, Tensor]:
                 found |= {f"{block}.{name}.weight": 1 + draw(size), f"{block}.{name}.bias": draw(size)}
             found[f"{block}.attn.in_proj_weight"] = draw(3 * size, size)
             found[f"{block}.attn.in_proj_bias"] = draw(3 * size)
-            for name, out, into in (
-                ("attn.out_proj", size, size),
-                ("mlp.c_fc", inner, size),
-                ("mlp.c_proj", size, inner),
-            ):
+            parts = (("attn.out_proj", size, size), ("mlp.c_fc", inner, size), ("mlp.c_proj", size, inner))
+            for name, out, into in parts:
                 found |= {f"{block}.{name}.weight": draw(out, into), f"{block}.{name}.bias": draw(out)}
     return found
 
