@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for name in made.unused:
         print(f"not used by the score, left out: {name}")
-    if given.list:
+    if given.output is None:
         for name, tensor in made.tensors.items():
             print(f"{name}  {str(tensor.dtype).removeprefix('torch.')}  {list(tensor.shape)}")
         return 0

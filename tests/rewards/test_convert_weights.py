@@ -101,7 +101,7 @@ CLIP, BLIP = tiny.open_clip(), tiny.image_reward()
     [
         ("hpsv2.1", CLIP, {"visual.ln_pre.bias": None}, "missing: vision_model.pre_layrnorm.bias"),
         ("hpsv2.1", CLIP, {"visual.head": torch.zeros(1)}, "'visual.head' is no tensor"),
-        ("hpsv2.0", CLIP, {"transformer.resblocks.0.attn.bias_k": torch.zeros(1)}, "resblocks.0.attn.bias_k is no"),
+        ("hpsv2.0", CLIP, {"transformer.resblocks.0.attn.bias_k": torch.zeros(1)}, r"attn\.bias_k' is no tensor"),
         ("hpsv2.1", CLIP, {"visual.transformer.resblocks.2.ln_1.bias": torch.zeros(32)}, "unknown: vision_model.enc"),
         ("hpsv2.1", CLIP, {"visual.proj": torch.zeros(20, 32)}, r"visual_projection.weight is \[32, 20\]; nearest"),
         (

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from tempflow.core.scores import Scores
 from tempflow.media import Media
-from tempflow.rewards import build, clip
+from tempflow.rewards import clip
 from tempflow.rewards.aesthetic import aesthetic
 from tempflow.rewards.clip import cropped, load_clip, padded
 from tempflow.rewards.clipscore import clipscore
+from tempflow.rewards.clipscore_2_5 import clipscore_2_5
+from tempflow.rewards.clipscore_100 import clipscore_100
 from tempflow.rewards.hpsv2 import hpsv2
 from tempflow.rewards.image_reward import image_reward
 from tempflow.rewards.pickscore import pickscore
@@ -114,11 +116,8 @@ def test_in_float64_the_converted_clip_is_the_published_one(folder: Path) -> Non
 def test_forms_of_clipscore(folder: Path, scorers: dict[str, Scorer[Any]]) -> None:
     cosine = values(scorers["clipscore"], PICTURES, PROMPTS)
     assert bool((cosine < 0).any()) and bool((cosine > 0).any())
-    hundred, two = (made("clipscore", folder, form=form) for form in ("100max", "2.5max"))
-    assert (scorers["clipscore"].name, hundred.name, two.name) == (
-        "clipscore_cosine",
-        "clipscore_100max",
-        "clipscore_2.5max",
+    hundred, two = (
+        make(path=str(folder / "clip"), tokenizer=str(folder / "letters")) for make in (clipscore_100, clipscore_2_5)
     )
     expected = torch.tensor([max(float(c), 0.0) for c in cosine], dtype=torch.float64)
     assert torch.allclose(values(hundred, PICTURES, PROMPTS), 100 * expected, rtol=1e-5, atol=1e-6)
@@ -194,8 +193,8 @@ def test_odd_prompts_and_pictures_are_scored(name: str, scorers: dict[str, Score
 @pytest.mark.parametrize("name", READS)
 def test_a_prompt_is_cut_where_the_model_ends(name: str, scorers: dict[str, Scorer[Any]]) -> None:
     long = "cat " * 40
-    same = values(scorers[name], PICTURES[:2], [long + "dog", long + "red"])
-    assert torch.equal(same, values(scorers[name], PICTURES[:2], [long, long]))
+    one, other = (values(scorers[name], PICTURES[:2], [prompt, "dog"]) for prompt in (long + "dog", long + "red"))
+    assert torch.equal(one, other)
 
 
 def test_a_score_that_is_no_number_is_failed(folder: Path) -> None:
@@ -235,13 +234,13 @@ def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:
             reward.prepare()
 
 
-@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "aesthetic", "image_reward"])
+@pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
 def test_weights_that_do_not_fit_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
     own = {"aesthetic": folder / "head.safetensors", "image_reward": folder / "blip"}.get(name, folder / "clip")
     tensors = read_tensors(own)
     first = sorted(tensors)[0]
     options = {"aesthetic": {"clip": str(folder / "clip")}, "image_reward": {"tokenizer": str(folder / "pieces")}}
-    make: Any = {"pickscore": pickscore, "hpsv2": hpsv2, "aesthetic": aesthetic, "image_reward": image_reward}[name]
+    make: Any = {"hpsv2": hpsv2, "aesthetic": aesthetic, "image_reward": image_reward}[name]
     config = tiny.BLIP if name == "image_reward" else tiny.CLIP
     (tmp_path / "config.json").write_text(json.dumps(config))
     for change, told in (
@@ -258,7 +257,6 @@ def test_weights_that_do_not_fit_are_refused(name: str, folder: Path, tmp_path: 
 
 def test_weights_of_another_scorer_are_refused(folder: Path) -> None:
     other = hpsv2(path=str(folder / "clip"), version="2.0", tokenizer=str(folder / "letters"))
-    assert other.name == "hpsv2.0"
     with pytest.raises(ValueError, match=r"converted for hpsv2\.1; nearest valid: one for hpsv2\.0"):
         other.prepare()
     with pytest.raises(ValueError, match="is a 'blip'; nearest valid: 'clip'"):
@@ -267,13 +265,18 @@ def test_weights_of_another_scorer_are_refused(folder: Path) -> None:
         aesthetic(path=str(folder / "clip"), clip=str(folder / "clip")).prepare()
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer: .*nearest valid: the tokenizer that the model was trained with"):
         pickscore(path=str(folder / "clip"), tokenizer=str(folder / "pieces")).prepare()
     with pytest.raises(ValueError, match=r"tokenizer: .*nearest valid: BERT's, uncased"):
         image_reward(path=str(folder / "blip"), tokenizer=str(folder / "letters")).prepare()
-    with pytest.raises(ValueError, match=r"tokenizer: .*has none that can be loaded"):
-        pickscore(path=str(folder / "clip"), tokenizer=str(folder / "clip")).prepare()
+    few = tiny.bert_tokenizer(tmp_path)
+    (few / "vocab.txt").write_text("\n".join(tiny.PIECES[:-1]) + "\n")
+    with pytest.raises(ValueError, match=r"has 11 tokens, the model 14; nearest valid: BERT's, uncased"):
+        image_reward(path=str(folder / "blip"), tokenizer=str(few)).prepare()
+    (few / "vocab.txt").unlink()  # of which transformers would make a tokenizer of five tokens
+    with pytest.raises(ValueError, match=r"tokenizer: .*has no vocabulary"):
+        image_reward(path=str(folder / "blip"), tokenizer=str(few)).prepare()
 
 
 def test_options_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,10 +288,6 @@ def test_options_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ALL:
         with pytest.raises(ImportError, match=r"needs transformers: pip install 'tempflow\[scorers\]'"):
             made(name, folder)
-
-
-def test_two_of_them_are_built_by_name_alone() -> None:
-    assert (build("pickscore").name, build("clipscore").name) == ("pickscore", "clipscore_cosine")
 
 
 # -------------------------------------------------------------------------------------------------------- preprocessing

@@ -120,8 +120,8 @@ def load_clip(
     folder = place if place.is_dir() else place.parent
     check_kind(path, folder, "clip")
     check_scorer(path, place, scorer)
-    config = CLIPConfig.from_pretrained(folder)
-    model = unfilled(lambda: CLIPModel(config)).float()
+    config: Any = CLIPConfig.from_pretrained(folder)
+    model: Any = unfilled(lambda: CLIPModel(config)).float()
     tensors = read_tensors(place)
     load_strict(model, tensors, f"path: {path!r}")
     tokenizer = None if words is None else load_tokenizer(*words)

@@ -1,9 +1,8 @@
-"""CLIPScore (Hessel et al., arXiv 2104.08718): how near a picture and its prompt are to each other for CLIP."""
+"""CLIPScore as a cosine: how near a picture and its prompt are to each other for CLIP (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from torch import Tensor
 
@@ -11,13 +10,7 @@ from tempflow.rewards.clip import OPENAI_L, Clip, cropped, load_clip
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.strict import Place
 
-LICENCE, NEEDS, RANGE = "MIT", "tempflow[scorers]", "about 0.15 to 0.40 as a cosine"
-
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cosine": lambda cosine: cosine,
-    "100max": lambda cosine: 100 * cosine.clamp(min=0),
-    "2.5max": lambda cosine: 2.5 * cosine.clamp(min=0),
-}
+LICENCE, NEEDS, RANGE = "MIT", "tempflow[scorers]", "about 0.15 to 0.40"
 
 
 def clipscore(
@@ -25,26 +18,38 @@ def clipscore(
     path: Place = OPENAI_L,
     revision: str | None = None,
     tokenizer: Place | None = None,
-    form: Literal["cosine", "100max", "2.5max"] = "cosine",
     device: str = "cpu",
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """CLIPScore: the cosine between a picture and its prompt for CLIP ViT-L/14, in one of three forms.
+    """CLIPScore, the cosine: how near a picture and its prompt are to each other for CLIP ViT-L/14.
 
     path       a folder, file or hub id of a CLIPModel, at `revision`
     tokenizer  a folder or hub id; None: that of `path`
-    form       "cosine"; "100max" is 100 · max(cosine, 0), as torchmetrics has it; "2.5max" is 2.5 · max(cosine, 0), as
-               the paper has it. The column is called by it: clipscore_cosine, clipscore_100max, clipscore_2.5max
+
+    The literature calls three things CLIPScore; the others are `clipscore_100` and `clipscore_2_5`.
     """
+    return by_form("clipscore", lambda cosine: cosine, path, revision, tokenizer, device, dtype, batch)
+
+
+def by_form(
+    name: str,
+    form: Callable[[Tensor], Tensor],
+    path: str,
+    revision: str | None,
+    tokenizer: str | None,
+    device: str,
+    dtype: Dtype,
+    batch: int,
+) -> Scorer[Clip]:
+    """`form` of the cosine, as a reward called `name`; the others are `clipscore`'s options."""
     require("scorers", "transformers", "accelerate")
     words = (path, revision) if tokenizer is None else (tokenizer, None)
-    formed = FORMS[form]
 
     def load(at: str) -> Clip:
         return load_clip(path, revision, words, at, dtype)
 
     def rate(clip: Clip, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        return formed(clip.cosine(cropped(pictures, clip.side), prompts))
+        return form(clip.cosine(cropped(pictures, clip.side), prompts))
 
-    return Scorer(f"clipscore_{form}", load, rate, batch=batch, device=device)
+    return Scorer(name, load, rate, batch=batch, device=device)

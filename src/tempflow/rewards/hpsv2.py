@@ -30,7 +30,7 @@ def hpsv2(
     path       what `scripts/convert_weights.py hpsv2.1` made of HPS_v2.1_compressed.pt (hpsv2.0: of
                HPS_v2_compressed.pt), or any CLIPModel of these weights; a hub id at `revision`
     version    which of the two the weights are: their scores are not comparable. A converted file that says otherwise
-               is refused. The column is called by it: hpsv2.1, hpsv2.0
+               is refused
     tokenizer  a folder or hub id
     antialias  whether pictures are smoothed when they are made smaller, as torchvision does by itself since 0.17; it
                did not when HPS v2 was published
@@ -39,12 +39,11 @@ def hpsv2(
     comparable.
     """
     require("scorers", "transformers", "accelerate")
-    name = f"hpsv{version}"
 
     def load(at: str) -> Clip:
-        return load_clip(path, revision, (tokenizer, None), at, dtype, name)
+        return load_clip(path, revision, (tokenizer, None), at, dtype, f"hpsv{version}")
 
     def rate(clip: Clip, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         return clip.cosine(padded(pictures, clip.side, antialias), prompts)
 
-    return Scorer(name, load, rate, batch=batch, device=device)
+    return Scorer("hpsv2", load, rate, batch=batch, device=device)

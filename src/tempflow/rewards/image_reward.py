@@ -20,6 +20,9 @@ LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[scorers]", "about -2.3 to 2"
 TOKENS = 35
 """Of a prompt, its first and last included; what is longer is cut."""
 
+ADDED = 2
+"""Tokens that BLIP adds to BERT's, for its other tasks."""
+
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the data that ImageReward was trained on."""
 
@@ -77,19 +80,20 @@ def _load(path: str, revision: str | None, words: str, device: str, dtype: str) 
     folder = place if place.is_dir() else place.parent
     check_kind(path, folder, "blip")
     check_scorer(path, place, "image_reward")
-    config = BlipConfig.from_pretrained(folder)
+    config: Any = BlipConfig.from_pretrained(folder)
     blip = unfilled(lambda: Blip(config))
-    for encoder in (blip.vision_model, blip.text_encoder):
+    encoders: list[Any] = [blip.vision_model, blip.text_encoder]
+    for encoder in encoders:
         encoder.float()
     load_strict(blip, read_tensors(place), f"path: {path!r}")
     blip.requires_grad_(False).eval()
-    for encoder in (blip.vision_model, blip.text_encoder):
+    for encoder in encoders:
         encoder.to(device, DTYPES[dtype])
     tokenizer = load_tokenizer(words)
-    if len(tokenizer) > config.text_config.vocab_size or tokenizer.cls_token_id is None:
+    size = config.text_config.vocab_size
+    if not size - ADDED <= len(tokenizer) <= size:
         raise ValueError(
-            f"tokenizer: {words!r} has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
-            "nearest valid: BERT's, uncased"
+            f"tokenizer: {words!r} has {len(tokenizer)} tokens, the model {size}; nearest valid: BERT's, uncased"
         )
     return Judge(blip, tokenizer, int(config.vision_config.image_size))
 

@@ -20,6 +20,9 @@ FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 TOKENIZER = ("*.json", "*.txt", "*.model")
 """The same without weights."""
 
+VOCABULARY = ("tokenizer.json", "vocab.*", "*.model")
+"""Files of which a tokenizer has one at least."""
+
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MENTIONED = 3
@@ -103,6 +106,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
     place = folder_of(path, revision, TOKENIZER)
     folder = place if place.is_dir() else place.parent
+    if not any(file for pattern in VOCABULARY for file in folder.glob(pattern)):  # transformers would make one of none
+        raise ValueError(f"tokenizer: {cut(path, PATH)!r} has no vocabulary ({', '.join(VOCABULARY)}); get it again")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise what their parsers do
