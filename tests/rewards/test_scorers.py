@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_scorers as tiny
 import torch
+import transformers
 from convert_weights import affine, convert, write
 from PIL import Image
 from safetensors.torch import save_file
@@ -105,6 +106,7 @@ def test_scores_are_those_of_the_published_architecture(name: str, scorers: dict
     assert torch.allclose(found, expected, rtol=2e-5, atol=2e-5 * (100 if name == "pickscore" else 1) / 10)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 makes no causal mask in float64")
 def test_in_float64_the_converted_clip_is_the_published_one(folder: Path) -> None:
     loaded = load_clip(str(folder / "clip"), None, (str(folder / "letters"), None), "cpu", "float32")
     loaded.model.double()
@@ -255,6 +257,22 @@ def test_weights_that_do_not_fit_are_refused(name: str, folder: Path, tmp_path: 
             reward.prepare()
 
 
+def test_what_older_versions_of_transformers_saved_is_the_same(
+    folder: Path, scorers: dict[str, Scorer[Any]], tmp_path: Path
+) -> None:
+    """Positions counted up among the weights, 2 for the end of a text, and a dtype that the network would be made in."""
+    positions = {
+        "text_model.embeddings.position_ids": torch.arange(tiny.LENGTH)[None],
+        "vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
+    save_file(read_tensors(folder / "clip") | positions, tmp_path / "model.safetensors")
+    parts = {part: tiny.CLIP[part] | {"torch_dtype": "float16"} for part in ("text_config", "vision_config")}
+    parts["text_config"]["eos_token_id"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CLIP | parts | {"torch_dtype": "float16"}))
+    old = pickscore(path=str(tmp_path), tokenizer=str(folder / "letters"))
+    assert torch.allclose(values(old, PICTURES, PROMPTS), values(scorers["pickscore"], PICTURES, PROMPTS), atol=1e-4)
+
+
 def test_weights_of_another_scorer_are_refused(folder: Path) -> None:
     other = hpsv2(path=str(folder / "clip"), version="2.0", tokenizer=str(folder / "letters"))
     with pytest.raises(ValueError, match=r"converted for hpsv2\.1; nearest valid: one for hpsv2\.0"):
@@ -306,6 +324,23 @@ def test_half_a_pixel_goes_where_it_is_asked() -> None:
     floor, rounded = (cropped(picture, 32, half)[0, 0, 0, 0] for half in (math.floor, round))
     raw = (torch.tensor([1.0, 2.0]) / 255 - clip.MEAN[0]) / clip.STD[0]
     assert torch.allclose(torch.stack([floor, rounded]), raw, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "left"), [("pickscore", 1), ("clipscore", 1), ("aesthetic", 2), ("image_reward", 2)])
+def test_what_each_sees_of_a_wide_picture(name: str, left: int, scorers: dict[str, Scorer[Any]]) -> None:
+    wide = torch.randint(0, 256, (2, 32, 35, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    seen = wide[:, :, left : left + 32].contiguous()
+    assert torch.equal(values(scorers[name], wide, PROMPTS[:2]), values(scorers[name], seen, PROMPTS[:2]))
+
+
+def test_hpsv2_sees_the_whole_of_a_wide_picture(folder: Path, scorers: dict[str, Scorer[Any]]) -> None:
+    framed = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    framed[:, 8:24] = PICTURES[:2, :16]
+    wide = values(scorers["hpsv2"], PICTURES[:2, :16].contiguous(), PROMPTS[:2])
+    assert torch.equal(wide, values(scorers["hpsv2"], framed, PROMPTS[:2]))
+    large = PICTURES[:2].repeat(1, 2, 2, 1)
+    smooth, sharp = (values(made("hpsv2", folder, antialias=on), large, PROMPTS[:2]) for on in (True, False))
+    assert torch.equal(smooth, values(scorers["hpsv2"], large, PROMPTS[:2])) and bool((smooth != sharp).all())
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (50, 90), (5, 9)])

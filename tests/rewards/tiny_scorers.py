@@ -8,6 +8,7 @@ import math
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -22,7 +23,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
 ALPHABET = sorted(ByteLevel.alphabet())
 WORDS = [*ALPHABET, *(f"{letter}</w>" for letter in ALPHABET), "<|startoftext|>", "<|endoftext|>"]
 
-CLIP = {
+CLIP: dict[str, Any] = {
     "model_type": "clip",
     "projection_dim": 20,
     "text_config": {
@@ -51,7 +52,7 @@ CLIP = {
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "cat", "dog", "two", "a", "of"]
 
-BLIP = {
+BLIP: dict[str, Any] = {
     "model_type": "blip",
     "text_config": {
         "vocab_size": len(PIECES) + 2,
