@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_refused(name: str, folder: Path, tmp_path: 
 def test_what_older_versions_of_transformers_saved_is_the_same(
     folder: Path, scorers: dict[str, Scorer[Any]], tmp_path: Path
 ) -> None:
-    """Positions counted up among the weights, 2 for the end of a text, and a dtype that the network would be made in."""
+    """Positions among the weights, 2 for the end of a text, and a dtype that the network would be made in."""
     positions = {
         "text_model.embeddings.position_ids": torch.arange(tiny.LENGTH)[None],
         "vision_model.embeddings.position_ids": torch.arange(17)[None],
