@@ -62,6 +62,8 @@ BLIP: dict[str, Any] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 3,
         "max_position_embeddings": 40,
+        "bos_token_id": 2,
+        "sep_token_id": 3,
         "layer_norm_eps": 1e-12,
         "is_decoder": True,
     },
