@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tempflow.core.scores import Scores
 from tempflow.media import Media
-from tempflow.rewards import clip
+from tempflow.rewards import REWARDS, build, clip, places
 from tempflow.rewards.aesthetic import aesthetic
 from tempflow.rewards.clip import cropped, load_clip, padded
 from tempflow.rewards.clipscore import clipscore
@@ -31,6 +31,7 @@ from tempflow.rewards.clipscore_100 import clipscore_100
 from tempflow.rewards.hpsv2 import hpsv2
 from tempflow.rewards.image_reward import image_reward
 from tempflow.rewards.pickscore import pickscore
+from tempflow.rewards.protocol import Reward
 from tempflow.rewards.scorer import Scorer
 from tempflow.rewards.weights import read_tensors
 
@@ -79,11 +80,11 @@ def scorers(folder: Path) -> dict[str, Scorer[Any]]:
     return {name: made(name, folder, batch=3) for name in ALL}
 
 
-def scored(reward: Scorer[Any], pictures: Tensor, prompts: list[str]) -> Scores:
+def scored(reward: Reward, pictures: Tensor, prompts: list[str]) -> Scores:
     return reward.score(Media.of(pictures), prompts, [{}] * len(prompts))
 
 
-def values(reward: Scorer[Any], pictures: Tensor, prompts: list[str]) -> Tensor:
+def values(reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
     scores = scored(reward, pictures, prompts)
     assert bool(scores.ok.all()) and scores.names == (reward.name,)
     return scores.value[:, 0].double()
@@ -295,6 +296,23 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     (few / "vocab.txt").unlink()  # of which transformers would make a tokenizer of five tokens
     with pytest.raises(ValueError, match=r"tokenizer: .*has no vocabulary"):
         image_reward(path=str(folder / "blip"), tokenizer=str(few)).prepare()
+
+
+def test_options_of_a_configuration(folder: Path) -> None:
+    """Which of them name weights, and so belong to what a run is."""
+    given = {"path": "x"}
+    for name in ("pickscore", "clipscore", "clipscore_100", "clipscore_2_5", "hpsv2", "image_reward"):
+        named = places(REWARDS[name], given | {"tokenizer": "y"})
+        assert named == {"path": "x", "tokenizer": "y"}
+    assert places(REWARDS["aesthetic"], given) == {"path": "x", "clip": clip.OPENAI_L}
+    with pytest.raises(ValueError, match=r"options\.path: missing"):
+        build("hpsv2")
+    with pytest.raises(ValueError, match=r"options\.dtype: 'fp16' is not one of .*nearest valid: 'float16'"):
+        build("pickscore", options={"dtype": "fp16"})
+    options = {"path": str(folder / "clip"), "tokenizer": str(folder / "letters"), "version": "2.1", "batch": 2}
+    scores = build("taste", "hpsv2", options).score(Media.of(PICTURES), PROMPTS, [{}] * N)
+    assert scores.names == ("taste",)
+    assert torch.allclose(scores.value[:, 0].double(), golden("hpsv2"), rtol=2e-5, atol=2e-6)
 
 
 def test_options_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

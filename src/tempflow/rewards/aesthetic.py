@@ -31,7 +31,9 @@ def aesthetic(
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Predictor]:
-    """LAION's aesthetic score, 1 to 10: an affine map of CLIP ViT-L/14's feature of the picture.
+    """LAION's aesthetic score of a picture.
+
+    An affine map of CLIP ViT-L/14's feature of the picture, whose length is 1.
 
     path  what `scripts/convert_weights.py aesthetic` made of sac+logos+ava1-l14-linearMSE.pth
     clip  a folder, file or hub id of a CLIPModel, at `revision`

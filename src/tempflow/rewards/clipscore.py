@@ -17,15 +17,15 @@ def clipscore(
     *,
     path: Place = OPENAI_L,
     revision: str | None = None,
-    tokenizer: Place | None = None,
+    tokenizer: Place = "",
     device: str = "cpu",
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """CLIPScore, the cosine: how near a picture and its prompt are to each other for CLIP ViT-L/14.
+    """CLIPScore: the cosine of a picture and its prompt, by CLIP ViT-L/14.
 
     path       a folder, file or hub id of a CLIPModel, at `revision`
-    tokenizer  a folder or hub id; None: that of `path`
+    tokenizer  a folder or hub id; "": that of `path`
 
     The literature calls three things CLIPScore; the others are `clipscore_100` and `clipscore_2_5`.
     """
@@ -37,14 +37,14 @@ def by_form(
     form: Callable[[Tensor], Tensor],
     path: str,
     revision: str | None,
-    tokenizer: str | None,
+    tokenizer: str,
     device: str,
     dtype: Dtype,
     batch: int,
 ) -> Scorer[Clip]:
     """`form` of the cosine, as a reward called `name`; the others are `clipscore`'s options."""
     require("scorers", "transformers", "accelerate")
-    words = (path, revision) if tokenizer is None else (tokenizer, None)
+    words = (tokenizer, None) if tokenizer else (path, revision)
 
     def load(at: str) -> Clip:
         return load_clip(path, revision, words, at, dtype)

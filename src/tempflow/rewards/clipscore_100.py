@@ -16,11 +16,14 @@ def clipscore_100(
     *,
     path: Place = OPENAI_L,
     revision: str | None = None,
-    tokenizer: Place | None = None,
+    tokenizer: Place = "",
     device: str = "cpu",
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """CLIPScore, 100 · max(cosine, 0), as torchmetrics has it; options as `clipscore`'s."""
+    """CLIPScore: 100 · max(cosine, 0).
+
+    Options as `clipscore`'s.
+    """
     name = "clipscore_100"
     return by_form(name, lambda c: 100 * c.clamp(min=0), path, revision, tokenizer, device, dtype, batch)

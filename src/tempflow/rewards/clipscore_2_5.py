@@ -16,11 +16,14 @@ def clipscore_2_5(
     *,
     path: Place = OPENAI_L,
     revision: str | None = None,
-    tokenizer: Place | None = None,
+    tokenizer: Place = "",
     device: str = "cpu",
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """CLIPScore, 2.5 · max(cosine, 0), as its paper has it; options as `clipscore`'s."""
+    """CLIPScore: 2.5 · max(cosine, 0).
+
+    Options as `clipscore`'s.
+    """
     name = "clipscore_2_5"
     return by_form(name, lambda c: 2.5 * c.clamp(min=0), path, revision, tokenizer, device, dtype, batch)

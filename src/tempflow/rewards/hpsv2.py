@@ -25,7 +25,9 @@ def hpsv2(
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """Human Preference Score v2: which picture of a prompt people prefer, a cosine without logit scale.
+    """Human Preference Score v2: which picture people prefer.
+
+    The cosine of picture and prompt, without logit scale.
 
     path       what `scripts/convert_weights.py hpsv2.1` made of HPS_v2.1_compressed.pt (hpsv2.0: of
                HPS_v2_compressed.pt), or any CLIPModel of these weights; a hub id at `revision`

@@ -58,7 +58,9 @@ def image_reward(
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Judge]:
-    """ImageReward: how well a picture serves its prompt, standardised over the data it was trained on.
+    """ImageReward: how well a picture serves its prompt.
+
+    Standardised over the data that it was trained on.
 
     path       what `scripts/convert_weights.py image_reward` made of ImageReward.pt; a hub id at `revision`
     tokenizer  a folder or hub id of BERT's, uncased

@@ -22,7 +22,9 @@ def pickscore(
     dtype: Dtype = "float32",
     batch: Batch = 16,
 ) -> Scorer[Clip]:
-    """PickScore: which picture of a prompt people would pick, exp(logit scale) · cosine.
+    """PickScore: which picture people would pick.
+
+    exp(logit scale) · the cosine of picture and prompt.
 
     path       a folder, file or hub id of a CLIPModel, at `revision`
     tokenizer  a folder or hub id
