@@ -25,12 +25,13 @@ ROOMS: dict[str, set[str]] = {
     "strict": {"names"},
     "folder": set(),
     "request": set(),
+    "devices": set(),
     "media": set(),
     "shapes": set(),
     "data": {"core", "shapes", "request", "media"},
-    "models": {"core", "names", "registry", "request", "media"},
+    "models": {"core", "names", "registry", "request", "media", "devices"},
     "registry": set(),
-    "rewards": {"core", "shapes", "registry", "media", "strict", "names", "request"},
+    "rewards": {"core", "shapes", "registry", "media", "strict", "names", "request", "devices"},
     "algorithms": {"core", "perception", "names", "registry"},
     "perception": {"models"},
     "latent_reward": {"core", "models", "names", "request", "media"},
@@ -292,6 +293,17 @@ def unsafe(tree: ast.AST) -> list[str]:
 
 def test_nothing_unsafe_is_used() -> None:
     assert {m: found for m, path in MODULES.items() if (found := unsafe(tree_of(path)))} == {}
+
+
+def test_the_converter_alone_opens_pickles_and_only_tensors_in_them() -> None:
+    """What is published as a pickle is converted once, by a script that the package never imports."""
+    root = SRC.parent
+    tools = [path for folder in ("scripts", "benchmarks") for path in sorted((root / folder).rglob("*.py"))]
+    found = {path.name: unsafe(tree_of(path)) for path in tools}
+    assert {name: ways for name, ways in found.items() if ways} == {"convert_weights.py": ["torch.load"]}
+    calls = [n for n in ast.walk(tree_of(root / "scripts" / "convert_weights.py")) if isinstance(n, ast.Call)]
+    opened = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert len(opened) == 1 and "weights_only=True" in opened[0]
 
 
 @pytest.mark.parametrize(

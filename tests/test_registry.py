@@ -88,7 +88,8 @@ def test_a_new_file_is_a_new_algorithm(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.usefixtures("redness")
-def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_file_is_a_new_reward(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     red = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     red[1, :, :, 0] = 255
     scores = rewards.build("redness").score(red, ["a", "b"], [{}, {}])

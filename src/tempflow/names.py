@@ -6,6 +6,7 @@ Flow-Factory, diffusers' scripts and transformers' trainer on the left, ours on 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
 
@@ -14,6 +15,9 @@ SCREEN = 80
 
 PATH = 240
 """Characters of a path in a message."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What "owner/name" on a hub looks like."""
 
 _RATE, _NAME, _OUTPUT = ("optimizer.learning_rate",), ("name",), ("output",)
 _KL, _CLIP, _CLIP_HIGH = ("algorithm.kl",), ("algorithm.clip",), ("algorithm.clip_high",)

@@ -57,7 +57,11 @@ class Constant:
 
 
 # ----------------------------------------------------------------------------------------------------------- by name
-@pytest.mark.parametrize("name", REWARDS)
+WEIGHTS = {"aesthetic", "hpsv2", "image_reward"}
+"""Rewards that must be told where their weights lie."""
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in WEIGHTS])
 def test_every_shipped_reward_is_built_under_its_own_name(name: str) -> None:
     reward = build(name)
     assert isinstance(reward, Reward) and reward.name == name and reward.groupwise is False
@@ -69,7 +73,7 @@ def test_every_shipped_reward_is_built_under_its_own_name(name: str) -> None:
 def test_unknown_name_did_you_mean(name: str, meant: str) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"reward: '{name}' is unknown; did you mean '{meant}'\? Known: jpeg_compressibility, shapes, ",
+        match=rf"reward: '{name}' is unknown; did you mean '{meant}'\? Known: .*jpeg_compressibility, .*shapes, ",
     ):
         build(name)
 

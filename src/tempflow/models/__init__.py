@@ -7,26 +7,21 @@ of the group "tempflow.models", named by the pipeline class.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tempflow.devices import DTYPES, resolved_device, resolved_dtype
 from tempflow.models.family import Adapter, Family
 from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
 from tempflow.models.tools import TakesTools, Tools
-from tempflow.names import nearest
+from tempflow.names import HUB_ID, nearest
 from tempflow.registry import Declared
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO = "auto"
 OFF = Tools()
 
 ADAPTERS: Mapping[str, type[Adapter]] = Declared(__name__, "PIPELINES", group="tempflow.models")
@@ -57,46 +52,6 @@ __all__ = [
 def shapes_folder() -> Path:
     """Where the embedded pipeline lies."""
     return Path(str(resources.files("tempflow"))) / "shapes" / "weights"
-
-
-def resolved_device(name: str) -> str:
-    """`name` itself, once it is known to be here; "auto" is CUDA where there is one, else the CPU.
-
-    Raises ValueError, naming the nearest device that is here, for one that is not.
-    """
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return "cuda" if cuda else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: {name[:40]!r} is no device; nearest valid: 'auto'") from error
-    if device.type == "cuda" and not cuda:
-        build = "" if torch.version.cuda else ", and this torch is built for CPUs alone"
-        raise ValueError(f"device: {name!r}, but torch sees no CUDA device{build}; nearest valid: 'cpu'")
-    if device.type == "cuda" and (device.index or 0) >= cuda:
-        raise ValueError(f"device: {name!r}, but there are {cuda} CUDA devices; nearest valid: 'cuda:{cuda - 1}'")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device: {name!r}, but torch sees no MPS device; nearest valid: 'cpu'")
-    return name
-
-
-def resolved_dtype(dtype: str, device: str) -> str:
-    """`dtype` itself; for "auto" bfloat16 where `device` has it in hardware, else float32.
-
-    A CPU without such instructions emulates it, several times slower than float32.
-    """
-    if dtype != AUTO:
-        return dtype
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu" and "get_capabilities" in dir(torch.cpu):  # torch 2.13 has it, 2.6 has not
-        has = torch.cpu.get_capabilities()
-        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"
 
 
 def adapter_of(path: str, folder: Path) -> type[Adapter]:

@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 REWARDS: Mapping[str, Make] = Registry(
-    __name__, besides=("around", "compose", "function", "options", "protocol", "safe", "scoring")
+    __name__,
+    besides=("around", "clip", "compose", "function", "options", "protocol", "safe", "scorer", "scoring", "weights"),
 )
 """What ships with the package: name → a function that makes it of its options."""
 

@@ -90,8 +90,12 @@ def check_takes(rewards: Sequence[Reward], made: Kind, model: str) -> None:
 
 def check_media(media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Media:
     """`media` as media (pictures may come as uint8 [N, H, W, 3] on the CPU). Raises ValueError unless there are N
-    prompts and N metadata for them."""
+    prompts, each a text, and N metadata for them."""
     found = Media.of(media)
+    wrong = [prompts] if isinstance(prompts, str) else [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if wrong:
+        what = "one text" if isinstance(prompts, str) else f"a {type(wrong[0]).__name__}"
+        raise ValueError(f"prompts has {what}; nearest valid: a list of texts, one for each of the {len(found)} media")
     for field, given in (("prompts", prompts), ("metadata", metadata)):
         if len(given) != len(found):
             raise ValueError(f"{field} has {len(given)} entries for {len(found)} media; nearest valid: {len(found)}")
