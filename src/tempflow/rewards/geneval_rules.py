@@ -1,10 +1,11 @@
 """GenEval's rules (arXiv 2310.11513; code djghosh13/geneval): what a prompt asks for, and whether detections show it.
 
-Pure functions of detections; `rewards.geneval` finds these in pictures. Three rules judge a picture:
+Pure functions of detections; `rewards.geneval` finds these in pictures. These rules judge a picture:
 
     official    right or wrong, as the benchmark counts
     graded      ours, 0 to 1: the mean of how far each demand is met; 1 exactly where `official` is right
-    flow_grpo   the graded reward that Flow-GRPO trains with (arXiv 2505.05470), as its code computes it
+    flow_grpo   the graded reward that Flow-GRPO trains with (arXiv 2505.05470), as its code computes it; its strict
+                measure is `flow_grpo_strict`
 """
 
 from __future__ import annotations
@@ -339,6 +340,18 @@ def flow_grpo(task: Task, found: Found) -> float:
 
     Excludes play no part.
     """
+    parts, _ = _flow_grpo(task, found)
+    return sum(parts) / len(parts)
+
+
+def flow_grpo_strict(task: Task, found: Found) -> float:
+    """1.0 where each include has exactly `count` objects, all of the colour and where they should be, else 0.0; as
+    published. Excludes play no part, and more objects are wrong for any tag."""
+    return float(_flow_grpo(task, found)[1])
+
+
+def _flow_grpo(task: Task, found: Found) -> tuple[list[float], bool]:
+    """The parts, and whether all includes are met."""
     parts: list[float] = []
     taken: list[Sequence[Detection] | None] = []
     for item in task.include:
@@ -356,7 +369,7 @@ def flow_grpo(task: Task, found: Found) -> float:
             met = targets is not None and _all_stand(item.position[0], objects, targets)
             parts += [1.0] if met else [0.0] if targets is None else [0.0, 1.0]
         taken.append(objects if met else None)
-    return sum(parts) / len(parts)
+    return parts, all(objects is not None for objects in taken)
 
 
 def _first(item: Include, found: Found) -> Sequence[Detection]:
