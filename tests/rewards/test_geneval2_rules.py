@@ -46,7 +46,7 @@ def test_what_is_no_probability_is_refused(wrong: list[float]) -> None:
 
 def test_another_mean_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mean: 'harmonic'; nearest valid: '(arithmetic|geometric)'"):
-        soft_tifa([0.5], "harmonic")  # pyright: ignore
+        soft_tifa([0.5], "harmonic")
 
 
 def test_atoms_are_read() -> None:

@@ -99,7 +99,7 @@ def test_relations_are_opposite_seen_from_the_other(a: Box, b: Box) -> None:
 @given(BOXES, BOXES, st.sampled_from([0.25, 0.5, 3.0, 1024.0]), WHOLE, WHOLE)
 def test_relations_keep_under_scale_and_shift(a: Box, b: Box, scale: float, x: int, y: int) -> None:
     def moved(box: Box) -> Box:
-        return tuple(scale * side + shift for side, shift in zip(box, (x, y, x, y), strict=True))  # pyright: ignore
+        return tuple(scale * side + shift for side, shift in zip(box, (x, y, x, y), strict=True))
 
     assert relations(moved(a), moved(b)) == relations(a, b)
 
@@ -126,7 +126,7 @@ def test_relations_turn_with_the_picture(a: Box, b: Box) -> None:
         ((0, 0, 10, 10), (30, 40, 40, 50), {"left of", "above"}),  # (30 − 2) ÷ 50, (40 − 2) ÷ 50
         ((0, 0, 25, 10), (30, 40, 55, 50), {"above"}),  # (30 − 5) ÷ 50 = ½
         ((0, 0, 24, 10), (30, 40, 54, 50), {"left of", "above"}),
-        ((0, 0, 3, 3), (1.2, 0, 4.2, 3), set()),  # |d| = 1.2 and ½ again, in tenths
+        ((0, 0, 3, 3), (1.25, 0, 4.25, 3), {"left of"}),  # (1.25 − .6) ÷ 1.25 = .52
     ],
 )
 def test_relations_at_their_borders(a: Box, b: Box, held: set[str]) -> None:

@@ -6,14 +6,12 @@ the weights of another training run, and pictures prepared as its folder says: s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.devices import DTYPES, resolved_device
 from tempflow.media import Media
+from tempflow.names import PATH, cut
+from tempflow.rewards.clip import OPENAI_L, check_kind, cropped, load_clip
 from tempflow.rewards.geneval_rules import (
     CLASSES,
     COLOURS,
@@ -38,14 +39,14 @@ from tempflow.rewards.geneval_rules import (
     task_of,
 )
 from tempflow.rewards.protocol import check_media
+from tempflow.rewards.scorer import Batch, Dtype, require
 from tempflow.rewards.weights import folder_of
-from tempflow.strict import Place, cut, shown
+from tempflow.strict import Place, shown
 
 LICENCE = "unknown (Mask2Former's weights), MIT (CLIP ViT-L/14)"
 NEEDS, RANGE = "tempflow[scorers]", "0 or 1"
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "openai/clip-vit-large-patch14"
 
 CANDIDATES = 100
 """Pairs of query and class that the detector proposes for a picture, the likeliest."""
@@ -76,7 +77,8 @@ class GenEval:
     batch                pictures, and crops, at once
     threshold, counting_threshold, most   which detections count (`geneval_rules.Limits`)
 
-    Raises ImportError without transformers; ValueError as `Limits`.
+    Raises ImportError, naming the command to run, without transformers; ValueError as `Limits`, and for a device that
+    is not here.
     """
 
     name: ClassVar[str] = "geneval"
@@ -88,22 +90,21 @@ class GenEval:
         *,
         path: Place = DETECTOR,
         revision: str | None = None,
-        clip_path: Place = CLIP,
+        clip_path: Place = OPENAI_L,
         clip_revision: str | None = None,
         device: str = "cpu",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        batch: Annotated[int, Field(ge=1)] = 8,
+        dtype: Dtype = "float32",
+        batch: Batch = 8,
         threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3,
         counting_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         most: Annotated[int, Field(ge=1)] = 16,
     ) -> None:
-        if find_spec("transformers") is None:
-            raise ImportError(f"reward {self.name!r} needs transformers: pip install 'tempflow[scorers]'")
+        require("scorers", "transformers", "accelerate")
         if batch < 1:
             raise ValueError(f"batch: {batch} is too small; nearest valid: 1")
         self.limits, self.batch = Limits(threshold, counting_threshold, most), batch
-        self._detector_of = (path, revision, device, getattr(torch, dtype))
-        self._colours_of = (clip_path, clip_revision, device, getattr(torch, dtype))
+        at = resolved_device(device)
+        self._detector_of, self._colours_of = (path, revision, at, dtype), (clip_path, clip_revision, at, dtype)
         self._loaded: tuple[Detector, Colours] | None = None
         self._loading = Lock()
 
@@ -125,8 +126,9 @@ class GenEval:
         pictures = check_media(media, prompts, metadata).pictures()
         tasks = [task_of(found) for found in metadata]
         values: list[float | None] = []
-        for start in range(0, len(tasks), self.batch):
-            values += self._judged(pictures[start : start + self.batch], tasks[start : start + self.batch])
+        with torch.inference_mode(), torch.autocast(torch.device(self._detector_of[2]).type, enabled=False):
+            for start in range(0, len(tasks), self.batch):
+                values += self._judged(pictures[start : start + self.batch], tasks[start : start + self.batch])
         ok = torch.tensor([v is not None for v in values], dtype=torch.bool)[:, None]
         value = torch.tensor([v or 0.0 for v in values], dtype=torch.float32)[:, None]
         return Scores(value, ok, (self.name,))
@@ -173,11 +175,12 @@ geneval = GenEval
 class Detector:
     """Mask2Former for COCO instances. Arguments and errors: `GenEval`."""
 
-    def __init__(self, path: str, revision: str | None, device: str, dtype: torch.dtype) -> None:
-        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+    def __init__(self, path: str, revision: str | None, device: str, dtype: str) -> None:
+        from transformers import AutoImageProcessor
 
-        folder = _folder("path", path, revision, "mask2former", DETECTOR)
-        self._network = _network(Mask2FormerForUniversalSegmentation, "path", folder).to(device, dtype)
+        folder = folder_of(path, revision)
+        check_kind(path, folder, "mask2former")
+        self._network = _network(folder).to(device, DTYPES[dtype])
         self._processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         self.classes = _classes(self._network.config.id2label, folder)
 
@@ -225,16 +228,15 @@ class Detector:
 class Colours:
     """CLIP that names the colour of what a crop shows, one of `COLOURS`. Arguments and errors: `GenEval`."""
 
-    def __init__(self, path: str, revision: str | None, device: str, dtype: torch.dtype) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
-        folder = _folder("clip_path", path, revision, "clip", CLIP)
-        self._network = _network(CLIPModel, "clip_path", folder).to(device, dtype)
-        self._processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    def __init__(self, path: str, revision: str | None, device: str, dtype: str) -> None:
+        try:
+            self.clip = load_clip(path, revision, (path, revision), device, dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"clip_{error}" if str(error).startswith(("path:", "revision:")) else str(error)
+            ) from error
         self._texts: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def __call__(self, crops: Sequence[Tensor], names: Sequence[str], batch: int = 8) -> list[str | None]:
         """The colour of each crop, uint8 [h, w, 3], which shows an object of that class; None where that is NaN."""
         found: list[str | None] = []
@@ -246,24 +248,18 @@ class Colours:
 
     @torch.inference_mode()
     def similarities(self, crops: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-        """Cosines of each crop and each of `COLOURS`, float32 [N, 10]: of a colour stands the normalised mean of the
+        """Cosines of each crop and each of `COLOURS`, float64 [N, 10]: of a colour stands the normalised mean of the
         templates' normalised features."""
-        prepared = self._processor(
-            [one.numpy() for one in crops], input_data_format="channels_last", return_tensors="pt"
-        ).pixel_values
-        pixels = prepared.to(self._network.device, self._network.dtype)
-        pictures = _unit(_projected(self._network.get_image_features(pixel_values=pixels)))
+        pixels = torch.cat([cropped(one[None], self.clip.side, half=round) for one in crops])
         texts = torch.stack([self._text(name) for name in names])
-        return (pictures[:, None] * texts).sum(-1).cpu()
+        return (self.clip.pictures(pixels)[:, None] * texts).sum(-1)
 
     def _text(self, name: str) -> Tensor:
-        """float32 [10, d]: a unit vector for each colour."""
+        """float64 [10, d]: a unit vector for each colour."""
         if name not in self._texts:
             texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
-            tokens = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-            inputs = {key: tokens[key].to(self._network.device) for key in ("input_ids", "attention_mask")}
-            features = _unit(_projected(self._network.get_text_features(**inputs)))
-            self._texts[name] = _unit(features.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1))
+            features = self.clip.prompts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
+            self._texts[name] = F.normalize(features.mean(1), dim=-1)
         return self._texts[name]
 
 
@@ -278,40 +274,15 @@ def crop(picture: Tensor, mask: Tensor, detection: Detection) -> Tensor:
     return painted
 
 
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
-
-
-def _projected(features: Any) -> Tensor:
-    """What CLIP's towers give: since transformers 5 an object around the features."""
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
 # ---------------------------------------------------------------------------------------------------------- loading
-def _folder(field: str, path: str, revision: str | None, kind: str, example: str) -> Path:
-    """The folder of a network of that kind. Raises ValueError, naming the field."""
-    try:
-        folder = folder_of(path, revision)
-    except ValueError as error:
-        raise ValueError(str(error).replace("path:", f"{field}:", 1)) from error
-    try:
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = told.get("model_type") if isinstance(told, dict) else None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{field}: {str(folder)!r} has no config.json that can be read; nearest valid: {example!r}"
-        ) from error
-    if found != kind:
-        raise ValueError(f"{field}: {str(folder)!r} is a {found!r}; nearest valid: a {kind!r}, as {example!r} is")
-    return folder
+def _network(folder: Path) -> Any:
+    """Mask2Former in float32, with weights that all fit. By transformers, which knows the names that these had in its
+    older versions."""
+    from transformers import Mask2FormerForUniversalSegmentation
 
-
-def _network(made: Any, field: str, folder: Path) -> Any:
-    """A network in float32 with its weights, each of which fits. By transformers, which knows the names that weights
-    had in its older versions."""
     try:
         with _no_bars():
-            network, told = made.from_pretrained(
+            network, told = Mask2FormerForUniversalSegmentation.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -319,11 +290,11 @@ def _network(made: Any, field: str, folder: Path) -> Any:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{field}: {str(folder)!r} cannot be loaded: {cut(str(error), 240)}") from error
+        raise ValueError(f"path: {str(folder)!r} cannot be loaded: {cut(str(error), PATH)}") from error
     for what, names in (("lacks", told["missing_keys"]), ("has unexpected", told["unexpected_keys"])):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ValueError(f"{field}: {str(folder)!r} does not fit {made.__name__}: it {what} {listed}")
+            raise ValueError(f"path: {str(folder)!r} does not fit {type(network).__name__}: it {what} {listed}")
     return network.requires_grad_(False).eval()
 
 
