@@ -370,3 +370,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(folders: dict[str, str], tm
         (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
         with pytest.raises(ValueError, match=f"{field}: "):
             GenEval(**{**folders, field: str(pickled)}).prepare()
+
+
+def test_weights_as_transformers_4_saved_them_are_taken(folders: dict[str, str], tmp_path: Path) -> None:
+    """Its backbone had no last norm, which is not used, and saved a table that is computed now."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(changed(folders["path"], tmp_path / "old"))
+    tensors = load_file(folder / "model.safetensors")
+    within = "model.pixel_level_module.encoder"
+    for name in [n for n in tensors if n.startswith((f"{within}.swin.layernorm", f"{within}.layernorm"))]:
+        del tensors[name]
+    tensors[f"{within}.encoder.layers.0.blocks.0.attention.self.relative_position_index"] = torch.zeros(16, 16).long()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    wanted = [dict.fromkeys(CLASSES, 0.05)]
+    old, new = (Detector(str(path), None, "cpu", "float32")(drawn(1), wanted)[0] for path in (folder, folders["path"]))
+    assert [one for one, _ in old or []] == [one for one, _ in new or []] != []

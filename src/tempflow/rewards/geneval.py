@@ -6,6 +6,7 @@ the weights of another training run, and pictures prepared as its folder says: s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -194,12 +195,13 @@ class Detector:
         which is where they are above ½. Masks come at the picture's size; a box is the mask's extent, right and bottom
         the edges of its last pixels. Masks that cover no pixel are left out.
         """
-        prepared = self._processor(
-            list(pictures.numpy()), input_data_format="channels_last", return_tensors="pt"
-        ).pixel_values
-        out = self._network(pixel_values=prepared.to(self._network.device, self._network.dtype))
-        classes, masks = out.class_queries_logits.float(), out.masks_queries_logits.float()
         height, width = pictures.shape[1:3]
+        try:
+            prepared = self._processor(list(pictures.numpy()), input_data_format="channels_last", return_tensors="pt")
+        except ValueError as error:  # resizing to its shorter and longer side leaves a thin picture no pixel
+            raise ValueError(f"media is {height}×{width}, which the detector cannot take ({error})") from error
+        out = self._network(pixel_values=prepared["pixel_values"].to(self._network.device, self._network.dtype))
+        classes, masks = out.class_queries_logits.float(), out.masks_queries_logits.float()
         seen: list[list[Seen] | None] = []
         for row, least in enumerate(wanted):
             whole = bool(classes[row].isfinite().all()) and bool(masks[row].isfinite().all())
@@ -277,12 +279,13 @@ def crop(picture: Tensor, mask: Tensor, detection: Detection) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- loading
 def _network(folder: Path) -> Any:
     """Mask2Former in float32, with weights that all fit. By transformers, which knows the names that these had in its
-    older versions."""
+    older versions; which ones it no longer reads, or did not have then, parts of parts say, and it does not ask them."""
     from transformers import Mask2FormerForUniversalSegmentation
 
+    made: Any = Mask2FormerForUniversalSegmentation
     try:
-        with _no_bars():
-            network, told = Mask2FormerForUniversalSegmentation.from_pretrained(
+        with _quiet():
+            network, told = made.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -291,7 +294,11 @@ def _network(folder: Path) -> Any:
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"path: {str(folder)!r} cannot be loaded: {cut(str(error), PATH)}") from error
-    for what, names in (("lacks", told["missing_keys"]), ("has unexpected", told["unexpected_keys"])):
+    for what, kind in (("lacks", "missing"), ("has unexpected", "unexpected")):
+        excused = {
+            p for part in network.modules() for p in getattr(part, f"_keys_to_ignore_on_load_{kind}", None) or ()
+        }
+        names = [name for name in told[f"{kind}_keys"] if not any(re.search(p, name) for p in excused)]
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(f"path: {str(folder)!r} does not fit {type(network).__name__}: it {what} {listed}")
@@ -299,16 +306,18 @@ def _network(folder: Path) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bar."""
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, and its report on names, which is checked here."""
     from transformers.utils import logging
 
-    shown_before = logging.is_progress_bar_enabled()
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown_before:
+        logging.set_verbosity(level)
+        if bar:
             logging.enable_progress_bar()
 
 
