@@ -56,6 +56,7 @@ def test_atoms_are_read() -> None:
         "skills": ["count", "attribute"],
     }
     assert atoms_of(published) == (Atom(HOW_MANY, "three"), Atom("Are the cows plastic?", "Yes"))
+    assert atoms_of({"atoms": [{"question": HOW_MANY, "answer": 3}]}) == ((HOW_MANY, "3"),)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,9 @@ def test_atoms_are_read() -> None:
             r"vqa_list\[1\]: .* is no \[question, answer\]",
         ),
         ({"vqa_list": [["Are there cows?", True]]}, r"vqa_list\[0\]: .* is no \[question, answer\]"),
+        ({"vqa_list": [["Where are they?", "on grass"]]}, r"vqa_list\[0\]: 'on grass' is more than one word"),
+        ({"atoms": [{"question": HOW_MANY}]}, r"atoms\[0\]: .* is no \[question, answer\]"),
+        ({"atoms": [], "vqa_list": []}, "atoms: there is vqa_list too"),
         ({"vqa_list": [[HOW_MANY, "tree"]]}, r"vqa_list\[0\]: 'tree' answers no 'How many .*; nearest valid: 'three'"),
         ({"vqa_list": [[HOW_MANY, "3"]], "skills": []}, r"skills: \[\]; nearest valid: 1 skills, one per atom"),
     ],

@@ -278,8 +278,11 @@ def crop(picture: Tensor, mask: Tensor, detection: Detection) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- loading
 def _network(folder: Path) -> Any:
-    """Mask2Former in float32, with weights that all fit. By transformers, which knows the names that these had in its
-    older versions; which ones it no longer reads, or did not have then, parts of parts say, and it does not ask them."""
+    """Mask2Former in float32, with weights that all fit.
+
+    transformers loads it: it knows the names that weights had in its older versions. It does not ask the parts of parts
+    which names they no longer read, or did not have then, though these say so.
+    """
     from transformers import Mask2FormerForUniversalSegmentation
 
     made: Any = Mask2FormerForUniversalSegmentation

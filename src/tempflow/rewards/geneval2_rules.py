@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tempflow.strict import nearest, shown
 
-ATOMS, SKILLS = "vqa_list", "skills"
-"""What the published file calls a prompt's atoms, and the skill that each one tests."""
+ATOMS, SKILLS = ("vqa_list", "atoms"), "skills"
+"""What the published file, and we, call a prompt's atoms; and the skill that each one tests."""
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -26,8 +25,7 @@ SLACK = 1e-4
 """By how much a sum of probabilities may be above 1: they were rounded before they were summed."""
 
 
-@dataclass(frozen=True)
-class Atom:
+class Atom(NamedTuple):
     """A question about a picture, and the answer that is expected."""
 
     question: str
@@ -35,19 +33,24 @@ class Atom:
 
 
 def atoms_of(metadata: Mapping[str, object]) -> tuple[Atom, ...]:
-    """A prompt's atoms, as GenEval 2's file has them: {"vqa_list": [["How many cows are in the image?", "three"], …]}.
+    """A prompt's atoms, as GenEval 2's file has them: {"vqa_list": [["How many cows are in the image?", "three"], …]};
+    or {"atoms": [{"question": "How many cows are in the image?", "answer": "three"}, …]}.
 
-    Raises ValueError, naming the field, for none at all, what is no pair of texts, a "How many" whose answer is no
-    number up to twenty, and a list of skills of another length.
+    Raises ValueError, naming the field, for none at all, both lists, what is no question with an answer of one word, a
+    "How many" whose answer is no number up to twenty, and a list of skills of another length.
     """
-    given = metadata.get(ATOMS)
+    there = [key for key in ATOMS if metadata.get(key) is not None]
+    if len(there) > 1:
+        raise ValueError(f"{there[1]}: there is {there[0]} too; nearest valid: one of them")
+    key = there[0] if there else ATOMS[0]
+    given = metadata.get(key)
     if not isinstance(given, list | tuple) or not given:
-        told = f"{shown(given)} holds no atom" if ATOMS in metadata else "is missing"
-        raise ValueError(f"{ATOMS}: {told}; nearest valid: {EXAMPLE}")
+        told = f"{shown(given)} holds no atom" if there else "is missing"
+        raise ValueError(f"{key}: {told}; nearest valid: {EXAMPLE}")
     skills = metadata.get(SKILLS)
     if skills is not None and (not isinstance(skills, list | tuple) or len(skills) != len(given)):
-        raise ValueError(f"{SKILLS}: {shown(skills)}; nearest valid: {len(given)} skills, one per atom of {ATOMS}")
-    return tuple(_atom(pair, f"{ATOMS}[{place}]") for place, pair in enumerate(given))
+        raise ValueError(f"{SKILLS}: {shown(skills)}; nearest valid: {len(given)} skills, one per atom of {key}")
+    return tuple(_atom(item, f"{key}[{place}]") for place, item in enumerate(given))
 
 
 def answer_forms(answer: str) -> tuple[str, ...]:
@@ -85,14 +88,21 @@ def soft_tifa(atom_probabilities: Sequence[float], mean: Literal["geometric", "a
     return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
-def _atom(pair: object, where: str) -> Atom:
-    texts = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)
-    if not texts:
-        raise ValueError(f"{where}: {shown(pair)} is no [question, answer]; nearest valid: {EXAMPLE[1:-1]}")
-    question, answer = (str(text).strip() for text in pair)  # pyright: ignore[reportGeneralTypeIssues]
-    if question.lower().startswith("how many"):
-        known = (*NUMBERS, *map(str, range(len(NUMBERS))))
-        if answer.lower() not in known:
-            near = nearest(answer, known)
-            raise ValueError(f"{where}: {shown(answer)} answers no {question[:60]!r}; nearest valid: {near}")
-    return Atom(question, answer)
+def _atom(item: object, where: str) -> Atom:
+    pair = [item.get("question"), item.get("answer")] if isinstance(item, Mapping) else item
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        number = isinstance(pair[1], int) and not isinstance(pair[1], bool)
+        pair = [pair[0], str(pair[1]) if number else pair[1]]
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) and t.strip() for t in pair):
+        raise ValueError(f"{where}: {shown(item)} is no [question, answer]; nearest valid: {EXAMPLE[1:-1]}")
+    atom = Atom(*(str(text).strip() for text in pair))
+    if len(atom.answer.split()) > 1:
+        near = repr(atom.answer.split()[0])
+        raise ValueError(
+            f"{where}: {shown(atom.answer)} is more than one word, and first ones are judged; nearest valid: {near}"
+        )
+    known = (*NUMBERS, *map(str, range(len(NUMBERS))))
+    if atom.question.lower().startswith("how many") and atom.answer.lower() not in known:
+        near = nearest(atom.answer, known)
+        raise ValueError(f"{where}: {shown(atom.answer)} answers no {shown(atom.question)}; nearest valid: {near}")
+    return atom
