@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
         "folder",
         "request",
         "media",
+        "strict",
     },
     "stats": set(),
     "report": {"stats", "folder"},

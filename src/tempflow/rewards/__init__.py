@@ -50,7 +50,10 @@ __all__ = [
 
 REWARDS: Mapping[str, Make] = Registry(
     __name__,
-    besides=("around", "clip", "compose", "function", "options", "protocol", "safe", "scorer", "scoring", "weights"),
+    besides=(
+        *("around", "clip", "compose", "function", "geneval2_rules", "geneval_rules", "options", "protocol", "safe"),
+        *("scorer", "scoring", "weights"),
+    ),
 )
 """What ships with the package: name → a function that makes it of its options."""
 
