@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from PIL import Image
 from pydantic import Field
 
 from tempflow.rewards import REWARDS, RewardError, build
@@ -68,6 +69,14 @@ def test_a_parameter_without_a_type_is_named() -> None:
 
     with pytest.raises(RewardError, match="parameter 'path' has no type; nearest valid: path: str"):
         options_of(untyped)
+
+
+def test_a_type_that_no_configuration_can_give_is_named() -> None:
+    class Made:
+        def __init__(self, picture: Image.Image) -> None: ...
+
+    with pytest.raises(RewardError, match=r"Made: Unable to generate .* nearest valid: a plain type"):
+        options_of(Made)  # type: ignore[arg-type]
 
 
 def test_a_class_is_made_of_its_options_and_renamed() -> None:

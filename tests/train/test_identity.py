@@ -323,7 +323,10 @@ def test_objects_are_told_apart_by_kind_name_and_settings() -> None:
     assert described(loop_of)
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, version: str, value: str = "fake:brightness") -> None:
+MINE, OTHER = "tempflow.rewards.jpeg_compressibility:jpeg_compressibility", "tempflow.rewards.shapes:shapes"
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, version: str, value: str = MINE) -> None:
     """A package with a reward and an algorithm."""
     metadata = f"Name: theirs\nVersion: {version}\n"
     package = type("Package", (Distribution,), {"read_text": lambda _, name: metadata, "locate_file": None})()
@@ -352,16 +355,16 @@ def test_another_package_s_reward_and_algorithm_are_recorded(
 
     was = now()
     assert was.plugins == {
-        "reward 'mine'": "theirs 1.2 (fake:brightness)",
+        "reward 'mine'": f"theirs 1.2 ({MINE})",
         "algorithm 'my_grpo'": "theirs 1.2 (tempflow.algorithms:flow_grpo)",
     }
     assert Identity(**json.loads(json.dumps(was.to_json()))) == was and not changed_contents(was, now())
     assert ("reward 'mine'" in now(reward=brightness).plugins) == (where != "rewards")
     assert "algorithm 'my_grpo'" not in now(algorithm=flow_grpo()).plugins
-    installed(monkeypatch, "1.3", "fake:darkness")
+    installed(monkeypatch, "1.3", OTHER)
     assert changed_contents(was, now()) == [
         "algorithm 'my_grpo': theirs 1.2 (tempflow.algorithms:flow_grpo) → theirs 1.3 (tempflow.algorithms:flow_grpo)",
-        "reward 'mine': theirs 1.2 (fake:brightness) → theirs 1.3 (fake:darkness)",
+        f"reward 'mine': theirs 1.2 ({MINE}) → theirs 1.3 ({OTHER})",
     ]
     older = {key: value for key, value in was.to_json().items() if key != "plugins"}  # as runs from before have it
     assert not changed_contents(Identity(**older), now())

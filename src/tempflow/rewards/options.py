@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, Field, PydanticUserError, create_model
 
 from tempflow.rewards.protocol import Reward, RewardError
 from tempflow.strict import Strict, validated
@@ -44,7 +44,7 @@ NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
 @lru_cache
 def options_of(make: Make) -> type[Strict]:
     """The model of a reward's options: its parameters that have a type. Raises RewardError where one without a type, or
-    one that has no name in a call, must be given."""
+    one that has no name in a call, must be given, and for a type that no configuration can give."""
     function = make.__init__ if inspect.isclass(make) else make
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
@@ -54,7 +54,10 @@ def options_of(make: Make) -> type[Strict]:
             fields[name] = (_listable(hints[name]), Field(default=default))
         elif default is ... and parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
             raise RewardError(f"{make.__qualname__}: parameter {name!r} has no type; nearest valid: {name}: str")
-    return create_model("Options", __base__=Strict, **fields)
+    try:
+        return create_model("Options", __base__=Strict, **fields)
+    except PydanticUserError as error:  # a type of which it knows nothing
+        raise RewardError(f"{make.__qualname__}: {str(error).splitlines()[0]}; nearest valid: a plain type") from error
 
 
 def _listable(hint: Any) -> Any:
