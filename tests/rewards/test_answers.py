@@ -181,8 +181,6 @@ def test_yes_and_no_share_what_they_have() -> None:
 
 
 def test_the_forms_of_an_answer_are_summed() -> None:
-    assert set(answers.forms("two")) == {"two", " two", "Two", " Two", "2", " 2"} == set(answers.forms("2"))
-    assert set(answers.forms("Yes")) == {"Yes", " Yes", "yes", " yes"}
     top = {"Two": 0.5, "2": 0.2, " two": 0.1, "Three": 0.1, "twofold": 0.05}
     assert answers.answer_probability(top, "two") == pytest.approx(0.8)
     assert answers.answer_probability({"No": 0.7}, "yes") == 0.0  # a lower bound: the list says so much for certain

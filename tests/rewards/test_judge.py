@@ -187,7 +187,7 @@ def test_soft_tifa_is_the_mean_over_a_prompts_atoms(template: str, value: float)
         assert scores(reward, pictures(2), {"atoms": ATOMS}) == pytest.approx([value] * 2)
         assert len(server.asked) == 4
         for atoms in (None, [], [{"question": "?"}], [{"question": "?", "answer": "a b"}]):
-            with pytest.raises(ValueError, match="atoms"):
+            with pytest.raises(ValueError, match=r"atoms|vqa_list"):
                 reward.check_prompts(["a cat"], [{"atoms": atoms}])
 
 

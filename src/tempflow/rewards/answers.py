@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tempflow.rewards.geneval2_rules import answer_forms
+
 __all__ = [
     "Unreadable",
     "answer_probability",
     "answered",
     "better",
     "final_score",
-    "forms",
     "json_scores",
     "json_winner",
     "named_scores",
@@ -39,11 +40,6 @@ MARK = r"[*_`\s]{0,16}"
 
 HEAD = r"[ \t>*_#-]*"
 """What a line may begin with: markdown's marks of lists, titles and stress."""
-
-WORDS = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
 
 
 class Unreadable(ValueError):
@@ -205,26 +201,13 @@ def yes_share(top: Mapping[str, float]) -> float:
     return yes / (yes + no)
 
 
-def forms(answer: str) -> tuple[str, ...]:
-    """How a model may write an answer of one word: as it is, small, capitalised, each perhaps after a blank; of a
-    number up to twenty the word and the digits."""
-    word = answer.strip()
-    said = [word]
-    if word.casefold() in WORDS:
-        said = [word.casefold(), str([*WORDS].index(word.casefold()))]
-    elif re.fullmatch(r"[0-9]{1,2}", word) and int(word) < len(WORDS):
-        said = [str(int(word)), WORDS[int(word)]]
-    written = [form for one in said for form in (one, one.lower(), one.capitalize())]
-    return tuple(dict.fromkeys(blank + form for form in written for blank in ("", " ")))
-
-
 def answer_probability(top: Mapping[str, float], answer: str) -> float:
-    """Σ of a first token's probabilities over the forms of an answer: a lower bound, as the list ends somewhere.
+    """Σ of a first token's probabilities over an answer's `answer_forms`: a lower bound, as the list ends.
 
     Raises Unreadable where more than `HALVES` lies on tokens that only begin one of the forms: the tokenizer splits
     the word, and other answers may begin so too.
     """
-    checked, written = _probabilities(top), forms(answer)
+    checked, written = _probabilities(top), answer_forms(answer)
     begun = sum(p for t, p in checked.items() if t not in written and any(form.startswith(t) for form in written))
     if begun > HALVES:
         raise Unreadable(f"{begun:.2f} of the probability is on tokens that only begin {_short(answer)}")

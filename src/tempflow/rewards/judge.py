@@ -14,6 +14,7 @@ from tempflow.media import Kind, Media
 from tempflow.rewards import template as templates
 from tempflow.rewards.answers import Unreadable
 from tempflow.rewards.endpoint import KEY, Endpoint, Question, Settings, png, source_pictures
+from tempflow.rewards.geneval2_rules import Atom, atoms_of
 from tempflow.rewards.protocol import check_media
 from tempflow.rewards.template import Answer, Template
 from tempflow.strict import Place
@@ -94,7 +95,7 @@ class Judge:
         for row, (prompt, more) in enumerate(zip(prompts, metadata, strict=True)):
             pictures = pictures_of(self.template, more, self.sources, {"made": shown[row]})
             begun = len(questions)
-            for question, expected in atoms_of(more) if self.template.parser == "atoms" else [("", "")]:
+            for question, expected in atoms_of(more) if self.template.parser == "atoms" else [Atom("", "")]:
                 questions.append(Question(self.template.asks(prompt, more, question), pictures))
                 readers.append(lambda answer, expected=expected: self.template.read(answer, expected))
             parts.append(slice(begun, len(questions)))
@@ -130,23 +131,6 @@ def check_prompts(
                 template.rubric(more)
         except ValueError as error:
             raise ValueError(f"prompts: {prompt[:60]!r}: {error}") from None
-
-
-def atoms_of(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(question, expected answer) of a prompt's atoms. Raises ValueError where there are none, or one is none."""
-    given = metadata.get("atoms")
-    if not isinstance(given, list | tuple) or not given:
-        raise ValueError('no atoms; nearest valid: metadata "atoms": [{"question": "…", "answer": "yes"}]')
-    found: list[tuple[str, str]] = []
-    for number, atom in enumerate(given):
-        question, answer = (atom.get(k) for k in ("question", "answer")) if isinstance(atom, Mapping) else (None, None)
-        word = str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else answer
-        if not isinstance(question, str) or not question.strip() or not isinstance(word, str):
-            raise ValueError(f'atoms[{number}] is no {{"question": a text, "answer": a word}}')
-        if len(word.split()) != 1:
-            raise ValueError(f"atoms[{number}]: the answer {word[:40]!r} is not one word, and first tokens are judged")
-        found.append((question.strip(), word.strip()))
-    return found
 
 
 def shown_of(template: Template, media: Media) -> list[tuple[bytes, ...]]:
