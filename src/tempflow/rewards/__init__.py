@@ -53,6 +53,7 @@ REWARDS: Mapping[str, Make] = Registry(
     besides=(
         *("around", "clip", "compose", "function", "geneval2_rules", "geneval_rules", "options", "protocol", "safe"),
         *("scorer", "scoring", "weights"),
+        *("answers", "endpoint", "template"),
     ),
 )
 """What ships with the package: name → a function that makes it of its options."""

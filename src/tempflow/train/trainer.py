@@ -455,10 +455,10 @@ def train(
     """Trains as `config` says; objects given here take the place of what it names.
 
     `reward`: a `Reward`, a function of (images, prompts) or (images, prompts, metadata) → scores, or several; their sum
-    is then what the best weights are chosen and reported by, unless `evaluation.metric` names one of them. `prompts`:
-    texts, `Prompt`s or mappings with a "prompt"; they are also used for validation, and for the held-out test unless
-    `test_prompts` is given. Where the algorithm takes given samples, the pictures that the training prompts name are
-    looked for beside `config.data.train`; those of `prompts`, in the working directory.
+    is then what the best weights are chosen and reported by, unless `evaluation.metric` names one of them or of
+    `evaluation.gold`. `prompts`: texts, `Prompt`s or mappings with a "prompt"; they are also used for validation, and
+    for the held-out test unless `test_prompts` is given. Where the algorithm takes given samples, the pictures that the
+    training prompts name are looked for beside `config.data.train`; those of `prompts`, in the working directory.
 
     `resume`: go on with the run in `config.output` from its newest whole checkpoint (from the start, if it died before
     the first); `allow_changes`: with another configuration than it was started with. A resumed run ends as the
@@ -484,7 +484,7 @@ def train(
         algorithm = algorithm or config.algorithm.build()
         config.guards.check(algorithm.name, algorithm.objective.weight_sets)
         rewards = rewards_of(config, reward)
-        if reward is not None and config.evaluation.metric not in {r.name for r in rewards}:
+        if reward is not None and config.evaluation.metric not in {*config.evaluation.gold, *(r.name for r in rewards)}:
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
         algorithm = composed(config, algorithm, reward is None, [r.name for r in rewards])
         sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, partial(takes_sources, config, model))

@@ -1,0 +1,115 @@
+"""Pref-GRPO end to end by a judge that errs, over the wire: `shapes` is trained by a local endpoint's win rates.
+
+    python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 40] [--rate 4e-4] [--output runs/pref_judge]
+
+The endpoint is `benchmarks.judge_server` in this process: it compares two pictures by the verifier's graded score, but
+10 % of its questions get no verdict and in 30 % of the others the first picture wins whatever it shows. The run knows
+the win rates alone. The strict verifier looks at validation, by which the best weights are chosen, and at the test
+split before the first and after the last iteration. Prints each seed's test score before and after with the interval
+of the gain over prompts, and that of all seeds; processor time is this process's, the judge's work in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.judge_server import JudgeServer, verifier_judge
+from benchmarks.runs import gain, lines, samples, summary, tested
+from tempflow.config import Config
+from tempflow.rewards.judge_pairs import judge_pairs
+from tempflow.train.trainer import train
+
+METRIC = "shapes_strict"
+
+
+def config(folder: str, seed: int, iterations: int, rate: float, prompts: int, group: int) -> Config:
+    """The recipes' settings of `shapes`, with Pref-GRPO whose reward is a win rate already."""
+    return Config.model_validate(
+        {
+            "name": f"pref-judge-{seed}",
+            "seed": seed,
+            "iterations": iterations,
+            "threads": 1,
+            "output": folder,
+            "algorithm": {
+                "name": "pref_grpo",
+                "steps": 6,
+                "group": group,
+                "train_steps": None,
+                "noise_level": 0.9,
+                "clip": 7e-3,
+                "eps": 0.1,
+                "win_rate": False,
+            },
+            "rollout_rows": 192,
+            "data": {"prompts_per_iteration": prompts},
+            "optimizer": {"learning_rate": rate, "warmup_iterations": 5, "ema_decay": 0.9},
+            "evaluation": {
+                "every": 10,
+                "validation_prompts": 360,
+                "test_prompts": 1008,
+                "metric": METRIC,
+                "gold": (METRIC,),
+                "seed": 4321,
+            },
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--prompts", type=int, default=18, help="prompts an iteration")
+    parser.add_argument("--group", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--failures", type=float, default=0.1, help="share of questions without a verdict")
+    parser.add_argument("--bias", type=float, default=0.3, help="share of the others in which the first picture wins")
+    parser.add_argument("--output", default="runs/pref_judge")
+    given = parser.parse_args()
+    runs = [
+        config(f"{given.output}/{seed}", seed, given.iterations, given.rate, given.prompts, given.group)
+        for seed in given.seeds
+    ]
+    for run in runs:
+        if not (Path(run.output) / "summary.json").exists():
+            trained(run, given.failures, given.bias)
+    told(runs)
+
+
+def trained(run: Config, failures: float, bias: float) -> None:
+    """Trains it, and notes the processor time and the questions beside the run's folder."""
+    began = time.process_time()
+    with JudgeServer(verifier_judge(failures, bias, run.seed), keep=False) as server:
+        reward = judge_pairs(
+            url=server.url, model="judge", template="unified_1_pairs", orders="counter", concurrency=4, retries=1
+        )
+        train(run, reward=reward, quiet=True)
+        used = {"processor_seconds": time.process_time() - began, "questions": server.count}
+    Path(f"{run.output}.json").write_text(json.dumps(used))
+
+
+def told(runs: list[Config]) -> None:
+    prompts = tested(runs[0])
+    before, after = (np.stack([samples(run.output, METRIC)[n] for run in runs]) for n in (0, 1))
+    for n, run in enumerate(runs):
+        mean, low, high = gain(after[n : n + 1], before[n : n + 1], prompts)
+        curve = " ".join(f"{line['mean'][METRIC]:.3f}" for line in lines(run.output, "evaluation.jsonl"))
+        used = json.loads(Path(f"{run.output}.json").read_text())
+        print(
+            f"seed {run.seed}: test {before[n].mean():.3f} → {after[n].mean():.3f}, "
+            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]; best iteration {summary(run.output).get('best_iteration')}; "
+            f"validation {curve}; "
+            f"{used['questions']:,} questions, {used['processor_seconds']:.0f} s of processor time"
+        )
+    mean, low, high = gain(after, before, prompts)
+    print(f"{len(runs)} seeds: {before.mean():.3f} → {after.mean():.3f}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+if __name__ == "__main__":
+    main()
