@@ -67,7 +67,7 @@ Rating of text alignment: <|TA_reward|>
 
 def video_reward(
     *,
-    path: Place,
+    path: Place = "KwaiVGI/VideoReward",
     base: Place = "Qwen/Qwen2-VL-2B-Instruct",
     dimension: Dimension = "overall",
     standardise: bool = True,
