@@ -174,8 +174,8 @@ def test_what_cannot_be_judged_is_failed_and_never_zero(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("library", ["rapidocr", "onnxruntime", "rapidfuzz"])
 def test_without_a_library_the_message_says_what_to_install(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("tempflow.rewards.libraries.find_spec", lambda name: None if name == library else found("sys"))
-    with pytest.raises(ImportError, match=rf"the ocr reward needs {library}: pip install 'tempflow\[ocr\]'"):
+    monkeypatch.setattr("tempflow.rewards.scorer.find_spec", lambda name: None if name == library else found("sys"))
+    with pytest.raises(ImportError, match=rf"this reward needs {library}: pip install 'tempflow\[ocr\]'"):
         ocr()
 
 

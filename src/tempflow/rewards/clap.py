@@ -13,19 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from tempflow.core.scores import Scores
+from tempflow.devices import resolved_device
 from tempflow.media import Kind, Media
 from tempflow.names import PATH, cut
-from tempflow.rewards.libraries import check_installed
 from tempflow.rewards.protocol import check_media
-from tempflow.rewards.weights import folder_of, load_strict, read_tensors, unfilled
+from tempflow.rewards.scorer import Batch, require
+from tempflow.rewards.weights import folder_of, load_strict, load_tokenizer, read_tensors, unfilled
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[clap]", "−1 to 1; about −.1 to .6"
@@ -36,10 +36,10 @@ def clap(
     path: Place = "laion/larger_clap_general",
     revision: str | None = None,
     device: str = "cpu",
-    batch: Annotated[int, Field(ge=1)] = 8,
+    batch: Batch = 8,
 ) -> CLAP:
     """How well a sound fits its prompt, by CLAP: a cosine."""
-    check_installed("clap", NEEDS, "transformers", "accelerate", "scipy")
+    require("clap", "transformers", "accelerate", "scipy")
     return CLAP(path, revision, device, batch)
 
 
@@ -54,7 +54,7 @@ class CLAP:
     takes: Kind = "sound"
 
     def __init__(self, path: str, revision: str | None, device: str, batch: int) -> None:
-        self.path, self.revision, self.device, self.batch = path, revision, device, batch
+        self.path, self.revision, self.device, self.batch = path, revision, resolved_device(device), batch
         self._lock = Lock()
         self._loaded: tuple[Any, Any, Any] | None = None
 
@@ -95,18 +95,18 @@ class CLAP:
         return Scores(value, value.isfinite(), (self.name,))
 
     def _load(self) -> tuple[Any, Any, Any]:
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, ClapModel
+        from transformers import AutoConfig, AutoFeatureExtractor, ClapModel
 
         folder = folder_of(self.path, self.revision)
         what = f"path: {cut(self.path, PATH)!r}"
         try:
             config: Any = AutoConfig.from_pretrained(folder)
-            extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            extractor = AutoFeatureExtractor.from_pretrained(folder)
             model: Any = unfilled(lambda: ClapModel(config))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{what} is no ClapModel's folder ({cut(str(error), PATH)}); get it again") from error
-        load_strict(model, read_tensors(folder), what)
-        return model.float().to(self.device).eval(), tokenizer, extractor
+        load_strict(model.float(), read_tensors(folder), what)
+        return model.to(self.device).eval(), load_tokenizer(self.path, self.revision), extractor
 
     def _texts(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         config = model.config.text_config

@@ -12,19 +12,13 @@ has the official text gives it as a file, with `{prompt}` or `{text_prompt}` whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from threading import Lock
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from tempflow.core.scores import Scores
-from tempflow.media import Media
 from tempflow.names import PATH, cut
-from tempflow.rewards.libraries import check_installed
-from tempflow.rewards.protocol import check_media
-from tempflow.rewards.vlm import Scorer, Source, Template, check_plain, fitted, is_plain
+from tempflow.rewards.scorer import Batch, Dtype, require
+from tempflow.rewards.vlm import RatedPictures, Rater, Source, Template, fitted, is_plain
 from tempflow.rewards.weights import folder_of, read_tensors
 from tempflow.strict import Place
 
@@ -51,58 +45,38 @@ def hpsv3(
     revision: str | None = None,
     base_revision: str | None = None,
     device: str = "cpu",
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
-    batch: Annotated[int, Field(ge=1)] = 4,
-) -> HPSv3:
-    """Human preference by HPSv3, a vision-language model of 7 B parameters."""
-    check_installed("hpsv3", NEEDS, "transformers", "accelerate")
-    text = Template.read(template, TEMPLATE, TOKENS)
-    return HPSv3(path, revision, Source(base, base_revision, device, dtype), text, batch)
+    dtype: Dtype = "bfloat16",
+    batch: Batch = 4,
+) -> RatedPictures:
+    """Human preference by HPSv3, a vision-language model of 7 B parameters.
 
+    path      the checkpoint: a safetensors file, a folder with one, or a hub id at `revision`
+    base      folder or hub id, at `base_revision`, of the released model: configuration and tokenizer, no weights
+    template  a file with the text around the prompt; see this file's docstring
 
-class HPSv3:
-    """See this file's docstring.
-
-    path, revision  the checkpoint: a safetensors file, a folder with one, or a hub id
-    batch           pictures at a time
+    A prompt with a control token, such as `<|im_end|>`, is refused when prompts are read; its score is failed.
     """
+    require("scorers", "transformers", "accelerate")
+    text = Template.read(template, TEMPLATE, TOKENS)
 
-    name, groupwise = "hpsv3", False
+    def load(at: str) -> Rater:
+        tensors = read_tensors(folder_of(path, revision))
+        source = Source(base, base_revision, at, dtype)
+        return Rater.of(source, tensors, head_of(tensors), TOKENS, f"path: {cut(path, PATH)!r}")
 
-    def __init__(self, path: str, revision: str | None, source: Source, template: Template, batch: int) -> None:
-        self.path, self.revision, self.source, self.template, self.batch = path, revision, source, template, batch
-        self._lock = Lock()
-        self._scorer: Scorer | None = None
-
-    def prepare(self) -> None:
-        """Loads the weights. Raises ValueError for weights that are missing, unexpected or no safetensors."""
-        with self._lock:
-            if self._scorer is None:
-                tensors = read_tensors(folder_of(self.path, self.revision))
-                self._scorer = Scorer.of(
-                    self.source, tensors, head_of(tensors), TOKENS, f"path: {cut(self.path, PATH)!r}"
-                )
-
-    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
-        """Raises ValueError for a prompt with a control token, such as `<|im_end|>`."""
-        check_plain(prompts)
-
-    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
-        """One column; a row whose prompt has a control token is failed."""
-        frames = check_media(media, prompts, metadata).pictures()[:, None]
-        self.prepare()
-        assert self._scorer is not None
-        value = torch.full((len(frames), 1), torch.nan)
+    def rate(rater: Rater, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        value = torch.full((len(prompts),), torch.nan)
         rows = [row for row, prompt in enumerate(prompts) if is_plain(prompt)]
-        sides = fitted(frames.shape[2], frames.shape[3], PIXELS, PIXELS)
-        for start in range(0, len(rows), self.batch):
-            some = rows[start : start + self.batch]
-            texts = [self.template.filled(prompts[row]) for row in some]
-            value[some] = self._scorer([frames[row] for row in some], texts, sides, video=False)[:, 0, :1]
-        return Scores(value, value.isfinite(), (self.name,))
+        if rows:
+            sides = fitted(pictures.shape[1], pictures.shape[2], PIXELS, PIXELS)
+            texts = [text.filled(prompts[row]) for row in rows]
+            value[rows] = rater([pictures[row][None] for row in rows], texts, sides, video=False)[:, 0, 0]
+        return value
+
+    return RatedPictures("hpsv3", load, rate, batch=batch, device=device)
 
 
-def head_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def head_of(tensors: Mapping[str, Tensor]) -> nn.Module:
     """The head, of the width that the checkpoint has: of released weights 3584."""
     first = tensors.get("rm_head.0.weight")
     width = first.shape[1] if first is not None and first.ndim == 2 else 3584

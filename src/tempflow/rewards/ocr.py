@@ -26,8 +26,8 @@ from pydantic import Field
 from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.names import SCREEN, cut
-from tempflow.rewards.libraries import check_installed
 from tempflow.rewards.protocol import check_media
+from tempflow.rewards.scorer import require
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[ocr]", "0 to 1"
 
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 def ocr(*, exact: bool = False, threads: Annotated[int, Field(ge=1)] | None = None) -> OCR:
     """How much of the text that the prompt quotes the picture shows, 0 to 1."""
-    check_installed("ocr", NEEDS, "rapidocr", "onnxruntime", "rapidfuzz")
+    require("ocr", "rapidocr", "onnxruntime", "rapidfuzz")
     return OCR(exact, threads)
 
 

@@ -31,11 +31,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tempflow.core.scores import Scores
+from tempflow.devices import resolved_device
 from tempflow.media import Kind, Media
 from tempflow.names import PATH, cut
-from tempflow.rewards.libraries import check_installed
 from tempflow.rewards.protocol import check_media
-from tempflow.rewards.vlm import Scorer, Source, Template, check_plain, fitted, is_plain
+from tempflow.rewards.scorer import Batch, Dtype, require
+from tempflow.rewards.vlm import Rater, Source, Template, check_plain, fitted, is_plain
 from tempflow.rewards.weights import folder_of, read_tensors
 from tempflow.strict import Place
 
@@ -78,16 +79,16 @@ def video_reward(
     revision: str | None = None,
     base_revision: str | None = None,
     device: str = "cpu",
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
-    batch: Annotated[int, Field(ge=1)] = 1,
+    dtype: Dtype = "bfloat16",
+    batch: Batch = 1,
 ) -> VideoReward:
     """Visual quality, motion quality and text alignment of a clip by VideoReward, summed or one of them."""
-    check_installed("video_reward", NEEDS, "transformers", "accelerate")
+    require("scorers", "transformers", "accelerate")
     if fps is not None and num_frames is not None:
         raise ValueError(f"fps: {fps:g} beside num_frames = {num_frames}; nearest valid: one of the two")
     text = Template.read(template, TEMPLATE, TOKENS)
     frames = Frames(fps, num_frames, max_pixels)
-    source = Source(base, base_revision, device, dtype)
+    source = Source(base, base_revision, resolved_device(device), dtype)
     return VideoReward(path, revision, source, text, dimension, standardise, frames, batch)
 
 
@@ -184,7 +185,7 @@ class VideoReward:
         self.dimension: Dimension = dimension
         self.standardise, self.frames, self.batch = standardise, frames, batch
         self._lock = Lock()
-        self._loaded: tuple[Scorer, Settings] | None = None
+        self._loaded: tuple[Rater, Settings] | None = None
 
     def prepare(self) -> None:
         """Loads the weights. Raises ValueError for settings or tensors that are missing or unexpected."""
@@ -199,8 +200,8 @@ class VideoReward:
             what = f"path: {cut(self.path, PATH)!r}"
             if out not in (1, len(TOKENS)):
                 raise ValueError(f"{what}: rm_head.weight has {out} rows; nearest valid: 1 or {len(TOKENS)}")
-            scorer = Scorer.of(self.source, tensors, nn.Linear(width, out, bias=False), TOKENS, what)
-            self._loaded = (scorer, settings)
+            rater = Rater.of(self.source, tensors, nn.Linear(width, out, bias=False), TOKENS, what)
+            self._loaded = (rater, settings)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Raises ValueError for a prompt with a control token, such as `<|im_end|>`."""
@@ -212,7 +213,7 @@ class VideoReward:
         media = check_media(media, prompts, metadata)
         self.prepare()
         assert self._loaded is not None
-        scorer, settings = self._loaded
+        rater, settings = self._loaded
         frames = self._frames(settings.frames)
         _, total, height, width, _ = media.frames.shape
         sides = fitted(height, width, LEAST, frames.max_pixels or LEAST)
@@ -222,7 +223,7 @@ class VideoReward:
         for start in range(0, len(rows), self.batch):
             some = rows[start : start + self.batch]
             clips, texts = [media.frames[row, chosen] for row in some], [self.template.filled(prompts[r]) for r in some]
-            value[some, 0] = self._joined(scorer(clips, texts, sides, video=True), settings)
+            value[some, 0] = self._joined(rater(clips, texts, sides, video=True), settings)
         return Scores(value, value.isfinite(), (self.name,))
 
     def _frames(self, usual: Frames) -> Frames:

@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tempflow.devices import DTYPES
 from tempflow.names import PATH, cut
-from tempflow.rewards.weights import TOKENIZER, folder_of, load_strict, unfilled
+from tempflow.rewards.scorer import Scorer
+from tempflow.rewards.weights import TOKENIZER, folder_of, load_strict, load_tokenizer, unfilled
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's pixels, by which these networks' pixels are standardised too."""
@@ -144,8 +146,8 @@ class Source:
     dtype: str
 
 
-class Scorer:
-    """A network, its tokenizer and a head. Use `Scorer.of`.
+class Rater:
+    """A network, its tokenizer and a head. Use `Rater.of`.
 
     network    takes ids and patches, gives hidden states: transformers' model without its predictor of words
     head       hidden states float32 [..., D] → numbers [..., K]
@@ -160,7 +162,7 @@ class Scorer:
         self._lock = Lock()
 
     @staticmethod
-    def of(source: Source, tensors: Mapping[str, Tensor], head: nn.Module, tokens: Sequence[str], what: str) -> Scorer:
+    def of(source: Source, tensors: Mapping[str, Tensor], head: nn.Module, tokens: Sequence[str], what: str) -> Rater:
         """From the tensors of a checkpoint, by their names there.
 
         what  names the checkpoint in messages
@@ -168,11 +170,11 @@ class Scorer:
         Raises ValueError for missing and unexpected tensors, a base without configuration or tokenizer, and a
         vocabulary that has no row for the tokens.
         """
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel
 
-        folder = folder_of(source.base, source.revision, TOKENIZER)
         try:
-            config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder_of(source.base, source.revision, TOKENIZER))
+            tokenizer = load_tokenizer(source.base, source.revision)
         except (OSError, ValueError, KeyError) as error:
             where = cut(source.base, PATH)
             raise ValueError(f"base: {where!r} has no configuration or tokenizer ({cut(str(error), PATH)})") from error
@@ -183,10 +185,10 @@ class Scorer:
         if rows <= max(ids):
             raise ValueError(f"{what}: its vocabulary has {rows} rows, and {tokens[-1]!r} is token {max(ids)} of base")
         config.get_text_config().vocab_size = rows  # trained with the tokens added, and rows without use taken away
-        network = unfilled(lambda: AutoModel.from_config(config, dtype=getattr(torch, source.dtype)))
+        network = unfilled(lambda: AutoModel.from_config(config, dtype=DTYPES[source.dtype]))
         load_strict(network, own, what)
         load_strict(head, heads, what)
-        return Scorer(network, head, tokenizer, ids, source.device)
+        return Rater(network, head, tokenizer, ids, source.device)
 
     @torch.inference_mode()
     def __call__(self, clips: Sequence[Tensor], texts: Sequence[str], sides: tuple[int, int], video: bool) -> Tensor:
@@ -249,3 +251,11 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
             old = next((start for start in RENAMED if name.startswith(start)), "")
             own[RENAMED.get(old, "") + name.removeprefix(old)] = tensor
     return own, heads
+
+
+class RatedPictures(Scorer[Rater]):
+    """A `Scorer` by a `Rater`."""
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        """Raises ValueError for a prompt with a control token, such as `<|im_end|>`."""
+        check_plain(prompts)
