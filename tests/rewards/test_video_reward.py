@@ -243,6 +243,25 @@ def _plain(folder: Path) -> Path:
     return file
 
 
+def test_a_published_pickle_is_converted_once(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is published: a folder with the settings, and in it one with the pickle."""
+    import convert_weights
+
+    published, output = tmp_path / "published" / "checkpoint-1", tmp_path / "converted"
+    published.mkdir(parents=True)
+    head = {"base_model.model.rm_head.weight": world.heads[1].weight.detach()}
+    tied = {"base_model.model.lm_head.weight": world.state["base_model.model.model.embed_tokens.weight"]}
+    torch.save({**world.state, **head, **tied}, published / "model.pth")
+    given = ["video_reward", str(published / "model.pth"), "--output", str(output)]
+    assert convert_weights.main(given) == 1 and "has no model_config.json beside it" in capsys.readouterr().err
+    assert not output.exists()
+    (published.parent / "model_config.json").write_text(json.dumps(SETTINGS))
+    assert convert_weights.main(given) == 0
+    assert "left out: base_model.model.lm_head.weight" in capsys.readouterr().out
+    one, other = (world.reward(folder).score(MEDIA[:1], PROMPTS[:1], META[:1]).value for folder in (None, output))
+    assert torch.equal(one, other)
+
+
 def test_the_checkpoint_is_left_as_it_was(world: World) -> None:
     before = load_file(world.folder / "1" / "video_reward.safetensors")
     world.reward().prepare()
