@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from tempflow.media import Media
 from tempflow.rewards import Reward, score_all
-from tempflow.rewards.clap import clap, mono, windows
+from tempflow.rewards.clap import _unit, clap, mono, windows
 from tempflow.rewards.protocol import takes_of
 
 RATE = 8000
@@ -171,6 +172,13 @@ def test_what_cannot_be_heard_is_failed_or_refused(folder: Path) -> None:
     assert not score_all([reward], Media(silent), PROMPTS, META, [0, 1, 2]).ok.any()
     with pytest.raises(ValueError, match="parts: 2 kinds of media"):
         Media.cat([media_of(SOUND, RATE), media_of(SOUND, 2 * RATE)])
+
+
+def test_features_come_as_a_tensor_or_in_an_object() -> None:
+    """Of transformers 4, and of 5."""
+    features = torch.tensor([[3.0, 4.0]])
+    assert torch.equal(_unit(features), _unit(SimpleNamespace(pooler_output=features)))
+    assert torch.allclose(_unit(features), torch.tensor([[0.6, 0.8]]))
 
 
 def test_odd_prompts_and_sounds_are_judged(folder: Path) -> None:

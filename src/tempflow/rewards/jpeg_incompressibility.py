@@ -9,7 +9,7 @@ from tempflow.rewards.jpeg_compressibility import LICENCE, NEEDS, JPEGCompressib
 
 __all__ = ["LICENCE", "NEEDS", "RANGE", "JPEGIncompressibility", "jpeg_incompressibility"]
 
-RANGE = "above 0; about 30 to 200 at 512², in kilobytes"
+RANGE = "kB, above 0"
 
 
 def jpeg_incompressibility(*, quality: Quality = 95) -> JPEGIncompressibility:

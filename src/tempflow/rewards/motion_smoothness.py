@@ -17,7 +17,7 @@ from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
 from tempflow.rewards.protocol import check_media
 
-LICENCE, NEEDS, RANGE = "Apache-2.0", "", "0 to 1; above .9 for most clips, 1 for one that stands still"
+LICENCE, NEEDS, RANGE = "Apache-2.0", "", "0 to 1; 1 for a clip that stands still"
 
 FEWEST = 3
 """Frames that a clip must have: one, and its neighbours."""
