@@ -50,7 +50,7 @@ def drawn(case: Case, side: int) -> np.ndarray:
     ground, ink = (light, dark) if draw.random() < 0.5 else (dark, light)
     picture = Image.new("RGB", (side, side), tuple(int(c) for c in ground))
     pen, font = ImageDraw.Draw(picture), font_of(case.font, case.size)
-    left, top, right, bottom = pen.textbbox((0, 0), case.text, font=font)
+    left, top, right, bottom = (int(edge) for edge in pen.textbbox((0, 0), case.text, font=font))
     x, y = draw.integers(8, max(9, side - right - 8)), draw.integers(8, max(9, side - bottom - 8))
     pen.text((int(x) - left, int(y) - top), case.text, font=font, fill=tuple(int(c) for c in ink))
     noisy = np.asarray(picture) + draw.normal(0, case.noise or 1e-9, (side, side, 3))
