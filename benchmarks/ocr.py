@@ -67,8 +67,13 @@ def cases(texts: int) -> Iterator[Case]:
 def drawable(name: str, text: str) -> bool:
     """Whether the font has all its characters: PIL's has no Ü and no €."""
     font = font_of(name, 24)
-    none = bytes(font.getmask("\uffff"))
-    return all(c.isspace() or bytes(font.getmask(c)) != none for c in text)
+
+    def shape(letter: str) -> bytes:
+        picture = Image.new("L", (48, 48))
+        ImageDraw.Draw(picture).text((8, 8), letter, font=font, fill=255)
+        return picture.tobytes()
+
+    return all(c.isspace() or shape(c) != shape("\uffff") for c in text)
 
 
 def main() -> None:
