@@ -3,6 +3,7 @@
     python scripts/convert_weights.py hpsv2.1 HPS_v2.1_compressed.pt --output weights/hpsv2.1
     python scripts/convert_weights.py aesthetic sac+logos+ava1-l14-linearMSE.pth --output weights/aesthetic
     python scripts/convert_weights.py image_reward ImageReward.pt --list
+    python scripts/convert_weights.py video_reward checkpoint-11352/model.pth --output weights/video_reward
 
 This is the one place of the project that opens a pickle, and it opens it with `weights_only=True`: tensors and plain
 containers are read, anything else is refused. Each tensor of the file is renamed, split, joined or, where the score
@@ -187,18 +188,39 @@ def affine(layers: Mapping[str, Tensor]) -> Tensors:
     return {"weight": weight, "bias": bias}
 
 
+WORDS = "base_model.model.lm_head.weight"
+"""The predictor of words, which the score does not use."""
+
+
+def video_reward(found: Mapping[str, Tensor]) -> Converted:
+    """As it is, by peft's names: the reward merges the LoRA by its settings, and checks each tensor when it loads."""
+    rest = {name: tensor.clone() for name, tensor in found.items() if name != WORDS}  # no two in one memory
+    return Converted(rest, [name for name in found if name == WORDS])
+
+
 @dataclass(frozen=True)
 class Kind:
     """A published file.
 
     convert  its tensors to ours
-    shapes   what they must be then: of a configuration, name → shape
+    shapes   what they must be then: of a configuration, name → shape; None: whoever loads them checks
     config   what is written as config.json; None: nothing
+    beside   a file that lies beside the published one, or in the folder above, and belongs to it
     """
 
     convert: Callable[[Mapping[str, Tensor]], Converted]
-    shapes: Callable[[Any], dict[str, torch.Size]]
+    shapes: Callable[[Any], dict[str, torch.Size]] | None
     config: dict[str, Any] | None
+    beside: str | None = None
+
+    def companion(self, file: Path) -> Path | None:
+        """The file beside; None where none belongs to it. Raises ValueError where it is not there."""
+        if self.beside is None:
+            return None
+        for folder in (file.parent, file.resolve().parent.parent):
+            if (folder / self.beside).is_file():
+                return folder / self.beside
+        raise ValueError(f"FILE: {cut(str(file), PATH)!r} has no {self.beside} beside it; get that file, too")
 
 
 def clip_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
@@ -226,6 +248,7 @@ KINDS = {
     "hpsv2.1": Kind(clip, clip_shapes, CLIP_H),
     "aesthetic": Kind(aesthetic, head_shapes, None),
     "image_reward": Kind(image_reward, blip_shapes, BLIP_L),
+    "video_reward": Kind(video_reward, None, None, "model_config.json"),
 }
 """Scorer → what its published file is. Other scorers' weights are published as safetensors."""
 
@@ -255,8 +278,11 @@ def convert(name: str, found: Mapping[str, Tensor], config: dict[str, Any] | Non
     """The tensors of a published file as ours; `config` is the network's. Raises ValueError for names that are unknown
     or missing, shapes that are another network's, and numbers that are not finite."""
     kind = KINDS[name]
-    made, shapes = kind.convert(found), kind.shapes(config)
-    _check_names(made.tensors.keys(), shapes)
+    made = kind.convert(found)
+    shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
+    if kind.shapes is not None:
+        shapes = kind.shapes(config)
+        _check_names(made.tensors.keys(), shapes)
     for tensor in shapes:
         if made.tensors[tensor].shape != shapes[tensor]:
             wrong = list(made.tensors[tensor].shape)
@@ -295,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"FILE: {str(given.file)!r} is not there")
         if given.output is not None:
             check(given.output, "weights")
+        beside = KINDS[given.kind].companion(given.file)
         made = convert(given.kind, read(given.file), config)
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
@@ -306,6 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}  {str(tensor.dtype).removeprefix('torch.')}  {list(tensor.shape)}")
         return 0
     folder = write(given.kind, made, given.file.name, config, given.output)
+    if beside is not None:
+        (folder / beside.name).write_bytes(beside.read_bytes())
     print(f"{len(made.tensors)} tensors in {folder}")
     return 0
 

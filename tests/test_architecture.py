@@ -227,10 +227,10 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 FAMILIES = re.compile(
-    r"(?<![a-z])(sd_?(xl|3\d*|1_?5|21)|stable_?diffusion\w*|flux\d?|qwen\w*|wan\d*|ltx\w*|z_?image|sana|hunyuan\w*"
+    r"(?<![a-z])(sd_?(xl|3\d*|1_?5|21)|stable_?diffusion\w*|flux\d?|qwen(?![\w./-]*vl\b)\w*|wan\d*|ltx\w*|z_?image|sana|hunyuan\w*"
     r"|cogview\d?|lumina\d?)(?![a-z])"
 )
-"""Model families, as code would name them."""
+"""Model families, as code would name them. A vision-language model, which judges, is none."""
 
 MAY_NAME = {"models", "recipes", "shapes"}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from PIL import Image
+from pydantic import Field
 
 from tempflow.core.scores import Scores
 from tempflow.media import Media
@@ -15,10 +17,13 @@ from tempflow.rewards.protocol import check_media
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "", "−kB, below 0"
 
+Quality = Annotated[int, Field(ge=1, le=95)]
+"""Of a JPEG, on PIL's scale."""
 
-def jpeg_compressibility() -> JPEGCompressibility:
+
+def jpeg_compressibility(*, quality: Quality = 95) -> JPEGCompressibility:
     """Minus the kilobytes of the picture's JPEG."""
-    return JPEGCompressibility()
+    return JPEGCompressibility(quality)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class JPEGCompressibility:
     quality: int = 95
     name: str = "jpeg_compressibility"
     groupwise: bool = False
+    sign: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 95:
@@ -40,7 +46,7 @@ class JPEGCompressibility:
         """One column; never fails. The prompt plays no part."""
         pictures = check_media(media, prompts, metadata).pictures()
         sizes = [self._bytes(Image.fromarray(picture)) for picture in pictures.numpy()]
-        value = -torch.tensor(sizes, dtype=torch.float32)[:, None] / 1000
+        value = self.sign * torch.tensor(sizes, dtype=torch.float32)[:, None] / 1000
         return Scores(value, torch.ones_like(value, dtype=torch.bool), (self.name,))
 
     def _bytes(self, image: Image.Image) -> int:
