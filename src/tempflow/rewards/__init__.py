@@ -52,7 +52,7 @@ REWARDS: Mapping[str, Make] = Registry(
     __name__,
     besides=(
         *("around", "clip", "compose", "function", "geneval2_rules", "geneval_rules", "options", "protocol", "safe"),
-        *("scorer", "scoring", "weights"),
+        *("scorer", "scoring", "weights", "wire"),
     ),
 )
 """What ships with the package: name → a function that makes it of its options."""
