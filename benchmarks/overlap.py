@@ -1,11 +1,13 @@
 """Scoring a chunk while the next is grown, against one after the other: `shapes`, interleaved in one run, medians.
 
-    python -m benchmarks.overlap [--prompts 8] [--repeats 5] [--kinds sleep opencv python]
+    python -m benchmarks.overlap [--prompts 8] [--repeats 5] [--kinds sleep opencv python remote]
 
 A reward takes as long as growing does (rollout, decoding, signals), measured in the same run without overlap. It is
-"sleep" (as a remote reward or a judge: it waits), "opencv" (the strict verifier, again and again: numpy and OpenCV) or
-"python" (a loop that holds Python's lock). Prints, by kind of reward, the seconds of an iteration with and without
-overlap beside max(rollout, reward) + train, the least that overlap could take, and the ratio.
+"sleep" (as a remote reward or a judge: it waits), "opencv" (the strict verifier, again and again: numpy and OpenCV),
+"python" (a loop that holds Python's lock) or "remote" (a server in a process of its own, asked over loopback, that
+waits; its scores are compared with those that the same function gives here). Prints, by kind of reward, the seconds of
+an iteration with and without overlap beside max(rollout, reward) + train, the least that overlap could take, and the
+ratio.
 """
 
 from __future__ import annotations
@@ -21,19 +23,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.served import SECONDS, served
 from tempflow.algorithms import tempflow_grpo
 from tempflow.config.guards import GuardsConfig
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.media import Media
+from tempflow.media import Media, Size
 from tempflow.models import load
-from tempflow.rewards import build, from_function
+from tempflow.models.guidance import Guidance
+from tempflow.rewards import Reward, build, from_function
+from tempflow.rewards.remote import remote
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 from tempflow.train.guards import Guards
 from tempflow.train.update import update
 from tempflow.train.weights import Trainable
 
-SIZE = (32, 32)
+SIZE = Size(32, 32)
 GROWING = ("rollout", "decode", "signals")
 STRICT = build("shapes_strict")
 
@@ -48,7 +53,7 @@ class Slow:
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
         count = round(self.units * len(images))
-        if self.kind == "sleep":
+        if self.kind in ("sleep", "remote"):
             time.sleep(self.units * len(images))
         elif self.kind == "opencv":
             for n in range(count):
@@ -61,8 +66,8 @@ class Slow:
     def set_to(self, seconds: float) -> None:
         """So much work that a picture takes about `seconds`."""
         self.units = seconds
-        if self.kind != "sleep":
-            pictures = [Image.new("RGB", SIZE, (n, 40, 90)) for n in range(50)]
+        if self.kind not in ("sleep", "remote"):
+            pictures = [Image.new("RGB", (SIZE.width, SIZE.height), (n, 40, 90)) for n in range(50)]
             self.units = 4.0
             began = time.perf_counter()
             self(pictures, [*self.prompts][:1] * 50)
@@ -94,7 +99,7 @@ def context_for(leaves: int) -> Context:
         algorithm=algorithm,
         schedule=model.schedule(algorithm.steps, SIZE),
         size=SIZE,
-        guidance=1.0,
+        guidance=Guidance(),
         rewards=(),
         seed=0,
         rollout_rows=96,
@@ -127,10 +132,26 @@ def measure(kind: str, prompts: list[Prompt], leaves: int, repeats: int) -> str:
     """A row of the table."""
     slow = Slow(kind, {prompt.text: prompt for prompt in prompts})
     context = replace(context_for(leaves), rewards=[from_function(slow, name=kind)])
-    overlapped, serial = (iteration_of(replace(context, overlap=o), prompts) for o in (True, False))
     pictures = context.algorithm.cost(0, len(prompts)).leaves
+    serial = iteration_of(replace(context, overlap=False), prompts)
     serial()
-    slow.set_to(statistics.median(serial().growing for _ in range(3)) / pictures)
+    seconds = statistics.median(serial().growing for _ in range(3)) / pictures
+    slow.set_to(seconds)
+    if kind != "remote":
+        return row_of(kind, context, prompts, repeats)
+    slow.units = 0.0
+    here = collect(context, prompts, 0, Counter(), Clock()).scores
+    with served("slow", environment={SECONDS: str(seconds)}) as (url, token, _):
+        far: list[Reward] = [remote(url=url, token_file=token, batch=leaves)]
+        context = replace(context, rewards=far)
+        there = collect(context, prompts, 0, Counter(), Clock()).scores
+        assert torch.equal(here.value, there.value) and bool(there.ok.all()), "the server's scores are other bits"
+        return row_of(kind, context, prompts, repeats)
+
+
+def row_of(kind: str, context: Context, prompts: list[Prompt], repeats: int) -> str:
+    """Iterations with and without overlap in turn."""
+    overlapped, serial = (iteration_of(replace(context, overlap=o), prompts) for o in (True, False))
     both, ratios = ([], []), list[float]()
     for _ in range(repeats):
         one, other = overlapped(), serial()
@@ -151,7 +172,7 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=30, help="rollout_leaves: 30 is a prompt a chunk")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kinds", nargs="+", choices=["sleep", "opencv", "python"], default=["sleep"])
+    parser.add_argument("--kinds", nargs="+", choices=["sleep", "opencv", "python", "remote"], default=["sleep"])
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     prompts = list(load_prompts("shapes:train"))[::50][: a.prompts]

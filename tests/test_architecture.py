@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"core", "names", "registry", "request", "media", "devices"},
     "registry": set(),
     "rewards": {"core", "shapes", "registry", "media", "strict", "names", "request", "devices"},
+    "serve": {"core", "rewards", "media", "names"},
     "algorithms": {"core", "perception", "names", "registry"},
     "perception": {"models"},
     "latent_reward": {"core", "models", "names", "request", "media"},
@@ -91,6 +92,7 @@ ROOMS: dict[str, set[str]] = {
         "report",
         "export",
         "doctor",
+        "serve",
     },
 }
 """Each room and the rooms it may import: core ← models, rewards ← algorithms ← evaluate ← train ← cli."""

@@ -57,8 +57,8 @@ class Constant:
 
 
 # ----------------------------------------------------------------------------------------------------------- by name
-WEIGHTS = {"aesthetic", "hpsv2", "image_reward"}
-"""Rewards that must be told where their weights lie."""
+WEIGHTS = {"aesthetic", "hpsv2", "image_reward", "remote"}
+"""Rewards that must be told where their weights lie, or their server."""
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDS if name not in WEIGHTS])

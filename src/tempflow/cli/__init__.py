@@ -19,6 +19,7 @@ Reinforcement learning for flow-matching image generators.
   cost … --measure                                 and how long, from ten seconds of measurement on this machine
   sample [PATH] --prompt TEXT …                    draw pictures
   eval [WHAT] [--base MODEL] [--gold NAME …]       score a model, a run or a LoRA on fixed prompts and noise
+  serve-reward NAME | --function FILE.py:NAME      a reward over HTTP, for runs elsewhere (docs/reward_server.md)
   report RUN [RUN …] [--output page.html]          one page about a run, or several side by side
   export RUN --output FOLDER [--form merged]       a run's weights as a folder for diffusers
   doctor [RECIPE | config.yaml] [--field value …]  what stands between this machine and a run
@@ -39,12 +40,13 @@ VERBS = {
     "models": "lists",
     "rewards": "lists",
     "recipes": "lists",
+    "serve-reward": "serve",
     "report": "report",
     "export": "export",
     "doctor": "doctor",
     "check-reward": "check_reward",
 }
-"""Verb → the file here whose function VERB_verb runs it."""
+"""Verb → the file here whose function VERB_verb runs it ("_" for "-")."""
 
 EXHAUSTED = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENOMEM", "EMFILE", "ENFILE")
 """What the machine is short of, or broken, whatever the input."""

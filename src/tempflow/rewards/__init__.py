@@ -52,7 +52,7 @@ REWARDS: Mapping[str, Make] = Registry(
     __name__,
     besides=(
         *("around", "clip", "compose", "function", "geneval2_rules", "geneval_rules", "options", "protocol", "safe"),
-        *("scorer", "scoring", "vlm", "weights"),
+        *("scorer", "scoring", "vlm", "weights", "wire"),
         *("answers", "endpoint", "template"),
     ),
 )

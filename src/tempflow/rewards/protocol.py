@@ -15,6 +15,10 @@ class RewardError(ValueError):
     """A reward that broke the protocol (not a picture that could not be scored: that is a failed score)."""
 
 
+class Unreachable(Exception):
+    """What a reward raises when that which scores for it cannot be had: to call it again with other rows is no use."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Scores media; knows nothing of diffusion.

@@ -19,6 +19,7 @@ from tempflow.media import Kind, Media
 from tempflow.rewards.protocol import (
     Reward,
     RewardError,
+    Unreachable,
     check,
     check_media,
     check_prompts,
@@ -40,7 +41,7 @@ def go_on() -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a call has no scores. `late`: it took longer than its timeout."""
+    """Why a call has no scores. `late`: it took longer than its timeout, or is `Unreachable`: others would be too."""
 
     text: str
     late: bool = False
@@ -137,7 +138,8 @@ class SafeReward:
     def _fault(self, text: str, kind: str, count: int, error: Exception | None = None) -> Fault:
         level = logging.DEBUG if kind in self._told else logging.WARNING
         self._told.add(kind)
-        self.fault = Fault(f"reward {self.name!r} {text}", late=kind == "late")
+        late = kind == "late" or isinstance(error, Unreachable)
+        self.fault = Fault(f"reward {self.name!r} {text}", late)
         hint = "; further ones of this kind are not told" if level == logging.WARNING else ""
         _log.log(level, "%s; its %d scores are failed%s", self.fault.text, count, hint, exc_info=error)
         return self.fault
