@@ -17,6 +17,7 @@ from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.rewards import REWARDS, Reward, RewardError, build, from_function, score_all
 from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
+from tempflow.rewards.options import options_of
 from tempflow.rewards.protocol import check
 
 
@@ -57,14 +58,18 @@ class Constant:
 
 
 # ----------------------------------------------------------------------------------------------------------- by name
-WEIGHTS = {"aesthetic", "hpsv2", "image_reward", "remote"}
-"""Rewards that must be told where their weights lie, or their server."""
+ASKED = {"url": "http://127.0.0.1:1/v1", "model": "m", "template": "unified_1", "path": "x"}
+"""What must be said of some rewards: where their weights lie, or whom they ask. Nothing is loaded or asked."""
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in WEIGHTS])
-def test_every_shipped_reward_is_built_under_its_own_name(name: str) -> None:
-    reward = build(name)
-    assert isinstance(reward, Reward) and reward.name == name and reward.groupwise is False
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_shipped_reward_is_built_under_its_own_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPFLOW_REWARD_TOKEN", "t" * 32)
+    fields = options_of(REWARDS[name]).model_fields
+    options = {option: ASKED[option] for option, field in fields.items() if field.is_required()}
+    options |= {"template": "unified_1_pairs"} if name == "judge_pairs" else {}
+    reward = build(name, options=options)
+    assert isinstance(reward, Reward) and reward.name == name and reward.groupwise is (name == "judge_pairs")
 
 
 @pytest.mark.parametrize(
