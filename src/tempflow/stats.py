@@ -63,6 +63,59 @@ def interval(
     return float(low), float(high)
 
 
+def macro_interval(
+    values: ArrayLike,
+    groups: Sequence[object],
+    draws: int = 2000,
+    level: float = 0.95,
+    *,
+    strata: Sequence[object] | None = None,
+    clusters: Sequence[object] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """`interval` of a mean of means: each group's mean over its values, and over the groups, which count alike.
+
+    values  float [N]; NaN = failed
+    groups  a label per value. Unlike strata they may cut through clusters: a prompt has values in several of them. A
+            resample that has no value of a group is the mean of the others
+
+    NaN, NaN where no value is valid. Raises ValueError as `interval`.
+    """
+    value = np.asarray(values, np.float64)
+    _check(value, draws, level, strata, clusters)
+    if value.ndim != 1 or len(groups) != len(value):
+        raise ValueError(
+            f"groups has {len(groups)} labels for {list(value.shape)} values; nearest valid: one per value"
+        )
+    ok = ~np.isnan(value)
+    if not ok.any():
+        return math.nan, math.nan
+    label, group = (_renumbered(_numbered(labels, len(value))[ok]) for labels in (strata, groups))
+    unit = _renumbered((np.arange(len(value)) if clusters is None else _numbered(clusters, len(value)))[ok])
+    stratum = np.zeros(unit.max() + 1, int)
+    stratum[unit] = label
+    if (stratum[unit] != label).any():
+        raise ValueError("clusters: one lies in two strata; nearest valid: strata that are the same all over a cluster")
+    sums, counts = np.zeros((2, len(stratum), group.max() + 1))
+    np.add.at(sums, (unit, group), value[ok])
+    np.add.at(counts, (unit, group), 1)
+    rng, means, at_once = np.random.default_rng(seed), list[np.ndarray](), max(1, CELLS_AT_ONCE // len(stratum))
+    places = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
+    for first in range(0, draws, at_once):
+        often = np.zeros((min(at_once, draws - first), len(stratum)))
+        for place in places:
+            often[:, place] = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), len(often))
+        with np.errstate(invalid="ignore"):
+            means.append(np.nanmean((often @ sums) / (often @ counts), 1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _renumbered(numbers: np.ndarray) -> np.ndarray:
+    """0 … in the place of numbers of which some are not used."""
+    return np.unique(numbers, return_inverse=True)[1]
+
+
 def paired_interval(
     a: ArrayLike,
     b: ArrayLike,

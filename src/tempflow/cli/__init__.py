@@ -19,6 +19,7 @@ Reinforcement learning for flow-matching image generators.
   cost … --measure                                 and how long, from ten seconds of measurement on this machine
   sample [PATH] --prompt TEXT …                    draw pictures
   eval [WHAT] [--base MODEL] [--gold NAME …]       score a model, a run or a LoRA on fixed prompts and noise
+  suite NAME [WHAT] --prompts FILE …               GenEval, UniGenBench and others, of a model or a folder of pictures
   serve-reward NAME | --function FILE.py:NAME      a reward over HTTP, for runs elsewhere (docs/reward_server.md)
   report RUN [RUN …] [--output page.html]          one page about a run, or several side by side
   export RUN --output FOLDER [--form merged]       a run's weights as a folder for diffusers
@@ -40,6 +41,7 @@ VERBS = {
     "models": "lists",
     "rewards": "lists",
     "recipes": "lists",
+    "suite": "suite",
     "serve-reward": "serve",
     "report": "report",
     "export": "export",

@@ -19,6 +19,9 @@ class ReportOptions(Strict):
     runs: Annotated[tuple[Place, ...], POSITIONAL, Field(strict=False)] = Field(
         default=(), description="folders that `tempflow train` wrote"
     )
+    suites: Annotated[tuple[Place, ...], Field(strict=False)] = Field(
+        default=(), description="folders that `tempflow suite` wrote, whose tables are shown too"
+    )
     output: Place = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
 
 
@@ -35,4 +38,4 @@ def run_report(options: ReportOptions) -> Path:
     usual = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     output = Path(options.output) if options.output else usual
     with writing("output", output):
-        return write_report(folders, output)
+        return write_report(folders, output, [Path(suite) for suite in options.suites])

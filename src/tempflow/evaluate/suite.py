@@ -35,6 +35,7 @@ __all__ = [
     "Report",
     "draw",
     "draw_strips",
+    "drawn",
     "evaluate",
     "evaluate_path",
     "fixed_prompts",
@@ -93,6 +94,24 @@ def draw_strips(
     time."""
     how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
     return torch.cat([_crossed(seen).strips() for _, seen in _drawn(model, prompts, how)])
+
+
+def drawn(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int,
+    guidance: Guidance | float,
+    seed: int,
+    size: Size,
+    rows: int,
+    samples_per_prompt: int = 1,
+    first: int = 0,
+) -> Iterator[tuple[range, Decoded]]:
+    """What `draw` draws, in parts as they are ready: numbers of the prompts, and their pictures with what is wrong with
+    them. first: number of the first prompt, which its noise depends on."""
+    guide = guided(guidance, model.guidance)
+    return _drawn(model, prompts, _Sampling(steps, guide, seed, size, rows, samples_per_prompt, first))
 
 
 def _crossed(seen: Decoded) -> Media:

@@ -41,8 +41,8 @@ class Tally:
         """Score of each primary dimension: pooled over its verdicts, not a mean of its dimensions."""
         right, every = Counter[str](), Counter[str]()
         for name, count in self.all.items():
-            every[_primary(name)] += count
-            right[_primary(name)] += self.right.get(name, 0)
+            every[theme_of(name)] += count
+            right[theme_of(name)] += self.right.get(name, 0)
         return {name: right[name] / count for name, count in every.items()}
 
     @property
@@ -102,5 +102,6 @@ def _wrong(points: Sequence[str], scores: Sequence[int]) -> str | None:
     return None
 
 
-def _primary(name: str) -> str:
+def theme_of(name: str) -> str:
+    """The primary dimension of a dimension's name."""
     return name.split("-", 1)[0].strip()

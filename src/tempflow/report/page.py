@@ -6,13 +6,16 @@ import base64
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempflow.folder import check_file, write_file
 from tempflow.report import charts, figures
 from tempflow.report.charts import Chart, Series
 from tempflow.report.figures import Change
-from tempflow.report.runs import RunData, read_runs
+from tempflow.report.runs import RunData, read_runs, read_suite
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 STATUS = {
     "finished": "finished",
@@ -62,20 +65,24 @@ CREDIT = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[Path], out: Path, suites: Sequence[Path] = ()) -> Path:
     """Writes one self-contained HTML page about the runs in `folders`; returns `out`.
 
-    Raises ValueError for a folder without a run, a broken file, or an `out` that is not named .html or is there and no
-    page of ours; ImportError with the command to run where jinja2 is missing.
+    suites  folders that `tempflow suite` wrote, whose tables the page shows too
+
+    Raises ValueError for a folder without a run or a suite, a broken file, or an `out` that is not named .html or is
+    there and no page of ours; ImportError with the command to run where jinja2 is missing.
     """
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"output: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
     check_file(out, "output")
-    return write_file(out, render(read_runs(folders), datetime.now().astimezone()), "output")
+    return write_file(
+        out, render(read_runs(folders), datetime.now().astimezone(), [read_suite(s) for s in suites]), "output"
+    )
 
 
-def render(runs: Sequence[RunData], now: datetime) -> str:
-    """The page about `runs` as text. Whatever comes from a run is escaped."""
+def environment() -> Environment:
+    """Renders our templates; whatever is put into them is escaped. Raises ImportError without jinja2."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -89,18 +96,28 @@ def render(runs: Sequence[RunData], now: datetime) -> str:
     )
     jinja.filters["number"] = charts.number
     jinja.filters["legend"] = _legend
-    return jinja.get_template("page.html").render(
-        title=" · ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
-        now=now.strftime("%Y-%m-%d %H:%M %Z"),
-        metric=runs[0].metric,
-        runs=[_run(run, i) for i, run in enumerate(runs)],
-        learning=_learning(runs),
-        training=_training(runs),
-        run_legend=[(run.label, place, True) for place, run in enumerate(runs)],
-        differences=figures.differences(runs) if len(runs) > 1 else [],
-        same_test=all(figures.same_test(runs[0], run) for run in runs),
-        against=[figures.against(runs[0], run, runs[0].metric) if run is not runs[0] else None for run in runs],
-        compared=_whiskers([figures.held_out(run, runs[0].metric) for run in runs]),
+    return jinja
+
+
+def render(runs: Sequence[RunData], now: datetime, suites: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page about `runs` as text, and what `read_suite` gives of suites. Whatever comes from a run is escaped."""
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            suites=suites,
+            title=" · ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+            now=now.strftime("%Y-%m-%d %H:%M %Z"),
+            metric=runs[0].metric,
+            runs=[_run(run, i) for i, run in enumerate(runs)],
+            learning=_learning(runs),
+            training=_training(runs),
+            run_legend=[(run.label, place, True) for place, run in enumerate(runs)],
+            differences=figures.differences(runs) if len(runs) > 1 else [],
+            same_test=all(figures.same_test(runs[0], run) for run in runs),
+            against=[figures.against(runs[0], run, runs[0].metric) if run is not runs[0] else None for run in runs],
+            compared=_whiskers([figures.held_out(run, runs[0].metric) for run in runs]),
+        )
     )
 
 

@@ -97,6 +97,20 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     return [_read(f, label, c) for f, label, c in zip(folders, labels, configs, strict=True)]
 
 
+def read_suite(folder: Path) -> Line:
+    """What `tempflow suite` wrote into a folder: its summary, with `folder`, and `source` in words.
+
+    Raises ValueError for a folder that holds no finished suite, or a broken file.
+    """
+    told = _json(folder / "summary.json")
+    if told is None or not isinstance(told.get("tables"), list):
+        raise ValueError(f"suites: {str(folder)!r} holds no finished suite; nearest valid: what `tempflow suite` wrote")
+    settings = told["settings"]
+    sides = [settings[side] for side in ("what", "against") if side in settings]
+    words = [" ".join(str(side[k]) for k in ("pictures", "model", "lora") if side.get(k)) for side in sides]
+    return {**told, "folder": str(folder), "source": " against ".join(words)}
+
+
 def _config(folder: Path) -> Line:
     file = folder / "config.yaml"
     if not file.is_file():

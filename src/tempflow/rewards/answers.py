@@ -21,6 +21,7 @@ __all__ = [
     "better",
     "final_score",
     "json_scores",
+    "json_verdicts",
     "json_winner",
     "named_scores",
     "pair_scores",
@@ -94,6 +95,17 @@ def json_scores(text: str, count: int, low: float, high: float) -> tuple[float, 
     if not isinstance(given, list) or len(given) != count:
         raise Unreadable(f'"score" is {_told(score)}; {count} numbers are needed')
     return tuple(_number(value, low, high) for value in given)
+
+
+def json_verdicts(text: str, count: int) -> tuple[int, ...]:
+    """The list of `count` numbers under "score" of one JSON object, each 0 or 1: no true, no "1", no 1.0."""
+    score = _object(text).get("score")
+    if not isinstance(score, list) or len(score) != count:
+        told = f"a list of {len(score)}" if isinstance(score, list) else _told(score)
+        raise Unreadable(f'"score" is {told}; a list of {count} is needed')
+    if any(type(verdict) is not int or verdict not in (0, 1) for verdict in score):
+        raise Unreadable('"score" holds what is neither 0 nor 1')
+    return tuple(score)
 
 
 # ----------------------------------------------------------------------------------------- comparisons: 1, ½ or 0

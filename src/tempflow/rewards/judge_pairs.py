@@ -103,6 +103,27 @@ class JudgePairs:
                 played[a], played[b] = played[a] + 1, played[b] + 1
         return column([w / p if p else None for w, p in zip(wins, played, strict=True)], self.name)
 
+    def compare(
+        self, first: Media, second: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+    ) -> list[float | None]:
+        """What each of `first` wins against the one of `second` in its place, drawn for the same prompt: 0 to 1, the
+        mean over both orders. None unless both orders got a certain answer; equal pictures tie without a question.
+
+        Raises ValueError as `check_prompts` and for lengths that differ, RewardError for what ends a run.
+        """
+        self.check_prompts(prompts, metadata)
+        ones, others = (shown_of(self.template, check_media(media, prompts, metadata)) for media in (first, second))
+        asked = [n for n, (one, other) in enumerate(zip(ones, others, strict=True)) if one != other]
+        questions: list[Question] = []
+        for n in asked:
+            for pair in ((ones[n], others[n]), (others[n], ones[n])):
+                questions.append(self._question(*pair, prompts[n], metadata[n]))
+        told = self.endpoint.ask(questions, [self.template.read] * len(questions))
+        found: list[float | None] = [0.5] * len(ones)
+        for n, ahead, behind in zip(asked, told[::2], told[1::2], strict=True):
+            found[n] = None if ahead is None or behind is None else (ahead + 1 - behind) / 2
+        return found
+
     def _matches(self, shown: Sequence[tuple[bytes, ...]], prompts: Sequence[str]) -> Iterator[tuple[int, int]]:
         """(first, second) of every question."""
         most = round_robin(len(shown))
