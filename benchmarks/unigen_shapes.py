@@ -1,4 +1,4 @@
-"""UniGenBench's way offline: `shapes` prompts in its CSV's form, judged over HTTP by the verifier, counted by the suite.
+"""UniGenBench's way offline: `shapes` prompts in its CSV's form, judged over HTTP by the verifier.
 
     python -m benchmarks.unigen_shapes [--prompts 24] [--samples 2] [--failures 0.1] [--output runs/unigen_shapes]
 
@@ -108,9 +108,7 @@ def through_the_wire(folder: Path, specs: Sequence[Spec], samples: int, failures
     with JudgeServer(verifier_checklist(failures), keep=False) as server:
         options = {"url": server.url, "model": "judge", "timeout": 30.0}
         tables, _ = run_suite(
-            SuiteOptions(
-                name="unigenbench", prompts=str(prompts), samples=samples, options=options, output=str(folder)
-            )
+            SuiteOptions(name="unigenbench", prompts=str(prompts), samples=samples, options=options, output=str(folder))
         )
     assert sum(row.failed for table in tables for row in table.rows) == 0, "pictures failed ten times"
     return {row.label: row.mean for table in tables for row in table.rows}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from tempflow import stats
-from tempflow.stats import interval, paired_interval
+from tempflow.stats import interval, macro_interval, paired_interval
 
 VALUES = np.random.default_rng(7).gamma(2.0, size=80)
 
@@ -134,3 +134,25 @@ def test_moves_and_scales_with_the_values(values: list[float], scale: float, shi
 def test_wrong_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_mean_of_means_by_hand() -> None:
+    """Two groups of one value each prompt: the resamples of two prompts are (a, a), (a, b), (b, a), (b, b)."""
+    values, groups, prompts = [0.0, 1.0, 1.0, 1.0], ["x", "y", "x", "y"], ["a", "a", "b", "b"]
+    assert macro_interval(values, groups, clusters=prompts) == (0.5, 1.0)
+    assert macro_interval([1.0, 0.0], ["x", "y"], strata=["x", "y"]) == (0.5, 0.5)  # each group keeps its value
+    even = np.random.default_rng(2).normal(0, 1, 200)
+    label = ["x", "y"] * 100  # groups of one size: nearly the interval of the plain mean
+    assert macro_interval(even, label, strata=label) == pytest.approx(interval(even, strata=label), abs=0.02)
+    few = np.r_[np.zeros(190), np.ones(10)]
+    low, high = macro_interval(few, ["x"] * 190 + ["y"] * 10)
+    assert low == high == 0.5  # groups count alike, however many values they have
+    assert macro_interval([math.nan, 2.0], ["x", "y"]) == (2.0, 2.0)
+    assert all(map(math.isnan, macro_interval([math.nan], ["x"])))
+
+
+def test_a_mean_of_means_refuses() -> None:
+    with pytest.raises(ValueError, match="groups has 1 labels"):
+        macro_interval([1.0, 2.0], ["x"])
+    with pytest.raises(ValueError, match="one lies in two strata"):
+        macro_interval([1.0, 2.0], ["x", "y"], strata=[0, 1], clusters=["p", "p"])

@@ -296,3 +296,21 @@ def test_no_answer_takes_long(junk: str) -> None:
         for text in (junk * 100_000, f"{junk * 50_000} unless Image 1 is better, {junk * 50_000}"):
             with pytest.raises(Unreadable):
                 load(name).read(Answer(text, {}))
+
+
+def test_lists_of_verdicts_have_the_right_length_and_nothing_but_0_and_1() -> None:
+    assert answers.json_verdicts('{"remarks": ["a", "b"], "score": [1, 0]}', 2) == (1, 0)
+    assert answers.json_verdicts('```json\n{"score": [0]}\n```', 1) == (0,)
+    wrong = ("1", "[1]", "[1, 0, 1]", "[1, 2]", "[1, true]", "[1, 0.0]", '[1, "0"]', "[1, null]", "null")
+    for score in wrong:
+        with pytest.raises(Unreadable):
+            answers.json_verdicts(f'{{"score": {score}}}', 2)
+    for text in (
+        "",
+        "score: [1, 0]",
+        '{"scores": [1, 0]}',
+        '{"score": [1, 0]} {}',
+        '{"score": [1, 0], "score": [1, 1]}',
+    ):
+        with pytest.raises(Unreadable):
+            answers.json_verdicts(text, 2)

@@ -157,3 +157,23 @@ def test_edits_are_compared_before_their_source(tmp_path: Path) -> None:
         assert all(a.pictures[0][0, 0, 0] == 77 and len(a.pictures) == 3 for a in server.asked)
         with pytest.raises(ValueError, match="source picture"):
             reward.check_prompts(["x"], [{}])
+
+
+def test_two_models_pictures_are_compared_in_both_orders() -> None:
+    """Pairs: better, worse, equal, a judge that looks at places, and one order without an answer."""
+
+    def decide(asked: Asked) -> Reply:
+        a, b = levels(asked)
+        if 200 in (a, b):
+            return Reply(FIRST)
+        return FAILED if (a, b) == (7, 100) else brighter(asked)
+
+    with JudgeServer(decide) as server:
+        judge = made(server)
+        first, second = Media.of(greys(50, 3, 9, 200, 100)), Media.of(greys(3, 50, 9, 90, 7))
+        told = judge.compare(first, second, ["a cat"] * 5, [{}] * 5)
+        assert told == [1.0, 0.0, 0.5, 0.5, None] and len(server.asked) == 8
+        back = judge.compare(second, first, ["a cat"] * 5, [{}] * 5)
+        assert back == [0.0, 1.0, 0.5, 0.5, None]
+        with pytest.raises(ValueError, match="prompts has 1 entries"):
+            judge.compare(first, second, ["a cat"], [{}])

@@ -81,8 +81,9 @@ def run_suite(options: SuiteOptions) -> tuple[tuple[Table, ...], Path]:
 
 def job_of(options: SuiteOptions) -> Job:
     """What `options` mean. Loads no weights and asks no server."""
-    from tempflow.evaluate.suites.run import WITHOUT_EFFECT, Job, samples_of, side_of
+    from tempflow.evaluate.suites.run import WITHOUT_EFFECT, Job, samples_of, side_of, stamp
     from tempflow.evaluate.suites.table import read, scorer_of, suite_of
+    from tempflow.rewards import maker, places
 
     suite = suite_of(options.name)
     if bool(options.against or options.against_base) != suite.pairs:
@@ -99,7 +100,9 @@ def job_of(options: SuiteOptions) -> Job:
         name = next(iter(given))
         raise ValueError(f"{name}: the pictures are there, and none is drawn; nearest valid: without")
     kind = options.scorer or suite.scorer
-    said = {"scorer": kind or options.name, "options": {**suite.preset, **options.options}}
+    said: dict[str, Any] = {"scorer": kind or options.name, "options": {**suite.preset, **options.options}}
+    named = places(maker(kind) if suite.own is None else suite.own, said["options"])
+    said["files"] = {name: stamp([Path(place)]) for name, place in named.items() if Path(place).exists()}
     said["options"] = {k: v for k, v in said["options"].items() if k not in WITHOUT_EFFECT}
     return Job(
         options.name,

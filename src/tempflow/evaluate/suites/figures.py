@@ -135,7 +135,7 @@ def by_labels(score: str, about: str, labels: Mapping[str, str] | None = None) -
 
 def of_geneval(judged: Sequence[Judged]) -> tuple[Table, ...]:
     """GenEval's score, the mean over its six tags of the mean over a tag's pictures; and each tag's."""
-    entries = list(_scores(judged, lambda prompt: prompt.kind))
+    entries = list(_scores(judged, lambda prompt: _said(prompt, "tag")))
     entries = [Entry(e.label, e.value, e.prompt, e.label) for e in entries]
     told = geneval.tally((e.label, e.value) for e in entries)
     about = "mean over the six tags of the mean over a tag's pictures, as GenEval counts"

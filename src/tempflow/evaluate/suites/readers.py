@@ -13,10 +13,9 @@ from typing import Any
 
 from tempflow.data.files import records
 from tempflow.data.prompts import load_prompts
-from tempflow.evaluate.geneval import read_geneval, read_geneval2
+from tempflow.evaluate.geneval import read_geneval2
 from tempflow.request import Prompt
 from tempflow.rewards.geneval2_rules import ATOMS, atoms_of
-from tempflow.rewards.geneval_rules import TAGS
 from tempflow.strict import cut, nearest, shown
 
 NUMBER = "index"
@@ -39,16 +38,6 @@ def number_of(prompt: Prompt, place: int) -> int:
 def read_prompts(file: str) -> tuple[Prompt, ...]:
     """Any source of prompts: `data.prompts.load_prompts`."""
     return load_prompts(file)
-
-
-def read_tagged_geneval(file: str) -> tuple[Prompt, ...]:
-    """GenEval's file, each of whose prompts must have one of the six tags."""
-    prompts = read_geneval(file)
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.kind not in TAGS:
-            near = nearest(prompt.kind, TAGS)
-            raise ValueError(f"{file}: prompt {number}: tag {shown(prompt.kind)} is unknown; nearest valid: {near}")
-    return prompts
 
 
 def read_geneval2_atoms(file: str) -> tuple[Prompt, ...]:

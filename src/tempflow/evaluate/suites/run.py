@@ -132,10 +132,11 @@ def run(job: Job, say: Say) -> tuple[Table, ...]:
     prompts = job.prompts
     galleries = [None if side.folder is None else _gallery(side.folder, job) for side in job.sides]
     job.scorer.check(list(prompts.values()))
-    job.scorer.prepare()
+    results = Results(job.output / RESULTS)
+    if any(key not in results.values for key in job.keys):
+        job.scorer.prepare()
     folder = claim(job.output, FOLDER)
     _write(folder / SETTINGS, json.dumps(_said(job), indent=1, ensure_ascii=False) + "\n")
-    results = Results(folder / RESULTS)
     pictures: list[Mapping[Key, Path]] = []
     for n, (side, found) in enumerate(zip(job.sides, galleries, strict=True)):
         home = folder / (AGAINST if n else PICTURES)
@@ -147,6 +148,7 @@ def run(job: Job, say: Say) -> tuple[Table, ...]:
     summary = {
         "suite": job.name,
         "about": job.suite.about,
+        "judge": job.scorer.about,
         "settings": _said(job),
         "prompts": len(prompts),
         "pictures": len(job.keys),
@@ -196,9 +198,16 @@ def _side(side: Side) -> dict[str, Any]:
 
 def _weights(source: Source) -> str:
     """Tells weights that were written anew by their files' sizes and times; "" for what ships with the package."""
-    files = [] if source.lora is None else [source.lora]
-    if source.base != "shapes":
-        files += sorted(local_folder(source.base, source.revision).rglob("*.safetensors"))
+    base = [] if source.base == "shapes" else [local_folder(source.base, source.revision)]
+    return stamp(base if source.lora is None else [*base, source.lora])
+
+
+def stamp(places: Sequence[Path]) -> str:
+    """Tells files, and folders' weights, settings and templates, by sizes and times; "" where there are none."""
+    files: list[Path] = []
+    for place in places:
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files += [f for f in inside if f.is_file() and (f == place or f.suffix in (".safetensors", ".json", ".toml"))]
     told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16] if told else ""
 

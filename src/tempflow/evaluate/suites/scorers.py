@@ -31,8 +31,12 @@ Shown = tuple[Tensor, ...]
 class Scorer(Protocol):
     """Judges pictures of a suite's prompts.
 
+    about  who judges and how, in words
     whole  True: it is given all pictures of a prompt at once, as distances need
     """
+
+    @property
+    def about(self) -> str: ...
 
     @property
     def whole(self) -> bool: ...
@@ -58,6 +62,10 @@ class ByReward:
 
     def __post_init__(self) -> None:
         check_takes([self.reward], "picture", "suite")
+
+    @property
+    def about(self) -> str:
+        return f"the reward {self.reward.name}"
 
     @property
     def whole(self) -> bool:
@@ -86,6 +94,10 @@ class Compared:
 
     judge: JudgePairs
     whole = False
+
+    @property
+    def about(self) -> str:
+        return f"{self.judge.endpoint.settings.model}, asked in both orders: {self.judge.template.about}"
 
     def __post_init__(self) -> None:
         if takes_of(self.judge) != "picture":
@@ -116,6 +128,7 @@ class Spread:
     over its pairs."""
 
     embedding: Callable[[], Embedding]
+    about: str
     whole = True
 
     def prepare(self) -> None:
@@ -156,7 +169,8 @@ def diversity(
             kept.append(DinoEmbedding(path, revision, pool=pool, device=device) if path else HandEmbedding())
         return kept[0]
 
-    return Spread(embedding)
+    vectors = f"vectors of length 1 by DINOv2 ({path}, {pool})" if path else "features by hand (perception.diversity)"
+    return Spread(embedding, f"Euclidean distances between {vectors}")
 
 
 # ------------------------------------------------------------------------------------------------- lists of questions
@@ -192,6 +206,13 @@ class Checklist:
     each: bool
     attempts: int
     whole = False
+
+    @property
+    def about(self) -> str:
+        asked = "asked each question for yes or no" if self.each else "asked all checkpoints in one question"
+        return (
+            f"{self.settings.model}, {asked}, {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'} at most"
+        )
 
     def prepare(self) -> None:
         self._endpoint(0).check()

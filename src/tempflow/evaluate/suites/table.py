@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from tempflow.evaluate.geneval import read_geneval
 from tempflow.evaluate.suites import figures, readers
 from tempflow.evaluate.suites.figures import Figures
 from tempflow.evaluate.suites.scorers import ByReward, Compared, Scorer, checkpoints, diversity, yes_or_no
@@ -53,7 +54,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
         "geneval": Suite(
             "GenEval (arXiv 2310.11513): objects, counts, colours, places, by a detector",
             "its evaluation_metadata.jsonl",
-            readers.read_tagged_geneval,
+            read_geneval,
             figures.of_geneval,
             "geneval",
         ),
