@@ -314,3 +314,17 @@ def test_lists_of_verdicts_have_the_right_length_and_nothing_but_0_and_1() -> No
     ):
         with pytest.raises(Unreadable):
             answers.json_verdicts(text, 2)
+
+
+def test_garbled_lists_of_verdicts_are_lists_of_verdicts_or_nothing() -> None:
+    draw, whole, read = random.Random(5), '{"remarks": ["a", "b"], "score": [1, 0]}', 0
+    for _ in range(2000):
+        at = draw.randrange(len(whole) + 1)
+        text = whole[:at] + draw.choice([*PIECES, "2", "true", ", 1", "", ""]) + whole[at + draw.randrange(3) :]
+        try:
+            value = answers.json_verdicts(text, 2)
+        except Unreadable:
+            continue
+        assert re.search(r'"score"\s*:\s*\[\s*' + r"\s*,\s*".join(map(str, value)) + r"\s*\]", text), text
+        read += 1
+    assert 50 < read < 1950

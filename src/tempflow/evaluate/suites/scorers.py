@@ -210,9 +210,7 @@ class Checklist:
     @property
     def about(self) -> str:
         asked = "asked each question for yes or no" if self.each else "asked all checkpoints in one question"
-        return (
-            f"{self.settings.model}, {asked}, {self.attempts} {'attempt' if self.attempts == 1 else 'attempts'} at most"
-        )
+        return f"{self.settings.model}, {asked}, {'once' if self.attempts == 1 else f'up to {self.attempts} times'}"
 
     def prepare(self) -> None:
         self._endpoint(0).check()
