@@ -341,6 +341,44 @@ def test_gsb_end_to_end(tmp_path: Path) -> None:
     assert page == tmp_path / "out" / "report.html" and page.read_text().count("data:image/png") == 8
 
 
+def test_geneval2_and_dpg_bench_end_to_end(tmp_path: Path) -> None:
+    """Of pictures in a folder: atoms by their probability; questions by yes and no."""
+    grey(tmp_path / "in" / "0_0.png", 1)
+    grey(tmp_path / "in" / "0_1.png", 2)
+    atoms = [["How many cows are there?", "three"], ["Is there grass?", "yes"]]
+    cows = {"prompt": "three cows", "atom_count": 2, "vqa_list": atoms, "skills": ["count", "object"]}
+    (tmp_path / "g.jsonl").write_text(json.dumps(cows) + "\n")
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "7.txt").write_text("three cows")
+    rows = "7,1,0,Is there grass?,entity\n7,2,1,Are there cows?,entity\n"
+    (tmp_path / "q.csv").write_text("item_id,proposition_id,dependency,question,category\n" + rows)
+
+    def decide(asked: Asked) -> Reply:
+        if "How many" in asked.text:
+            return Reply(top={"three": 0.3, "Three": 0.06, "two": 0.6})
+        no = "grass" in asked.text and asked.pictures[0][0, 0, 0] == 2
+        return Reply(top={"no": 0.75, "yes": 0.25} if no else {"yes": 1.0})
+
+    def first(name: str, prompts: str, questions: str = "") -> tuple[float, int]:
+        given = {"url": server.url, "model": "judge"}
+        tables, _ = run_suite(
+            SuiteOptions(
+                name=name,
+                what=str(tmp_path / "in"),
+                prompts=str(tmp_path / prompts),
+                questions=questions,
+                options=given,
+                output=str(tmp_path / name),
+            )
+        )
+        return tables[0].rows[0].mean, tables[0].rows[0].count
+
+    with JudgeServer(decide) as server:
+        soft = (math.sqrt(0.36 * 1.0) + math.sqrt(0.36 * 0.25)) / 2  # geometric means over atoms
+        assert first("geneval2", "g.jsonl") == (pytest.approx(soft, abs=1e-6), 2)
+        assert first("dpg_bench", "prompts", str(tmp_path / "q.csv")) == (0.5, 2)  # 1, and 0: cows without grass
+
+
 def test_options_that_do_not_fit_are_told_before_anything_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a lamp\n")
     grey(tmp_path / "a" / "0.png", 1)
