@@ -37,7 +37,7 @@ SETTINGS, RESULTS, SUMMARY, AGAINST = "suite.json", "results.jsonl", "summary.js
 AT_ONCE = 32
 """Pictures that are drawn, and judged, before they are written down."""
 
-WITHOUT_EFFECT = ("url", "key_env", "concurrency", "timeout", "retries", "cache", "device", "batch")
+WITHOUT_EFFECT = ("url", "key_env", "concurrency", "timeout", "retries", "cache", "device", "batch", "threads")
 """A scorer's options that change where and how fast it works, and no score: a run may go on with others."""
 
 SHOWN = 12
