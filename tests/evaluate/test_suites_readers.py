@@ -10,7 +10,6 @@ import pytest
 from tempflow.evaluate.suites.readers import (
     read_dpg_bench,
     read_drawbench,
-    read_geneval2_atoms,
     read_partiprompts,
     read_unigenbench,
 )
@@ -49,6 +48,11 @@ def test_partiprompts_quotes_are_characters(tmp_path: Path) -> None:
     assert found[1].metadata == {"Category": "Artifacts", "Challenge": "Writing"}
     with pytest.raises(ValueError, match=r"q.tsv:2: 2 cells for 4 columns"):
         read_partiprompts(written(tmp_path / "q.tsv", head + "bond\tAbstract\n"))
+    (tmp_path / "l.tsv").write_bytes(head.encode() + "café\tAbstract\tBasic\t\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"l.tsv: not UTF-8"):
+        read_partiprompts(str(tmp_path / "l.tsv"))
+    with pytest.raises(ValueError, match=r"P.tsv is no file; nearest valid: .*[a-z].tsv"):
+        read_partiprompts(str(tmp_path / "P.tsv"))
     with pytest.raises(ValueError, match="no column 'Challenge'"):
         read_partiprompts(written(tmp_path / "r.tsv", "Prompt\tCategory\nbond\tAbstract\n"))
 
@@ -146,12 +150,6 @@ def test_unigenbench_says_what_is_missing(tmp_path: Path) -> None:
     file = written(tmp_path / "t.csv", "index,prompt_en,sub_dims_en\n" + twice)
     with pytest.raises(ValueError, match="prompts 1 and 2 both have the index 1"):
         read(SUITES["unigenbench"], file)
-
-
-def test_geneval2_atoms_are_in_the_judges_form(tmp_path: Path) -> None:
-    cows = {"prompt": "three cows", "atom_count": 1, "vqa_list": [["How many cows are there?", "three"]]}
-    (prompt,) = read_geneval2_atoms(written(tmp_path / "c.jsonl", json.dumps(cows) + "\n"))
-    assert prompt.metadata == {"atom_count": 1, "atoms": [{"question": "How many cows are there?", "answer": "three"}]}
 
 
 def test_a_suite_says_what_it_needs() -> None:

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tempflow.data.files import records
+from tempflow.data.files import files_of, records
 from tempflow.data.prompts import load_prompts
-from tempflow.evaluate.geneval import read_geneval2
 from tempflow.request import Prompt
-from tempflow.rewards.geneval2_rules import ATOMS, atoms_of
 from tempflow.strict import cut, nearest, shown
 
 NUMBER = "index"
@@ -38,17 +36,6 @@ def number_of(prompt: Prompt, place: int) -> int:
 def read_prompts(file: str) -> tuple[Prompt, ...]:
     """Any source of prompts: `data.prompts.load_prompts`."""
     return load_prompts(file)
-
-
-def read_geneval2_atoms(file: str) -> tuple[Prompt, ...]:
-    """GenEval 2's file, with the atoms in the judge's form."""
-    found: list[Prompt] = []
-    for prompt in read_geneval2(file):
-        atoms = [{"question": question, "answer": answer} for question, answer in atoms_of(prompt.metadata)]
-        found.append(
-            Prompt(prompt.text, {k: v for k, v in prompt.metadata.items() if k not in ATOMS} | {"atoms": atoms})
-        )
-    return tuple(found)
 
 
 def read_drawbench(file: str) -> tuple[Prompt, ...]:
@@ -180,7 +167,11 @@ def _raw_rows(file: str) -> Iterator[Row]:
     path = Path(file).expanduser()
     if path.suffix.lower() != ".tsv":
         raise ValueError(f"prompts: {file!r} is no .tsv file; nearest valid: {str(path.with_suffix('.tsv'))!r}")
-    lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    (there,) = files_of(path)
+    try:
+        lines = [line.rstrip("\r") for line in there.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); nearest valid: the file saved as UTF-8") from error
     header = [cell.strip() for cell in lines[0].split("\t")]
     for number, line in enumerate(lines[1:], 2):
         cells = line.split("\t")

@@ -293,7 +293,14 @@ def _drawn(job: Job, side: Side, home: Path, results: Results, say: Say) -> dict
                     new.replace(files[key])
                 elif key in wanted:
                     results.add_broken(key, prompts[key[0]], WHY[int(seen.broken[row])])
+        _tell(say, "drawn", sum(key[0] <= numbers[-1] for key in lost), len(lost))
     return {key: file for key, file in files.items() if file.exists()}
+
+
+def _tell(say: Say, what: str, done: int, total: int) -> None:
+    """How far it is, about twenty times on the way."""
+    if done < total and done * 20 // total > (done - AT_ONCE) * 20 // total:
+        say(f"{what}: {done} of {total}")
 
 
 def _stretches(numbers: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -384,6 +391,7 @@ def _judge(job: Job, pictures: Sequence[Mapping[Key, Path]], results: Results, s
         for key, value in zip(part, values, strict=True):
             if key not in results.values:
                 results.add(key, prompts[key[0]], value, sums[key])
+        _tell(say, "judged", sum(key in results.values for key in todo), len(todo))
 
 
 def _stretched(todo: Sequence[Key], there: Sequence[Key], whole: bool) -> Iterator[list[Key]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from tempflow.evaluate.geneval import read_geneval
+from tempflow.evaluate.geneval import read_geneval, read_geneval2
 from tempflow.evaluate.suites import figures, readers
 from tempflow.evaluate.suites.figures import Figures
 from tempflow.evaluate.suites.scorers import ByReward, Compared, Scorer, checkpoints, diversity, yes_or_no
@@ -15,8 +15,6 @@ from tempflow.request import Prompt
 from tempflow.rewards import build, checked, maker
 from tempflow.rewards.judge_pairs import judge_pairs
 from tempflow.strict import nearest, shown
-
-Read = Callable[[str], tuple[Prompt, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
         "geneval2": Suite(
             "GenEval 2 (arXiv 2512.16853): Soft-TIFA, by a judge's first tokens",
             "its geneval2_data.jsonl",
-            readers.read_geneval2_atoms,
+            read_geneval2,
             figures.by_labels("GenEval 2", "mean over pictures of Soft-TIFA", {"atoms": "atom_count"}),
             "judge",
             preset={"template": "soft_tifa"},
