@@ -197,23 +197,23 @@ class Checklist:
     """Answers 0 or 1 to each of a prompt's questions. A picture is failed as a whole where one of them has no certain
     answer.
 
-    each      True: a question at a time, yes where the first token's probability says so; False: all in one question,
-              answered by a list in JSON
-    attempts  how often what got no certain answer is asked, every time with another seed
+    endpoints  who is asked first, and then, each with another seed, of what got no certain answer
+    each       True: a question at a time, yes where the first token's probability says so; False: all in one question,
+               answered by a list in JSON
     """
 
-    settings: Settings
+    endpoints: tuple[Endpoint, ...]
     each: bool
-    attempts: int
     whole = False
 
     @property
     def about(self) -> str:
         asked = "asked each question for yes or no" if self.each else "asked all checkpoints in one question"
-        return f"{self.settings.model}, {asked}, {'once' if self.attempts == 1 else f'up to {self.attempts} times'}"
+        attempts = "once" if len(self.endpoints) == 1 else f"up to {len(self.endpoints)} times"
+        return f"{self.endpoints[0].settings.model}, {asked}, {attempts}"
 
     def prepare(self) -> None:
-        self._endpoint(0).check()
+        self.endpoints[0].check()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         key = QUESTIONS if self.each else POINTS
@@ -224,17 +224,14 @@ class Checklist:
     def __call__(self, shown: Sequence[Shown], prompts: Sequence[Prompt], slots: Sequence[int]) -> list[Value]:
         found: list[Value] = [None] * len(shown)
         pictures = [png(picture) for (picture,) in shown]
-        for attempt in range(self.attempts):
+        for endpoint in self.endpoints:
             left = [n for n, value in enumerate(found) if value is None]
             if not left:
                 break
-            answers = self._asked([pictures[n] for n in left], [prompts[n] for n in left], self._endpoint(attempt))
+            answers = self._asked([pictures[n] for n in left], [prompts[n] for n in left], endpoint)
             for n, value in zip(left, answers, strict=True):
                 found[n] = value
         return found
-
-    def _endpoint(self, attempt: int) -> Endpoint:
-        return Endpoint(replace(self.settings, seed=self.settings.seed + attempt))
 
     def _asked(self, pictures: Sequence[bytes], prompts: Sequence[Prompt], endpoint: Endpoint) -> list[Value]:
         questions, owners, verdicts = list[Question](), list[int](), dict[int, tuple[float, ...]]()
@@ -296,7 +293,7 @@ def checkpoints(
     settings = Settings(
         url, model, VERSION, False, key_env, timeout, retries, concurrency, max_tokens, seed, cache=cache
     )
-    return _checklist(settings, False, attempts)
+    return Checklist(tuple(Endpoint(replace(settings, seed=seed + n)) for n in range(attempts)), each=False)
 
 
 def yes_or_no(
@@ -316,12 +313,7 @@ def yes_or_no(
     settings = Settings(
         url, model, VERSION, True, key_env, timeout, retries, concurrency, seed=seed, top=top_logprobs, cache=cache
     )
-    return _checklist(settings, True, 1)
-
-
-def _checklist(settings: Settings, each: bool, attempts: int) -> Checklist:
-    Endpoint(settings)  # raises without the client
-    return Checklist(settings, each, attempts)
+    return Checklist((Endpoint(settings),), each=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
