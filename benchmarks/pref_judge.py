@@ -1,9 +1,9 @@
 """Pref-GRPO end to end by a judge that errs, over the wire: `shapes` is trained by a local endpoint's win rates.
 
-    python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 40] [--rate 4e-4] [--output runs/pref_judge]
+    python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 80] [--rate 1e-4] [--output runs/pref_judge]
 
 The endpoint is `benchmarks.judge_server` in this process: it compares two pictures by the verifier's graded score, but
-10 % of its questions get no verdict and in 30 % of the others the first picture wins whatever it shows. The run knows
+10 % of its questions get no verdict and in 20 % of the others the first picture wins whatever it shows. The run knows
 the win rates alone. The strict verifier looks at validation, by which the best weights are chosen, and at the test
 split before the first and after the last iteration. Prints each seed's test score before and after with the interval
 of the gain over prompts, and that of all seeds; processor time is this process's, the judge's work in it.
@@ -42,15 +42,16 @@ def config(folder: str, seed: int, iterations: int, rate: float, prompts: int, g
                 "group": group,
                 "train_steps": None,
                 "noise_level": 0.9,
+                "shared_noise": False,
                 "clip": 7e-3,
                 "eps": 0.1,
                 "win_rate": False,
             },
             "rollout_rows": 192,
             "data": {"prompts_per_iteration": prompts},
-            "optimizer": {"learning_rate": rate, "warmup_iterations": 5, "ema_decay": 0.9},
+            "optimizer": {"learning_rate": rate, "warmup_iterations": 10, "ema_decay": 0.9},
             "evaluation": {
-                "every": 10,
+                "every": 20,
                 "validation_prompts": 360,
                 "test_prompts": 1008,
                 "metric": METRIC,
@@ -64,12 +65,12 @@ def config(folder: str, seed: int, iterations: int, rate: float, prompts: int, g
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=4e-4)
-    parser.add_argument("--prompts", type=int, default=18, help="prompts an iteration")
-    parser.add_argument("--group", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--iterations", type=int, default=80)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--prompts", type=int, default=12, help="prompts an iteration")
+    parser.add_argument("--group", type=int, default=12, help="pictures a prompt")
     parser.add_argument("--failures", type=float, default=0.1, help="share of questions without a verdict")
-    parser.add_argument("--bias", type=float, default=0.3, help="share of the others in which the first picture wins")
+    parser.add_argument("--bias", type=float, default=0.2, help="share of the others in which the first picture wins")
     parser.add_argument("--output", default="runs/pref_judge")
     given = parser.parse_args()
     runs = [
