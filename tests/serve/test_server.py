@@ -327,17 +327,17 @@ def test_none_is_lost_and_none_swapped(server: Served) -> None:
 def test_a_server_that_is_killed_and_started_again_goes_on(tmp_path: Path) -> None:
     served = Served(tmp_path)
     reward = room.remote(url=served.url, token_file=str(tmp_path / "token"), batch=1, concurrency=4, retries=50)
-    media, began = pictures(12), threading.Event()
+    assert isinstance(reward, room.Remote)
+    reward.prepare()
+    media = pictures(12)
 
     def again() -> None:
-        began.wait(20)
         time.sleep(0.3)
         served.kill()
         served.start(str(served.port))
 
     thread = threading.Thread(target=again)
     thread.start()
-    began.set()
     scores = reward.score(media, ["sleep 0.1"] * 12, [{}] * 12)
     thread.join()
     served.stop()
