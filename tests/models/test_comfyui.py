@@ -24,13 +24,13 @@ from tempflow.models.sd3 import SD3
 
 
 def updates(shapes: Shapes, layers: list[str]) -> dict[str, Factors]:
-    """Of several ranks, and of a scale that is not 1."""
+    """Of several ranks, and of a scale that float32 multiplies by without rounding."""
     lora: dict[str, Factors] = {}
     for n, layer in enumerate(layers):
         out, *into = shapes[layer]
         rank = 2 + n % 3
         b = 0.2 * random(out, rank, *(1,) * (len(into) - 1), seed=2 * n + 1)
-        lora[layer] = Factors(0.2 * random(rank, *into, seed=2 * n), b, 2.5)
+        lora[layer] = Factors(0.2 * random(rank, *into, seed=2 * n), b, 4.0)
     return lora
 
 
