@@ -179,7 +179,7 @@ def parts(shape: Shape) -> tuple[Any, Any, Any]:
 TEXT_PARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "clip": (
         "CLIPTextModel",
-        {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1},
+        {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1},
     ),
     "t5": ("T5EncoderModel", {"vocab_size": 8, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}),
 }

@@ -93,13 +93,13 @@ def test_an_iteration_is_measured_and_leaves_the_model_as_it_was(script: dict[st
 
 
 def test_the_estimate_is_of_the_network_that_is_drawn(script: dict[str, Any]) -> None:
-    """Weights, masters, gradients and moments are counted; what else there is is small beside them here."""
+    """Weights, masters, gradients and moments are counted, and no text encoder of a real size."""
     shape, device = script["sd35"](True), torch.device("cpu")
     network = script["built"](shape, device).network
     weights = sum(t.nbytes for t in network.state_dict().values())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     found = script["estimated"](shape, "tempflow_grpo", device)["peak GiB"] * script["GIB"]
-    assert weights + 16 * trained < found < 3 * weights
+    assert weights + 16 * trained < found < 5 * weights
 
 
 def test_events_of_a_gpu_are_told_in_seconds(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
