@@ -235,7 +235,8 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     device, said = model.device, list[str]()
     config = configured(shape, name, device, updates)
     rewards, prompts = rewards_of(config, brightness), [Prompt("row 0")]
-    context, trainable, _ = context_of(config, model, config.algorithm.build(), rewards, None, SINGLE, lambda _: None)
+    algorithm = config.algorithm.build()
+    context, trainable, _ = context_of(config, model, algorithm, rewards, True, None, SINGLE, lambda _: None)
     before, optimizer = trainable.state(), optimizer_of(config, trainable)
     counter = Counter(guided=context.guidance.rows > 1)
     guards = Guards(config.guards, lambda *_: None, said.append)

@@ -396,5 +396,6 @@ def test_rollout_and_training_agree_in_every_dynamics(scene: Scene, tmp_path: Pa
     prompts = [Prompt(text) for text in scene.family.PROMPTS]
     tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts, quiet=True)
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    print(f"log ratio {told['log_ratio_max']:.1e}, gap {told['rollout_gap_max']:.2f} roundings")
     assert told["log_ratio_max"] == 0
     assert told["rollout_gap_max"] <= 4  # roundings
