@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,20 +156,59 @@ def built(shape: Shape, device: torch.device, seed: int = 0) -> Any:
     from tempflow.models import adapter_for
 
     logging.set_verbosity_error()
-    diffusers: Any = import_module("diffusers")
     with init_empty_weights():  # buffers are computed, weights are not there yet
-        network = getattr(diffusers, shape.network)(**shape.config)
-        vae = diffusers.AutoencoderKL(**shape.vae)
+        network, vae, scheduler = parts(shape)
     source = torch.Generator(device).manual_seed(seed)
     for module in (network, vae):
         draw(module, source, torch.bfloat16)
         nn.Module.to(module, device, torch.bfloat16)  # the buffers, as a file has them
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shape.scheduler)
     adapter: Any = adapter_for(shape.pipeline)
     model = adapter(Pipe(shape, network, vae, scheduler), shape.title, "none: random weights")
     torch.manual_seed(seed)
     model.add_lora(shape.rank, 2 * shape.rank)
     return model
+
+
+def parts(shape: Shape) -> tuple[Any, Any, Any]:
+    """Network, autoencoder and scheduler."""
+    diffusers: Any = import_module("diffusers")
+    network = getattr(diffusers, shape.network)(**shape.config)
+    return network, diffusers.AutoencoderKL(**shape.vae), diffusers.FlowMatchEulerDiscreteScheduler(**shape.scheduler)
+
+
+TEXT_PARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "clip": (
+        "CLIPTextModel",
+        {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1},
+    ),
+    "t5": ("T5EncoderModel", {"vocab_size": 8, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}),
+}
+"""Text encoders that take next to nothing: embeddings are noise here."""
+
+
+def write_configurations(shape: Shape, folder: Path) -> None:
+    """A pipeline's folder without weights, as `tempflow cost` reads it."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        made = dict(zip(("transformer", "vae", "scheduler"), parts(shape), strict=True))
+    for name, part in made.items():
+        part.save_config(folder / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in made.items()}
+    tokens, of_clip = shape.text[0], min(77, shape.text[0] // 2)
+    sd3 = "3" in shape.pipeline  # its embeddings are CLIP's, and T5's behind them
+    texts = [("clip", of_clip), ("clip", of_clip), ("t5", tokens - of_clip)] if sd3 else [("clip", 77), ("t5", tokens)]
+    for n, (kind, length) in enumerate(texts, start=1):
+        suffix = "" if n == 1 else f"_{n}"
+        encoder, config = TEXT_PARTS[kind]
+        for name, file, told in (
+            (f"text_encoder{suffix}", "config.json", config),
+            (f"tokenizer{suffix}", "tokenizer_config.json", {"model_max_length": length}),
+        ):
+            (folder / name).mkdir()
+            (folder / name / file).write_text(json.dumps(told), encoding="utf-8")
+        index |= {f"text_encoder{suffix}": ["transformers", encoder], f"tokenizer{suffix}": ["transformers", kind]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": shape.pipeline, **index}), encoding="utf-8")
 
 
 def draw(network: nn.Module, source: torch.Generator, dtype: torch.dtype) -> None:

@@ -43,13 +43,14 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # tempflow, diffusers and peft are imported where they are used: without one of them the page still says so.
 import torch
-from drawn_pipelines import Shape, built, flux, sd35
+from drawn_pipelines import Shape, built, flux, sd35, write_configurations
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,9 +179,50 @@ def brightness(images: list[Any], prompts: list[str]) -> list[float]:
     return [float(np.asarray(image).mean()) for image in images]
 
 
+def configured(shape: Shape, name: str, device: torch.device, updates: int = 1, folder: str = "shapes") -> Any:
+    """The configuration of one iteration of an algorithm; of `folder` configurations alone are read."""
+    from tempflow.config import Config
+
+    return Config.model_validate(
+        {
+            "name": "gpu-check",
+            "iterations": 1,
+            "device": str(device),
+            "rollout_rows": shape.rows[0],
+            "train_rows": shape.rows[1],
+            "algorithm": {"name": name, **shape.algorithms[name]},
+            "model": {
+                "path": folder,
+                "dtype": "bfloat16",
+                "height": shape.side,
+                "width": shape.side,
+                "guidance": shape.guidance,
+                "training": "lora",
+                "lora_rank": shape.rank,
+                "lora_alpha": 2 * shape.rank,
+            },
+            "data": {"prompts_per_iteration": 1},
+            "optimizer": {"learning_rate": 3e-4, "updates_per_iteration": updates, "ema_decay": 0.0},
+            "guards": {"first_ratio": {"action": "warn"}},
+        }
+    )
+
+
+def estimated(shape: Shape, name: str, device: torch.device) -> Facts:
+    """The peak that `tempflow cost` gives for the same, by configurations alone."""
+    from tempflow.cost import memory_of, run_cost
+
+    with TemporaryDirectory() as folder:
+        write_configurations(shape, Path(folder))
+        config = configured(shape, name, device, folder=folder)
+        found = memory_of(config, run_cost(config))
+    if isinstance(found, str):
+        raise LackError(f"not estimated: {found}")
+    return {"peak GiB": found.peak / GIB}
+
+
 def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Facts, dict[str, Tensor]]:
     """One iteration of an algorithm: what it took, and the trained weights. The model has its old ones after it."""
-    from tempflow.config import Config
     from tempflow.request import Prompt
     from tempflow.train.build import context_of, rewards_of
     from tempflow.train.context import Clock, Counter
@@ -191,30 +233,10 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     from tempflow.train.update import update
 
     device, said = model.device, list[str]()
-    config = Config.model_validate(
-        {
-            "name": "gpu-check",
-            "iterations": 1,
-            "device": str(device),
-            "rollout_rows": shape.rows[0],
-            "train_rows": shape.rows[1],
-            "algorithm": {"name": name, **shape.algorithms[name]},
-            "model": {
-                "dtype": "bfloat16",
-                "height": shape.side,
-                "width": shape.side,
-                "guidance": shape.guidance,
-                "training": "lora",
-                "lora_rank": shape.rank,
-                "lora_alpha": 2 * shape.rank,
-            },
-            "data": {"prompts_per_iteration": 1},
-            "optimizer": {"learning_rate": 3e-4, "updates_per_iteration": updates},
-            "guards": {"first_ratio": {"action": "warn"}},
-        }
-    )
+    config = configured(shape, name, device, updates)
     rewards, prompts = rewards_of(config, brightness), [Prompt("row 0")]
-    context, trainable, _ = context_of(config, model, config.algorithm.build(), rewards, None, SINGLE, lambda _: None)
+    algorithm = config.algorithm.build()
+    context, trainable, _ = context_of(config, model, algorithm, rewards, True, None, SINGLE, lambda _: None)
     before, optimizer = trainable.state(), optimizer_of(config, trainable)
     counter = Counter(guided=context.guidance.rows > 1)
     guards = Guards(config.guards, lambda *_: None, said.append)
@@ -316,11 +338,13 @@ def gpu_tests(here: Machine) -> Iterator[Part]:
 
 
 def family(shape: Callable[[bool], Shape], here: Machine) -> Iterator[Part]:
-    """One iteration of each algorithm."""
+    """One iteration of each algorithm; under the measured peaks those that `tempflow cost` estimates."""
     told = shape(here.tiny)
     model = built(told, here.device)
     for name in told.algorithms:
         yield name, lambda name=name: iteration(model, told, name)[0]
+    for name in told.algorithms:
+        yield f"{name}, by `tempflow cost`", partial(estimated, told, name, here.device)
 
 
 def tools(here: Machine) -> Iterator[Part]:

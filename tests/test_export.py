@@ -26,6 +26,7 @@ from tempflow.export import export_run, push
 from tempflow.export import write as export_write
 from tempflow.media import Size
 from tempflow.models import load, shapes_folder
+from tempflow.models.lora_files import load_lora
 from tempflow.models.pipeline_folder import licence_of
 from tempflow.models.quiet import quiet
 from tempflow.models.sd3 import SD3
@@ -208,6 +209,19 @@ def test_a_peft_folder_draws_the_same_latents(made, tmp_path: Path) -> None:
     assert agree(euler(pipe), run.latents())
 
 
+def test_comfyuis_form_draws_the_same_latents(made, tmp_path: Path) -> None:
+    run = made("lora", "float32")
+    export_run(run.folder, tmp_path / "mine", form="comfyui")
+    names = {"mine.safetensors", "licence.json", "README.md"}
+    assert {p.name for p in (tmp_path / "mine").iterdir()} >= names
+    assert all(n.startswith("diffusion_model.joint_blocks.") for n in load_file(tmp_path / "mine" / "mine.safetensors"))
+    model = load("shapes", dtype="float32")
+    load_lora(model, tmp_path / "mine")
+    assert agree(euler(model.pipe), run.latents())
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert "Copy `mine.safetensors` to ComfyUI's `models/loras`" in text and "```" not in text
+
+
 def test_merging_is_the_sum_in_float32_and_diffusers_own_fusing_agrees(made, tmp_path: Path) -> None:
     run = made("lora", "float32")
     export_run(run.folder, tmp_path / "out", form="merged")
@@ -334,10 +348,17 @@ def refused(run: Path, to: Path, **options: object) -> str:
 
 
 def test_a_full_run_has_no_lora(made, tmp_path: Path) -> None:
-    for form in ("lora", "peft"):
+    for form in ("lora", "peft", "comfyui"):
         message = refused(made("full", "float32").folder, tmp_path / "out", form=form)
         assert message == f"form: {form!r}, but this run trained the whole network; nearest valid: 'merged'"
     assert not (tmp_path / "out").exists()
+
+
+def test_comfyuis_form_needs_the_bases_configuration(made, tmp_path: Path) -> None:
+    run = on_another_base(made("lora", "float32"), tmp_path / "run", tmp_path / "gone")
+    message = refused(run, tmp_path / "out", form="comfyui")
+    assert message.startswith("form: 'comfyui' needs the configuration of")
+    assert message.endswith("which is not on this machine; nearest valid: 'lora'")
 
 
 def test_a_target_that_is_not_empty_is_refused_and_kept(made, tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_every_section_runs_on_a_cpu(start: Start, tmp_path: Path) -> None:
         graph, forward = lines["tempflow_grpo"], lines["diffusion_nft"]
         assert graph["|log ratio| at the first update"] == 0 and graph["rollout gap, roundings"] < 12
         assert forward["|log ratio| at the first update"] == "has none" and forward["loss"] > 0
+        for name in ("tempflow_grpo", "diffusion_nft"):
+            assert 0 < lines.pop(f"{name}, by `tempflow cost`")["peak GiB"] < 0.1
         for line in lines.values():
             assert 0 < line["share in its backwards"] < line["share in the network"] < 1
             assert line["peak GiB"] == "needs CUDA" and line["gradient norm"] > 0
@@ -73,7 +75,7 @@ def test_every_section_runs_on_a_cpu(start: Start, tmp_path: Path) -> None:
     assert pair["weights"] == "bitwise equal" and pair["largest difference"] == 0 < pair["largest weight"]
     page = output.read_text()
     assert all(f"\n## {section['title']}\n" in page for section in told["sections"])
-    rows = [line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| tempflow_grpo")]
+    rows = [line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| tempflow_grpo |")]
     assert rows == [page.split("\n| what | peak", 1)[1].split("\n")[1].count("|")] * 2  # no name breaks a table
 
 
@@ -88,6 +90,16 @@ def test_an_iteration_is_measured_and_leaves_the_model_as_it_was(script: dict[st
     after = model.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert any(not torch.equal(value.bfloat16(), before[name]) for name, value in trained.items())
+
+
+def test_the_estimate_is_of_the_network_that_is_drawn(script: dict[str, Any]) -> None:
+    """Weights, masters, gradients and moments are counted, and no text encoder of a real size."""
+    shape, device = script["sd35"](True), torch.device("cpu")
+    network = script["built"](shape, device).network
+    weights = sum(t.nbytes for t in network.state_dict().values())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    found = script["estimated"](shape, "tempflow_grpo", device)["peak GiB"] * script["GIB"]
+    assert weights + 16 * trained < found < 5 * weights
 
 
 def test_events_of_a_gpu_are_told_in_seconds(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ class Declared(Mapping[str, T]):
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        return key in set(self)
+        return key in self._own or any(entry.name == key for entry in self._entries)
 
     @property
     def _entries(self) -> tuple[EntryPoint, ...]:
@@ -154,15 +154,19 @@ def _why(error: Exception) -> str:
     return f"which fails: {' '.join(str(error).split())[:200]} ({type(error).__name__})"
 
 
-def _declared(path: Path, constant: str) -> dict[str, str]:
+def _declared(path: Path, constant: str) -> Mapping[str, str]:
     """The dictionary of that name at a file's top level, read without running the file; {} where there is none."""
     raw = path.read_bytes() if path.is_file() else b""
-    if constant.encode() not in raw:
-        return {}
+    return _declared_in(raw, path.name, constant) if constant.encode() in raw else {}
+
+
+@lru_cache(maxsize=256)
+def _declared_in(raw: bytes, file: str, constant: str) -> Mapping[str, str]:
+    """The same of a file's text; kept by the text itself, as models are loaded many times in a process."""
     try:
         tree = ast.parse(raw)
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        raise ValueError(f"{path.name}: {constant} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{file}: {constant} cannot be read: {' '.join(str(error).split())[:200]}") from error
     found: dict[str, str] = {}
     plain: ast.expr | None = None
     for node in tree.body:
@@ -170,10 +174,10 @@ def _declared(path: Path, constant: str) -> dict[str, str]:
             continue
         target, *others = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
         if isinstance(target, ast.Name) and target.id == constant and not others:
-            found, plain = _texts(node.value, f"{path.name}: {constant}"), target
+            found, plain = _texts(node.value, f"{file}: {constant}"), target
     for node in _at_import(tree):
         if node is not plain and _changes(node, constant):
-            where = f"{path.name}:{getattr(node, 'lineno', 1)}: {constant}"
+            where = f"{file}:{getattr(node, 'lineno', 1)}: {constant}"
             raise ValueError(f"{where} is set or changed here; nearest valid: one dictionary at the file's top level")
     return found
 

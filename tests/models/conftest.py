@@ -64,8 +64,9 @@ def shapes_world(shapes_folder: Path) -> World:
     )
 
 
-@pytest.fixture(params=["tiny", "shapes"])
+@pytest.fixture(params=["tiny", pytest.param("shapes", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> World:
+    """Both; the fast tests keep to the tiny one, which has all that SD 3.5 has."""
     return request.getfixturevalue(f"{request.param}_world")
 
 

@@ -115,18 +115,28 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_processes_that_write_at_once_leave_whole_files(tmp_path: Path) -> None:
+    """Another process and this one, until the other is done."""
     code = """
 import sys, torch
 from pathlib import Path
 from tempflow.models.embeddings import Embeddings
-for round in range(10):
+
+def round(folder):
     keys = [str(i) for i in range(12)]
-    cache = Embeddings(folder=Path(sys.argv[1]), memory=0, disk=4000)
+    cache = Embeddings(folder=folder, memory=0, disk=4000)
     rows = cache.rows(keys, {k: (lambda k=k: {"embeds": torch.full((100,), float(k))}) for k in keys})
     assert [float(r["embeds"][99]) for r in rows] == [float(k) for k in keys]
 """
-    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c")]) for _ in range(2)]
-    assert [job.wait() for job in jobs] == [0, 0]
+    here: dict[str, Any] = {}
+    exec(code, here)
+    loop = "\nprint('ready', flush=True)\nfor _ in range(10):\n    round(Path(sys.argv[1]))\n"
+    job = subprocess.Popen([sys.executable, "-c", code + loop, str(tmp_path / "c")], stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None and job.stdout.readline() == "ready\n"
+    rounds = 0
+    while job.poll() is None:
+        here["round"](tmp_path / "c")
+        rounds += 1
+    assert job.returncode == 0 and rounds > 0
     left = [p for p in (tmp_path / "c").rglob("*") if p.is_file() and p.name != MARK]
     assert left and all(p.suffix == ".safetensors" for p in left)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from families import cogview4, flux, flux2, lumina2, qwen_image, sana, stable_diffusion, z_image
 from families.common import NEGATIVES
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tempflow
@@ -27,8 +28,10 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
 from tempflow.export import export_run
 from tempflow.media import Media, Size
+from tempflow.models.comfyui import comfyui_tensors
 from tempflow.models.guidance import Guidance
-from tempflow.models.lora_files import load_lora
+from tempflow.models.lora import Factors, layer_shapes, lora_of
+from tempflow.models.lora_files import load_lora, read_lora
 from tempflow.models.quiet import quiet
 from tempflow.request import Prompt
 from tempflow.rewards.function import from_function
@@ -46,6 +49,8 @@ class Case:
     negatives    what both take for negative prompts; None: the family has none
     least        steps below which the pipeline's own grid is not finite
     refuses      whether ours refuses a prompt that has one
+    comfyui      targets of the LoRA that ComfyUI's form is tried with, (): the family's own; None: it has no such form
+    by_diffusers  whether diffusers' loader takes that form of the tiny network
     into, out    from our latents to the pipeline's own and back, where they differ: f(adapter, latents, schedule)
     """
 
@@ -55,16 +60,21 @@ class Case:
     negatives: Sequence[str] | None = tuple(NEGATIVES)
     least: int = 1
     refuses: bool = False
+    comfyui: Sequence[str] | None = ()
+    by_diffusers: bool = True
     out: Callable[[Any, Tensor, Schedule], Tensor] = lambda adapter, x, schedule: x
 
 
 CASES = {
-    "flux": Case(flux, flux.pipeline, {"true_cfg": 2.0}),
+    # diffusers' converter takes FLUX.1's own widths for granted in single blocks
+    "flux": Case(
+        flux, flux.pipeline, {"true_cfg": 2.0}, comfyui=(r"transformer_blocks\.\d+\.(attn|ff|ff_context)\..+",)
+    ),
     "qwen_image": Case(qwen_image, qwen_image.pipeline, least=2),
     "z_image": Case(z_image, z_image.pipeline),
-    "sana": Case(sana, sana.pipeline),
-    "cogview4": Case(cogview4, cogview4.pipeline),
-    "lumina2": Case(lumina2, lumina2.pipeline),
+    "sana": Case(sana, sana.pipeline, comfyui=None),
+    "cogview4": Case(cogview4, cogview4.pipeline, comfyui=None),
+    "lumina2": Case(lumina2, lumina2.pipeline, by_diffusers=False),  # as FLUX.1's, of Lumina-Image 2's own widths
     "sd15": Case(stable_diffusion, stable_diffusion.sd15),
     "sdxl": Case(stable_diffusion, stable_diffusion.sdxl),
     "flux2 dev": Case(flux2, flux2.dev, negatives=None),
@@ -300,6 +310,14 @@ def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: s
         load_by_diffusers(pipe, tmp_path / "out")
         ours = models.load(str(scene.folder))
         load_lora(ours, tmp_path / "out")
+        if scene.case.comfyui is None:
+            with pytest.raises(ValueError, match=r"form: 'comfyui' of .*not known here; nearest valid: 'lora'"):
+                export_run(tmp_path / "run", tmp_path / "comfy", weights="policy", form="comfyui")
+        else:
+            export_run(tmp_path / "run", tmp_path / "comfy", weights="policy", form="comfyui")
+            again = models.load(str(scene.folder))
+            load_lora(again, tmp_path / "comfy" / "comfy.safetensors")
+            assert moved(scene.ours(again), scene.ours(ours)) <= 1e-5
     else:
         pipe, ours = scene.load(tmp_path / "out"), models.load(str(tmp_path / "out"))
     drawn = scene.theirs(pipe)
@@ -307,9 +325,49 @@ def test_an_iteration_and_what_it_leaves(scene: Scene, tmp_path: Path, method: s
     assert moved(drawn, scene.theirs()) > 1e-4
 
 
-def load_by_diffusers(pipe: Any, folder: Path) -> None:
+def test_comfyuis_form_draws_the_same_by_diffusers(scene: Scene, tmp_path: Path) -> None:
+    """Where the pipeline's own loader takes it."""
+    shapes = type(scene.adapter).layers_in(scene.folder, "tiny")
+    assert shapes == layer_shapes(scene.adapter.network)
+    naming = scene.adapter.comfyui(list(shapes))
+    assert (naming is None) == (scene.case.comfyui is None)
+    if naming is None or not scene.case.by_diffusers:
+        return
+    trained: Any = models.load(str(scene.folder))
+    trained.add_lora(2, 4, scene.case.comfyui or None)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in trained.network.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.15 * torch.randn(parameter.shape, generator=draw)
+    save_file(comfyui_tensors(lora_of(trained.network), naming, shapes), tmp_path / "lora.safetensors")
+    drawn, pipe = scene.ours(trained, steps=2), scene.load()
+    load_by_diffusers(pipe, tmp_path, "lora.safetensors")
+    assert moved(drawn, scene.ours(steps=2)) > VISIBLE
+    assert moved(scene.theirs(pipe, steps=2), drawn) <= 1e-5
+
+
+def test_comfyuis_form_of_every_layer_is_read_back(scene: Scene, tmp_path: Path) -> None:
+    shapes = layer_shapes(scene.adapter.network)
+    naming = scene.adapter.comfyui(list(shapes))
+    if naming is None:
+        return
+    named = sorted({part.layer for parts in naming.names.values() for part in parts})
+    assert set(shapes) - set(named) <= {"norm_out.linear"}  # FLUX.2's
+    draw = torch.Generator().manual_seed(1)
+    lora: dict[str, Factors] = {}
+    for n, layer in enumerate(named):
+        out, *into = shapes[layer]
+        a = torch.randn(1 + n % 3, *into, generator=draw)
+        lora[layer] = Factors(a, torch.randn(out, len(a), *(1,) * (len(into) - 1), generator=draw), 0.5)
+    save_file(comfyui_tensors(lora, naming, shapes), tmp_path / "lora.safetensors")
+    found = scene.adapter.fit_lora(read_lora(tmp_path / "lora.safetensors")).network
+    assert set(found) == set(lora)
+    for layer, factors in found.items():
+        torch.testing.assert_close(factors.dense(), lora[layer].dense(), rtol=1e-5, atol=1e-5)
+
+
+def load_by_diffusers(pipe: Any, folder: Path, name: str = "pytorch_lora_weights.safetensors") -> None:
     """By the pipeline's loader, or the network's own where the pipeline has none."""
-    name = "pytorch_lora_weights.safetensors"
     if hasattr(pipe, "load_lora_weights"):
         pipe.load_lora_weights(str(folder), weight_name=name)
     else:
@@ -338,5 +396,6 @@ def test_rollout_and_training_agree_in_every_dynamics(scene: Scene, tmp_path: Pa
     prompts = [Prompt(text) for text in scene.family.PROMPTS]
     tempflow.train(config, reward=from_function(brightness), prompts=prompts, test_prompts=prompts, quiet=True)
     told = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    print(f"log ratio {told['log_ratio_max']:.1e}, gap {told['rollout_gap_max']:.2f} roundings")
     assert told["log_ratio_max"] == 0
     assert told["rollout_gap_max"] <= 4  # roundings

@@ -54,7 +54,7 @@ def check(name: str, folder: Path, dtype: str, checkpointing: bool) -> None:
 
 
 def test_a_count_without_weights_is_the_one_with_them(tmp_path: Path) -> None:
-    check("z_image", tmp_path, "bfloat16", checkpointing=True)
+    check("cogview4", tmp_path, "bfloat16", checkpointing=True)  # the quickest whose control flow hangs on numbers
 
 
 @pytest.mark.slow

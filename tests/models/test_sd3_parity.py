@@ -35,13 +35,21 @@ def scheduled(request: pytest.FixtureRequest, world: World, monkeypatch: pytest.
     return world
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0, 7.0])
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_one_prompt_is_bit_equal(world: World, steps: int, guidance: float) -> None:
+def one_prompt_agrees(world: World, steps: int, guidance: float) -> bool:
     prompts = [world.prompts[0]]
     a = ours(world.adapter, prompts, steps, guidance, world.size, roots=2)
     b = theirs(world.plain, prompts, steps, guidance, world.size, world.tokens, roots=2)
-    assert agree(a, b)
+    return agree(a, b)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_one_prompt_is_bit_equal(world: World, steps: int, guidance: float) -> None:
+    assert one_prompt_agrees(world, steps, guidance)
+
+
+def test_one_prompt_of_the_embedded_pipeline_is_bit_equal(shapes_world: World) -> None:
+    assert one_prompt_agrees(shapes_world, 4, 3.0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 7.0])

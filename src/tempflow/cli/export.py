@@ -21,9 +21,10 @@ class ExportOptions(Strict):
         default="best", description="best on validation, as it was last, or the average"
     )
     checkpoint: int | None = Field(default=None, ge=0, description="an iteration that has a checkpoint")
-    form: Literal["lora", "peft", "merged"] | None = Field(
+    form: Literal["lora", "peft", "comfyui", "merged"] | None = Field(
         default=None,
-        description="a LoRA for diffusers, one as a PEFT folder, or a whole pipeline (default: as the run trained)",
+        description="a LoRA for diffusers, as a PEFT folder or for ComfyUI, or a whole pipeline "
+        "(default: as the run trained)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the files (default: what the run computed in)"

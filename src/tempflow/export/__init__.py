@@ -1,4 +1,4 @@
-"""A run's weights as a folder for diffusers."""
+"""A run's weights as a folder for diffusers or ComfyUI."""
 
 from tempflow.export.write import Form, Which, check_hub_name, export_run, merge, push, run_config
 

@@ -34,7 +34,7 @@ class Export:
     @property
     def adapter(self) -> bool:
         """Whether it needs the base beside it."""
-        return self.form in ("lora", "peft")
+        return self.form != "merged"
 
 
 def card(run: Path, config: Config, export: Export) -> str:
@@ -198,7 +198,9 @@ def _number(value: float | None) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------ use
 def _usage(config: Config, export: Export) -> str:
-    """Lines that draw a picture as the run's evaluation did, by diffusers alone."""
+    """Lines that draw a picture as the run's evaluation did, by diffusers alone; for ComfyUI, where the file goes."""
+    if export.form == "comfyui":
+        return _comfyui_usage(config, export)
     imports, family = ["import torch", "from diffusers import DiffusionPipeline"], family_of(config)
     base = json.dumps(base_name(config))
     if export.adapter and config.model.path == "shapes":
@@ -236,3 +238,12 @@ def _usage(config: Config, export: Export) -> str:
     if m.guidance_options:
         drawing = [f"# the run's guidance had further settings: {json.dumps(m.guidance_options)}", *drawing]
     return "\n".join(["```python", *imports, "", *loading, *drawing, "```", ""])
+
+
+def _comfyui_usage(config: Config, export: Export) -> str:
+    e, m = config.evaluation, config.model
+    return (
+        f"Copy `{export.name}.safetensors` to ComfyUI's `models/loras`, and load it behind the base model by the node "
+        f"LoraLoaderModelOnly at strength 1. The run's evaluation drew {m.width} × {m.height} in {e.steps} steps at "
+        f"guidance {e.guidance:g}, as the base's diffusers pipeline counts them.\n"
+    )

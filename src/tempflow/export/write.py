@@ -1,4 +1,4 @@
-"""A run's weights as a folder for diffusers: a LoRA, or a whole pipeline, with its licence and a model card."""
+"""A run's weights as a folder for diffusers or ComfyUI: a LoRA or a pipeline, with its licence and a model card."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tempflow.config import Config, load_config
 from tempflow.export.card import Export, base_file, base_name, card, family_of, licence
 from tempflow.folder import check
-from tempflow.models import DTYPES, HUB_ID, load
+from tempflow.models import DTYPES, HUB_ID, adapter_of, load
+from tempflow.models.comfyui import comfyui_tensors
 from tempflow.models.family import Family
 from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
+from tempflow.models.pipeline_folder import INDEX
 from tempflow.models.quiet import quiet
 
-Form = Literal["lora", "peft", "merged"]
+Form = Literal["lora", "peft", "comfyui", "merged"]
 Which = Literal["best", "policy", "ema"]
 
 LICENCE_TEXTS = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt")
@@ -47,9 +49,10 @@ def export_run(
     checkpoint  an iteration that has a checkpoint, whose "best" is what the run evaluates by. None: a finished run's
                 best weights come from `run`/model, a stopped run's from its best checkpoint, others from the newest
     form        "lora": one file for `pipe.load_lora_weights(to)`, the scale multiplied into B. "peft": the same LoRA as
-                `PeftModel.from_pretrained(pipe.transformer, to)` reads it. "merged": a pipeline folder for
-                `from_pretrained(to)`; of a LoRA run it holds W + scale·B·A, summed in float32. None: "lora" for a LoRA
-                run, "merged" for one that trained fully
+                `PeftModel.from_pretrained(pipe.transformer, to)` reads it. "comfyui": the same LoRA as one file in
+                ComfyUI's names of layers, called as the folder. "merged": a pipeline folder for `from_pretrained(to)`;
+                of a LoRA run it holds W + scale·B·A, summed in float32. None: "lora" for a LoRA run, "merged" for one
+                that trained fully
     dtype       "float32" or "bfloat16"; None: the one that the run computed and was judged in
 
     Raises ValueError for a folder that holds no run, weights or a checkpoint that it does not have, a form that does
@@ -65,6 +68,10 @@ def export_run(
         lora = _lora(source, config, weights) if config.model.training == "lora" else {}
         if form == "merged":
             _write_pipeline(source, config, weights, lora, partial, dtype)
+        elif form == "comfyui":
+            tensors = _comfyui(config, lora, dtype)
+            _check_space(partial, sum(t.nbytes for t in tensors.values()))
+            save_file(tensors, partial / f"{to.name}.safetensors", metadata={"format": "pt"})
         else:
             _check_space(partial, lora_bytes(lora, DTYPES[dtype]))
             if form == "peft":
@@ -91,7 +98,7 @@ def run_config(run: Path) -> Config:
 def _form(config: Config, form: Form | None) -> Form:
     if config.model.training == "lora":
         return form or "lora"
-    if form in ("lora", "peft"):
+    if form not in (None, "merged"):
         raise ValueError(f"form: {form!r}, but this run trained the whole network; nearest valid: 'merged'")
     return "merged"
 
@@ -146,6 +153,27 @@ def _lora(source: Path, config: Config, weights: Which) -> Lora:
         return paired(_tensors(source, weights), config.model.lora_alpha / config.model.lora_rank)
     except ValueError as error:
         raise ValueError(f"run: {error}") from error
+
+
+def _comfyui(config: Config, lora: Lora, dtype: str) -> dict[str, Tensor]:
+    """The LoRA's tensors in ComfyUI's names, by the base's configuration."""
+    from tempflow.models.diffusers_model import DiffusersModel
+
+    index = base_file(config, INDEX)
+    if index is None:
+        raise ValueError(
+            f"form: 'comfyui' needs the configuration of {config.model.path!r}, which is not on this machine; "
+            "nearest valid: 'lora'"
+        )
+    adapter = adapter_of(config.model.path, index.parent)
+    shapes = adapter.layers_in(index.parent, config.model.path) if issubclass(adapter, DiffusersModel) else {}
+    naming = adapter.comfyui(list(shapes)) if issubclass(adapter, DiffusersModel) else None
+    if naming is None:
+        raise ValueError(
+            f"form: 'comfyui' of {adapter.family.title}, and what ComfyUI calls its layers is not known here; "
+            "nearest valid: 'lora'"
+        )
+    return comfyui_tensors(lora, naming, shapes, DTYPES[dtype])
 
 
 def _part(source: Path, config: Config) -> str:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,11 +19,21 @@ from torch import Tensor, nn
 from tempflow.core.schedule import Schedule
 from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
+from tempflow.models.comfyui import Naming
 from tempflow.models.embeddings import Embeddings, Row, digest, stacked
 from tempflow.models.family import Family, check_size
 from tempflow.models.finite import to_pictures
 from tempflow.models.guidance import Guidance, guided
-from tempflow.models.lora import FittedLora, add_adapter, attach, fresh_adapter, layer_shapes, lora_of, write_lora
+from tempflow.models.lora import (
+    FittedLora,
+    Shapes,
+    add_adapter,
+    attach,
+    fresh_adapter,
+    layer_shapes,
+    lora_of,
+    write_lora,
+)
 from tempflow.models.lora_files import NETWORK, Aliases, LoraFile, fit
 from tempflow.models.pipeline_folder import (
     INDEX,
@@ -158,6 +169,23 @@ class DiffusersModel(ABC):
     def lora_aliases(self, layers: Sequence[str]) -> Aliases:
         """Other names that LoRA files have for the network's layers."""
         return {}
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming | None:
+        """What ComfyUI calls these layers of the network; None where that is not known."""
+        return None
+
+    @classmethod
+    def layers_in(cls, folder: Path, name: str) -> Shapes:
+        """The layers of the network in a pipeline's folder, by its configuration alone; `name` is what the user called
+        it."""
+        from accelerate import init_empty_weights
+
+        part = cls.family.networks[0]
+        library, kind = read_index(name, folder)[part]
+        made: Any = getattr(import_module(library), kind)
+        with quiet(), init_empty_weights():
+            return layer_shapes(made.from_config(made.load_config(folder / part)))
 
     def notes(self) -> tuple[str, ...]:
         """See `TakesTools.notes`: another sampler than the folder's."""

@@ -103,6 +103,28 @@ def drawable(size: Size, channels: int, scale: int, patch: int = 1, most: int | 
     return (channels, size.height // scale, size.width // scale)
 
 
+def by_transformer(
+    shape: Callable[[Mapping[str, Any], int, Size], tuple[int, ...]], stages: str = "block_out_channels", first: int = 1
+) -> Callable[[Settings, Size], tuple[int, ...] | None]:
+    """`Family.latent_shape` by the configurations of a transformer and an autoencoder. It raises ValueError where one
+    of them does not say what is asked.
+
+    shape   shape(the transformer's configuration, pixels a side of a latent, size)
+    stages  the autoencoder's list of stages, each of which halves the sides but for the `first`
+    """
+
+    def latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
+        transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
+        if transformer is None or vae is None:
+            return None
+        for part, told, key in (("transformer", transformer, "in_channels"), ("vae", vae, stages)):
+            if key not in told:
+                raise ValueError(f"model.path: {part}/config.json does not say {key!r}; is the folder whole?")
+        return shape(transformer, 2 ** (len(vae[stages]) - first), size)
+
+    return latent_shape
+
+
 def check_size(size: Size, made: Kind, model: str) -> None:
     """Raises ValueError, naming the field, for frames, a rate or a length of sound of a model that makes none."""
     pictures, silent = made == "picture", "sound" not in made

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tempflow.core.state import upcast
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming
 from tempflow.models.diffusers_model import DiffusersModel, pack, token_shift, unpack
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.flux_names import original_names
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases
@@ -72,11 +73,7 @@ class FluxGuidance(Guidance):
         return base + self.true_cfg * (guided - base)
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
     return drawable(size, transformer["in_channels"] // PATCH**2, scale, PATCH)
 
 
@@ -93,7 +90,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=FluxGuidance,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
 
@@ -143,6 +140,10 @@ class Flux(DiffusersModel):
     def lora_aliases(self, layers: Sequence[str]) -> Aliases:
         """Black Forest Labs' own names of the layers."""
         return original_names(layers)
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        return Naming(original_names(layers), kohya=True)
 
 
 def _places(height: int, width: int, device: torch.device) -> Tensor:

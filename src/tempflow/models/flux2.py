@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming
 from tempflow.models.diffusers_model import DiffusersModel, mode
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora_files import Aliases, Part
 from tempflow.models.pipeline_folder import INDEX, check_flow_match_euler
@@ -60,11 +61,8 @@ class EmbeddedGuidance(Guidance):
         return 1
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    return drawable(size, transformer["in_channels"], PATCH * 2 ** (len(vae["block_out_channels"]) - 1))
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
+    return drawable(size, transformer["in_channels"], PATCH * scale)
 
 
 def _distilled(settings: Settings) -> str:
@@ -81,7 +79,7 @@ DEV = Family(
     lora_targets=LORA_TARGETS,
     guidance=EmbeddedGuidance,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
 )
 
 KLEIN = Family(
@@ -90,7 +88,7 @@ KLEIN = Family(
     blocks=BLOCKS,
     lora_targets=LORA_TARGETS,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
 
@@ -140,6 +138,10 @@ class Flux2(DiffusersModel):
     def lora_aliases(self, layers: Sequence[str]) -> Aliases:
         """Black Forest Labs' own names of the layers."""
         return original_names(layers)
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        return Naming(original_names(layers))
 
     def decode_latents(self, x: Tensor) -> Tensor:
         mean, std = self._statistics()

@@ -6,7 +6,8 @@ Its time runs from noise at 0 to the picture at 1, and its velocity the same way
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from tempflow.core.state import upcast
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming
 from tempflow.models.diffusers_model import DiffusersModel, token_shift
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
+from tempflow.models.lora_files import Aliases, Part
 from tempflow.models.pipeline_folder import check_flow_match_euler
 
 PIPELINES = {"Lumina2Pipeline": "Lumina2"}
@@ -56,11 +59,7 @@ class Lumina2Guidance(Guidance):
         return mixed * (upcast(positive).norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
     patch = transformer.get("patch_size", 2)
     unit = math.lcm(scale * patch, UNIT) // scale
     most = min(transformer.get("axes_lens", (300, 512, 512))[1:]) * patch // unit  # places that a token can have
@@ -79,7 +78,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=Lumina2Guidance,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
     call_options=_call_options,
 )
 
@@ -131,3 +130,44 @@ class Lumina2(DiffusersModel):
             encoder_attention_mask=rows["mask"],
             return_dict=False,
         )[0]
+
+    def lora_aliases(self, layers: Sequence[str]) -> Aliases:
+        """The original code's names of the layers."""
+        return original_names(layers)
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        return Naming(original_names(layers))
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+OUTSIDE = {
+    "x_embedder": "x_embedder",
+    "time_caption_embed.caption_embedder.1": "cap_embedder.1",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+}
+IN_BLOCKS = {
+    "attn.to_out.0": "attention.out",
+    "feed_forward.linear_1": "feed_forward.w1",
+    "feed_forward.linear_2": "feed_forward.w2",
+    "feed_forward.linear_3": "feed_forward.w3",
+    "norm1.linear": "adaLN_modulation.1",
+}
+BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
+
+
+def original_names(layers: Sequence[str]) -> dict[str, tuple[Part, ...]]:
+    """The name of each layer in the original code → diffusers' layers that hold its rows."""
+    names: dict[str, tuple[Part, ...]] = {}
+    for layer in layers:
+        found = BLOCK.fullmatch(layer)
+        if found is None and layer in OUTSIDE:
+            names[OUTSIDE[layer]] = (Part(layer),)
+        elif found and found[2] in IN_BLOCKS:
+            names[f"{found[1]}.{IN_BLOCKS[found[2]]}"] = (Part(layer),)
+        elif found and found[2] == "attn.to_q":
+            names[f"{found[1]}.attention.qkv"] = tuple(Part(f"{found[1]}.attn.to_{x}") for x in "qkv")
+    return names

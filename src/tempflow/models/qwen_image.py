@@ -5,7 +5,7 @@ Its guidance gives each token of the guided velocity the length that the prompt'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tempflow.core.state import upcast
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming, own_names
 from tempflow.models.diffusers_model import DiffusersModel, mode, pack, token_shift, unpack
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.pipeline_folder import check_flow_match_euler
 
@@ -64,11 +65,7 @@ class QwenGuidance(Guidance):
         return unpack(scaled, *positive.shape[-2:])
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    scale = 2 ** len(vae["temperal_downsample"])
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
     return drawable(size, transformer["in_channels"] // PATCH**2, scale, PATCH)
 
 
@@ -78,7 +75,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=QwenGuidance,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape, "temperal_downsample", 0),
 )
 
 
@@ -129,6 +126,10 @@ class QwenImage(DiffusersModel):
             return_dict=False,
         )[0]
         return unpack(said, *x.shape[-2:])
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        return Naming(own_names(layers))
 
     # The autoencoder is one of videos; a picture is its first frame.
     def decode_latents(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tempflow.media import Size
 from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.pipeline_folder import EULER, check_flow_match_euler
 
@@ -58,11 +58,7 @@ def check_sana(path: str, kind: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    scale = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
     patch = math.lcm(scale * transformer.get("patch_size", 1), UNIT) // scale
     return drawable(size, transformer["in_channels"], scale, patch)
 
@@ -77,7 +73,7 @@ FAMILY = Family(
     needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
     lora_targets=LORA_TARGETS,
     scheduler=check_sana,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape, "encoder_block_out_channels"),
     sampler=f'{EULER}.from_config({{"shift": pipe.scheduler.config.get("flow_shift"), **pipe.scheduler.config}})',
     call_options=_call_options,
 )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming
 from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases
 from tempflow.models.pipeline_folder import check_flow_match_euler
@@ -45,15 +46,7 @@ def _call_options(settings: Settings) -> dict[str, object]:
     return {"max_sequence_length": length} if length < T5_TOKENS else {}
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    """[C, H, W], by the configurations of the transformer and the autoencoder."""
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    for part, told, key in (("transformer", transformer, "in_channels"), ("vae", vae, "block_out_channels")):
-        if key not in told:
-            raise ValueError(f"model.path: {part}/config.json does not say {key!r}; is the folder whole?")
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
     patch, most = transformer.get("patch_size", 2), transformer.get("pos_embed_max_size", 96)  # diffusers' defaults
     return drawable(size, transformer["in_channels"], scale, patch, most)
 
@@ -67,7 +60,7 @@ FAMILY = Family(
     may_be_null="text_encoder_3 and tokenizer_3 (T5)",
     lora_targets=LORA_TARGETS,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
     call_options=_call_options,
 )
 
@@ -142,3 +135,7 @@ class SD3(DiffusersModel):
     def lora_aliases(self, layers: Sequence[str]) -> Aliases:
         """Stability's own names of the layers."""
         return original_names(layers)
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        return Naming(original_names(layers))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tempflow.core.prediction import Kind, VariancePreserving, predictor
 from tempflow.core.schedule import Schedule
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming, own_names
 from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
@@ -212,12 +213,22 @@ class StableDiffusion(DiffusersModel):
         """CompVis' own names of the layers."""
         return original_names(layers)
 
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        """Our names, as kohya's scripts write them for SD 1.x."""
+        return Naming(own_names(layers), kohya=True)
+
 
 class StableDiffusionXL(StableDiffusion):
     """The adapter of SDXL. A prompt without a negative text is guided away from zeros, where its folder says so
     (`force_zeros_for_empty_prompt`), as by its pipeline: not from the embedding of an empty text."""
 
     family = SDXL
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        """CompVis' names, as kohya's scripts write them for SDXL."""
+        return Naming(original_names(layers), kohya=True)
 
     def text_key(self, text: str, negative: bool, size: Size) -> str:
         """Nothing to lead away from is not the empty text."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.media import Size
+from tempflow.models.comfyui import Naming, own_names
 from tempflow.models.diffusers_model import DiffusersModel, token_shift
 from tempflow.models.embeddings import Row
-from tempflow.models.family import Family, Settings, drawable
+from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases, Part
 from tempflow.models.pipeline_folder import check_flow_match_euler
@@ -53,11 +54,8 @@ class ZImageGuidance(Guidance):
         return {"guidance_scale": self.guidance - 1}
 
 
-def _latent_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
-    transformer, vae = settings("transformer/config.json"), settings("vae/config.json")
-    if transformer is None or vae is None:
-        return None
-    return drawable(size, transformer["in_channels"], 2 ** (len(vae["block_out_channels"]) - 1), PATCH)
+def _latent_shape(transformer: Mapping[str, Any], scale: int, size: Size) -> tuple[int, ...]:
+    return drawable(size, transformer["in_channels"], scale, PATCH)
 
 
 def _distilled(settings: Settings) -> str:
@@ -72,7 +70,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=ZImageGuidance,
     scheduler=check_flow_match_euler,
-    latent_shape=_latent_shape,
+    latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
 
@@ -113,6 +111,11 @@ class ZImage(DiffusersModel):
 
     def lora_aliases(self, layers: Sequence[str]) -> Aliases:
         return original_names(layers)
+
+    @classmethod
+    def comfyui(cls, layers: Sequence[str]) -> Naming:
+        """Our names, q, k and v apart, which ComfyUI knows too; of the first and the last layer the original ones."""
+        return Naming({ONE_SIZE.sub(r"\1\2", name): parts for name, parts in own_names(layers).items()})
 
 
 ONE_SIZE = re.compile(r"all_(final_layer|x_embedder)\.2-1(.*)")
