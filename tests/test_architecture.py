@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"strict", "algorithms", "data", "rewards", "names", "media"},
     "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
-    "measure": {"config", "cost", "data", "rewards", "train", "media", "models"},
+    "measure": {"config", "cost", "data", "rewards", "train", "media", "models", "request"},
     "evaluate": {
         "core",
         "data",

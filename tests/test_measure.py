@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import torch
 
 from tempflow import measure
+from tempflow.cli import main
 from tempflow.cli.parse import configured
-from tempflow.cost import run_cost
+from tempflow.config import load_config
+from tempflow.cost import memory_of, run_cost
 from tempflow.measure import LOOKING, Measured, Rate, clock
 
 SMALL = ["--iterations", "5", "--evaluation.every", "2", "--evaluation.validation-prompts", "3"]
@@ -74,3 +80,76 @@ def test_the_embedded_model_is_measured():
 )
 def test_durations_as_people_say_them(seconds, told):
     assert clock(seconds) == told
+
+
+# ------------------------------------------------------------------------------------------------------ rows that fit
+def out_of_memory_above(room: int, tried: list[int]) -> Callable[[int], None]:
+    def step(rows: int) -> None:
+        tried.append(rows)
+        if rows > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return step
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 31, 32, 33, 77, 96, 1000])
+@pytest.mark.parametrize("most", [1, 7, 96])
+def test_the_largest_rows_that_fit_are_found(room, most):
+    tried = list[int]()
+    found = measure.largest(partial(measure.fits, out_of_memory_above(room, tried), lambda: None), most)
+    best = min(room, most)
+    assert found <= best < found + max(1, found // measure.FINE) and len(tried) <= 12
+    assert all(rows <= most for rows in tried) and (found in tried or found == 0)
+
+
+def test_only_a_full_memory_counts_as_not_fitting():
+    def raises(error: Exception) -> Callable[[int], None]:
+        def step(rows: int) -> None:
+            raise error
+
+        return step
+
+    full = RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)")
+    assert measure.fits(raises(full), lambda: None, 1) is False
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure.fits(raises(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), lambda: None, 1)
+
+
+def test_rows_are_tried_on_the_runs_own_model(monkeypatch):
+    config = configured("cost", ["shapes_tempflow", *SMALL, "--threads", "1"])
+    own, rooms = {name: getattr(measure.Work, name) for name in ("forward", "train")}, {"forward": 5, "train": 2}
+
+    def limited(name: str) -> Callable[..., None]:
+        def step(work: measure.Work, rows: int, **others: bool) -> None:
+            out_of_memory_above(rooms[name], [])(rows)
+            own[name](work, rows, **others)
+
+        return step
+
+    for name in own:
+        monkeypatch.setattr(measure.Work, name, limited(name))
+    assert measure._tried(config, run_cost(config), (8, 8)) == [5, 2]
+
+
+def test_the_rows_that_the_estimate_allows_are_written_into_a_configuration(monkeypatch, tmp_path, capsys):
+    words = ["shapes_tempflow", *SMALL, "--algorithm.seeds", "12"]
+    config = configured("cost", words)
+    cost, row = run_cost(config), memory_of(config.replace(rollout_rows=1, train_rows=1), run_cost(config))
+    assert not isinstance(row, str)
+    room = sum(row.held.values()) + 5 * row.phases["sampling"]
+    monkeypatch.setattr(measure, "free_memory", lambda device: int(room / (1 - measure.SPARE)) + 1)
+    file = tmp_path / "found.yaml"
+    assert main(["cost", *words, "--find-rows", str(file)]) == 0
+    found = load_config(file)
+    assert found == config.replace(rollout_rows=found.rollout_rows, train_rows=found.train_rows)
+    assert 2 <= found.train_rows < found.rollout_rows <= cost.first.leaves
+    assert f"rollout_rows {found.rollout_rows}, train_rows {found.train_rows}" in capsys.readouterr().out
+    for rows in (found.rollout_rows, found.rollout_rows + 2):
+        memory = memory_of(config.replace(rollout_rows=rows), cost)
+        fits = sum(memory.held.values()) + memory.phases["sampling"] <= room
+        assert fits == (rows == found.rollout_rows)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"find_rows: not even one row of rollout_rows fits on cpu; nearest valid: "):
+        measure.rows_that_fit(config)
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    assert main(["cost", *words, "--find-rows", str(tmp_path / "mine.yaml")]) == 2

@@ -184,7 +184,7 @@ DRAFT_BITS = {"bfloat16": 16, "int8": 8, "float8": 8, "nvfp4": 4.5}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of one rank that holds all of the network.
+    """Bytes on the device of one of `ranks`.
 
     held    what lies there throughout, by name
     phases  what each phase of an iteration takes beside it, at its peak
@@ -194,6 +194,7 @@ class Memory:
     held: Mapping[str, int]
     phases: Mapping[str, int]
     saved: int
+    ranks: int = 1
 
     @property
     def peak(self) -> int:
@@ -201,7 +202,7 @@ class Memory:
 
     def table(self) -> Table:
         """The parts, for a terminal."""
-        table = Table(title="memory of a rank, estimated")
+        table = Table(title=f"memory of a rank{f' of {self.ranks}' if self.ranks > 1 else ''}, estimated")
         table.add_column("")
         table.add_column("bytes", justify="right")
         for name, size in self.held.items():
@@ -213,15 +214,14 @@ class Memory:
         table.add_row("of training's: kept for the backward", _bytes(self.saved))
         table.add_section()
         table.add_row(f"peak, while {max(self.phases, key=lambda name: self.phases[name])}", _bytes(self.peak))
-        table.caption = (
-            "rewards, kernels' workspaces and what the allocator keeps come on top; fsdp shares all but states and "
-            "activations among the ranks"
-        )
+        table.caption = "rewards, kernels' workspaces and what the allocator keeps come on top"
         return table
 
 
-def memory_of(config: Config, cost: RunCost) -> Memory | str:
+def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
     """Counted from the configurations in the model's folder (`models.memory`), without its weights; or why not.
+
+    ranks: that share the run; each has its share of the prompts, and under `fsdp` of the weights
 
     Raises ValueError, naming the field, for a LoRA target, size or guidance that the model does not have.
     """
@@ -233,7 +233,7 @@ def memory_of(config: Config, cost: RunCost) -> Memory | str:
         from tempflow.models.memory import Asked, Lora, footprint
     except ImportError as error:
         return f"{error.name} is not installed"
-    algorithm, adapter = config.algorithm.build().seeded(config.seed), adapter_of(m.path, folder)
+    adapter = adapter_of(m.path, folder)
     if not issubclass(adapter, DiffusersModel):
         return "its adapter is of another kind than those of diffusers' pipelines"
     device = config.device if config.device != "auto" else resolved_device("auto")
@@ -260,30 +260,53 @@ def memory_of(config: Config, cost: RunCost) -> Memory | str:
             return f"{error.name} is not installed"
     if found is None:
         return "the model's family does not say what a text's tensors are"
-    trained, half = found.trainable, asked.dtype.itemsize * found.split
-    sets = len(set(algorithm.sets) - {"policy"})
     away = m.offload and not device.startswith("cpu")
     waiting = {"text encoders": found.encoders * (not m.drop_encoders), "autoencoder": found.vae}
-    bits = 0 if algorithm.draft is None else DRAFT_BITS.get(algorithm.draft.precision, 0)
+    shared, training = ranks if config.parallel.mode == "fsdp" else 1, found.training
+    gathered = dict[str, int]()
+    if shared > 1:
+        # The block that computes and the next one, and what lies outside of all. A block's gradients are there whole
+        # until they are added up, in float32; the next block's beside them.
+        gathered["blocks, gathered"] = found.outside + 2 * found.block
+        gathered["a block's gradients, gathered"] = found.taught * (asked.dtype.itemsize + 2 * MASTER)
+        training -= found.trainable * asked.dtype.itemsize * found.split
     held = {
-        "network": found.network,
+        "network": -(-found.network // shared),
+        **gathered,
         **({} if away else waiting),
-        "float32 masters": MASTER * trained if found.split else 0,
-        "gradients": MASTER * trained,
-        "AdamW's moments": 2 * MASTER * trained,
-        "average weights": MASTER * trained * (config.optimizer.ema_decay > 0),
-        "other weight sets": sets * trained * (MASTER + half),
-        "low-precision copy that drafts": round(found.network / asked.dtype.itemsize * bits / 8),
-        "states kept for training": cost.stored_nodes * (cost.state_bytes or 0),
+        **beside(config, cost, found.trainable, asked.dtype.itemsize if found.split else 0, ranks),
+        "low-precision copy that drafts": round(found.network / asked.dtype.itemsize * _draft_bits(config) / 8),
     }
     phases = {
         "sampling": found.sampling,
         "decoding": found.decoding + found.vae * away,
-        "training": found.training,
+        "training": training,
     }
     if away or m.drop_encoders:
         phases = {"encoding prompts": found.encoders, **phases}
-    return Memory(held, phases, found.saved)
+    return Memory(held, phases, found.saved, ranks)
+
+
+def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 1) -> dict[str, int]:
+    """Bytes that training holds beside the network's own weights on one of `ranks`, by name.
+
+    trained: numbers; half: bytes of each in the network where that is less than float32, else 0
+    """
+    sets = len(set(config.algorithm.build().sets) - {"policy"})
+    own = -(-trained // (ranks if config.parallel.mode == "fsdp" else 1))
+    return {
+        "float32 masters": MASTER * own * (half > 0),
+        "gradients": MASTER * own,
+        "AdamW's moments": 2 * MASTER * own,
+        "average weights": MASTER * own * (config.optimizer.ema_decay > 0),
+        "other weight sets": sets * own * (MASTER + half),
+        "states kept for training": -(-cost.stored_nodes // ranks) * (cost.state_bytes or 0),
+    }
+
+
+def _draft_bits(config: Config) -> float:
+    draft = config.algorithm.build().draft
+    return 0 if draft is None else DRAFT_BITS.get(draft.precision, 0)
 
 
 def _bytes(size: float) -> str:

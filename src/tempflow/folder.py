@@ -24,8 +24,8 @@ PIPELINE = "model_index.json"
 REPLACED = ("model", "checkpoints")
 """Folders in a run's that the run deletes and writes anew."""
 
-FILE_MARKS = (b'"generator": "tempflow"', b'name="generator" content="tempflow"')
-"""What a JSON file or a page of ours has in its first `HEAD` bytes."""
+FILE_MARKS = (b'"generator": "tempflow"', b'name="generator" content="tempflow"', b"# generator: tempflow")
+"""What a JSON file, a page or a configuration of ours has in its first `HEAD` bytes."""
 
 HEAD = 1024
 MAX_BYTES = 2**24

@@ -27,6 +27,7 @@ from tempflow.rewards.protocol import Reward
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Experience, collect, credit, rollout_metrics
 from tempflow.train.guards import Guards
+from tempflow.train.parallel import Shards
 from tempflow.train.update import update
 from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets
 
@@ -50,8 +51,11 @@ class Velocity(nn.Module):
             self.mean.weight.copy_(torch.linspace(-0.3, 0.3, 16).view(8, 2))
             self.mean.bias.zero_()
 
+    def means(self, condition: Tensor) -> Tensor:
+        return self.drop(self.mean(condition))
+
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        m = self.drop(self.mean(condition)).view(-1, *self.shape)
+        m = self.means(condition).view(-1, *self.shape)
         s = sigma.to(x.dtype).view(-1, *[1] * len(self.shape))
         gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
         return (x - m - gain * (x - (1 - s) * m)) / s
@@ -180,7 +184,7 @@ def flow(**options: Any) -> Algorithm:
 
 
 class Bench:
-    """What one iteration needs, without a run around it."""
+    """What one iteration needs, without a run around it. `sharded`: the network is shared out over the ranks."""
 
     def __init__(
         self,
@@ -189,10 +193,13 @@ class Bench:
         reward: Callable[..., Any] | Reward = brightness,
         ema: float = 0.0,
         rate: float = 0.02,
+        sharded: bool = False,
         **context: Any,
     ) -> None:
         self.model = model or Fake()
         algorithm = algorithm or tempflow()
+        network = self.model.network
+        shards = Shards(network, self.model.blocks(network), context["world"]) if sharded else None
         self.trainable = Trainable(self.model.network)
         self.weight_sets = WeightSets.of(algorithm, self.trainable)
         sets = dict(self.weight_sets.sets)
@@ -212,6 +219,7 @@ class Bench:
             max_grad_norm=1.0,
             sets={name: weights.network() for name, weights in sets.items()},
             drafter=Drafter.of(algorithm, self.model, self.trainable, sets),
+            shards=shards,
         )
         self.context = replace(standard, **context)
         self.average = WeightSet(self.trainable, Ema(ema)) if ema else None

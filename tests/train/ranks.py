@@ -14,6 +14,8 @@ from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Velocity, album, brightness,
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.data.pictures import Pictures
@@ -21,9 +23,9 @@ from tempflow.data.prompts import load_prompts
 from tempflow.request import Prompt
 from tempflow.train import parallel as exchange
 from tempflow.train.experience import credit
-from tempflow.train.parallel import Shards, World, join, leave, shard
+from tempflow.train.parallel import World, join, leave
 from tempflow.train.trainer import train
-from tempflow.train.weights import Trainable
+from tempflow.train.weights import part
 
 # groups are multiples of three: `patchy` fails every third picture of a call, which must not depend on the ranks
 ALGORITHMS = {
@@ -69,9 +71,61 @@ FIRST = torch.tensor([len(prompt) / 10 for prompt in PROMPTS[:2]])
 """By this the prompts of the first of two ranks are told from the others."""
 
 
-def fake(routed: bool) -> Fake:
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 33), nn.Linear(33, 8)
+        self.lora_a, self.lora_b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2) / 4)
+
+    def forward(self, shift: torch.Tensor) -> torch.Tensor:
+        return shift + self.down(torch.tanh(self.up(shift))) + 0.1 * shift @ self.lora_a.T @ self.lora_b.T
+
+
+class Deep(Velocity):
+    """With layers that are checkpointed as diffusers does it, and a number without a dimension. `gathered`: bytes of
+    whole parameters, seen between any two layers, forwards and backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(Layer() for _ in range(6))
+        self.gain = nn.Parameter(torch.tensor(0.8))
+        self.gathered = list[int]()
+
+    def means(self, condition: torch.Tensor) -> torch.Tensor:
+        shift = self.gain.to(condition.dtype) * self.mean(condition)
+        for layer in self.layers:
+            again = torch.is_grad_enabled()
+            shift = checkpoint(layer.__call__, shift, use_reentrant=False) if again else layer(shift)
+            self.look()
+            if shift.requires_grad:
+                shift.register_hook(lambda _: self.look())
+        return shift
+
+    def look(self) -> None:
+        self.gathered.append(sum(p.nbytes for p in self.parameters() if not isinstance(p, DTensor)))
+
+
+class DeepFake(Fake):
+    """`lora`: only its layers' low-rank parts are trained, which stand beside their weights."""
+
+    def __init__(self, dtype: torch.dtype, lora: bool) -> None:
+        super().__init__(dtype=dtype)
+        self.network = Deep().to(dtype)
+        self.network.gain.data = self.network.gain.data.float()
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_("lora" in name if lora else True)
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return list(network.get_submodule("layers").children())
+
+
+def fake(words: Sequence[str]) -> Fake:
+    if "deep" in words:
+        return DeepFake(torch.bfloat16 if "half" in words else torch.float32, "lora" in words)
     model = Fake()
-    if routed:
+    if "routed" in words:
         model.network = Routed()
     return model
 
@@ -91,25 +145,20 @@ def half_broken(images: list[Image.Image], prompts: list[str]) -> list[float | N
     return [None if p == PROMPTS[0] else 0.5 if p == PROMPTS[1] else v for p, v in zip(prompts, values, strict=True)]
 
 
-def one_update(name: str, out: Path, mode: str, world: World) -> None:
+def one_update(case: str, out: Path, mode: str, world: World) -> None:
     """Loss, advantages, gradients and one SGD step of an iteration.
 
-    "idle NAME": the first two prompts teach nothing and have broken latents; "routed NAME": each rank's prompts use
-    parameters of their own.
+    case: an algorithm's name behind words. "idle": the first two prompts teach nothing and have broken latents;
+    "routed": each rank's prompts use parameters of their own; "twice": a second iteration, whose weight sets are behind
+    the policy; "deep": a checkpointed network; "lora", "half": of that, what is trained, and its dtype.
     """
-    idle, routed, name = name.startswith("idle "), name.startswith("routed "), name.split(" ")[-1]
-    reward = half_broken if idle else patchy
+    *words, name = case.split(" ")
+    reward = half_broken if "idle" in words else patchy
     rows: dict[str, int] = {"train_rows": 7, "rollout_rows": 11, "rollout_leaves": 20}
-    patched = Bench(fake(routed), ALGORITHMS[name](), reward, world=world, **rows)
+    if "two_updates" in words:
+        rows["updates"] = 2
+    patched = Bench(fake(words), ALGORITHMS[name](), reward, world=world, ema=0.5, sharded=mode == "fsdp", **rows)
     trainable = patched.trainable
-    if mode == "fsdp":
-        network = patched.model.network
-        shards = Shards((shard(network, [network.mean], torch.float32, world),), None)
-        patched.context = replace(
-            patched.context, shards=shards, sets={name: Fake().network for name in patched.context.sets}
-        )
-        trainable = Trainable(network)
-        shards.gather()
     if name == "nft_norms":
         patched.context = replace(patched.context, norms=True)
         with torch.no_grad():
@@ -121,12 +170,6 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
         file = album(out.parent / f"{out.name}_album_{world.rank}")
         prompts = load_prompts(str(file), uses=("chosen", "rejected", "image"))[:5]
         patched.context = replace(patched.context, pictures=Pictures.beside(str(file), given.keys, SIZE))
-    experience = patched.collect(prompts=prompts)
-    judged = credit(patched.context, experience)
-    if idle:
-        forest = experience.forest
-        untaught = forest.edges.prompt < 2
-        forest.nodes[torch.cat([forest.edges.parent[untaught], forest.edges.child[untaught]])] = torch.nan
     seen: dict[str, torch.Tensor] = {}
     kept = optimizer.step
 
@@ -136,15 +179,43 @@ def one_update(name: str, out: Path, mode: str, world: World) -> None:
         return kept(*args)
 
     optimizer.step = step  # type: ignore[method-assign]
-    patched.trainable, patched.optimizer = trainable, optimizer
-    metrics = patched.update(experience)
+    patched.optimizer = optimizer
+    metrics, judged = dict[str, float](), None
+    for iteration in range(2 if "twice" in words else 1):
+        experience = patched.collect(iteration, prompts=prompts)
+        judged = credit(patched.context, experience)
+        if "idle" in words:
+            forest = experience.forest
+            untaught = forest.edges.prompt < 2
+            forest.nodes[torch.cat([forest.edges.parent[untaught], forest.edges.child[untaught]])] = torch.nan
+        metrics = patched.update(experience, iteration)
+    assert judged is not None and patched.average is not None
     tensors = {f"gradient/{n}": t for n, t in seen.items()}
     tensors |= {f"after/{n}": whole(m.detach()) for n, m in zip(trainable.names, trainable.masters, strict=True)}
+    for set_name, weights in {"average": patched.average, **patched.weight_sets.sets}.items():
+        tensors |= {f"{set_name}/{n}": whole(value) for n, value in weights.named().items()}
     tensors["advantage"] = judged.advantage.value
     if world.first:
         out.mkdir(parents=True)
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, out / "tensors.safetensors")
         (out / "metrics.json").write_text(json.dumps(metrics))
+        if "deep" in words:
+            (out / "bytes.json").write_text(json.dumps(held(patched, optimizer)))
+
+
+def held(bench: Bench, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that this rank holds between two iterations, and the most of whole parameters at a time."""
+    network, trainable = bench.model.network, bench.trainable
+    sets = [bench.average, *bench.weight_sets.sets.values()]
+    parts: dict[str, list[Any]] = {
+        "network": list(network.parameters()),
+        "masters": trainable.masters if trainable.split else [],
+        "gradients": [p.grad for p in (*trainable.parameters, *trainable.masters)],
+        "moments": [t for state in optimizer.state.values() for t in state.values()],
+        "weight sets": [value for weights in sets if weights is not None for value in weights.values],
+    }
+    counted = {name: {id(t): part(t).nbytes for t in found if t is not None} for name, found in parts.items()}
+    return {name: sum(of.values()) for name, of in counted.items()} | {"gathered": max(network.gathered)}
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ Reinforcement learning for flow-matching image generators.
   train --resume RUN [--allow-changes]             go on with a run from its newest whole checkpoint
   cost [RECIPE | config.yaml] [--field value …]    what that would take: forwards, decodes, reward calls, memory
   cost … --measure                                 and how long, from ten seconds of measurement on this machine
+  cost … --find-rows FILE.yaml                     the largest rows that fit here, written into a configuration
   sample [PATH] --prompt TEXT …                    draw pictures
   eval [WHAT] [--base MODEL] [--gold NAME …]       score a model, a run or a LoRA on fixed prompts and noise
   suite NAME [WHAT] --prompts FILE …               GenEval, UniGenBench and others, of a model or a folder of pictures

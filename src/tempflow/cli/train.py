@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from tempflow.cli import fail
-from tempflow.cli.parse import configured_with, value_of
+from tempflow.cli.parse import configured_with, value_of, writing
+from tempflow.folder import check_file, write_file
 from tempflow.strict import ConfigError, Place, Strict, shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class CostOptions(Strict):
 
     measure: bool = Field(
         default=False, description="measure this machine for about ten seconds, and estimate the time with that"
+    )
+    ranks: int = Field(default=1, ge=1, le=65_536, description="processes that share the run: memory is one's")
+    find_rows: Place | None = Field(
+        default=None,
+        min_length=1,
+        description="a YAML file: search the largest rollout_rows and train_rows that fit into this machine's memory, "
+        "and write the configuration with them there",
     )
 
 
@@ -72,16 +80,35 @@ def _check_prompts(config: Config) -> None:
 
 def cost_verb(args: Sequence[str]) -> int:
     config, options = configured_with(CostOptions, "cost", args)
+    if options.find_rows is not None:
+        check_file(options.find_rows, "find_rows")
     from rich.console import Console
 
     from tempflow.cost import memory_of, run_cost
 
-    cost = run_cost(config)
-    Console().print(cost.table())
-    memory = memory_of(config, cost)
-    Console().print(f"memory of a rank: ? ({memory})" if isinstance(memory, str) else memory.table())
+    console, cost = Console(), run_cost(config)
+    if options.find_rows is not None:
+        config = _with_rows(config, options.find_rows, options.ranks)
+    console.print(cost.table())
+    memory = memory_of(config, cost, options.ranks)
+    console.print(f"memory of a rank: ? ({memory})" if isinstance(memory, str) else memory.table())
     if options.measure:
         from tempflow.measure import measured
 
-        Console().print(measured(config).table(cost))
+        console.print(measured(config).table(cost))
     return 0
+
+
+def _with_rows(config: Config, file: str, ranks: int) -> Config:
+    """The configuration with the rows that fit here, which is written to `file`: they are part of what a run is."""
+    from tempflow.config import to_yaml
+    from tempflow.measure import rows_that_fit
+
+    rows = rows_that_fit(config, ranks)
+    found = config.replace(rollout_rows=rows.rollout, train_rows=rows.train)
+    head = f"# generator: tempflow cost --find-rows, on {rows.device}: {rows.how}\n"
+    with writing("find_rows", file):
+        write_file(file, head + to_yaml(found), "find_rows")
+    print(f"rollout_rows {rows.rollout}, train_rows {rows.train}: {rows.how}")
+    print(f"written to {file}; to train with them: tempflow train {file}")
+    return found

@@ -283,7 +283,7 @@ class ParallelConfig(Strict):
     """Several processes, started by torchrun. Prompts per iteration and samples per prompt are the whole run's."""
 
     mode: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="ddp: every rank holds the network; fsdp: a part of it (FSDP2)"
+        default="ddp", description="ddp: every rank holds the network; fsdp: a part, gathered block by block (FSDP2)"
     )
 
 

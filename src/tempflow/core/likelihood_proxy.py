@@ -21,7 +21,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from tempflow.core.state import Reduce, mean_dims, to_rows, upcast
+from tempflow.core.state import Reduce, has_double, mean_dims, to_rows, upcast
 
 FLOOR = 1e-5
 """The smallest adaptive weight: keeps the weighted error finite for a perfect prediction."""
@@ -74,12 +74,13 @@ def square_error(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims) -
 
 
 def adaptive_scale(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims) -> Tensor:
-    """w = max(mean |prediction − target|, 1e-5), [B], detached, computed in float64.
+    """w = max(mean |prediction − target|, 1e-5), [B], detached, computed in float64 where the device has it.
 
     It is a weight, not a part of the loss: a gradient through it would turn and shrink the loss's own.
     """
     prediction, target = _pair(prediction.detach(), target.detach())
-    scale = mean((prediction - target).double().abs()).clamp(min=FLOOR)
+    error = prediction - target
+    scale = mean((error.double() if has_double(error.device) else error).abs()).clamp(min=FLOOR)
     return scale.to(prediction.dtype)
 
 

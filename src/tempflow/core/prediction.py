@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core.schedule import Schedule
-from tempflow.core.state import to_rows, upcast
+from tempflow.core.state import double, to_rows, upcast
 
 Kind = Literal["velocity", "epsilon", "v", "x0"]
 """What a network says: ε − x0; ε; a·ε − b·x0 ("v_prediction" of DDPM codes); x0."""
@@ -66,19 +66,20 @@ class VariancePreserving:
         return len(self.alphas_cumprod)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """σ at times t, whole or fractional, in float64 and the shape of ``t``.
+        """σ at times t, whole or fractional, in float64 and the shape of ``t`` (`core.state.double`).
 
         Raises ValueError where looking is free (on the CPU) for a time outside [0, N − 1].
         """
         self._check("t", t)
-        t = t.double().clamp(0, self.times - 1)
+        t = double(t).clamp(0, self.times - 1)
         low = t.floor().clamp(max=self.times - 2)
         logit, place = self._logit.to(t.device), low.long()
         return torch.lerp(logit[place], logit[place + 1], t - low).neg().sigmoid()
 
     def time(self, sigma: Tensor) -> Tensor:
-        """t at σ, in float64 and the shape of ``sigma``; a whole number where σ is one's, up to `NEAR`."""
-        s = sigma.double()
+        """t at σ, in float64 and the shape of ``sigma`` (`core.state.double`); a whole number where σ is one's, up to
+        `NEAR`."""
+        s = double(sigma)
         logit = self._logit.to(s.device)
         wanted = ((1 - s) / s).log().clamp(logit[-1], logit[0])
         place = torch.searchsorted(-logit, -wanted.contiguous(), right=True).clamp(1, self.times - 1) - 1
@@ -133,7 +134,7 @@ def velocity_of(said: Tensor, z: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
     if kind == "velocity":
         return said
     _check_level(sigma, kind)
-    level = sigma.double()  # 1 − σ loses digits near 1
+    level = double(sigma)  # 1 − σ loses digits near 1
     if kind == "epsilon":
         return (said - z) / to_rows(1 - level, z)
     if kind == "x0":
@@ -166,7 +167,7 @@ def predictor(network: Network, path: VariancePreserving, kind: Kind) -> Predict
 
     def predict(z: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         state = upcast(z)
-        x = to_rows(scale(sigma.double()), state) * state
-        return velocity_of(network(x, path.time(sigma).to(sigma.dtype), rows), state, sigma, kind)
+        x = to_rows(scale(double(sigma)), state) * state
+        return velocity_of(network(x, path.time(sigma).to(sigma), rows), state, sigma, kind)
 
     return predict

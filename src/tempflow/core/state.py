@@ -25,6 +25,16 @@ def upcast(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def has_double(device: torch.device) -> bool:
+    """Whether the device computes in float64. Apple's MPS does not."""
+    return device.type != "mps"
+
+
+def double(t: Tensor) -> Tensor:
+    """``t`` in float64 on its device, or on the CPU where the device has none."""
+    return t.double() if has_double(t.device) else t.cpu().double()
+
+
 def to_rows(scalars: Tensor, like: Tensor) -> Tensor:
     """[B] scalars as [B, 1, …, 1], with the dtype and on the device of ``like`` [B, *S].
 

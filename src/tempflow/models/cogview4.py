@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tempflow.core.state import double
 from tempflow.media import Size
 from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
@@ -119,10 +120,10 @@ class CogView4(DiffusersModel):
         if config.use_dynamic_shifting:
             mu = self._mu(height, width)
             strength = mu if config.time_shift_type == "linear" else math.exp(mu)
-        level = sigma.double()
+        level = double(sigma)
         t = level / (level + strength * (1 - level)) * trained
         whole, off = t.round(), trained * max(strength, 1 / strength) * ROUNDING  # the shift's slope is at most that
-        return torch.where((t - whole).abs() < off, whole, t).float()
+        return torch.where((t - whole).abs() < off, whole, t).float().to(sigma.device)
 
     def velocity(
         self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance

@@ -99,6 +99,9 @@ class Footprint:
     saved      what a minibatch keeps for its backward
     training   what a minibatch takes at most, `saved` included, and gradients in the network's dtype where it is split
     decoding   what a decode takes at most
+    block      the weights of the largest block
+    outside    the weights outside of all blocks
+    taught     how many numbers of the largest block are trained
     """
 
     network: int
@@ -110,6 +113,9 @@ class Footprint:
     saved: int
     training: int
     decoding: int
+    block: int
+    outside: int
+    taught: int
 
 
 def footprint(adapter: type[DiffusersModel], folder: Path, name: str, asked: Asked) -> Footprint | None:
@@ -172,6 +178,8 @@ def counted(
             more = work({**few, name: few[name] + 1})
             total = [t + (m - b) * (length - few[name]) for t, m, b in zip(total, more, base, strict=True)]
     sampling, saved, training = total
+    blocks = model.blocks(network)
+    sizes = [nbytes(block) for block in blocks] or [0]
     return Footprint(
         network=nbytes(network) - spared,
         encoders=sum(nbytes(m) for m in model.text_encoders().values()),
@@ -182,6 +190,9 @@ def counted(
         saved=saved,
         training=training,
         decoding=_decoding(model, asked, around),
+        block=max(sizes),
+        outside=nbytes(network) - sum(sizes),
+        taught=max((sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks), default=0),
     )
 
 

@@ -171,7 +171,8 @@ class Model(Protocol):
         ...
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """The repeated layers of `network` (the policy's or a copy of it): the units that a sharded run gathers."""
+        """The repeated layers of `network` (the policy's or a copy of it), each called once in a forward, in that
+        order: what a sharded run gathers at a time."""
         ...
 
     @property

@@ -52,7 +52,7 @@ def within_groups(features: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
             f"features is {list(features.shape)} and group {list(group.shape)}; nearest valid: [N, D] and [N]"
         )
     groups = torch.unique(group)
-    rows = (features[group == g].double() for g in groups)
+    rows = (features[group == g].cpu().double() for g in groups)
     # Of one row pdist is empty, and the mean of nothing is NaN. It takes differences: equal rows are exactly 0 apart.
     return groups, torch.tensor([float(F.pdist(r).mean()) for r in rows], dtype=torch.float64)
 

@@ -87,7 +87,7 @@ class FeatureMaps:
         if len(media) == 0:
             return torch.zeros(0, *size)
         # One picture at a time: in batches the last bits of a product may depend on the neighbours.
-        found = [principal(f.flatten(0, 1), self.components) for f in features.double()]
+        found = [principal(f.flatten(0, 1), self.components) for f in features.cpu().double()]
         projections, share = (torch.stack(part) for part in zip(*found, strict=True))
         parts = oriented(projections.unflatten(2, features.shape[1:3]), self.orient)  # [N, K, gh, gw]
         summed = (share[..., None, None] * parts).sum(1).clamp(0, 1)

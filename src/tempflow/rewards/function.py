@@ -120,7 +120,8 @@ def _values(result: object, count: int, name: str) -> list[float | None]:
     if isinstance(result, Tensor):
         if result.is_complex():
             raise RewardError(f"reward {name!r} returned a tensor of {result.dtype}; {expected}")
-        result = (result if result.dtype == torch.bool else result.double()).detach().cpu().numpy()
+        result = result.detach().cpu()  # before float64, which not every device has
+        result = (result if result.dtype == torch.bool else result.double()).numpy()
     if isinstance(result, np.ndarray):
         if result.ndim != 1:
             raise RewardError(f"reward {name!r} returned an array of shape {list(result.shape)}; {expected}")

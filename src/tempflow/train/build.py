@@ -19,7 +19,7 @@ from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import DTYPES, Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models import Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
 from tempflow.models.conditions import check_encodes
 from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
@@ -47,7 +47,7 @@ from tempflow.train.state import (
     start_summary,
     starting_state,
 )
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft, frozen_copy
+from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -77,18 +77,16 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
 
     Says its licence, and what a user should know of its weights.
 
-    A sharded one is loaded in float32: its shards are the masters. Raises ValueError for a start that does not fit.
+    Raises ValueError for a start that does not fit.
     """
     m = config.model
     begun = read_start(m.start, "model.start") if m.start else None  # before gigabytes are loaded
     if begun is not None:
         check_start(begun, m.training)
     check_model(config, say)
-    dtype, device, tools = "float32" if sharded(config, world) else m.dtype, device_of(config, None, world), _tools(m)
-    if m.dtype == "float16" and sharded(config, world):
-        raise ValueError("model.dtype: 'float16' cannot be sharded; nearest valid: 'bfloat16'")
+    device, tools = device_of(config, None, world), _tools(m)
     tools.check(m.training, str(device), sharded(config, world))
-    model = load(m.path, revision=m.revision, dtype=dtype, device=str(device), tools=tools)
+    model = load(m.path, revision=m.revision, dtype=m.dtype, device=str(device), tools=tools)
     if m.training == "lora":
         if not isinstance(model, TakesLora):
             raise ValueError(f"model.training: 'lora', but {m.path!r} takes no LoRA; nearest valid: 'full'")
@@ -186,27 +184,24 @@ def context_of(
     rewards were given as objects."""
     guidance = _asked(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
-    trainable = Trainable(model.network)
+    trainable, shards = Trainable(model.network), None
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
-    weight_sets = WeightSets.of(algorithm, trainable)
-    sets, reference, shards = dict(weight_sets.sets), None, None
-    if "reference" in algorithm.sets and "reference" not in sets:
+    kept = None
+    if "reference" in algorithm.sets and not algorithm.rule("reference").moves:
         say(f"reference: {config.model.reference}")
-        sets["reference"] = reference = _reference(config.model.reference, model, trainable, base)
-    networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
+        kept = _reference(config.model.reference, model, trainable, base)
     if sharded(config, world):
-        if any(isinstance(module, Experts) for module in model.network.modules()):
-            raise ValueError("parallel.mode: 'fsdp' would add up gradients of several experts; nearest valid: 'ddp'")
-        if weight_sets.sets:
-            raise ValueError(
-                f"parallel.mode: 'fsdp' cannot shard the weight set {next(iter(weight_sets.sets))!r} of "
-                f"{algorithm.name}; nearest valid: 'ddp'"
-            )
-        if reference is not None:
-            with reference.applied():
-                networks["reference"] = frozen_copy(model.network)
-        shards = _shards(model, networks.get("reference"), config, world)
+        begun = trainable.state() if base is not None else None
+        trainable = None  # whole weights give way to their parts
+        shards = _shards(model, world)
         trainable = Trainable(model.network)
+        if begun is not None:
+            trainable.load(begun)
+    weight_sets = WeightSets.of(algorithm, trainable)
+    sets = dict(weight_sets.sets)
+    if "reference" in algorithm.sets and "reference" not in sets:
+        sets["reference"] = WeightSet(trainable, Frozen(), kept)
+    networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
     context = Context(
         model=model,
         algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),
@@ -263,13 +258,14 @@ def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[st
     return base
 
 
-def _shards(model: Model, reference: nn.Module | None, config: Config, world: World) -> Shards:
-    from tempflow.train.parallel import Shards, shard
-
-    whole = frozen_copy(model.network).cpu() if world.first else None
-    networks = [model.network] if reference is None else [model.network, reference]
-    dtype = DTYPES[config.model.dtype]
-    return Shards(tuple(shard(network, model.blocks(network), dtype, world) for network in networks), whole, dtype)
+def _shards(model: Model, world: World) -> Shards:
+    """Shares out the model's network. Raises ValueError for one whose ranks may gather different blocks."""
+    if any(isinstance(module, Experts) for module in model.network.modules()):
+        raise ValueError(
+            "parallel.mode: 'fsdp' needs ranks that gather the same blocks, and each row's σ chooses its expert; "
+            "nearest valid: 'ddp'"
+        )
+    return Shards(model.network, model.blocks(model.network), world)
 
 
 def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Conditioning], ScoreLatents] | None:
@@ -292,14 +288,15 @@ def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Con
     return lambda condition: LatentScorer(bind(model, reward, condition), rows=rows)
 
 
-def _reference(which: str, model: Model, trainable: Trainable, base: Mapping[str, Tensor] | None) -> WeightSet:
-    if which == "base":
-        return WeightSet(trainable, Frozen(), base)
-    if which == "start":
-        return WeightSet(trainable, Frozen())
+def _reference(
+    which: str, model: Model, trainable: Trainable, base: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
+    """The trained parameters of the reference; None: as they are when training starts."""
+    if which in ("base", "start"):
+        return base if which == "base" else None
     held = read_start(which, "model.reference")
     untrained = trainable.state() if base is None else base  # nothing was started from
-    return WeightSet(trainable, Frozen(), starting_state(held, trainable, untrained, held.lora_for(model)))
+    return starting_state(held, trainable, untrained, held.lora_for(model))
 
 
 def check_streams(config: Config, algorithm: Algorithm, names: Sequence[str] | None, model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -85,7 +86,7 @@ class Context:
 
     sets            the networks of the weight sets beside the policy that the algorithm asks for, by name
     world           the ranks that share the run; each needs a prompt of every iteration
-    shards          the sharded network's switches; None where every rank has all of it
+    shards          what keeps ranks of a sharded network in step; None where every rank has all of it
     latent_reward   prompts' conditions -> scores of noisy latents, where the algorithm asks for a latent reward
     figures         what to measure of leaves and their pictures (`signals.FIGURES`)
     norms           whether to measure how large the policy's velocities are beside the reference's
@@ -148,8 +149,12 @@ class Context:
         """The relative rounding error of a velocity, by the coarsest dtype that the network computes in."""
         network, device = self.model.network, self.model.device
         dtypes = {p.dtype for p in network.parameters() if p.dtype.is_floating_point}
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({self.shards.dtype} if self.shards else set()))
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         backends = torch.backends
         if device.type == "cuda" and (backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32):
             eps = max(eps, TF32_EPS)
         return rounding_of(eps, self.guidance.guidance)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around forwards without a backward, of which ranks may run different numbers (`Shards.in_step`)."""
+        return nullcontext() if self.shards is None else self.shards.in_step()

@@ -20,7 +20,7 @@ from tempflow.train.state import Yardstick
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws and scores with the network as it stands when asked; a sharded one is gathered first."""
+    """Draws and scores with the network as it stands when asked."""
 
     config: Config
     context: Context
@@ -35,24 +35,24 @@ class Evaluator:
         `training`: whether training has begun, when rewards that all fail are no longer a reason to stop.
         """
         e, context, world = self.config.evaluation, self.context, self.context.world
-        self._gathered()
         block = world.block(len(prompts))
-        part = evaluate(
-            context.model,
-            prompts[block.start : block.stop],
-            self.rewards,
-            total=context.reward_weights or dict.fromkeys((r.name for r in context.rewards), 1.0),
-            compose=None if context.compose is None else context.compose.judging(context.reward_weights),
-            steps=e.steps,
-            guidance=context.guidance.at(e.guidance if guidance is None else guidance),
-            seed=e.seed,
-            size=context.size,
-            rows=context.rollout_rows,
-            gold=e.gold,
-            first=block.start,
-            pause=context.pause,
-            stream=stream,
-        )
+        with context.in_step():
+            part = evaluate(
+                context.model,
+                prompts[block.start : block.stop],
+                self.rewards,
+                total=context.reward_weights or dict.fromkeys((r.name for r in context.rewards), 1.0),
+                compose=None if context.compose is None else context.compose.judging(context.reward_weights),
+                steps=e.steps,
+                guidance=context.guidance.at(e.guidance if guidance is None else guidance),
+                seed=e.seed,
+                size=context.size,
+                rows=context.rollout_rows,
+                gold=e.gold,
+                first=block.start,
+                pause=context.pause,
+                stream=stream,
+            )
         counts = [len(world.block(len(prompts), rank)) for rank in range(world.size)]
         value, ok = (world.gather(t, counts) for t in (part.scores.value, part.scores.ok))
         kinds = tuple(p.kind for p in prompts)
@@ -76,7 +76,6 @@ class Evaluator:
     def strips(self, prompts: Sequence[Prompt]) -> Tensor:
         """A picture of each prompt, of a clip some frames side by side, uint8 [N, H, K·W, 3]."""
         e, context = self.config.evaluation, self.context
-        self._gathered()
         return draw_strips(
             context.model,
             prompts,
@@ -86,10 +85,6 @@ class Evaluator:
             size=context.size,
             rows=context.rollout_rows,
         )
-
-    def _gathered(self) -> None:
-        if self.context.shards is not None:
-            self.context.shards.gather()
 
 
 def check_evaluated(rewards: Sequence[Reward], scores: Scores, say: Callable[[str], None], training: bool) -> None:

@@ -110,7 +110,8 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     """
     plans = plans_of(context, iteration, len(prompts))
     chunks = chunks_of(plans, context.size.at_once(context.rollout_leaves), context.world.block(len(prompts)))
-    parts = roll_out(context, prompts, plans, iteration, chunks, clock)
+    with context.in_step():
+        parts = roll_out(context, prompts, plans, iteration, chunks, clock)
     experience = experience_of(context, prompts, plans, Rollouts.join(parts))
     costs, algorithm = [context.algorithm.cost_of(plan) for plan in plans], context.algorithm
     leaves = sum(cost.leaves for cost in costs)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tempflow.config.guards import AnyAction, GuardsConfig
 from tempflow.train.signals import Signals
@@ -86,7 +87,14 @@ def check_finite_loss(loss: Tensor, iteration: int) -> None:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, iteration: int) -> float:
     """Clips to `max_norm` and returns the norm before; raises NonFiniteError for a NaN or infinite norm."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    # torch does not take sharded and whole ones together
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    norms: list[Tensor] = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, max_norm, total)
+    norm = total.item()
     if not math.isfinite(norm):
         raise NonFiniteError(
             f"iteration {iteration}: the gradient norm is {norm}. No weight was changed. Look at the last steps of the "

@@ -1,4 +1,4 @@
-"""Data parallel on torch's own engine, under `torchrun`: ranks exchange tensors only; and sharding by FSDP2.
+"""Data parallel on torch's own engine, under `torchrun`: ranks exchange tensors only; and sharding by block (FSDP2).
 
 A rank takes a contiguous block of the iteration's prompt slots. Noise, windows and the order of edges are functions of
 the run's seed and the slot, so they do not depend on how many ranks there are. Each rank knows all plans, hence the
@@ -8,9 +8,13 @@ for all edges, and trains on its own.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,11 +85,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on some rank."""
+        return self.most(int(flag)) > 0
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return flag
-        seen = torch.tensor([float(flag)], device=self.device)
+            return number
+        seen = torch.tensor([number], device=self.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-        return bool(seen.item())
+        return int(seen.item())
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -128,60 +136,89 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
-@dataclass(frozen=True, eq=False)
 class Shards:
-    """The switches of sharded networks, the policy's first. `whole`: on the first rank, a copy in one piece. `dtype`:
-    what their float32 parameters compute in.
+    """A network of which each rank holds a part, of its gradients too. A block is gathered to compute and freed behind
+    it; its gradients are added up over the ranks, in float32, as soon as they are there.
 
-    Ranks run different numbers of forwards, so none of these may communicate: parameters are gathered once for a phase
-    and gradients are scattered once, in an update's last backward.
+    A gather is an exchange, so all ranks run forwards and backwards in the same order and number. `train.update` gives
+    all ranks the same number of minibatches. Of forwards without a backward ranks may have different numbers, inside
+    `in_step`.
+
+    blocks  the network's repeated layers: what is gathered at a time, with the next one on its way. What lies outside
+            of all blocks is gathered together
+
+    Held whole on every rank, as `ddp` does, are numbers without a dimension, and trained parameters of another dtype
+    than most (norms that a family keeps in float32): FSDP2 reduces gradients of one dtype.
     """
 
-    networks: tuple[nn.Module, ...]
-    whole: nn.Module | None
-    dtype: torch.dtype = torch.float32
+    def __init__(self, network: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
+        self.network, self.world = network, world
+        self._order, self._known, self._announces = list[FSDPModule](), False, False
+        network.cpu()  # sharding moves a block at a time to the ranks' device
+        self._whole = copy.deepcopy(network).requires_grad_(False).eval() if world.first else None
+        units = _share_out(network, blocks, world)
+        network.register_forward_pre_hook(self._begin, prepend=True)  # in front of the network's own gather
+        network.register_forward_hook(self._end)
+        for unit in units:
+            unit.register_forward_pre_hook(self._note)
 
     def whole_with(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
         """The network in one piece, on the CPU of the first rank, with these parameters: for being saved."""
-        if self.whole is not None:
-            self.whole.load_state_dict(dict(weights), strict=False)
-        return self.whole
+        if self._whole is not None:
+            self._whole.load_state_dict(dict(weights), strict=False)
+        return self._whole
 
-    def gather(self) -> None:
-        """Every rank holds all parameters, until an update's last backward or `scatter`."""
-        for network in self.networks:
-            for module in _sharded(network):
-                module.unshard()
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around forwards without a backward. A rank that is through gathers blocks with the others until all are.
 
-    def scatter(self) -> None:
-        """Back to a part each."""
-        for network in self.networks:
-            for module in _sharded(network):
-                module.reshard()
+        Every forward is announced: a rank sends 1 before it and 0 when it has no more, and whoever sent 0 learns by the
+        largest number whether another has one.
+        """
+        self._announces = True
+        try:
+            yield
+        finally:
+            self._announces = False
+        while self.world.any(False):
+            for unit in self._order:
+                unit.unshard()
+                unit.reshard()
 
-    def before_backward(self, last: bool) -> None:
-        """An update's last backward adds up and scatters gradients, and frees what `gather` took."""
-        for network in self.networks:
-            for module in _sharded(network):
-                module.set_requires_gradient_sync(last, recurse=False)
-                module.set_reshard_after_backward(last, recurse=False)
+    def _begin(self, module: nn.Module, given: Any) -> None:
+        if not self._known:
+            self._order.clear()
+        if self._announces:
+            dist.all_reduce(torch.ones(1, dtype=torch.long, device=self.world.device), dist.ReduceOp.MAX)
 
+    def _note(self, unit: FSDPModule, given: Any) -> None:
+        if not self._known:
+            self._order.append(unit)
 
-def shard(network: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, world: World) -> nn.Module:
-    """Shards `network`, each of `blocks` a unit of its own; float32 parameters compute in `dtype`.
-
-    Gradients are added up over ranks, not averaged, in float32.
-    """
-    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in _sharded(network):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale within a sum
-    return network
+    def _end(self, module: nn.Module, given: Any, out: Any) -> None:
+        self._known = True
 
 
-def _sharded(network: nn.Module) -> list[FSDPModule]:
-    return [module for module in network.modules() if isinstance(module, FSDPModule)]
+def _share_out(network: nn.Module, blocks: Sequence[nn.Module], world: World) -> list[Any]:
+    """Makes each of `blocks` and the rest of `network` a unit of FSDP2; returns the units."""
+    device = torch.device(world.device)
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # computes in its own dtypes
+    trained = Counter({p.dtype: 0 for p in network.parameters()})
+    for p in network.parameters():
+        trained[p.dtype] += p.numel() * p.requires_grad
+    usual = trained.most_common(1)[0][0]
+    held = {p for p in network.parameters() if p.dim() == 0 or (p.requires_grad and p.dtype != usual)}
+    for p in held:
+        p.data = p.data.to(device)
+    units: list[Any] = [*blocks, network]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=held)
+    for unit, before in zip(units, (None, *units), strict=False):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale within a sum
+        if hasattr(unit, "set_reduce_scatter_unused_params"):  # of torch 2.13: ranks may use different parameters
+            unit.set_reduce_scatter_unused_params(True)
+        # What is gathered ahead in a backward must not hang on how many forwards there were.
+        unit.set_modules_to_backward_prefetch([network if before is None else before])
+    return units

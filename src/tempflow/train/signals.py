@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tempflow.config.guards import GuardsConfig
+from tempflow.core.state import has_double
 from tempflow.perception.diversity import features
 
 PATCH = 2
@@ -106,7 +107,7 @@ def asked(guards: GuardsConfig) -> frozenset[str]:
 def measure(
     x0: Tensor, media: Tensor, prompt: Tensor, ok: Tensor | None = None, figures: Collection[str] = FIGURES
 ) -> Signals:
-    """Measures leaves, on the device of x0.
+    """Measures leaves, on the device of x0, or on the CPU where that has no float64.
 
     x0: final latents, float [N, *S], any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
     ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures depend on its
@@ -118,7 +119,8 @@ def measure(
             raise ValueError(f"{name}: {count} rows; nearest valid: {max(1, len(x0))}, one for each of x0's leaves")
     slots, slot, leaves = torch.unique(prompt.cpu(), return_inverse=True, return_counts=True)
     rows, there = _sample(slot, leaves)
-    looked = media[rows[there].to(media.device)].to(x0.device) if set(figures) - {"latent_rms"} else media[:0]
+    place = x0.device if has_double(x0.device) else torch.device("cpu")
+    looked = media[rows[there].to(media.device)].to(place) if set(figures) - {"latent_rms"} else media[:0]
     unknown = torch.full((len(slots),), math.nan, dtype=torch.float64)
     return Signals(
         slots,
@@ -178,7 +180,7 @@ def _share(flags: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
 def _rms(x: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
     """In float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).double().square().cpu()
+    squares = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).cpu().double().square()
     total = torch.zeros(len(leaves), dtype=torch.float64).index_add_(0, slot, squares)
     return (total / (leaves * x[0].numel())).sqrt()
 

@@ -216,7 +216,6 @@ class Trainer:
         """One iteration: roll out and score, give credit, update the policy and what follows it; its metrics."""
         context, number = self.context.at(iteration), iteration + 1  # as records count
         prompts = self._prompts(iteration)
-        self._gathered()
         with self._untouched():
             experience = collect(context, prompts, iteration, self.counter, clock)
             tell_broken(experience, prompts, self._say, self.told)
@@ -283,12 +282,8 @@ class Trainer:
         if self.average is None:
             yield
             return
-        self._scattered()
         with self.average.applied():
-            try:
-                yield
-            finally:
-                self._scattered()
+            yield
 
     def _show(self) -> None:
         """The averaged weights' pictures of the first validation prompts, for the trackers."""
@@ -299,16 +294,6 @@ class Trainer:
             shown = zip(prompts, strips, strict=True)
             tracker.images("validation", [(p.text, picture.numpy()) for p, picture in shown], self.done)
 
-    def _gathered(self) -> None:
-        """A sharded network computes without exchange until the next update."""
-        if self.context.shards is not None:
-            self.context.shards.gather()
-
-    def _scattered(self) -> None:
-        """A sharded network's parts are what counts again: they may be changed."""
-        if self.context.shards is not None:
-            self.context.shards.scatter()
-
     def _say(self, line: str) -> None:
         if self.world.first:
             self.display.say(line)
@@ -317,7 +302,6 @@ class Trainer:
     def _keep(self, best: bool) -> None:
         """A checkpoint of the run as it stands between two iterations. Raises GuardError when it cannot be written."""
         assert self.baseline is not None
-        self._scattered()
         try:
             self.writer.save(
                 self.records.folder,
@@ -385,10 +369,7 @@ class Trainer:
         """The network takes the best weights so far, and they are saved as the run's model."""
         self._settle()
         weights, shards = checkpoint.best_weights(self.records.folder, self._say), self.context.shards
-        if shards is not None:
-            shards.scatter()
         self.trainable.load(weights)
-        self._gathered()
         if self.world.first:
             fresh = self.records.folder / ".model.new"
             shutil.rmtree(fresh, ignore_errors=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.groups import dense
@@ -68,7 +69,8 @@ def update(
     drawn_by = _drawn_by(context, trainable)
     old: list[list[Old] | None] = [None] * len(parts)
     if algorithm.renoise is None and drawn_by == "policy":
-        old[1:] = [_recorded(context, models, experience, advantages, part) for part in parts[1:]]
+        with context.in_step():
+            old[1:] = [_recorded(context, models, experience, advantages, part) for part in parts[1:]]
         counter.old += sum(part.forwards for part in parts[1:])
     for part, before in zip(parts, old, strict=True):
         trainable.zero_grad()
@@ -107,9 +109,11 @@ def update(
 
 def _drawn_by(context: Context, trainable: Trainable) -> str:
     """The weight set whose forward gives old log-probs: the one that rolled out, or the policy where the two are one
-    before the first update."""
+    before the first update. The same on all ranks, each of which may hold another part of the weights."""
     name = context.algorithm.sampler
-    return "policy" if name == "policy" or holds_policy(context.sets[name], trainable) else name
+    if name == "policy" or not context.world.any(not holds_policy(context.sets[name], trainable)):
+        return "policy"
+    return name
 
 
 def _recorded(
@@ -171,21 +175,21 @@ def accumulate(
 
     old: of each of this rank's batches of edges; None: `drawn_by` is asked in it, as for `loss_of`.
     """
-    sharded = context.shards is not None
     own = part.of_rank(experience.first, len(experience.forest.edges))
-    if not len(own.row):
-        if may_pause:
-            context.pause()
-        idle = _idle(context, models, experience, advantages, part, trainable)
-        return _summed(context.world, trainable, idle, sharded)
-    batches = own.minibatches(context.train_rows)
+    batches = own.minibatches(context.train_rows) if len(own.row) else []
+    # a sharded network's ranks compute together, minibatch for minibatch; others meet once, behind the last
+    count = len(batches) if context.shards is None else context.world.most(len(batches))
     sums, largest = dict[str, float](), dict[str, float]()
     total, rows = 0.0, 0
-    for number, batch in enumerate(batches):
+    for number in range(max(1, count)):
         if may_pause:
             context.pause()
-        if context.shards is not None:
-            context.shards.before_backward(last=number + 1 == len(batches))
+        if number >= len(batches):
+            names = _idle(context, models, experience, advantages, part, trainable, drawn_by)
+            if not batches:
+                sums, largest = dict.fromkeys(names, 0.0), {name: 0.0 for name in names if name in LARGEST}
+            continue
+        batch = batches[number]
         loss = loss_of(context, models, experience, advantages, batch, None if old is None else old[number], drawn_by)
         value = loss.value * (batch.units * share)
         (value * trainable.loss_scale).backward()
@@ -196,7 +200,7 @@ def accumulate(
             sums[name] = sums.get(name, 0.0) + column.sum().item()
             if name in LARGEST:
                 largest[name] = _larger(largest.get(name, 0.0), column.max().item())
-    return _summed(context.world, trainable, Sums(total, sums, rows, largest), sharded)
+    return _summed(context.world, trainable, Sums(total, sums, rows, largest))
 
 
 def _idle(
@@ -206,37 +210,45 @@ def _idle(
     advantages: Advantages,
     part: Batch,
     trainable: Trainable,
-) -> Sums:
-    """What a rank does that owns no item of a part: a backward that adds 0, as all ranks take part in every exchange.
+    drawn_by: str,
+) -> list[str]:
+    """What a rank computes where others have a minibatch and it has none: a row that counts 0, by the same forwards,
+    and a backward that adds exactly 0. Returns the names of the metrics, which ranks exchange by place.
 
-    It starts from zeros: a rank may own nothing because its latents broke, and 0 times what is not finite is not 0.
+    It starts from zeros, and from what the policy says of them, not from the loss: a rank may own nothing because its
+    latents broke, and 0 times what is not finite is not 0.
     """
-    edges, schedule = experience.forest.edges, experience.schedule
-    some = one_of(part, experience.first + int(edges.trained.nonzero()[0, 0]))
-    with torch.no_grad():  # only the metrics' names are wanted, as ranks exchange metrics by place
-        names = loss_of(context, models, experience, advantages, some).metrics
-    if context.shards is not None:
-        context.shards.before_backward(last=True)
-    x, sigma = torch.zeros_like(experience.forest.nodes[:1]), schedule.at(torch.zeros_like(edges.step[:1]))
-    velocity = models["policy"](x, sigma, edges.prompt[:1])
-    (velocity.sum() * 0.0).backward()
+    forest = experience.forest
+    some = one_of(part, experience.first + int(forest.edges.trained.nonzero()[0, 0]))
+    blank = replace(forest, nodes=torch.zeros_like(forest.nodes[:1]).expand_as(forest.nodes))
+    said = list[Tensor]()
+
+    def policy(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        said.append(models["policy"](x, sigma, rows))
+        return said[-1]
+
+    loss = loss_of(
+        context, {**models, "policy": policy}, replace(experience, forest=blank), advantages, some, drawn_by=drawn_by
+    )
+    torch.stack([velocity.sum() * 0.0 for velocity in said]).sum().backward()
     trainable.collect()
-    return Sums(0.0, dict.fromkeys(names, 0.0), 0, {name: 0.0 for name in names if name in LARGEST})
+    return list(loss.metrics)
 
 
-def _summed(world: World, trainable: Trainable, own: Sums, sharded: bool) -> Sums:
-    """All ranks' sums, and their gradients in the masters; a sharded network's gradients are summed already."""
+def _summed(world: World, trainable: Trainable, own: Sums) -> Sums:
+    """All ranks' sums, and their gradients in the masters; those of sharded ones are summed already."""
     if world.size == 1:
         return own
+    masters = [master for master in trainable.masters if not isinstance(master, DTensor)]
     largest = [value if rank == world.rank else 0.0 for value in own.largest.values() for rank in range(world.size)]
-    has_gradient = [] if sharded else [float(m.grad is not None) for m in trainable.masters]
+    has_gradient = [float(master.grad is not None) for master in masters]
     figures = torch.tensor([own.loss, own.rows, *own.metrics.values(), *largest, *has_gradient], device=world.device)
     world.sum_([figures])
     loss, rows, *rest = figures.tolist()
     metrics, rest = dict(zip(own.metrics, rest, strict=False)), rest[len(own.metrics) :]
     # Ranks may have used different parameters. All exchange those that any of them used; what none used keeps no
     # gradient, so that the optimizer passes over it as in one process.
-    used = [m for m, ranks in zip(trainable.masters, rest[len(largest) :], strict=False) if ranks]
+    used = [master for master, ranks in zip(masters, rest[len(largest) :], strict=True) if ranks]
     for master in used:
         if master.grad is None:
             master.grad = torch.zeros_like(master)

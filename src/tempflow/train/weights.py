@@ -2,12 +2,12 @@
 
 A set holds copies of the trainable parameters alone (a LoRA's, where a LoRA is trained) and computes through the same
 network by `torch.func.functional_call`: nothing is switched, so nothing can be left switched, and the policy's
-parameters keep requiring gradients while a set never gets any.
+parameters keep requiring gradients while a set never gets any. A sharded network gathers its own parameters alone, so
+there the set's and the policy's parts change places around a forward.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,6 +112,11 @@ def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
+def part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def check_names(trainable: Trainable, state: Mapping[str, Tensor]) -> None:
     """Raises ValueError when `state` lacks a trainable parameter or has one of another shape."""
     for name, master in zip(trainable.names, trainable.masters, strict=True):
@@ -169,7 +174,27 @@ class WeightSet:
 
     def network(self) -> nn.Module:
         """The network as this set computes it, without gradients to the set; follows later updates."""
-        return _View(self)
+        return _Exchanged(self) if any(isinstance(m, DTensor) for m in self.trainable.masters) else _View(self)
+
+    @contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Inside, the parts of the network's sharded parameters and this set's have changed places, in their own memory.
+
+        No graph has saved these: a backward gathers them anew. A parameter that is held whole is left alone."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, value in zip(self.trainable.parameters, self.rounded().values(), strict=True):
+            if isinstance(parameter, DTensor):
+                a, b = part(parameter), part(value)
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
 
     def rounded(self) -> dict[str, Tensor]:
         """The values in the dtypes that the network computes in."""
@@ -179,28 +204,35 @@ class WeightSet:
         return self._rounded
 
 
-class _View(nn.Module):
+class _OfSet(nn.Module):
     def __init__(self, weights: WeightSet) -> None:
         super().__init__()
         self.weights = (weights,)  # in a tuple: the network is not this module's own
 
+
+class _View(_OfSet):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (weights,) = self.weights
         return functional_call(weights.trainable.network, weights.rounded(), args, kwargs)
 
 
+class _Exchanged(_OfSet):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (weights,) = self.weights
+        held = {name: value for name, value in weights.rounded().items() if not isinstance(value, DTensor)}
+        with weights.exchanged(), torch.no_grad():  # as a view's: none of its tensors needs a gradient
+            return functional_call(weights.trainable.network, held, args, kwargs)
+
+
 def holds_policy(network: nn.Module, trainable: Trainable) -> bool:
-    """Whether that weight set's network computes with the very numbers that the policy has now."""
-    if not isinstance(network, _View):
-        return False  # a copy of its own, which is a frozen set's
+    """Whether that weight set's network computes with the very numbers that the policy has now; of a sharded one, with
+    those of this rank."""
+    if not isinstance(network, _OfSet):
+        return False  # a network of its own
     (weights,) = network.weights
     rounded = weights.rounded()
-    return all(torch.equal(p, rounded[n]) for n, p in zip(trainable.names, trainable.parameters, strict=True))
-
-
-def frozen_copy(network: nn.Module) -> nn.Module:
-    """The network as it stands now, never to be trained: for a sharded run, where a view cannot stand in."""
-    return copy.deepcopy(network).requires_grad_(False).eval()
+    named = zip(trainable.names, trainable.parameters, strict=True)
+    return all(torch.equal(part(p.detach()), part(rounded[n])) for n, p in named)
 
 
 PREFIX = "policy/set."

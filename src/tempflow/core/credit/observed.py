@@ -15,7 +15,7 @@ from tempflow.core.credit.rule import Advantage, Around
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense
 from tempflow.core.scores import Scores
-from tempflow.core.state import upcast
+from tempflow.core.state import double, upcast
 from tempflow.core.units import leaf_of
 
 PATH_LOG_PROB = "path_log_prob"
@@ -204,7 +204,7 @@ def _flat(forest: Forest, node: Tensor) -> Tensor:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """float64 [E]; 0 where a state is all zeros."""
-    a, b = a.double(), b.double()
+    a, b = double(a), double(b)
     sizes = (a.square().sum(1) * b.square().sum(1)).sqrt()
     return (a * b).sum(1) / sizes.clamp(min=1e-12)
 
