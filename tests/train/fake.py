@@ -205,6 +205,7 @@ class Bench:
         sets = dict(self.weight_sets.sets)
         if "reference" in algorithm.sets:
             sets["reference"] = WeightSet(self.trainable, Frozen())
+        self.sets = sets
         standard = Context(
             model=self.model,
             algorithm=algorithm,
@@ -217,7 +218,7 @@ class Bench:
             train_rows=64,
             updates=1,
             max_grad_norm=1.0,
-            sets={name: weights.network() for name, weights in sets.items()},
+            sets={name: weights.network(shards.turn_of if shards else None) for name, weights in sets.items()},
             drafter=Drafter.of(algorithm, self.model, self.trainable, sets),
             shards=shards,
         )

@@ -149,16 +149,19 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
     """Loss, advantages, gradients and one SGD step of an iteration.
 
     case: an algorithm's name behind words. "idle": the first two prompts teach nothing and have broken latents;
-    "routed": each rank's prompts use parameters of their own; "twice": a second iteration, whose weight sets are behind
-    the policy; "deep": a checkpointed network; "lora", "half": of that, what is trained, and its dtype.
+    "routed": each rank's prompts use parameters of their own; "apart": the other weight sets are far from the policy;
+    "twice": a second iteration; "updates": two updates; "deep": a checkpointed network; "lora", "half": of that, what
+    is trained, and its dtype.
     """
     *words, name = case.split(" ")
     reward = half_broken if "idle" in words else patchy
     rows: dict[str, int] = {"train_rows": 7, "rollout_rows": 11, "rollout_leaves": 20}
-    if "two_updates" in words:
+    if "updates" in words:
         rows["updates"] = 2
     patched = Bench(fake(words), ALGORITHMS[name](), reward, world=world, ema=0.5, sharded=mode == "fsdp", **rows)
     trainable = patched.trainable
+    for weights in patched.sets.values() if "apart" in words else ():
+        weights.load({n: 1.1 * whole(value) + 0.02 for n, value in weights.named().items()}, weights.updates)
     if name == "nft_norms":
         patched.context = replace(patched.context, norms=True)
         with torch.no_grad():
@@ -192,7 +195,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
     assert judged is not None and patched.average is not None
     tensors = {f"gradient/{n}": t for n, t in seen.items()}
     tensors |= {f"after/{n}": whole(m.detach()) for n, m in zip(trainable.names, trainable.masters, strict=True)}
-    for set_name, weights in {"average": patched.average, **patched.weight_sets.sets}.items():
+    for set_name, weights in {"average": patched.average, **patched.sets}.items():
         tensors |= {f"{set_name}/{n}": whole(value) for n, value in weights.named().items()}
     tensors["advantage"] = judged.advantage.value
     if world.first:
@@ -206,7 +209,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
 def held(bench: Bench, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes that this rank holds between two iterations, and the most of whole parameters at a time."""
     network, trainable = bench.model.network, bench.trainable
-    sets = [bench.average, *bench.weight_sets.sets.values()]
+    sets = [bench.average, *bench.sets.values()]
     parts: dict[str, list[Any]] = {
         "network": list(network.parameters()),
         "masters": trainable.masters if trainable.split else [],

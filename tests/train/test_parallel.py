@@ -56,9 +56,9 @@ KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_
 KINDS += ["diffusion_dpo", "sft"]
 IDLE = ["flow", "dapo", "gcpo", "vipo"]
 ROUTED = ["flow", "nft", "dapo"]
-DEEP = ["deep flow", "deep twice nft", "deep lora twice nft", "deep lora two_updates tempflow"]
-HALF = "deep half twice nft"
-SHARDED = ["tempflow", "idle flow", "idle dapo", "twice two_updates flow", "dgpo", "v_grpo", "gcpo", "e2po", "sft"]
+DEEP = ["deep flow", "deep apart nft", "deep lora apart nft", "deep lora updates tempflow"]
+HALF = "deep half apart nft"
+SHARDED = ["apart nft", "idle flow", "idle dapo", "twice updates flow", "dgpo", "v_grpo", "gcpo", "e2po", "sft"]
 """Trajectories, forward process and offline, with a reference, moving sets, several updates, groups and drafts."""
 
 
@@ -85,8 +85,10 @@ def compare(case: str, two: Path, folder: Path) -> dict[str, float]:
     one, other = (load_file(place / "tensors.safetensors") for place in places)
     assert one.keys() == other.keys() and any(float(one[n].abs().max()) > 1e-4 for n in one if "gradient" in n)
     assert torch.equal(one["advantage"], other["advantage"]) and bool((one["advantage"] != 0).any())
-    for name in one:
-        assert bool(other[name].isfinite().all()) and close(other[name], one[name], 1e-5), name
+    for name in one:  # a single number may be what is left of larger ones
+        assert bool(other[name].isfinite().all()) and close(
+            other[name], one[name], 1e-5 if one[name].dim() else 1e-4
+        ), name
     metrics = [json.loads((place / "metrics.json").read_text()) for place in places]
     assert metrics[0].keys() == metrics[1].keys() and metrics[0]["updates"] >= 1
     for key, value in metrics[0].items():
@@ -158,7 +160,7 @@ def test_a_sharded_network_in_bfloat16_has_float32_masters(replicated: Path, sha
     one, two = (load_file(folder / HALF.replace(" ", "_") / "tensors.safetensors") for folder in (replicated, sharded))
     assert one.keys() == two.keys() and all(two[name].dtype == torch.float32 for name in two)
     for name in one:
-        assert close(two[name], one[name], 3e-2), name
+        assert close(two[name], one[name], 1e-2), name
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ def context_of(
     sets = dict(weight_sets.sets)
     if "reference" in algorithm.sets and "reference" not in sets:
         sets["reference"] = WeightSet(trainable, Frozen(), kept)
-    networks: dict[str, nn.Module] = {name: weights.network() for name, weights in sets.items()}
+    turn_of = None if shards is None else shards.turn_of
+    networks: dict[str, nn.Module] = {name: weights.network(turn_of) for name, weights in sets.items()}
     context = Context(
         model=model,
         algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,13 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+Exchange = Callable[[], AbstractContextManager[None]]
+"""What a forward runs in."""
+
+POLICY = 1
+"""Its number among the weight sets that ranks tell each other."""
+
+
 class Shards:
     """A network of which each rank holds a part, of its gradients too. A block is gathered to compute and freed behind
     it; its gradients are added up over the ranks, in float32, as soon as they are there.
@@ -154,6 +161,7 @@ class Shards:
     def __init__(self, network: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
         self.network, self.world = network, world
         self._order, self._known, self._announces = list[FSDPModule](), False, False
+        self._exchanges, self._turn = list[Exchange](), 0
         network.cpu()  # sharding moves a block at a time to the ranks' device
         self._whole = copy.deepcopy(network).requires_grad_(False).eval() if world.first else None
         units = _share_out(network, blocks, world)
@@ -172,24 +180,44 @@ class Shards:
     def in_step(self) -> Iterator[None]:
         """Around forwards without a backward. A rank that is through gathers blocks with the others until all are.
 
-        Every forward is announced: a rank sends 1 before it and 0 when it has no more, and whoever sent 0 learns by the
-        largest number whether another has one.
+        Every forward is announced: before it a rank sends the number of its weight set, the policy being 1, and 0 when
+        it has no more. Whoever sent 0 learns by the largest number whether another has one, and of which set to give
+        its part.
         """
         self._announces = True
         try:
             yield
         finally:
             self._announces = False
-        while self.world.any(False):
-            for unit in self._order:
-                unit.unshard()
-                unit.reshard()
+        while (number := self.world.most(0)) > 0:
+            with nullcontext() if number == POLICY else self._exchanges[number - POLICY - 1]():
+                for unit in self._order:
+                    unit.unshard()
+                    unit.reshard()
+
+    def turn_of(self, exchange: Exchange) -> Exchange:
+        """What a forward of another weight set runs in: `exchange`, which puts its values in the policy's place, made
+        known to the other ranks. All ranks ask for their sets in one order."""
+        self._exchanges.append(exchange)
+        number = len(self._exchanges)
+
+        @contextmanager
+        def turn() -> Iterator[None]:
+            self._turn = number
+            try:
+                with exchange():
+                    yield
+            finally:
+                self._turn = 0
+
+        return turn
 
     def _begin(self, module: nn.Module, given: Any) -> None:
         if not self._known:
             self._order.clear()
         if self._announces:
-            dist.all_reduce(torch.ones(1, dtype=torch.long, device=self.world.device), dist.ReduceOp.MAX)
+            told = torch.tensor([POLICY + self._turn], device=self.world.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)  # this rank need not wait for the answer
 
     def _note(self, unit: FSDPModule, given: Any) -> None:
         if not self._known:

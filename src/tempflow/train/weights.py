@@ -8,8 +8,8 @@ there the set's and the policy's parts change places around a forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,10 @@ def check_names(trainable: Trainable, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"weights: {name!r} is {list(state[name].shape)}; the model has {list(master.shape)}")
 
 
+Exchange = Callable[[], AbstractContextManager[None]]
+"""What a forward runs in."""
+
+
 class WeightSet:
     """Float32 copies of the policy's trainable parameters that follow it by a rule and never get gradients."""
 
@@ -172,13 +176,16 @@ class WeightSet:
         finally:
             self.trainable.load(kept)
 
-    def network(self) -> nn.Module:
-        """The network as this set computes it, without gradients to the set; follows later updates."""
-        return _Exchanged(self) if any(isinstance(m, DTensor) for m in self.trainable.masters) else _View(self)
+    def network(self, turn_of: Callable[[Exchange], Exchange] | None = None) -> nn.Module:
+        """The network as this set computes it, without gradients to the set; follows later updates.
+
+        turn_of: a sharded network's `Shards.turn_of`
+        """
+        return _View(self) if turn_of is None else _Exchanged(self, turn_of(self.exchanged))
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
-        """Inside, the parts of the network's sharded parameters and this set's have changed places, in their own memory.
+        """Inside, the parts of the network's sharded parameters and this set's have changed places, in their memory.
 
         No graph has saved these: a backward gathers them anew. A parameter that is held whole is left alone."""
         self._exchange()
@@ -217,10 +224,14 @@ class _View(_OfSet):
 
 
 class _Exchanged(_OfSet):
+    def __init__(self, weights: WeightSet, turn: Exchange) -> None:
+        super().__init__(weights)
+        self.turn = turn
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (weights,) = self.weights
         held = {name: value for name, value in weights.rounded().items() if not isinstance(value, DTensor)}
-        with weights.exchanged(), torch.no_grad():  # as a view's: none of its tensors needs a gradient
+        with self.turn(), torch.no_grad():  # as a view's: none of its tensors needs a gradient
             return functional_call(weights.trainable.network, held, args, kwargs)
 
 
