@@ -96,10 +96,20 @@ def out_of_memory_above(room: int, tried: list[int]) -> Callable[[int], None]:
 @pytest.mark.parametrize("most", [1, 7, 96])
 def test_the_largest_rows_that_fit_are_found(room, most):
     tried = list[int]()
-    found = measure.largest(partial(measure.fits, out_of_memory_above(room, tried), lambda: None), most)
-    best = min(room, most)
-    assert found <= best < found + max(1, found // measure.FINE) and len(tried) <= 12
+
+    def fits(rows: int) -> bool:
+        tried.append(rows)
+        return rows <= room
+
+    found, best = measure.largest(fits, most), min(room, most)
+    assert found <= best < found + max(1, found // measure.FINE) + 1 and len(tried) <= 12
     assert all(rows <= most for rows in tried) and (found in tried or found == 0)
+
+
+def test_rows_are_tried_until_the_device_is_full():
+    tried = list[int]()
+    assert measure.largest(partial(measure.fits, out_of_memory_above(5, tried), lambda: None), 96) == 5
+    assert tried == [1, 2, 4, 8, 6, 5]
 
 
 def test_only_a_full_memory_counts_as_not_fitting():
@@ -132,7 +142,7 @@ def test_rows_are_tried_on_the_runs_own_model(monkeypatch):
 
 
 def test_the_rows_that_the_estimate_allows_are_written_into_a_configuration(monkeypatch, tmp_path, capsys):
-    words = ["shapes_tempflow", *SMALL, "--algorithm.seeds", "12"]
+    words = ["shapes_tempflow", *SMALL[: SMALL.index("--algorithm.seeds")], "--algorithm.seeds", "12"]
     config = configured("cost", words)
     cost, row = run_cost(config), memory_of(config.replace(rollout_rows=1, train_rows=1), run_cost(config))
     assert not isinstance(row, str)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -18,6 +19,9 @@ from tempflow.models import DTYPES, adapter_of, resolved_device, resolved_dtype,
 from tempflow.models.family import check_size
 from tempflow.models.pipeline_folder import settings_in
 from tempflow.models.tools import Tools
+
+if TYPE_CHECKING:
+    from tempflow.models.memory import Footprint
 
 STATE_BYTES = 4
 """States are stored in float32."""
@@ -262,17 +266,10 @@ def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
         return "the model's family does not say what a text's tensors are"
     away = m.offload and not device.startswith("cpu")
     waiting = {"text encoders": found.encoders * (not m.drop_encoders), "autoencoder": found.vae}
-    shared, training = ranks if config.parallel.mode == "fsdp" else 1, found.training
-    gathered = dict[str, int]()
-    if shared > 1:
-        # The block that computes and the next one, and what lies outside of all. A block's gradients are there whole
-        # until they are added up, in float32; the next block's beside them.
-        gathered["blocks, gathered"] = found.outside + 2 * found.block
-        gathered["a block's gradients, gathered"] = found.taught * (asked.dtype.itemsize + 2 * MASTER)
-        training -= found.trainable * asked.dtype.itemsize * found.split
+    shared = ranks if config.parallel.mode == "fsdp" else 1
     held = {
         "network": -(-found.network // shared),
-        **gathered,
+        **(_gathered(found, asked.dtype.itemsize) if shared > 1 else {}),
         **({} if away else waiting),
         **beside(config, cost, found.trainable, asked.dtype.itemsize if found.split else 0, ranks),
         "low-precision copy that drafts": round(found.network / asked.dtype.itemsize * _draft_bits(config) / 8),
@@ -280,11 +277,21 @@ def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
     phases = {
         "sampling": found.sampling,
         "decoding": found.decoding + found.vae * away,
-        "training": training,
+        # whole gradients in the network's dtype, which a sharded one has of a block at a time
+        "training": found.training - (found.trainable * asked.dtype.itemsize if found.split and shared > 1 else 0),
     }
     if away or m.drop_encoders:
         phases = {"encoding prompts": found.encoders, **phases}
     return Memory(held, phases, found.saved, ranks)
+
+
+def _gathered(found: Footprint, itemsize: int) -> dict[str, int]:
+    """What a rank of a sharded network has whole: the block that computes, the next one and what lies outside of all;
+    and a block's gradients until they are added up in float32, the next block's beside them."""
+    return {
+        "blocks, gathered": found.outside + 2 * found.block,
+        "a block's gradients, gathered": found.taught * (itemsize + 2 * MASTER),
+    }
 
 
 def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 1) -> dict[str, int]:

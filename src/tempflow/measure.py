@@ -314,7 +314,7 @@ def _tried(config: Config, cost: RunCost, most: tuple[int, int]) -> list[int]:
 
 
 def fits(step: Callable[[int], None], wait: Callable[[], None], rows: int) -> bool:
-    """Whether the step goes through with so many rows. What it took is given back either way."""
+    """Whether the step goes through with so many rows. What a failed one took is given back."""
     try:
         step(rows)
         wait()
@@ -322,10 +322,9 @@ def fits(step: Callable[[int], None], wait: Callable[[], None], rows: int) -> bo
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_short(error):
             raise
-    finally:
-        gc.collect()  # frames of a failed step may hold tensors in a circle
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+    gc.collect()  # frames of the failed step may hold tensors in a circle
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     return False
 
 

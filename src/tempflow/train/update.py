@@ -69,8 +69,7 @@ def update(
     drawn_by = _drawn_by(context, trainable)
     old: list[list[Old] | None] = [None] * len(parts)
     if algorithm.renoise is None and drawn_by == "policy":
-        with context.in_step():
-            old[1:] = [_recorded(context, models, experience, advantages, part) for part in parts[1:]]
+        old[1:] = _recorded(context, models, experience, advantages, parts[1:])
         counter.old += sum(part.forwards for part in parts[1:])
     for part, before in zip(parts, old, strict=True):
         trainable.zero_grad()
@@ -117,13 +116,18 @@ def _drawn_by(context: Context, trainable: Trainable) -> str:
 
 
 def _recorded(
-    context: Context, models: Models, experience: Experience, advantages: Advantages, part: Batch
-) -> list[Old]:
-    """Old log-probs of this rank's items of a later update, in the batches in which it will train them."""
-    own, seen = part.of_rank(experience.first, len(experience.forest.edges)), list[Old]()
-    for batch in own.minibatches(context.train_rows) if len(own.row) else ():
-        context.pause()
-        seen.append(recorded(context, models, experience, advantages, batch))
+    context: Context, models: Models, experience: Experience, advantages: Advantages, parts: Sequence[Batch]
+) -> list[list[Old] | None]:
+    """Old log-probs of this rank's items of the later updates, in the batches in which it will train them."""
+    owned = [part.of_rank(experience.first, len(experience.forest.edges)) for part in parts]
+    seen = list[list[Old] | None]()
+    with context.in_step():
+        for own in owned:
+            found = list[Old]()
+            for batch in own.minibatches(context.train_rows) if len(own.row) else ():
+                context.pause()
+                found.append(recorded(context, models, experience, advantages, batch))
+            seen.append(found)
     return seen
 
 
