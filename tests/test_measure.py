@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+import tempflow.cost
 from tempflow import measure
 from tempflow.cli import main
 from tempflow.cli.parse import configured
-from tempflow.config import load_config
-from tempflow.cost import memory_of, run_cost
+from tempflow.config import Config, load_config
+from tempflow.cost import Memory, RunCost, run_cost
 from tempflow.measure import LOOKING, Measured, Rate, clock
 
 SMALL = ["--iterations", "5", "--evaluation.every", "2", "--evaluation.validation-prompts", "3"]
@@ -142,24 +143,38 @@ def test_rows_are_tried_on_the_runs_own_model(monkeypatch):
 
 
 def test_the_rows_that_the_estimate_allows_are_written_into_a_configuration(monkeypatch, tmp_path, capsys):
+    def linear(config: Config, cost: RunCost, ranks: int = 1) -> Memory:
+        phases = {"sampling": 10 * config.rollout_rows, "decoding": 40, "training": 30 * config.train_rows}
+        return Memory({"network": 1000 // ranks}, phases, 0, ranks)
+
+    for module in (measure, tempflow.cost):
+        monkeypatch.setattr(module, "memory_of", linear)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1250)  # 1125 with a tenth to spare
     words = ["shapes_tempflow", *SMALL[: SMALL.index("--algorithm.seeds")], "--algorithm.seeds", "12"]
-    config = configured("cost", words)
-    cost, row = run_cost(config), memory_of(config.replace(rollout_rows=1, train_rows=1), run_cost(config))
-    assert not isinstance(row, str)
-    room = sum(row.held.values()) + 5 * row.phases["sampling"]
-    monkeypatch.setattr(measure, "free_memory", lambda device: int(room / (1 - measure.SPARE)) + 1)
-    file = tmp_path / "found.yaml"
+    config, file = configured("cost", words), tmp_path / "found.yaml"
     assert main(["cost", *words, "--find-rows", str(file)]) == 0
-    found = load_config(file)
-    assert found == config.replace(rollout_rows=found.rollout_rows, train_rows=found.train_rows)
-    assert 2 <= found.train_rows < found.rollout_rows <= cost.first.leaves
-    assert f"rollout_rows {found.rollout_rows}, train_rows {found.train_rows}" in capsys.readouterr().out
-    for rows in (found.rollout_rows, found.rollout_rows + 2):
-        memory = memory_of(config.replace(rollout_rows=rows), cost)
-        fits = sum(memory.held.values()) + memory.phases["sampling"] <= room
-        assert fits == (rows == found.rollout_rows)
-    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
-    with pytest.raises(ValueError, match=r"find_rows: not even one row of rollout_rows fits on cpu; nearest valid: "):
+    assert load_config(file) == config.replace(rollout_rows=12, train_rows=4)
+    said = capsys.readouterr().out
+    assert "rollout_rows 12, train_rows 4: by the estimate" in said and f"tempflow train {file}" in said
+    shared = config.replace(parallel=config.parallel.model_copy(update={"mode": "fsdp"}))
+    assert measure.rows_that_fit(shared, ranks=2).train == 20
+    # no more than an iteration can use
+    monkeypatch.setattr(measure, "free_memory", lambda device: 10**9)
+    rows, cost = measure.rows_that_fit(config), run_cost(config)
+    assert (rows.rollout, rows.train) == (cost.first.leaves, cost.first.trained_edges)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1130)
+    with pytest.raises(ValueError, match=r"find_rows: not even one row of train_rows fits on cpu; nearest valid: "):
         measure.rows_that_fit(config)
     (tmp_path / "mine.yaml").write_text("name: mine\n")
     assert main(["cost", *words, "--find-rows", str(tmp_path / "mine.yaml")]) == 2
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
+
+
+def test_where_memory_cannot_be_estimated_rows_are_not_guessed(monkeypatch):
+    monkeypatch.setattr(measure, "memory_of", lambda config, cost, ranks: "the model's folder is not here")
+    with pytest.raises(ValueError, match=r"find_rows: memory cannot be estimated \(the model's folder is not here\)"):
+        measure.rows_that_fit(configured("cost", ["shapes_tempflow", *SMALL]))
+
+
+def test_a_system_says_how_much_memory_is_free():
+    assert 2**20 < measure.free_memory(torch.device("cpu")) < 2**50
