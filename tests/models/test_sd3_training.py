@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from tempflow.core.schedule import Schedule
 from tempflow.models import Predict
 from tempflow.models.sd3 import LORA_TARGETS, SD3
 from tempflow.request import asked
-from tempflow.train.weights import frozen_copy
 
 STEPS, ROOTS = 3, 4
 
@@ -107,7 +107,7 @@ def test_saving_a_lora_does_not_move_it(fresh: SD3, tmp_path: Path) -> None:
 
 def test_a_copy_with_lora_is_a_reference(fresh: SD3, world: World) -> None:
     fresh.add_lora(4, 8)
-    reference = frozen_copy(fresh.network)
+    reference = copy.deepcopy(fresh.network).requires_grad_(False)
     assert not any(p.requires_grad for p in reference.parameters())
     condition = fresh.encode(asked(world.prompts), SIZE)
     x = NOISE.initial([(p, 0) for p in range(3)], fresh.noise_shape(world.size))

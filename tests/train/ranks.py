@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
+from tempflow.config import Config
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts
 from tempflow.request import Prompt
@@ -238,9 +239,31 @@ def a_run(out: Path, mode: str, resume: bool, prompts: int = 5) -> None:
     train(settings, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True, resume=resume)
 
 
+def a_shapes_run(out: Path, mode: str, training: str) -> None:
+    """An iteration of DiffusionNFT on the embedded model, with activation checkpointing."""
+    settings: dict[str, Any] = {
+        "name": "toy",
+        "iterations": 1,
+        "output": str(out),
+        "threads": 1,
+        "rollout_rows": 3,
+        "train_rows": 4,
+        "model": {"training": training, "checkpointing": True, "dtype": "float32", "lora_rank": 4},
+        "algorithm": {"name": "diffusion_nft", "steps": 3, "group": 4},
+        "data": {"prompts_per_iteration": 3},
+        "parallel": {"mode": mode},
+        "optimizer": {"learning_rate": 1e-3, "ema_decay": 0.5, "eps": 1e-2},
+        "evaluation": {"every": 0, "validation_prompts": 3, "test_prompts": 3, "steps": 2, "metric": "shapes"},
+    }
+    train(Config.model_validate(settings), quiet=True)
+
+
 def main(how: str, target: str, *cases: str) -> None:
-    """A run ("run", "resume", "few": of one prompt an iteration), or an update of each case, which stays in its folder
-    of `target`."""
+    """A run ("run", "resume", "few": of one prompt an iteration), one of the embedded model ("lora", "full"), or an
+    update of each case, which stays in its folder of `target`."""
+    if cases[0] in ("lora", "full"):
+        a_shapes_run(Path(target), how, cases[0])
+        return
     if cases[0] in ("run", "resume", "few"):
         a_run(Path(target), how, cases[0] == "resume", 1 if cases[0] == "few" else 5)
         return

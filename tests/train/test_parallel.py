@@ -205,6 +205,21 @@ def test_a_sharded_run_goes_on_on_one_process(sharded_run: Path, tmp_path: Path)
     assert all(torch.equal(weights[n], again[n]) for n in weights)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_the_embedded_model_in_parts_equals_one_process(training: str, tmp_path: Path) -> None:
+    """Transformer blocks of diffusers with its activation checkpointing and peft's layers, saved as one model."""
+    for ranks, name in ((1, "one"), (2, "two")):
+        launch(ranks, "fsdp", tmp_path / name, training)
+    ends = [checkpoint.newest(tmp_path / name) for name in ("one", "two")]
+    for which in ("policy", "ema"):
+        one, two = (checkpoint.read_weights(end, which) for end in ends)
+        assert one.keys() == two.keys() and ("lora" in next(iter(one))) == (training == "lora")
+        assert all(close(two[n], one[n], 1e-5) for n in one if one[n].abs().max() > 1e-4)
+    files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n / "model").rglob("*")) for n in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) > 1
+
+
 def test_too_few_prompts_for_the_ranks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"data.prompts_per_iteration: 1 for 2 ranks; nearest valid: 2"):
         launch(2, "ddp", tmp_path / "run", "few")

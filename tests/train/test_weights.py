@@ -9,7 +9,7 @@ from torch import nn
 
 from tempflow.core.ema import Ema
 from tempflow.train.guards import GuardError
-from tempflow.train.weights import Trainable, WeightSet, frozen_copy
+from tempflow.train.weights import Trainable, WeightSet
 
 
 def layer(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -120,18 +120,6 @@ def test_average_is_applied_and_taken_back_even_after_an_error() -> None:
         raise RuntimeError("stop")
     assert network.weight[0, 0].item() == 3.0
     assert all(torch.equal(kept[n], t) for n, t in trainable.state().items())
-
-
-def test_frozen_copy_neither_trains_nor_follows() -> None:
-    network = nn.Sequential(layer(), nn.Dropout(0.5))
-    reference = frozen_copy(network)
-    with torch.no_grad():
-        network[0].weight.fill_(5.0)
-    assert float(reference[0].weight[0, 0]) == 1.0  # type: ignore[index]
-    assert not any(p.requires_grad for p in reference.parameters()) and all(
-        p.requires_grad for p in network.parameters()
-    )
-    assert not any(m.training for m in reference.modules()) and network.training
 
 
 # -------------------------------------------------------------------------------------------------------------- float16
