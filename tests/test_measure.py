@@ -178,3 +178,38 @@ def test_where_memory_cannot_be_estimated_rows_are_not_guessed(monkeypatch):
 
 def test_a_system_says_how_much_memory_is_free():
     assert 2**20 < measure.free_memory(torch.device("cpu")) < 2**50
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+def test_ranks_share_states_and_under_fsdp_weights_too(monkeypatch):
+    from tempflow.models import memory
+
+    mib = 2**20
+    found = memory.Footprint(
+        network=100 * mib,
+        encoders=30 * mib,
+        vae=10 * mib,
+        trainable=50 * mib,
+        split=True,
+        sampling=5 * mib,
+        saved=20 * mib,
+        training=140 * mib,
+        decoding=8 * mib,
+        block=10 * mib,
+        outside=4 * mib,
+        taught=5 * mib,
+    )
+    monkeypatch.setattr(memory, "footprint", lambda *given: found)
+    config = configured("cost", ["shapes_tempflow", *SMALL, "--model.dtype", "bfloat16"])
+    sharded = config.replace(parallel=config.parallel.model_copy(update={"mode": "fsdp"}))
+    cost = run_cost(config)
+    one, ddp, fsdp = (tempflow.cost.memory_of(c, cost, n) for c, n in ((config, 1), (config, 2), (sharded, 2)))
+    assert tempflow.cost.memory_of(sharded, cost, 1) == one  # there is nobody to share with
+    weights = [name for name in one.held if name not in ("states kept for training", "text encoders", "autoencoder")]
+    assert {name: ddp.held[name] for name in weights} == {name: one.held[name] for name in weights}
+    assert ddp.held["states kept for training"] == one.held["states kept for training"] // 2
+    for name in ("network", "float32 masters", "gradients", "AdamW's moments"):
+        assert fsdp.held[name] == ddp.held[name] // 2 > 0, name
+    assert fsdp.held["blocks, gathered"] == 24 * mib and fsdp.held["a block's gradients, gathered"] == 50 * mib
+    assert ddp.phases["training"] - fsdp.phases["training"] == 100 * mib  # gradients in bfloat16, of a block at a time
+    assert fsdp.peak < ddp.peak and "of 2" in str(fsdp.table().title)
