@@ -328,8 +328,8 @@ def test_a_server_that_is_killed_and_started_again_goes_on(tmp_path: Path) -> No
     served = Served(tmp_path)
     reward = room.remote(url=served.url, token_file=str(tmp_path / "token"), batch=1, concurrency=4, retries=50)
     assert isinstance(reward, room.Remote)
-    reward.prepare()
     media = pictures(12)
+    reward.prepare()
 
     def again() -> None:
         time.sleep(0.3)
@@ -338,9 +338,11 @@ def test_a_server_that_is_killed_and_started_again_goes_on(tmp_path: Path) -> No
 
     thread = threading.Thread(target=again)
     thread.start()
-    scores = reward.score(media, ["sleep 0.1"] * 12, [{}] * 12)
-    thread.join()
-    served.stop()
+    try:
+        scores = reward.score(media, ["sleep 0.1"] * 12, [{}] * 12)
+    finally:
+        thread.join()
+        served.stop()
     assert scores.value[:, 0].tolist() == mean(media)
 
 
