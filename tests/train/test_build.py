@@ -173,7 +173,7 @@ def test_the_reference_may_be_a_lora(tmp_path: Path, file: Path, peft_folder: Pa
     model, trainable = begun(tmp_path, file, training="lora")
     base = trainable.state()
     same = build._reference(str(file), model, trainable, base)  # pyright: ignore[reportPrivateUsage]
-    assert all(torch.equal(same.named()[name], base[name]) for name in base)
+    assert same is not None and all(torch.equal(same[name], base[name]) for name in base)
     with pytest.raises(
         ValueError, match=r"^model.reference: '.*lora' has a LoRA of rank 4 on .* and what is trained has"
     ):
