@@ -184,6 +184,8 @@ def context_of(
     rewards were given as objects."""
     guidance = _asked(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
+    if sharded(config, world):
+        model.network.cpu()  # until it is in parts
     trainable, shards = Trainable(model.network), None
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
     kept = None
