@@ -279,10 +279,10 @@ def test_streams_are_looked_at_before_a_model_is_loaded(
     rewards = [{"name": "shapes"}, {"name": "jpeg_compressibility", "stream": "vidio"}]
     settings = config(tmp_path / "no", rewards=rewards)
     with pytest.raises(ValueError, match=f"^rewards.1.stream: 'vidio' of 'jpeg_compressibility'.*{why}.*; nearest val"):
-        train(settings, prompts=list(PROMPTS), quiet=True)
+        train(settings, prompts=["a red circle"], quiet=True)
     fine = config(tmp_path / "yes", rewards=[{"name": "shapes"}])
     with pytest.raises(AssertionError, match="loads"):
-        train(fine, prompts=list(PROMPTS), quiet=True)
+        train(fine, prompts=["a red circle"], quiet=True)
 
 
 def test_evaluations_hold_what_training_holds() -> None:
