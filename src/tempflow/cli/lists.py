@@ -28,10 +28,10 @@ def models_verb(args: Sequence[str]) -> int:
 def rewards_verb(args: Sequence[str]) -> int:
     from tempflow.rewards import Note, names, notes
 
-    other = Note("from an installed package", "", "that package's", "")
+    other = Note("from an installed package", "its own", "that package's", "")
     known = notes()
     told = {name: known.get(name, other) for name in names()}
-    rows = [(name, f"{n.what} {n.values}".strip(), n.licence, n.needs) for name, n in told.items()]
+    rows = [(name, f"{n.what.rstrip('.')} ({n.values})", n.licence, n.needs) for name, n in told.items()]
     return _list("rewards", args, ("name", "what, values", "licence", "needs"), rows)
 
 
