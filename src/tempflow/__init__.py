@@ -10,10 +10,11 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""How torch's threads on a CPU wait for each other: asleep. By default they spin for milliseconds, and where other work
-takes a core, the one that is waited for does not get to run: an iteration then takes tens of times as long. GNU's and
-Intel's OpenMP read this when torch is first imported."""
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How torch's threads on a CPU wait for each other: they spin for some microseconds, then sleep. By default they spin
+for milliseconds, and where other work takes a core, the one that is waited for does not get to run: an iteration then
+takes tens of times as long. Waking a thread takes longer than most waits, so asleep at once is slower on a quiet
+machine (docs/evidence.md). GNU's OpenMP reads the count, Intel's the policy, when torch is first imported."""
 
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():  # what the user has set stands
     os.environ.update(WAITING)
