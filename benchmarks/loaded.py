@@ -1,11 +1,11 @@
-"""A loaded machine: an iteration on `shapes` alone, and with busy processes beside it; waiting asleep, and spinning.
+"""A loaded machine: an iteration on `shapes` alone and beside busy processes; threads that wait as ours do, or spin.
 
     python -m benchmarks.loaded [--threads 2] [--busy 2] [--iterations 5] [--prompts 6] [--rounds 3]
 
-Needs a machine of its own with as many cores as threads: it is about wall time. Threads that wait for each other sleep
-(`tempflow.WAITING`); "spinning" is what OpenMP did before, by its own default of 300 000 turns. Quiet runs of both are
-made in turn; the busy ones of spinning only with --spinning, as they take minutes. Prints medians over iterations, the
-first of a run left out, and two ratios: loaded to quiet, and quiet asleep to quiet spinning.
+Needs a machine of its own with as many cores as threads: it is about wall time. Threads that wait for each other spin
+for a moment, then sleep (`tempflow.WAITING`); "spinning" is what OpenMP did before, by its own default of 300 000
+turns. Quiet runs of both are made in turn; the busy ones of spinning only with --spinning, as they take minutes. Prints
+medians over iterations, the first of a run left out, and two ratios: loaded to quiet, and quiet to quiet spinning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ASLEEP: Mapping[str, str] = {}
+OURS: Mapping[str, str] = {}
 SPINNING: Mapping[str, str] = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
 PHASES = ("rollout", "decode", "reward", "signals", "train")
 
@@ -65,14 +65,14 @@ def main() -> None:
     parser.add_argument("--spinning", action="store_true", help="load the machine beside spinning threads too")
     parser.add_argument("--output", dest="out", type=Path, default=Path("runs/loaded"))
     a = parser.parse_args()
-    asleep, spinning, loaded = list[float](), list[float](), list[float]()
+    ours, spinning, loaded = list[float](), list[float](), list[float]()
     for _ in range(a.rounds):
-        asleep += seconds(a, ASLEEP, 0)
+        ours += seconds(a, OURS, 0)
         spinning += seconds(a, SPINNING, 0)
-        loaded += seconds(a, ASLEEP, a.busy)
-    quiet, was, now = (statistics.median(s) for s in (asleep, spinning, loaded))
-    print(f"quiet: {quiet:.2f} s an iteration asleep, {was:.2f} s spinning: {quiet / was:.3f} times")
-    print(f"with {a.busy} busy processes: {now:.2f} s asleep, {now / quiet:.2f} times the quiet time")
+        loaded += seconds(a, OURS, a.busy)
+    quiet, was, now = (statistics.median(s) for s in (ours, spinning, loaded))
+    print(f"quiet: {quiet:.2f} s an iteration by our waiting, {was:.2f} s spinning: {quiet / was:.3f} times")
+    print(f"with {a.busy} busy processes: {now:.2f} s, {now / quiet:.2f} times the quiet time")
     if a.spinning:
         then = statistics.median(seconds(a, SPINNING, a.busy))
         print(f"with {a.busy} busy processes: {then:.2f} s spinning, {then / was:.2f} times the quiet time")

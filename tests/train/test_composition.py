@@ -13,7 +13,6 @@ import torch
 from fake import PROMPTS, Bench, Fake, brightness, config
 from PIL import Image
 
-from tempflow.algorithms import ALGORITHMS, find
 from tempflow.config import Config
 from tempflow.core.credit import GroupZScore, MinNorm, PerReward, normalised
 from tempflow.core.scores import Scores
@@ -167,19 +166,3 @@ def test_normalised_stands_innermost_and_keeps_what_selects() -> None:
     assert normalised(PerReward(inner)) == PerReward(inner)
     with pytest.raises(ValueError, match="min-norm"):
         normalised(MinNorm(inner))
-
-
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_normalise_then_sum_goes_with_every_algorithm_or_says_why_not(name: str) -> None:
-    """A reward of a thousandfold spread beside one of opposite sense: advantages cancel as if both had one spread."""
-    algorithm = find(name)()
-    if name == "otca":
-        with pytest.raises(ValueError, match="min-norm point joins the rewards already"):
-            normalised(algorithm.credit)
-        return
-    rule = normalised(algorithm.credit)
-    kinds = []
-    while hasattr(rule, "inner"):
-        kinds.append(type(rule))
-        rule = rule.inner
-    assert kinds.count(PerReward) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -64,18 +64,16 @@ def judge(
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """See `judge`. A row whose question, or any of whose atoms' questions, got no certain answer is failed."""
+class Asks:
+    """What judges share: whom they ask, by which template, and the folder `sources` that source pictures lie in."""
 
     endpoint: Endpoint
     template: Template
     sources: str = "."
-    name: str = "judge"
-    groupwise = False
 
     @property
     def takes(self) -> Kind:
-        return takes_of(self.template)
+        return "picture" if self.template.frames == 1 else "video"
 
     def prepare(self) -> None:
         """Raises RewardError where the endpoint cannot be reached, refuses the key or has no such model."""
@@ -83,7 +81,24 @@ class Judge:
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Raises ValueError for a prompt without what the template needs: atoms, a source picture, a rubric."""
-        check_prompts(self.template, self.sources, prompts, metadata)
+        for prompt, more in zip(prompts, metadata, strict=True):
+            try:
+                if self.template.parser == "atoms":
+                    atoms_of(more)
+                if "source" in self.template.pictures:
+                    source_pictures(more, self.sources)
+                if self.template.rubrics:
+                    self.template.rubric(more)
+            except ValueError as error:
+                raise ValueError(f"prompts: {prompt[:60]!r}: {error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Judge(Asks):
+    """See `judge`. A row whose question, or any of whose atoms' questions, got no certain answer is failed."""
+
+    name: str = "judge"
+    groupwise: ClassVar[bool] = False
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column in [0, 1]. Raises ValueError as `check_prompts`, RewardError for what ends a run."""
@@ -113,26 +128,6 @@ class Judge:
 
 
 # ------------------------------------------------------------------------------------- what comparisons need as well
-def takes_of(template: Template) -> Kind:
-    return "picture" if template.frames == 1 else "video"
-
-
-def check_prompts(
-    template: Template, folder: str, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
-) -> None:
-    """See `Judge.check_prompts`."""
-    for prompt, more in zip(prompts, metadata, strict=True):
-        try:
-            if template.parser == "atoms":
-                atoms_of(more)
-            if "source" in template.pictures:
-                source_pictures(more, folder)
-            if template.rubrics:
-                template.rubric(more)
-        except ValueError as error:
-            raise ValueError(f"prompts: {prompt[:60]!r}: {error}") from None
-
-
 def shown_of(template: Template, media: Media) -> list[tuple[bytes, ...]]:
     """Each medium as the PNGs that stand for it."""
     frames = media.pictures(template.frames).unflatten(0, (len(media), template.frames)) if len(media) else []

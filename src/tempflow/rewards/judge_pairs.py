@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tempflow.core.scores import Scores
-from tempflow.media import Kind, Media
+from tempflow.media import Media
 from tempflow.rewards import template as templates
 from tempflow.rewards.endpoint import KEY, Endpoint, Question, Settings
-from tempflow.rewards.judge import check_prompts, column, pictures_of, shown_of, takes_of
+from tempflow.rewards.judge import Asks, column, pictures_of, shown_of
 from tempflow.rewards.protocol import RewardError, check_media
-from tempflow.rewards.template import Template
 from tempflow.strict import Place
 
 LICENCE, NEEDS = "the model's", "tempflow[judge]"
@@ -55,33 +54,18 @@ def judge_pairs(
     settings = Settings(
         url, model, form.version, form.by_tokens, key_env, timeout, retries, concurrency, max_tokens, seed, cache=cache
     )
-    return JudgePairs(Endpoint(settings), form, pairs, orders, sources)
+    return JudgePairs(Endpoint(settings), form, sources, pairs, orders)
 
 
 @dataclass(frozen=True, eq=False)
-class JudgePairs:
+class JudgePairs(Asks):
     """See `judge_pairs`. Win rate = wins ÷ comparisons that were answered, a tie ½; failed ones do not count, and a
     picture with none left is failed. Equal pictures tie without a question."""
 
-    endpoint: Endpoint
-    template: Template
     pairs: int | None = None
     orders: Orders = "both"
-    sources: str = "."
     name: str = "judge_pairs"
-    groupwise = True
-
-    @property
-    def takes(self) -> Kind:
-        return takes_of(self.template)
-
-    def prepare(self) -> None:
-        """Raises RewardError where the endpoint cannot be reached, refuses the key or has no such model."""
-        self.endpoint.check()
-
-    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
-        """Raises ValueError for a prompt without what the template needs: a source picture, a rubric."""
-        check_prompts(self.template, self.sources, prompts, metadata)
+    groupwise: ClassVar[bool] = True
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column, of the media of one prompt. Raises ValueError as `check_prompts`; RewardError for several

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core.credit.rule import Advantage, Around, CreditRule, alike
+from tempflow.core.credit.zscore import GroupZScore
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense, moments
 from tempflow.core.scores import Scores
@@ -60,7 +61,8 @@ class PerReward(Around):
 
 def normalised(rule: CreditRule) -> CreditRule:
     """`rule` with its innermost credit taken on each reward alone, and these summed by weight and restandardised (GDPO,
-    arXiv 2601.05242; its clip is ours to leave out). A rule that has such a sum already stays as it is.
+    arXiv 2601.05242). The sum keeps the innermost credit's bound, which its objective may need. A rule that has such a
+    sum already stays as it is.
 
     Raises ValueError where the innermost credit selects or marks edges, or the rule joins rewards in another way.
     """
@@ -70,7 +72,7 @@ def normalised(rule: CreditRule) -> CreditRule:
         raise ValueError("the min-norm point joins the rewards already")
     if isinstance(rule, Around):
         return replace(rule, inner=normalised(rule.inner))
-    return PerReward(rule, clip=None, restandardise=True)
+    return PerReward(rule, clip=rule.clip if isinstance(rule, GroupZScore) else None, restandardise=True)
 
 
 @dataclass(frozen=True)
