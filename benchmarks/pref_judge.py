@@ -1,6 +1,7 @@
 """Pref-GRPO end to end by a judge that errs, over the wire: `shapes` is trained by a local endpoint's win rates.
 
-    python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 80] [--rate 1e-4] [--output runs/pref_judge]
+    python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 80] [--rate 1e-4] [--train-steps N]
+                                    [--output runs/pref_judge]
 
 The endpoint is `benchmarks.judge_server` in this process: it compares two pictures by the verifier's graded score, but
 10 % of its questions get no verdict and in 20 % of the others the first picture wins whatever it shows. The run knows
@@ -27,7 +28,9 @@ from tempflow.train.trainer import train
 METRIC = "shapes_strict"
 
 
-def config(folder: str, seed: int, iterations: int, rate: float, prompts: int, group: int) -> Config:
+def config(
+    folder: str, seed: int, iterations: int, rate: float, prompts: int, group: int, trained: int | None
+) -> Config:
     """The recipes' settings of `shapes`, with Pref-GRPO whose reward is a win rate already."""
     return Config.model_validate(
         {
@@ -40,7 +43,7 @@ def config(folder: str, seed: int, iterations: int, rate: float, prompts: int, g
                 "name": "pref_grpo",
                 "steps": 6,
                 "group": group,
-                "train_steps": None,
+                "train_steps": trained,
                 "noise_level": 0.9,
                 "shared_noise": False,
                 "clip": 7e-3,
@@ -69,12 +72,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--prompts", type=int, default=12, help="prompts an iteration")
     parser.add_argument("--group", type=int, default=12, help="pictures a prompt")
+    parser.add_argument("--train-steps", type=int, help="steps of the six that are trained; default: all but the last")
     parser.add_argument("--failures", type=float, default=0.1, help="share of questions without a verdict")
     parser.add_argument("--bias", type=float, default=0.2, help="share of the others in which the first picture wins")
     parser.add_argument("--output", default="runs/pref_judge")
     given = parser.parse_args()
     runs = [
-        config(f"{given.output}/{seed}", seed, given.iterations, given.rate, given.prompts, given.group)
+        config(
+            f"{given.output}/{seed}", seed, given.iterations, given.rate, given.prompts, given.group, given.train_steps
+        )
         for seed in given.seeds
     ]
     for run in runs:
