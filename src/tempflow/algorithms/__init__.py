@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.v_grpo import v_grpo as v_grpo
     from tempflow.algorithms.vipo import vipo as vipo
 
-ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = Registry(__name__, besides=("base",))
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = Registry(__name__, besides=("base", "lesson", "phase"))
 """Name → function, of all that ship with the package."""
 
 ENTRY_POINTS = "tempflow.algorithms"

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged, ode_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.matching import Anchor, SignedLeastSquares
 from tempflow.core.renoise import Renoise
@@ -76,8 +77,12 @@ def advantage_flow(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale="pooled", eps=eps, clip=1.0),
-        objective=SignedLeastSquares(gamma, anchor, reference, concave=concave, adaptive=adaptive),
-        renoise=Renoise(UniformTimes(pairs, t_min, t_max)),
+        phases=(
+            LeafPhase(
+                SignedLeastSquares(gamma, anchor, reference, concave=concave, adaptive=adaptive),
+                Renoise(UniformTimes(pairs, t_min, t_max)),
+            ),
+        ),
         weight_sets={"old": lagged(lag)},
         sampler="old",
     )

@@ -27,6 +27,7 @@ from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, at_least, on_grid, one_of, proportion, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan, positive_value
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.likelihood_proxy import ProxyName, proxy_of
@@ -86,13 +87,17 @@ def awm(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=advantage_max, gain=gain),
-        objective=ClippedLikelihood(
-            clip,
-            clip,
-            Estimate(proxy_of(likelihood), on_policy=not off_policy),
-            regularizers=(*held_to_reference(kl), PredictionDistance(average, ema_kl)),
+        phases=(
+            LeafPhase(
+                ClippedLikelihood(
+                    clip,
+                    clip,
+                    Estimate(proxy_of(likelihood), on_policy=not off_policy),
+                    regularizers=(*held_to_reference(kl), PredictionDistance(average, ema_kl)),
+                ),
+                Renoise(_times(times, pairs, steps), share_times=1),
+            ),
         ),
-        renoise=Renoise(_times(times, pairs, steps), share_times=1),
         weight_sets=rules,
         sampler="old" if off_policy else "policy",
         solver=solver_of(solver),

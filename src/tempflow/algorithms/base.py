@@ -1,4 +1,4 @@
-"""What an algorithm is: Plan × Dynamics × CreditRule × Weight × Objective. One file per paper composes these."""
+"""What an algorithm is: a rollout (Plan × Dynamics × CreditRule) and phases that learn from it. One file per paper."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from tempflow.algorithms.lesson import POLICY, Phase, Role, Seeded
 from tempflow.core.checks import positive
-from tempflow.core.credit import CreditRule
+from tempflow.core.credit import AsScored, CreditRule
 from tempflow.core.draft import Draft
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
-from tempflow.core.objective.edges import Objective
-from tempflow.core.objective.leaves import LeafObjective
 from tempflow.core.offline import OfflineSamples
 from tempflow.core.perturb import Perturbation
 from tempflow.core.plan import Cost, Plan
-from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule, linear
 from tempflow.core.solver import Solver
 from tempflow.core.times import StratifiedGridTimes
-from tempflow.core.weight import Weight, uniform
 
 
 class Observation(Protocol):
@@ -48,24 +45,12 @@ class Observation(Protocol):
         ...
 
 
-Units = Callable[[Forest, int], Tensor]
-"""(whole forest, iteration) -> LongTensor [E]: edges with equal numbers share a chunk; −1 is left out this time."""
-
 Of = TypeVar("Of")
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., object])
 
 ARGS = "Args:"
 """The part of a docstring that says what each argument is."""
-
-
-@runtime_checkable
-class Seeded(Protocol):
-    """A part of an algorithm that draws: which steps, where a window is, which chunks."""
-
-    def seeded(self, seed: int) -> Self:
-        """The same, drawing from that seed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,20 +73,21 @@ class Drawn(Generic[Of, Result]):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A training method as data; the one training loop runs any.
+    """A training method as data, a rollout and phases that learn; the one training loop runs any.
 
     name         what records call it
-    steps        T, sampler steps of a rollout; of offline samples, of the grid that `renoise` may take times from
+    phases       what learns in an iteration, one after the other (`algorithms.phase`); records tell of the first
+                 without a prefix
+    steps        T, sampler steps of a rollout; of offline samples, of the grid that times may be taken from; without a
+                 rollout, of the grid that starting noises are unrolled on
     plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans. What
-                 it draws it draws from the run's seed, if it is `Seeded`, as `Drawn` is; so do `grid` and `units`
-    credit       scores -> advantages, of edges; of leaves where `renoise` is given
-    objective    the loss of a batch of edges; of leaves where `renoise` is given
+                 it draws it draws from the run's seed, if it is `Seeded`, as `Drawn` is; so do `grid` and what phases
+                 have. None: nothing is rolled out
+    credit       scores -> advantages of what phases train
     dynamics     the stochastic edges' step; None: the rollout draws no noise
-    weight       loss weight of every edge (of no use to leaves)
-    renoise      the (t, ε) at which clean samples are re-noised: the forward-process family, which trains on leaves
-    weight_sets  how the objective's weight sets beside "policy" follow it; "reference" is frozen unless named
+    roles        the networks that learn beside the policy
+    weight_sets  how weight sets beside "policy" follow it; "reference" is frozen unless named
     sampler      the weight set that rolls out
-    units        which edges share a chunk, for an objective whose unit is one
     observe      what credit and units want to know of the rollout, as traits of its edges and leaves
     draft        a pool of noises that is drafted and scored first; the plan's roots start from those it chooses
     latent_reward  folder of one that scores every trained edge's end at its σ; credit then sees these scores,
@@ -113,22 +99,20 @@ class Algorithm:
     offline      samples that the prompts name stand in the rollout's place, with scores of their own: nothing is
                  drawn, decoded or rewarded. The plan is `offline.plan`
 
-    Raises ValueError when the parts do not fit: a plan of other steps or with variants that there are not, no trained
-    edge, trained steps without noise (a ratio of densities needs some), parts of a rollout beside offline samples, or
-    whatever the objective's `check` finds.
+    Raises ValueError when the parts do not fit: no phase, or none of the policy's, a plan of other steps or with
+    variants that there are not, a network that nothing gives, parts of a rollout beside offline samples or without one,
+    or whatever a phase's `check` finds.
     """
 
     name: str
+    phases: tuple[Phase, ...]
     steps: int
-    plan: Callable[[int, int], Plan]
-    credit: CreditRule
-    objective: Objective | LeafObjective
+    plan: Callable[[int, int], Plan] | None = None
+    credit: CreditRule = field(default_factory=AsScored)
     dynamics: Dynamics | None = None
-    weight: Weight = uniform
-    renoise: Renoise | None = None
+    roles: tuple[Role, ...] = ()
     weight_sets: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
-    sampler: str = "policy"
-    units: Units | None = None
+    sampler: str = POLICY
     observe: tuple[Observation, ...] = ()
     draft: Draft | None = None
     latent_reward: str | None = None
@@ -138,36 +122,60 @@ class Algorithm:
     offline: OfflineSamples | None = None
 
     def __post_init__(self) -> None:
-        plan = self.plan(0, 0)
-        steps = self.schedule(0, linear(self.steps)).steps
-        if self.offline is not None:
-            _check_offline(self, self.offline)
-        elif plan.steps != steps:
-            raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
-        if max(plan.variant) >= self.variants:
-            last = max(plan.variant)
-            raise ValueError(f"conditions: {self.variants}, but the plan has variant {last}; nearest valid: {last + 1}")
-        if self.draft is not None and self.conditions is not None:
-            raise ValueError("draft: is walked with a prompt's own condition alone; nearest valid: no `conditions`")
-        if self.draft is not None and self.draft.pool < plan.roots:
-            raise ValueError(f"pool: {self.draft.pool} for {plan.roots} roots a prompt; nearest valid: {plan.roots}")
-        missing = [s for s in self.sets if s != "reference" and s not in self.weight_sets]
-        if missing:
-            raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
-        if self.sampler not in ("policy", *self.sets):
-            raise ValueError(f"sampler: {self.sampler!r} is not one of {', '.join(('policy', *self.sets))}")
-        if self.renoise is not None:
-            self.renoise.times.count(steps)
-            if not plan.scored:
-                raise ValueError("plan: scores no leaf, and leaves are trained; nearest valid: plan.ode")
-            return
-        _check_edges(self, plan)
+        _check_roles(self)
+        grid = self.schedule(0, linear(self.steps))
+        plan = None if self.plan is None else self.plan(0, 0)
+        if plan is None:
+            _check_alone(self)
+        elif self.offline is not None:
+            _check_offline(self, self.offline, plan)
+        else:
+            _check_rollout(self, plan, grid.steps)
+        for phase in self.phases:
+            phase.check(grid.steps, plan, self.dynamics, self.schedule(0, linear(self.steps)))
+
+    # ---------------------------------------------------------------------------------------------- what it is made of
+    @property
+    def first(self) -> Phase:
+        """The phase that records tell of without a prefix."""
+        return self.phases[0]
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether there is a rollout, or offline samples in its place."""
+        return self.plan is not None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether noises are drafted by another network than the sampler's: a copy of low precision."""
+        return self.draft is not None and self.draft.precision != "full"
+
+    @property
+    def pool(self) -> int:
+        """Noises that are drafted for a prompt; 0 without a draft."""
+        return 0 if self.draft is None else self.draft.pool
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        """What of a rollout is needed once that is scored: "edges", "leaves", "means"."""
+        return frozenset(name for phase in self.phases for name in phase.keeps)
+
+    def kept(self, forest: Forest) -> Forest:
+        """The forest without the states that no phase needs once the leaves are decoded."""
+        whole = forest if "edges" in self.keeps else forest.select(NO_EDGES)
+        return whole if "leaves" in self.keeps else whole.drop_leaf_states()
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """All networks beside the policy that phases and the sampler ask for: roles, and weight sets."""
+        asked = (*(name for phase in self.phases for name in phase.networks), self.sampler)
+        return tuple(dict.fromkeys(name for name in asked if name != POLICY))
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """The weight sets beside the policy that the objective asks for, and the sampler's."""
-        asked = (*self.objective.weight_sets, self.sampler)
-        return tuple(dict.fromkeys(name for name in asked if name != "policy"))
+        """Of these, the weight sets that follow the policy, or are frozen."""
+        others = {name for role in self.roles for name in (role.name, *role.weight_sets)}
+        return tuple(name for name in self.networks if name not in others)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -180,23 +188,11 @@ class Algorithm:
         """How many conditions a prompt has when it is sampled."""
         return 1 if self.conditions is None else self.conditions.count
 
-    @property
-    def edge_objective(self) -> Objective:
-        """The objective, where edges are trained."""
-        assert self.renoise is None
-        return cast(Objective, self.objective)
-
-    @property
-    def leaf_objective(self) -> LeafObjective:
-        """The objective, where leaves are trained."""
-        assert self.renoise is not None
-        return cast(LeafObjective, self.objective)
-
     def seeded(self, seed: int) -> Algorithm:
-        """The same, whose plan, grid and units draw from the run's seed; until then they draw from 0."""
-        parts = {"plan": self.plan, "grid": self.grid, "units": self.units}
+        """The same, whose plan, grid and phases draw from the run's seed; until then they draw from 0."""
+        parts = {"plan": self.plan, "grid": self.grid}
         drawing = {name: part.seeded(seed) for name, part in parts.items() if isinstance(part, Seeded)}
-        return replace(self, **drawing) if drawing else self
+        return replace(self, phases=tuple(phase.seeded(seed) for phase in self.phases), **drawing)
 
     def rule(self, name: str) -> Rule:
         """How that weight set follows the policy."""
@@ -206,76 +202,109 @@ class Algorithm:
         """The grid of an iteration's rollout, from the model's own of `steps` steps."""
         return grid if self.grid is None else self.grid(iteration, grid)
 
-    def old_forwards(self, trained: int, updates: int) -> int:
-        """Forwards that give old log-probs and nothing else, at most: of `trained` edges shared by so many updates.
+    def plans(self, iteration: int, count: int) -> list[Plan]:
+        """The plans of an iteration's prompt slots. Raises ValueError where nothing is rolled out."""
+        if self.plan is None:
+            raise ValueError(f"plan: {self.name} rolls nothing out; nearest valid: an algorithm with a plan")
+        return [self.plan(iteration, slot) for slot in range(count)]
 
-        The first update's come with its training forward, later ones' from before any weight moves. A sampler that is
-        not the policy any more is asked at every edge, unless the objective asks it anyway.
-        """
-        if self.renoise is not None:
-            return 0
-        if self.sampler not in ("policy", *self.objective.weight_sets):
-            return trained
-        if updates == 1 or self.objective.unit == "edge":
-            return trained - -(-trained // updates)
-        return trained  # which units are how large is not known before the rollout
+    # --------------------------------------------------------------------------------------------------- what it costs
+    def old_forwards(self, trained: int, updates: int) -> int:
+        """Forwards that give old log-probs and nothing else, at most: of `trained` edges shared by so many updates."""
+        return sum(phase.old_forwards(trained, phase.updates or updates, self.sampler) for phase in self.phases)
 
     def cost(self, iteration: int, prompts: int) -> Cost:
-        """What an iteration of that many prompts costs: its rollout exactly, its trained edges at most."""
+        """What an iteration of that many prompts costs: its rollout exactly, what phases train at most."""
         total = Cost(0, 0, 0)
         for slot in range(prompts):
-            total = total + self.cost_of(self.plan(iteration, slot))
+            total = total + self.cost_of(None if self.plan is None else self.plan(iteration, slot))
         return total
 
-    def cost_of(self, plan: Plan) -> Cost:
-        """What one of its plans costs, its draft included. Where leaves are trained, an edge is a leaf's (t, ε)."""
-        cost = plan.cost()
-        if self.offline is not None and self.renoise is not None:
-            return Cost(0, 0, cost.leaves * self.renoise.times.count(self.steps))
-        drafted = Cost(0, 0, 0) if self.draft is None else self.draft.cost()
-        if self.renoise is None:
-            return cost + drafted
-        pairs = cost.leaves * self.renoise.times.count(plan.steps)
-        return Cost(cost.forwards, cost.leaves, pairs) + drafted
+    def cost_of(self, plan: Plan | None) -> Cost:
+        """What one of its plans costs, its draft included. An edge is whatever a phase trains with one forward."""
+        drawn = Cost(0, 0, 0)
+        if plan is not None and self.offline is None:
+            drawn = plan.cost() if self.draft is None else plan.cost() + self.draft.cost()
+        steps = self.steps if plan is None or self.offline is not None else plan.steps
+        trained = sum(phase.cost(steps, plan).trained_edges for phase in self.phases)
+        return Cost(drawn.forwards, drawn.leaves, trained)
+
+    def beside(self, plan: Plan | None) -> int:
+        """Forwards without gradient that the phases of one of its plans take, at most."""
+        steps = self.steps if plan is None or self.offline is not None else plan.steps
+        return sum(phase.cost(steps, plan).forwards for phase in self.phases)
 
 
-def _check_offline(algorithm: Algorithm, offline: OfflineSamples) -> None:
-    if algorithm.plan(0, 0) != offline.plan(0, 0):
-        raise ValueError(f"plan: grows a rollout beside offline samples {offline.keys}; nearest valid: offline.plan")
-    if algorithm.renoise is None:
-        raise ValueError("renoise: None, and offline samples have no edges; nearest valid: Renoise(UniformTimes())")
-    parts = {
+NO_EDGES = torch.zeros(0, dtype=torch.long)
+"""What is kept of a rollout's edges where none is trained: their states are freed."""
+
+
+def _check_roles(algorithm: Algorithm) -> None:
+    names = [role.name for role in algorithm.roles]
+    if len(set(names)) < len(names):
+        raise ValueError(f"roles: {names} must be distinct")
+    if not any(phase.role == POLICY for phase in algorithm.phases):
+        raise ValueError(f"phases: none is of the policy, which is what is kept; nearest valid: role {POLICY!r}")
+    idle = [name for name in names if all(phase.role != name for phase in algorithm.phases)]
+    if idle:
+        raise ValueError(
+            f"roles: {idle[0]!r} learns in no phase; nearest valid: a phase with that role, or no such role"
+        )
+    for phase in algorithm.phases:
+        if phase.role not in (POLICY, *names):
+            raise ValueError(
+                f"phases: role {phase.role!r} is not there; nearest valid: Role({phase.role!r}) in `roles`"
+            )
+    missing = [s for s in algorithm.sets if s != "reference" and s not in algorithm.weight_sets]
+    if missing:
+        raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
+    if algorithm.sampler not in (POLICY, *algorithm.sets):
+        raise ValueError(f"sampler: {algorithm.sampler!r} is not one of {', '.join((POLICY, *algorithm.sets))}")
+
+
+def _check_rollout(algorithm: Algorithm, plan: Plan, steps: int) -> None:
+    if plan.steps != steps:
+        raise ValueError(f"steps: {steps}, but the plan has {plan.steps}; nearest valid: {plan.steps}")
+    if max(plan.variant) >= algorithm.variants:
+        last = max(plan.variant)
+        raise ValueError(
+            f"conditions: {algorithm.variants}, but the plan has variant {last}; nearest valid: {last + 1}"
+        )
+    if algorithm.draft is not None and algorithm.conditions is not None:
+        raise ValueError("draft: is walked with a prompt's own condition alone; nearest valid: no `conditions`")
+    if algorithm.draft is not None and algorithm.draft.pool < plan.roots:
+        raise ValueError(f"pool: {algorithm.draft.pool} for {plan.roots} roots a prompt; nearest valid: {plan.roots}")
+
+
+def _rollouts_own(algorithm: Algorithm) -> Mapping[str, object]:
+    """What only a rollout has, by name; None where it is not given."""
+    return {
         "dynamics": algorithm.dynamics,
         "observe": algorithm.observe or None,
         "draft": algorithm.draft,
         "latent_reward": algorithm.latent_reward,
         "solver": algorithm.solver,
-        "grid": algorithm.grid,
         "conditions": algorithm.conditions,
     }
+
+
+def _check_alone(algorithm: Algorithm) -> None:
+    """Without a plan."""
+    parts = {**_rollouts_own(algorithm), "offline": algorithm.offline}
+    asked = next((name for name, part in parts.items() if part is not None), None)
+    if asked is not None:
+        raise ValueError(f"{asked}: is a rollout's, and there is no plan; nearest valid: none")
+
+
+def _check_offline(algorithm: Algorithm, offline: OfflineSamples, plan: Plan) -> None:
+    if plan != offline.plan(0, 0):
+        raise ValueError(f"plan: grows a rollout beside offline samples {offline.keys}; nearest valid: offline.plan")
+    if "edges" in algorithm.keeps:
+        raise ValueError("phases: one learns from edges, and offline samples have none; nearest valid: a LeafPhase")
+    parts = {**_rollouts_own(algorithm), "grid": algorithm.grid}
     asked = next((name for name, part in parts.items() if part is not None), None)
     if asked is not None:
         raise ValueError(f"{asked}: is a rollout's, and samples are given in its place; nearest valid: none")
-
-
-def _check_edges(algorithm: Algorithm, plan: Plan) -> None:
-    dynamics, objective = algorithm.dynamics, algorithm.edge_objective
-    trained = sorted({i for i, use in zip(plan.step, plan.trained, strict=True) if use})
-    if not trained:
-        raise ValueError("plan: trains none of its edges; nearest valid: a plan with a stochastic, trained edge")
-    if dynamics is None or not dynamics.stochastic:
-        raise ValueError(
-            f"dynamics: {dynamics} draws no noise, and a ratio objective needs the density of a noisy step; "
-            "nearest valid: FlowSDE(noise_level=0.7)"
-        )
-    std = dynamics.coefficients(algorithm.schedule(0, linear(algorithm.steps)), torch.tensor(trained))[2]
-    silent = [i for i, s in zip(trained, std.tolist(), strict=True) if not s > 0]
-    if silent:
-        noisy = [i for i in trained if i not in silent]
-        raise ValueError(f"plan: trains step {silent[0]}, where {dynamics} has no noise; nearest valid: train {noisy}")
-    if objective.unit == "chunk" and algorithm.units is None:
-        raise ValueError("units: None, and the objective's unit is a chunk; nearest valid: core.units.whole_path")
-    objective.check(dynamics)
 
 
 def at_least(field: str, value: int, low: int, why: str = "") -> None:

@@ -33,6 +33,7 @@ from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, proportion, texts_of
 from tempflow.algorithms.dance_grpo import dance_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, FromLeaves, GroupZScore, LogProb, LogProbBackup
 from tempflow.core.dynamics import DanceSDE
@@ -118,7 +119,7 @@ def branch_grpo(
         plan=lambda iteration, slot: tree.grown(_pruned(tree, prune_steps, prune_every, prune_stop, iteration)),
         dynamics=DanceSDE(noise_level),
         credit=credit,
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact")),),
         observe=(LogProb(),) if value == "softmax" else (),
     )
 

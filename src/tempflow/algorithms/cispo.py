@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.objective.clip import Truncate
 from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
@@ -58,4 +59,4 @@ def cispo(
         advantage_clip=advantage_clip,
     )
     objective = PolicyRatio(Truncate(clip_low, clip), regularizers=(Divergence(kl, kl_form),))
-    return replace(base, name="cispo", objective=objective)
+    return replace(base, name="cispo", phases=(EdgePhase(objective),))

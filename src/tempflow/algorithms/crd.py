@@ -28,6 +28,7 @@ from typing import Literal
 from tempflow.algorithms.base import Algorithm, one_of, texts_of
 from tempflow.algorithms.dgpo import first_times
 from tempflow.algorithms.diffusion_nft import diffusion_nft, ode_plan, positive_value
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import CentredReward, Regression
@@ -72,8 +73,12 @@ def crd(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=clip),
-        objective=CentredReward(beta, advantage_max, temperature, kl, adaptive_kl, form=form),
-        renoise=Renoise(first_times(steps, fraction), share_times=2),
+        phases=(
+            LeafPhase(
+                CentredReward(beta, advantage_max, temperature, kl, adaptive_kl, form=form),
+                Renoise(first_times(steps, fraction), share_times=2),
+            ),
+        ),
         weight_sets={"old": OLD} | ({"sampling": SAMPLING} if lagged_sampler else {}),
         sampler="sampling" if lagged_sampler else "policy",
     )

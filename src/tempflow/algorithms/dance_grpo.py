@@ -25,6 +25,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, proportion, texts_of
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, Extremes, GroupZScore
 from tempflow.core.dynamics import DanceSDE
@@ -74,7 +75,7 @@ def dance_grpo(
         plan=Drawn(partial(_plan, steps, group, count, shared_noise)),
         dynamics=DanceSDE(noise_level),
         credit=credit,
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact")),),
     )
 
 

@@ -27,6 +27,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DDIM
 from tempflow.core.objective.clip import Clip, Score
@@ -78,5 +79,9 @@ def ddpo(
         plan=plan,
         dynamics=DDIM(eta),
         credit=by_prompt if statistics == "prompt" else by_batch,
-        objective=PolicyRatio(Clip(clip, clip) if kind == "is" else Score(), regularizers=(Divergence(kl, kl_form),)),
+        phases=(
+            EdgePhase(
+                PolicyRatio(Clip(clip, clip) if kind == "is" else Score(), regularizers=(Divergence(kl, kl_form),))
+            ),
+        ),
     )

@@ -29,6 +29,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Ramp
 from tempflow.core.objective.preference import GroupPreference
@@ -76,8 +77,7 @@ def dgpo(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=advantage_clip),
-        objective=objective,
-        renoise=Renoise(first_times(steps, fraction), 2, 2 if share_noise else None),
+        phases=(LeafPhase(objective, Renoise(first_times(steps, fraction), 2, 2 if share_noise else None)),),
         weight_sets={"old": Ramp(1, 0.001, old_hold)} if "old" in objective.weight_sets else {},
     )
 

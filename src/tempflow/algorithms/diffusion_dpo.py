@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import held_to_reference
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import AsScored
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
 from tempflow.core.offline import OfflineSamples
@@ -51,6 +52,10 @@ def diffusion_dpo(pairs: int = 4, beta: float = 2000.0, kl: float = 0.0) -> Algo
         plan=PAIR.plan,
         offline=PAIR,
         credit=AsScored(),
-        objective=OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
-        renoise=Renoise(LogitNormalTimes(pairs), 2, 2),
+        phases=(
+            LeafPhase(
+                OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
+                Renoise(LogitNormalTimes(pairs), 2, 2),
+            ),
+        ),
     )

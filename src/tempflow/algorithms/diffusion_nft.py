@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core import plan
 from tempflow.core.checks import not_negative
 from tempflow.core.credit import GroupZScore
@@ -82,8 +83,12 @@ def diffusion_nft(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=positive_value("advantage_max", advantage_max)),
-        objective=NegativeAware(mix_beta, advantage_max, mode, regularizers=held_to_reference(kl)),
-        renoise=Renoise(GridTimes(fraction)),
+        phases=(
+            LeafPhase(
+                NegativeAware(mix_beta, advantage_max, mode, regularizers=held_to_reference(kl)),
+                Renoise(GridTimes(fraction)),
+            ),
+        ),
         weight_sets={"old": lagged(lag)},
         sampler="old",
         solver=solver_of(solver),

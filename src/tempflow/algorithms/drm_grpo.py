@@ -30,7 +30,8 @@ from typing import Literal, get_args
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_cps import UnscaledRatio
-from tempflow.core import plan, weight
+from tempflow.algorithms.phase import EdgePhase
+from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -84,8 +85,7 @@ def drm_grpo(
         plan=lambda iteration, slot: grown,
         dynamics=FlowSDE(level) if dynamics == "flow" else CPS(level),
         credit=GroupZScore(by=("prompt", "parent"), eps=eps, clip=advantage_clip),
-        weight=weight.uniform,
-        objective=clipped(bound, bound, kl, kl_form, None if dynamics == "flow" else UnscaledRatio()),
+        phases=(EdgePhase(clipped(bound, bound, kl, kl_form, None if dynamics == "flow" else UnscaledRatio())),),
         latent_reward=reward,
     )
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, texts_of
 from tempflow.algorithms.mix_grpo import mix_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import BestPath, FromLeaves, GroupZScore, Standing
 from tempflow.core.dynamics import Dynamics, FlowSDE
@@ -101,8 +102,12 @@ def dynamic_treerpo(
         plan=Drawn(partial(_plan, steps, trees, slide, branches, growth)),
         dynamics=FlowSDE(noise_level),
         credit=BestPath(Standing(FromLeaves(leaves))),
-        weight=per_path,
-        objective=PolicyRatio(Clip(clip, clip, sensitivity), regularizers=(Divergence(kl), Imitation(imitation))),
+        phases=(
+            EdgePhase(
+                PolicyRatio(Clip(clip, clip, sensitivity), regularizers=(Divergence(kl), Imitation(imitation))),
+                per_path,
+            ),
+        ),
     )
 
 

@@ -30,6 +30,7 @@ from typing import Literal, get_args
 from tempflow.algorithms.base import Algorithm, one_of, positive, texts_of
 from tempflow.algorithms.diffusion_nft import Lag, diffusion_nft, lagged, ode_plan
 from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.likelihood_proxy import ProxyName, proxy_of
@@ -90,9 +91,12 @@ def elbo_pg(
         steps=steps,
         plan=_plan(steps, group, rollout),
         credit=GroupZScore(by=("prompt",), scale=scale, clip=5.0 if kind == "grpo" else None, gain=gain),
-        objective=_objective(kind, estimate, ratio, clip, _penalty(kl, kl_form, estimate)),
+        phases=(
+            LeafPhase(
+                _objective(kind, estimate, ratio, clip, _penalty(kl, kl_form, estimate)), Renoise(GridTimes(fraction))
+            ),
+        ),
         dynamics=FlowSDE(noise_level) if rollout == "sde" else None,
-        renoise=Renoise(GridTimes(fraction)),
         weight_sets={"old": lagged(lag)},
         sampler="old",
         solver=solver_of(solver),

@@ -22,6 +22,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, proportion, texts_of
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan, weight
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import LinearSDE
@@ -64,8 +65,7 @@ def flash_grpo(
         plan=Drawn(partial(_plan, steps, group, among)),
         dynamics=LinearSDE(),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        weight=weight.rectified,
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact"), weight.rectified),),
     )
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
-from tempflow.core import weight
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.edges import Replayed
@@ -87,6 +87,5 @@ def flow_cps(
         plan=plan,
         dynamics=CPS(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        weight=weight.uniform,
-        objective=clipped(bound, bound, kl, kl_form, UnscaledRatio() if unscaled else None),
+        phases=(EdgePhase(clipped(bound, bound, kl, kl_form, UnscaledRatio() if unscaled else None)),),
     )

@@ -28,6 +28,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, one_of, positive, some_steps, texts_of
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -81,7 +82,7 @@ def flow_dppo(
         plan=Drawn(partial(_plan, steps, group, noisy_steps, among)),
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        objective=PolicyRatio(DivergenceMask(threshold, scaled), regularizers=(Divergence(kl, kl_form),)),
+        phases=(EdgePhase(PolicyRatio(DivergenceMask(threshold, scaled), regularizers=(Divergence(kl, kl_form),))),),
     )
 
 

@@ -25,7 +25,8 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, some_steps, texts_of
-from tempflow.core import plan, weight
+from tempflow.algorithms.phase import EdgePhase
+from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -69,8 +70,7 @@ def flow_grpo(
         plan=plan_of,
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        weight=weight.uniform,
-        objective=clipped(clip, clip if clip_high is None else clip_high, kl, kl_form),
+        phases=(EdgePhase(clipped(clip, clip if clip_high is None else clip_high, kl, kl_form)),),
     )
 
 

@@ -35,7 +35,8 @@ from tempflow.algorithms.base import (
     texts_of,
 )
 from tempflow.algorithms.flow_cps import LogProbForm, UnscaledRatio
-from tempflow.core import plan, weight
+from tempflow.algorithms.phase import EdgePhase
+from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS, FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -96,8 +97,7 @@ def flow_grpo_fast(
         plan=Drawn(partial(_plan, steps, group, window, end, shared_prefix)),
         dynamics=CPS(level) if kind == "cps" else FlowSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        weight=weight.uniform,
-        objective=clipped(clip, clip, kl, "exact", UnscaledRatio() if form == "unscaled" else None),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact", UnscaledRatio() if form == "unscaled" else None)),),
     )
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, at_least, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore, RelativeChange
 from tempflow.core.dynamics import Dynamics, FlowSDE
 from tempflow.core.forest import Forest
@@ -102,9 +103,9 @@ def gcpo(
         plan=plan,
         dynamics=FlowSDE(noise_level),
         credit=GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip),
-        objective=objective,
-        weight=ChunkWeight(tuple(sizes)) if reweight and sizes is not None else uniform,
-        units=units,
+        phases=(
+            EdgePhase(objective, ChunkWeight(tuple(sizes)) if reweight and sizes is not None else uniform, units=units),
+        ),
         observe=(RelativeChange(),) if sizes is None or weighted else (),
     )
 

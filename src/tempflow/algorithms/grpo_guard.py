@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, Dynamics, FlowSDE
 from tempflow.core.forest import Forest
@@ -78,8 +79,12 @@ def grpo_guard(
         plan=plan,
         dynamics=FlowSDE(level) if kind == "flow" else DanceSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale=std, eps=eps, clip=advantage_clip),
-        weight=published if weight == "published" else equalised,
-        objective=clipped(clip, clip if clip_high is None else clip_high, kl, "exact", NormRatio()),
+        phases=(
+            EdgePhase(
+                clipped(clip, clip if clip_high is None else clip_high, kl, "exact", NormRatio()),
+                published if weight == "published" else equalised,
+            ),
+        ),
     )
 
 

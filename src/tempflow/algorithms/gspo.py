@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.objective.ratio import ChunkRatio, clipped
 from tempflow.core.objective.regularizer import KLForm
 from tempflow.core.units import whole_path
@@ -47,4 +48,5 @@ def gspo(
     """
     base = flow_grpo(steps, group, train_steps, noise_level, clip, clip_high, kl, kl_form, "group", eps, advantage_clip)
     high = clip if clip_high is None else clip_high
-    return replace(base, name="gspo", objective=clipped(clip, high, kl, kl_form, ChunkRatio()), units=whole_path)
+    phase = EdgePhase(clipped(clip, high, kl, kl_form, ChunkRatio()), units=whole_path)
+    return replace(base, name="gspo", phases=(phase,))

@@ -28,6 +28,7 @@ from functools import lru_cache, partial
 from typing import Literal, get_args
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, one_of, positive, proportion, texts_of
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import CreditRule, GroupZScore, PerReward
 from tempflow.core.dynamics import FlowSDE
@@ -78,7 +79,7 @@ def mix_grpo(
         plan=Drawn(partial(_plan, steps, group, slide, shared_noise)),
         dynamics=FlowSDE(noise_level),
         credit=group_credit(group, rewards, eps, advantage_clip),
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact")),),
     )
 
 

@@ -28,6 +28,7 @@ import torch
 
 from tempflow.algorithms.base import Algorithm, Drawn, at_least, positive, proportion, texts_of
 from tempflow.algorithms.mix_grpo import Rewards, group_credit, mix_grpo, window_plan
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.objective.ratio import clipped
 from tempflow.core.plan import Plan
@@ -84,7 +85,7 @@ def mix_grpo_flash(
         plan=Drawn(partial(_plan, steps, group, slide, compress, shared_noise)),
         dynamics=FlowSDE(noise_level),
         credit=group_credit(group, rewards, eps, advantage_clip),
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact")),),
         solver=DPMSolver2() if second_order else None,
         grid=Drawn(partial(_grid, slide, compress, shift)),
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_dpo import diffusion_dpo
 from tempflow.algorithms.diffusion_nft import held_to_reference, ode_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import OnlinePairs, PreferencePairs
 from tempflow.core.renoise import Renoise
@@ -43,6 +44,10 @@ def online_dpo(steps: int = 10, group: int = 8, pairs: int = 4, beta: float = 20
         steps=steps,
         plan=ode_plan(steps, group),
         credit=DynamicSampling(Extremes(GroupZScore(by=("prompt",), scale="none", clip=None), 1, 1)),
-        objective=OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
-        renoise=Renoise(LogitNormalTimes(pairs), 2, 2),
+        phases=(
+            LeafPhase(
+                OnlinePairs(PreferencePairs(beta, regularizers=held_to_reference(kl))),
+                Renoise(LogitNormalTimes(pairs), 2, 2),
+            ),
+        ),
     )

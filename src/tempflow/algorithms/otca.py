@@ -27,6 +27,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import CreditRule, GroupZScore, MinNorm, Progress, StepCredit
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -77,6 +78,6 @@ def otca(
         plan=plan,
         dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
         credit=credit,
-        objective=clipped(clip, clip, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact")),),
         observe=(Progress(),) if tcd else (),
     )

@@ -27,6 +27,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore, WinRate
 from tempflow.core.dynamics import FlowSDE
@@ -75,6 +76,10 @@ def pref_grpo(
         plan=plan,
         dynamics=FlowSDE(noise_level),
         credit=WinRate(credit, rounding) if win_rate else credit,
-        weight=weight.inverse_step if ratio == "norm" else weight.uniform,
-        objective=clipped(clip, clip, kl, kl_form, NormRatio() if ratio == "norm" else StepRatio()),
+        phases=(
+            EdgePhase(
+                clipped(clip, clip, kl, kl_form, NormRatio() if ratio == "norm" else StepRatio()),
+                weight.inverse_step if ratio == "norm" else weight.uniform,
+            ),
+        ),
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference, ode_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import DynamicSampling, Extremes, GroupZScore
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.renoise import Renoise
@@ -47,6 +48,5 @@ def rejection_sft(steps: int = 10, group: int = 24, best: int = 6, pairs: int = 
         steps=steps,
         plan=plan,
         credit=DynamicSampling(Extremes(GroupZScore(by=("prompt",), scale="none", clip=None), best, 0)),
-        objective=Supervised(regularizers=held_to_reference(kl)),
-        renoise=Renoise(LogitNormalTimes(pairs)),
+        phases=(LeafPhase(Supervised(regularizers=held_to_reference(kl)), Renoise(LogitNormalTimes(pairs))),),
     )

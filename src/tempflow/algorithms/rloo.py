@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.objective.clip import Score
 from tempflow.core.objective.ratio import PolicyRatio
@@ -46,5 +47,5 @@ def rloo(
         positive("advantage_clip", advantage_clip, 1.0)
     base = flow_grpo(steps, group, train_steps, noise_level, 1e-4 if clip is None else clip, kl=kl, kl_form=kl_form)
     credit = GroupZScore(by=("prompt", "step"), center="others", scale="none", clip=advantage_clip)
-    objective = PolicyRatio(Score(), regularizers=(Divergence(kl, kl_form),)) if clip is None else base.objective
-    return replace(base, name="rloo", credit=credit, objective=objective)
+    score = EdgePhase(PolicyRatio(Score(), regularizers=(Divergence(kl, kl_form),)))
+    return replace(base, name="rloo", credit=credit, phases=(score,) if clip is None else base.phases)

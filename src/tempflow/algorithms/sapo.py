@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from tempflow.algorithms.base import Algorithm, positive, texts_of
 from tempflow.algorithms.flow_grpo import flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.objective.clip import SoftGate
 from tempflow.core.objective.ratio import PolicyRatio
 from tempflow.core.objective.regularizer import Divergence, KLForm
@@ -59,4 +60,4 @@ def sapo(
         advantage_clip=advantage_clip,
     )
     objective = PolicyRatio(SoftGate(temperature, temperature_negative), regularizers=(Divergence(kl, kl_form),))
-    return replace(base, name="sapo", objective=objective)
+    return replace(base, name="sapo", phases=(EdgePhase(objective),))

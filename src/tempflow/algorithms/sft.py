@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, held_to_reference
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import AsScored
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.offline import OfflineSamples
@@ -45,6 +46,5 @@ def sft(pairs: int = 4, kl: float = 0.0) -> Algorithm:
         plan=PICTURE.plan,
         offline=PICTURE,
         credit=AsScored(),
-        objective=Supervised(regularizers=held_to_reference(kl)),
-        renoise=Renoise(LogitNormalTimes(pairs)),
+        phases=(LeafPhase(Supervised(regularizers=held_to_reference(kl)), Renoise(LogitNormalTimes(pairs))),),
     )

@@ -26,6 +26,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, one_of, positive, positive_or, proportion, texts_of
 from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import DanceSDE, FlowSDE
 from tempflow.core.objective.ratio import clipped
@@ -72,5 +73,5 @@ def slas(
         plan=plan,
         dynamics=DanceSDE(level) if dynamics == "dance" else FlowSDE(level),
         credit=GroupZScore(by=("prompt", "step"), scale="pooled", power=1 + gamma, eps=eps, clip=advantage_clip),
-        objective=clipped(clip, clip, kl, kl_form),
+        phases=(EdgePhase(clipped(clip, clip, kl, kl_form)),),
     )

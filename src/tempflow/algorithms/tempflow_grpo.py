@@ -28,6 +28,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from tempflow.algorithms.base import EXACT_KL, Algorithm, Drawn, at_least, positive, proportion, some_steps, texts_of
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import FlowSDE
@@ -86,8 +87,7 @@ def tempflow_grpo(
         plan=Drawn(partial(_plan, steps, seeds, branches, branch_steps)),
         dynamics=FlowSDE(noise_level),
         credit=_credit(std_group, seeds, branches, eps, advantage_clip),
-        weight=WEIGHTS[weight],
-        objective=clipped(clip, clip if clip_high is None else clip_high, kl, "exact"),
+        phases=(EdgePhase(clipped(clip, clip if clip_high is None else clip_high, kl, "exact"), WEIGHTS[weight]),),
     )
 
 

@@ -28,6 +28,7 @@ from typing import Literal
 
 from tempflow.algorithms.base import Algorithm, at_least, on_grid, one_of, positive, proportion, texts_of
 from tempflow.algorithms.diffusion_nft import diffusion_nft, ode_plan
+from tempflow.algorithms.phase import LeafPhase
 from tempflow.core.credit import GroupZScore
 from tempflow.core.ema import Copy
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
@@ -77,14 +78,18 @@ def v_grpo(
         steps=steps,
         plan=ode_plan(steps, group),
         credit=GroupZScore(by=("prompt",), scale=std, eps=eps, clip=advantage_clip),
-        objective=ClippedLikelihood(
-            width,
-            width,
-            Estimate(pooled=True, on_policy=clip is None),
-            soft_clip,
-            regularizers=(PredictionDistance("old", kl, "x0"),),
+        phases=(
+            LeafPhase(
+                ClippedLikelihood(
+                    width,
+                    width,
+                    Estimate(pooled=True, on_policy=clip is None),
+                    soft_clip,
+                    regularizers=(PredictionDistance("old", kl, "x0"),),
+                ),
+                Renoise(on_grid(StratifiedGridTimes(pairs), pairs, steps), share, share),
+            ),
         ),
-        renoise=Renoise(on_grid(StratifiedGridTimes(pairs), pairs, steps), share, share),
         weight_sets={} if clip is None and kl == 0 else {"old": Copy()},
         solver=solver_of(solver),
     )

@@ -44,6 +44,7 @@ from tempflow.algorithms.base import (
     some_steps,
     texts_of,
 )
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore, Mapped
 from tempflow.core.dynamics import DanceSDE, FlowSDE
@@ -131,7 +132,9 @@ def vipo(
         plan=Drawn(partial(_plan, steps, group, trained)),
         dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
         credit=Mapped(inner),
-        objective=clipped(clip, clip, kl, "exact", PositionRatio() if ratio == "position" else RegionRatio()),
+        phases=(
+            EdgePhase(clipped(clip, clip, kl, "exact", PositionRatio() if ratio == "position" else RegionRatio())),
+        ),
         observe=(ImportanceMap(Maps(dino, orient, normalise)),),
     )
 
