@@ -28,31 +28,33 @@ from tempflow.train.trainer import train
 METRIC = "shapes_strict"
 
 
-def config(
-    folder: str, seed: int, iterations: int, rate: float, prompts: int, group: int, trained: int | None
-) -> Config:
-    """The recipes' settings of `shapes`, with Pref-GRPO whose reward is a win rate already."""
+GRPO = {
+    "name": "pref_grpo",
+    "steps": 6,
+    "noise_level": 0.9,
+    "shared_noise": False,
+    "clip": 7e-3,
+    "eps": 0.1,
+    "win_rate": False,  # the reward is a win rate already
+}
+VARIATIONAL = {"name": "v_grpo", "steps": 6, "pairs": 4, "eps": 0.1}
+"""Settings of the recipes of `shapes`: Pref-GRPO, and the same win rates with V-GRPO's loss."""
+
+
+def config(folder: str, seed: int, given: argparse.Namespace) -> Config:
+    steps = {} if given.train_steps is None else {"train_steps": given.train_steps}
+    algorithm = {**GRPO, "train_steps": None, **steps} if given.loss == "pref_grpo" else VARIATIONAL
     return Config.model_validate(
         {
             "name": f"pref-judge-{seed}",
             "seed": seed,
-            "iterations": iterations,
+            "iterations": given.iterations,
             "threads": 1,
             "output": folder,
-            "algorithm": {
-                "name": "pref_grpo",
-                "steps": 6,
-                "group": group,
-                "train_steps": trained,
-                "noise_level": 0.9,
-                "shared_noise": False,
-                "clip": 7e-3,
-                "eps": 0.1,
-                "win_rate": False,
-            },
+            "algorithm": {**algorithm, "group": given.group},
             "rollout_rows": 192,
-            "data": {"prompts_per_iteration": prompts},
-            "optimizer": {"learning_rate": rate, "warmup_iterations": 10, "ema_decay": 0.9},
+            "data": {"prompts_per_iteration": given.prompts},
+            "optimizer": {"learning_rate": given.rate, "warmup_iterations": 10, "ema_decay": 0.9},
             "evaluation": {
                 "every": 20,
                 "validation_prompts": 360,
@@ -72,17 +74,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--prompts", type=int, default=12, help="prompts an iteration")
     parser.add_argument("--group", type=int, default=12, help="pictures a prompt")
-    parser.add_argument("--train-steps", type=int, help="steps of the six that are trained; default: all but the last")
+    parser.add_argument("--loss", choices=("pref_grpo", "v_grpo"), default="pref_grpo", help="whose loss it is")
+    parser.add_argument(
+        "--train-steps", type=int, help="pref_grpo: steps of the six that are trained; default: all but the last"
+    )
     parser.add_argument("--failures", type=float, default=0.1, help="share of questions without a verdict")
     parser.add_argument("--bias", type=float, default=0.2, help="share of the others in which the first picture wins")
     parser.add_argument("--output", default="runs/pref_judge")
     given = parser.parse_args()
-    runs = [
-        config(
-            f"{given.output}/{seed}", seed, given.iterations, given.rate, given.prompts, given.group, given.train_steps
-        )
-        for seed in given.seeds
-    ]
+    runs = [config(f"{given.output}/{seed}", seed, given) for seed in given.seeds]
     for run in runs:
         if not (Path(run.output) / "summary.json").exists():
             trained(run, given.failures, given.bias)

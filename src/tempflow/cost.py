@@ -4,7 +4,7 @@ memory that a rank takes, estimated."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,17 @@ STATE_BYTES = 4
 
 
 @dataclass(frozen=True)
+class PhaseCost:
+    """What a phase trains, and forwards without gradient beside that (`others` names their networks): of the first
+    iteration and of the run, at most."""
+
+    role: str
+    others: str
+    trained: tuple[int, int]
+    beside: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class RunCost:
     """Counts for the first iteration and for the whole run.
 
@@ -35,7 +46,7 @@ class RunCost:
                         scores are all equal is not trained, so the trained edges (and their forwards) are upper bounds
     rewards             rewards per picture
     latent              rows through a latent reward, which scores the trained edges
-    others              the weight sets beside the policy (reference, old, …) that the loss asks at every trained edge
+    phases              what each phase trains, and asks of other networks
     old                 forwards of the first iteration and of the run that give old log-probs and nothing else, at most
     guided              whether guidance doubles the rows of every forward
     stored_nodes        most states that an iteration keeps for training
@@ -50,7 +61,7 @@ class RunCost:
     total: Cost
     rewards: int
     latent: int
-    others: tuple[str, ...]
+    phases: tuple[PhaseCost, ...]
     old: tuple[int, int]
     guided: bool
     stored_nodes: int
@@ -63,13 +74,21 @@ class RunCost:
     @property
     def forwards(self) -> int:
         """Rollout, training and other sets' forwards of the run at most, guidance not doubled; evaluation is apart."""
-        return self.total.forwards + self.total.trained_edges * (1 + len(self.others)) + self.old[1]
+        return self._plain + self.total.trained_edges
+
+    @property
+    def beside(self) -> int:
+        """Of these, forwards without gradient in updates, but for old log-probs."""
+        return sum(phase.beside[1] for phase in self.phases)
+
+    @property
+    def _plain(self) -> int:
+        return self.total.forwards + self.beside + self.old[1]
 
     @property
     def equivalents(self) -> int:
         """The run's compute at most, in forward-equivalents (`core.cost.equivalents`); evaluation is apart."""
-        plain = self.total.forwards + self.total.trained_edges * len(self.others) + self.old[1]
-        return equivalents(plain, self.total.trained_edges, guided=self.guided, latent=self.latent)
+        return equivalents(self._plain, self.total.trained_edges, guided=self.guided, latent=self.latent)
 
     def table(self) -> Table:
         """The counts, for a terminal."""
@@ -81,10 +100,12 @@ class RunCost:
             ("rollout forwards", self.first.forwards, self.total.forwards),
             ("decodes", self.first.leaves, self.total.leaves),
             ("reward calls", self.first.leaves * self.rewards, self.total.leaves * self.rewards),
-            ("training forwards + backwards, at most", self.first.trained_edges, self.total.trained_edges),
         ]
-        for name in self.others:
-            rows.append((f"{name} forwards, at most", self.first.trained_edges, self.total.trained_edges))
+        for phase in self.phases:
+            of = f"{phase.role}: " if len({phase.role for phase in self.phases}) > 1 else ""
+            rows.append((f"{of}training forwards + backwards, at most", *phase.trained))
+            if any(phase.beside):
+                rows.append((f"{of}{phase.others} forwards, at most", *phase.beside))
         if any(self.old):
             rows.append(("forwards for old log-probs, at most", *self.old))
         for label, one, run in rows:
@@ -108,18 +129,20 @@ def run_cost(config: Config) -> RunCost:
     """Counts what `config` asks for. Reads at most two small JSON files of the model's folder, never weights."""
     algorithm, prompts = config.algorithm.build().seeded(config.seed), config.data.prompts_per_iteration
     total, first, most = Cost(0, 0, 0), Cost(0, 0, 0), 0
-    edges = algorithm.renoise is None
-    means, peers = edges and algorithm.edge_objective.keeps_mean, edges and algorithm.edge_objective.keeps_peers
     old = (0, 0)
+    parts = [[Cost(0, 0, 0), Cost(0, 0, 0)] for _ in algorithm.phases]
     for iteration in range(config.iterations):
-        here, nodes = Cost(0, 0, 0), 0
-        for slot in range(prompts):
-            plan = algorithm.plan(iteration, slot)
-            kept = _edge_states(plan, peers) if edges else len(plan.scored)
-            here, nodes = here + algorithm.cost_of(plan), nodes + kept
+        here, nodes, trained = Cost(0, 0, 0), 0, [Cost(0, 0, 0) for _ in algorithm.phases]
+        plans = algorithm.plans(iteration, prompts) if algorithm.rolls_out else [None] * prompts
+        for plan in plans:
+            here, nodes = here + algorithm.cost_of(plan), nodes + _kept_states(plan, algorithm.keeps)
+            trained = [
+                t + p.cost(algorithm.steps_of(plan), plan) for t, p in zip(trained, algorithm.phases, strict=True)
+            ]
         again = algorithm.old_forwards(here.trained_edges, config.optimizer.updates_per_iteration)
+        parts = [[t if iteration == 0 else p[0], p[1] + t] for t, p in zip(trained, parts, strict=True)]
         first, old = here if iteration == 0 else first, (again if iteration == 0 else old[0], old[1] + again)
-        total, most = total + here, max(most, nodes + means * again)
+        total, most = total + here, max(most, nodes + ("old means" in algorithm.keeps) * again)
     shape = latent_shape(config)
     evaluation = config.evaluation
     return RunCost(
@@ -127,8 +150,16 @@ def run_cost(config: Config) -> RunCost:
         first=first,
         total=total,
         rewards=len(config.rewards),
-        latent=0 if algorithm.latent_reward is None else total.trained_edges,
-        others=tuple(name for name in algorithm.objective.weight_sets if name != "policy"),
+        latent=total.trained_edges if algorithm.latent_reward else 0,
+        phases=tuple(
+            PhaseCost(
+                role=phase.role,
+                others=", ".join(name for name in phase.networks if name != phase.role),
+                trained=(one.trained_edges, run.trained_edges),
+                beside=(one.forwards, run.forwards),
+            )
+            for phase, (one, run) in zip(algorithm.phases, parts, strict=True)
+        ),
         old=old,
         guided=config.model.guidance != 1,
         stored_nodes=most,
@@ -149,6 +180,14 @@ def _looks(config: Config) -> list[tuple[int, float]]:
     looks += [(evaluation.test_prompts, evaluation.guidance)] * 2
     looks += [(evaluation.validation_prompts, guidance) for guidance in evaluation.yardstick]
     return looks + [(evaluation.test_prompts, guidance) for guidance in evaluation.yardstick[-1:]]
+
+
+def _kept_states(plan: Plan | None, keeps: Collection[str]) -> int:
+    """States of a plan's forest that stay for training once its leaves are scored."""
+    if plan is None:
+        return 0
+    edges = _edge_states(plan, "means" in keeps) if "edges" in keeps else 0
+    return edges + (len(plan.scored) if "leaves" in keeps else 0)
 
 
 @lru_cache(maxsize=512)
@@ -255,7 +294,7 @@ def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
         sampled=config.rollout_rows,
         trained=config.train_rows,
         leaves=config.rollout_leaves,
-        others=bool(cost.others),
+        others=cost.beside > 0,
     )
     with config.naming("model"):
         try:

@@ -71,13 +71,12 @@ class Measured:
     def parts(self, cost: RunCost) -> dict[str, float]:
         """Seconds of the whole run by kind of work."""
         per_picture = self.decode.seconds + sum(rate.seconds for rate in self.rewards.values())
-        others = cost.total.trained_edges * len(cost.others)
         row = self.forward.seconds / (2 if cost.guided else 1)
         return {
             "rollout": cost.total.forwards * self.forward.seconds,
             "decoding": cost.total.leaves * self.decode.seconds,
             "rewards": cost.total.leaves * (per_picture - self.decode.seconds),
-            "training, at most": cost.total.trained_edges * self.train.seconds + others * self.forward.seconds,
+            "training, at most": cost.total.trained_edges * self.train.seconds + cost.beside * self.forward.seconds,
             LOOKING: cost.looked_rows * row + cost.looked_at * per_picture,
         }
 
@@ -253,7 +252,7 @@ def rows_that_fit(config: Config, ranks: int = 1) -> Rows:
     """
     cost, device = run_cost(config), torch.device(resolved_device(config.device))
     algorithm = config.algorithm.build()
-    pool = 0 if algorithm.draft is None else algorithm.draft.pool
+    pool = algorithm.pool
     widest = max(cost.first.leaves, pool * config.data.prompts_per_iteration)
     most = widest, -(-cost.first.trained_edges // config.optimizer.updates_per_iteration)
     if device.type == "cpu" or (config.parallel.mode == "fsdp" and ranks > 1):
@@ -307,7 +306,7 @@ def _tried(config: Config, cost: RunCost, most: tuple[int, int]) -> list[int]:
             if not is_short(error):
                 raise
             return [0, 0]
-        steps = work.forward, partial(work.train, others=bool(cost.others))
+        steps = work.forward, partial(work.train, others=cost.beside > 0)
         found = [largest(partial(fits, step, work.wait), count) for step, count in zip(steps, most, strict=True)]
         del ballast
     return found

@@ -156,6 +156,11 @@ class Algorithm:
         return 0 if self.draft is None else self.draft.pool
 
     @property
+    def draft_cost(self) -> Cost:
+        """Of a prompt's draft; nothing without one."""
+        return Cost(0, 0, 0) if self.draft is None else self.draft.cost()
+
+    @property
     def keeps(self) -> frozenset[str]:
         """What of a rollout is needed once that is scored: "edges", "leaves", "means"."""
         return frozenset(name for phase in self.phases for name in phase.keeps)
@@ -224,15 +229,13 @@ class Algorithm:
         """What one of its plans costs, its draft included. An edge is whatever a phase trains with one forward."""
         drawn = Cost(0, 0, 0)
         if plan is not None and self.offline is None:
-            drawn = plan.cost() if self.draft is None else plan.cost() + self.draft.cost()
-        steps = self.steps if plan is None or self.offline is not None else plan.steps
-        trained = sum(phase.cost(steps, plan).trained_edges for phase in self.phases)
+            drawn = plan.cost() + self.draft_cost
+        trained = sum(phase.cost(self.steps_of(plan), plan).trained_edges for phase in self.phases)
         return Cost(drawn.forwards, drawn.leaves, trained)
 
-    def beside(self, plan: Plan | None) -> int:
-        """Forwards without gradient that the phases of one of its plans take, at most."""
-        steps = self.steps if plan is None or self.offline is not None else plan.steps
-        return sum(phase.cost(steps, plan).forwards for phase in self.phases)
+    def steps_of(self, plan: Plan | None) -> int:
+        """Steps of the grid that phases take times from, or unroll on."""
+        return self.steps if plan is None or self.offline is not None else plan.steps
 
 
 NO_EDGES = torch.zeros(0, dtype=torch.long)
@@ -270,6 +273,8 @@ def _check_rollout(algorithm: Algorithm, plan: Plan, steps: int) -> None:
         raise ValueError(
             f"conditions: {algorithm.variants}, but the plan has variant {last}; nearest valid: {last + 1}"
         )
+    if algorithm.latent_reward is not None and {"edges", "leaves"} <= algorithm.keeps:
+        raise ValueError("latent_reward: scores edges or leaves, and phases learn from both; nearest valid: None")
     if algorithm.draft is not None and algorithm.conditions is not None:
         raise ValueError("draft: is walked with a prompt's own condition alone; nearest valid: no `conditions`")
     if algorithm.draft is not None and algorithm.draft.pool < plan.roots:

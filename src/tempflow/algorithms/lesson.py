@@ -212,7 +212,8 @@ class Phase(Protocol):
 
     @property
     def keeps(self) -> tuple[str, ...]:
-        """What of a rollout it needs once that is scored: "edges", "leaves", "means"."""
+        """What of a rollout it needs once that is scored: "edges", "leaves", the "means" that edges were drawn from,
+        and "old means", which come with old log-probs."""
         ...
 
     @property

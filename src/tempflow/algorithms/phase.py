@@ -52,7 +52,8 @@ class EdgePhase:
 
     @property
     def keeps(self) -> tuple[str, ...]:
-        return ("edges", "means") if self.objective.keeps_peers else ("edges",)
+        means = {"means": self.objective.keeps_peers, "old means": self.objective.keeps_mean}
+        return ("edges", *(name for name, asked in means.items() if asked))
 
     @property
     def by_stream(self) -> bool:

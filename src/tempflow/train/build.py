@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.lesson import POLICY
 from tempflow.config import Config, ModelConfig, ScorerConfig
 from tempflow.core.credit import PerStream, normalised
 from tempflow.core.ema import Frozen
@@ -41,13 +42,15 @@ from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
 from tempflow.train.state import (
     Baseline,
+    average_of,
     check_start,
+    optimizer_of,
     read_start,
     run_baseline,
     start_summary,
     starting_state,
 )
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets, check_draft
+from tempflow.train.weights import Drafter, Learner, Trainable, WeightSet, WeightSets, check_draft, own_copy
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -179,15 +182,20 @@ def context_of(
     pictures: Pictures | None,
     world: World,
     say: Callable[[str], None],
-) -> tuple[Context, Trainable, WeightSets]:
-    """What stays the same over the run, the policy's parameters as training starts, and what follows them. `given`: the
-    rewards were given as objects."""
+) -> tuple[Context, dict[str, Learner]]:
+    """What stays the same over the run, and the roles as training starts, by name. `given`: the rewards were given as
+    objects."""
     guidance = _asked(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
     if sharded(config, world):
         model.network.cpu()  # until it is in parts
     trainable, shards = Trainable(model.network), None
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
+    if algorithm.roles and sharded(config, world):
+        raise ValueError(
+            f"parallel.mode: 'fsdp' shares out one network, and {algorithm.name[:40]} trains "
+            f"{1 + len(algorithm.roles)}; nearest valid: 'ddp'"
+        )
     kept = None
     if "reference" in algorithm.sets and not algorithm.rule("reference").moves:
         say(f"reference: {config.model.reference}")
@@ -205,9 +213,15 @@ def context_of(
         sets["reference"] = WeightSet(trainable, Frozen(), kept)
     turn_of = None if shards is None else shards.turn_of
     networks: dict[str, nn.Module] = {name: weights.network(turn_of) for name, weights in sets.items()}
+    learners = {POLICY: Learner(trainable, optimizer_of(config, trainable), weight_sets, average_of(config, trainable))}
+    for role in algorithm.roles:
+        own = Trainable(own_copy(model.network))
+        followers = WeightSets.of_role(role, own)
+        learners[role.name] = Learner(own, optimizer_of(config, own, role), followers)
+        networks |= {role.name: own.network} | {n: w.network() for n, w in followers.sets.items()}
     context = Context(
         model=model,
-        algorithm=algorithm if algorithm.offline is None else _unweighted(algorithm),
+        algorithm=_unweighted(algorithm),
         schedule=model.schedule(algorithm.steps, config.size),
         size=config.size,
         guidance=guidance,
@@ -231,7 +245,7 @@ def context_of(
         compose=config.compose([reward.name for reward in rewards] if given else None),
         scheduled=None if given else config.scheduled,
     )
-    return context, trainable, weight_sets
+    return context, learners
 
 
 def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
@@ -334,7 +348,7 @@ def _takes_no_streams(algorithm: Algorithm) -> str:
     """Why rewards cannot teach it by stream; '' where they can."""
     if algorithm.latent_reward is not None or algorithm.offline is not None:
         return "is not taught by rewards"
-    if not algorithm.objective.by_stream:
+    if not all(phase.by_stream for phase in algorithm.phases):
         return "takes one advantage for all streams together"
     if algorithm.credit.peers:
         return "points to a prompt's best path, which differs by stream"
@@ -475,8 +489,9 @@ def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt],
 
     `own`: the prompts were given as objects. Raises ValueError for the first picture that will not do.
     """
-    if algorithm.offline is None:
+    if not algorithm.reads:
         return None
+    assert algorithm.offline is not None
     keys, source = algorithm.offline.keys, config.data.train
     found = Pictures(Path(), keys, config.size) if own else Pictures.beside(source, keys, config.size)
     try:
@@ -488,7 +503,7 @@ def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt],
 
 def _unweighted(algorithm: Algorithm) -> Algorithm:
     """Offline samples bear scores of their own: the rewards' weights are of no use to their credit."""
-    return replace(algorithm, credit=algorithm.credit.weighted(None))
+    return replace(algorithm, credit=algorithm.credit.weighted(None)) if algorithm.reads else algorithm
 
 
 def check_before_loading(

@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 BEST = "best"
 POLICY = "policy"
-WEIGHTS, AVERAGE, OPTIMIZER = f"{POLICY}/weights", f"{POLICY}/ema", f"{POLICY}/optimizer"
-"""Names of the policy's files, without suffix."""
+WEIGHTS, AVERAGE, OPTIMIZER = "weights", "ema", "optimizer"
+"""Names of a role's files in its folder, without suffix."""
 
-_SETS = {"policy": WEIGHTS, "ema": AVERAGE}
+_SETS = {"policy": f"{POLICY}/{WEIGHTS}", "ema": f"{POLICY}/{AVERAGE}"}
 
-FORMAT = 2
+FORMAT = 3
 MAX_JSON_BYTES = 2**28
 
 

@@ -43,7 +43,7 @@ class Counter:
 
     guided     whether each row has the negative prompt's beside it
     rollout    with the drafts', which `draft` has of these
-    reference  of weight sets beside the policy
+    reference  without gradient in updates: of other networks than the one that learns, and where noises are unrolled
     old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
     latent     through a latent reward: no forwards of the network, but compute
     """
@@ -84,7 +84,7 @@ class Clock:
 class Context:
     """What stays the same over a run. Its algorithm draws from its seed.
 
-    sets            the networks of the weight sets beside the policy that the algorithm asks for, by name
+    sets            the networks beside the policy by name: other roles, and the weight sets that the algorithm asks for
     world           the ranks that share the run; each needs a prompt of every iteration
     shards          what keeps ranks of a sharded network in step; None where every rank has all of it
     latent_reward   prompts' conditions -> scores of noisy latents, where the algorithm asks for a latent reward
@@ -129,8 +129,7 @@ class Context:
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
         object.__setattr__(self, "guidance", guided(self.guidance, self.model.guidance))
-        asked = self.algorithm.draft is not None and self.algorithm.draft.precision != "full"
-        if asked != (self.drafter is not None):
+        if self.algorithm.drafts != (self.drafter is not None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
 
     def at(self, iteration: int) -> Context:

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.base import NO_EDGES, Algorithm
+from tempflow.algorithms.lesson import Phase
 from tempflow.core.credit import Advantage, CreditRule
 from tempflow.core.draft import Draft, agreement, from_noises
 from tempflow.core.dynamics import ODE
@@ -48,9 +50,6 @@ from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
 from tempflow.train.signals import Signals, measure, measure_given
 
-NO_EDGES = torch.zeros(0, dtype=torch.long)
-"""What is kept of a rollout's edges where leaves are trained: their states are freed."""
-
 
 @dataclass(frozen=True, eq=False)
 class Experience:
@@ -58,10 +57,9 @@ class Experience:
     all ranks. It holds no network and no function; `update.predictors` binds those of its prompts.
 
     prompts    of the iteration, one for each slot, of all ranks
-    forest     this rank's part; without leaf latents, unless leaves are trained: then they stand as its edges
-    whole      all ranks' edges (or leaves in their stead) and leaves, without states
-    first      where this rank's edges start among the whole's
-    numbers    LongTensor [E], an edge's place among those of its prompt slot
+    slots      this rank's prompt slots
+    forest     this rank's part, with the states that phases need (`Algorithm.kept`)
+    whole      all ranks' edges and leaves, without states
     scores     of the whole's leaves
     signals    of the whole's leaves, by prompt slot
     latent_scores  a latent reward's scores of the whole's edges; None without one
@@ -74,10 +72,9 @@ class Experience:
     """
 
     prompts: tuple[Prompt, ...]
+    slots: range
     forest: Forest
     whole: Forest
-    first: int
-    numbers: Tensor
     scores: Scores
     signals: Signals
     latent_scores: Scores | None
@@ -87,6 +84,21 @@ class Experience:
     fidelity: Tensor | None = None
     drafts: Tensor | None = None
     layout: StateLayout = WHOLE_STATE
+
+    def of(self, phase: Phase) -> Experience:
+        """The same as that phase sees it: its forests' edges are what is trained."""
+        forest, whole = phase.view(self.forest), phase.view(self.whole)
+        return self if forest is self.forest else replace(self, forest=forest, whole=whole)
+
+    @cached_property
+    def first(self) -> int:
+        """Where this rank's edges start among the whole's."""
+        return int((self.whole.edges.prompt < self.slots.start).sum())
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """An edge's place among those of its prompt slot, LongTensor [E], of the whole."""
+        return _numbers(self.whole.edges.prompt)
 
     @property
     def credited(self) -> tuple[Scores, Forest]:
@@ -108,7 +120,7 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
 
     The counter counts all ranks' work.
     """
-    plans = plans_of(context, iteration, len(prompts))
+    plans = context.algorithm.plans(iteration, len(prompts))
     chunks = chunks_of(plans, context.size.at_once(context.rollout_leaves), context.world.block(len(prompts)))
     with context.in_step():
         parts = roll_out(context, prompts, plans, iteration, chunks, clock)
@@ -116,18 +128,13 @@ def collect(context: Context, prompts: Sequence[Prompt], iteration: int, counter
     costs, algorithm = [context.algorithm.cost_of(plan) for plan in plans], context.algorithm
     leaves = sum(cost.leaves for cost in costs)
     counter.rollout += sum(cost.forwards for cost in costs)
-    counter.draft += 0 if algorithm.draft is None else algorithm.draft.cost().forwards * len(plans)
+    counter.draft += algorithm.draft_cost.forwards * len(plans)
     counter.decodes += leaves
     counter.reward_calls += leaves * len(context.rewards)
     if experience.latent_scores is not None:
         counter.reward_calls += len(experience.latent_scores)
         counter.latent += len(experience.latent_scores)
     return experience
-
-
-def plans_of(context: Context, iteration: int, count: int) -> list[Plan]:
-    """The plans of an iteration's prompt slots, those of all ranks."""
-    return [context.algorithm.plan(iteration, slot) for slot in range(count)]
 
 
 def chunks_of(plans: Sequence[Plan], leaves: int, block: range) -> list[range]:
@@ -189,23 +196,25 @@ def experience_of(context: Context, prompts: Sequence[Prompt], plans: Sequence[P
     prompted, leaves = [len(block) for block in blocks], [plan.cost().leaves for plan in plans]
     counts = [sum(leaves[slot] for slot in block) for block in blocks]
     forest, whole = rollouts.forest, skeleton(plans, range(len(plans)))
-    if algorithm.renoise is not None:
-        forest, whole = forest.as_leaves(), whole.as_leaves()
-    edges = [sum(int((whole.edges.prompt == slot).sum()) for slot in block) for block in blocks]
-    pool = 0 if algorithm.draft is None else algorithm.draft.pool
+    if "edges" not in algorithm.keeps:
+        whole = whole.select(NO_EDGES)
+    edges, trained = (
+        [sum(int((seen.edges.prompt == slot).sum()) for slot in block) for block in blocks]
+        for seen in (whole, algorithm.first.view(whole))
+    )
+    pool = algorithm.pool
 
     def gathered(scores: Scores, counts: Sequence[int]) -> Scores:
         return Scores(world.gather(scores.value, counts), world.gather(scores.ok, counts), scores.names)
 
     return Experience(
         prompts=tuple(prompts),
+        slots=blocks[world.rank],
         forest=forest,
         whole=_with_traits(world, forest, whole, edges, counts),
-        first=sum(edges[: world.rank]),
-        numbers=_numbers(whole.edges.prompt),
         scores=gathered(rollouts.scores, counts),
         signals=Signals(*(world.gather(t, prompted) for t in rollouts.signals.columns)),
-        latent_scores=None if rollouts.latent_scores is None else gathered(rollouts.latent_scores, edges),
+        latent_scores=None if rollouts.latent_scores is None else gathered(rollouts.latent_scores, trained),
         schedule=rollouts.schedule,
         iteration=rollouts.iteration,
         broken=world.gather(rollouts.broken, counts),
@@ -238,14 +247,14 @@ class Advantages:
     weight: Tensor
 
 
-def credit(context: Context, experience: Experience) -> Advantages:
-    """The same on every rank: it needs all scores, but no states."""
-    algorithm, whole = context.algorithm, experience.whole
-    advantage = experience.rule(algorithm.credit)(*experience.credited)
-    experience.layout.check_advantages(advantage.streams)
-    if algorithm.dynamics is None:
-        return Advantages(advantage, torch.ones_like(advantage.flat(advantage.value)))
-    return Advantages(advantage, algorithm.weight(whole, experience.schedule, algorithm.dynamics))
+def credit(context: Context, experience: Experience, phase: Phase | None = None) -> Advantages:
+    """Of what that phase trains (None: the first), the same on every rank: it needs all scores, but no states."""
+    algorithm = context.algorithm
+    phase = phase or algorithm.first
+    seen = experience.of(phase)
+    advantage = seen.rule(algorithm.credit)(*seen.credited)
+    seen.layout.check_advantages(advantage.streams)
+    return Advantages(advantage, phase.weigh(seen.whole, seen.schedule, algorithm.dynamics))
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,10 +298,8 @@ class _Grower:
         signals = measure(latents, pictures, forest.leaves.prompt, None, context.figures)
         forest = observed(algorithm, forest, pictures, laid_out(context, self.prompts, slots))
         self.clock.add("signals", started)
-        kept = forest.drop_leaf_states() if algorithm.renoise is None else forest.select(NO_EDGES)
+        kept = algorithm.kept(forest)
         latent = _latent_scores(context, self.prompts, slots, kept, self.schedule)
-        if algorithm.renoise is not None:  # what is noised anew is what was decoded
-            kept = replace(kept, nodes=self.schedule.samples(kept.nodes))
         return _Grown(slots, kept, signals, seen.broken, pending, latent, drafted, drafts)
 
     def scored(self, grown: _Grown) -> Rollouts:
@@ -393,7 +400,7 @@ class _Grower:
             solver=algorithm.solver,
             variants=algorithm.variants,
             max_rows=context.rollout_rows,
-            keep_mean=algorithm.renoise is None and algorithm.edge_objective.keeps_peers,
+            keep_mean="means" in algorithm.keeps,
             layout=laid_out(context, self.prompts, slots),
             device=context.model.device,
         )
@@ -417,7 +424,7 @@ def _latent_scores(
     if context.latent_reward is None:
         return None
     score = context.latent_reward(encoded(context.model, [prompts[slot] for slot in slots], context.size))
-    edges = (forest if context.algorithm.renoise is None else forest.as_leaves()).edges
+    edges = context.algorithm.first.view(forest).edges
     sigma = schedule.after(edges.step.cpu()).to(forest.nodes)
     scores = score(forest.nodes[edges.child], sigma, edges.prompt - slots[0])
     return Scores(scores.value.cpu(), scores.ok.cpu(), scores.names)

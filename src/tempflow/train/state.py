@@ -14,7 +14,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from tempflow.algorithms.lesson import Role
 from tempflow.config import Config, load_config, parse_config
+from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import Report
 from tempflow.folder import MARKER, foreign, kind_of
@@ -24,7 +26,7 @@ from tempflow.models.protocol import Model
 from tempflow.train import checkpoint
 from tempflow.train.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
 from tempflow.train.identity import RUN, Identity, changed_contents, check_given, read_identity, same_contents
-from tempflow.train.weights import Trainable, WeightSet, check_names, laid_out
+from tempflow.train.weights import Learner, Trainable, WeightSet, check_names, laid_out
 
 Yardstick = tuple[float, Report]
 
@@ -38,22 +40,25 @@ class Baseline:
     yardstick: Yardstick | None
 
 
-def optimizer_of(config: Config, trainable: Trainable) -> torch.optim.Optimizer:
-    """AdamW on the masters; its moments in 8 bits by bitsandbytes, where that is asked for."""
+def optimizer_of(config: Config, trainable: Trainable, role: Role | None = None) -> torch.optim.Optimizer:
+    """AdamW on the masters; its moments in 8 bits by bitsandbytes, where that is asked for. `role`: whose betas and
+    rate it has where it is not the policy's."""
     o = config.optimizer
+    betas = (o.beta1, o.beta2) if role is None or role.betas is None else role.betas
+    rate = o.learning_rate * (1.0 if role is None else role.rate)
     if o.kind == "adamw_8bit":
         eight: Any = import_module("bitsandbytes")
         return eight.optim.AdamW8bit(
             trainable.masters,
-            lr=o.learning_rate,
-            betas=(o.beta1, o.beta2),
+            lr=rate,
+            betas=betas,
             eps=o.eps,
             weight_decay=o.weight_decay,
         )
     return torch.optim.AdamW(
         trainable.masters,
-        lr=o.learning_rate,
-        betas=(o.beta1, o.beta2),
+        lr=rate,
+        betas=betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
         fused=True,
@@ -88,20 +93,53 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
         optimizer.state[masters[place]] = moved
 
 
-def state_tensors(
-    trainable: Trainable, average: WeightSet | None, optimizer: torch.optim.Optimizer, baseline: Baseline
-) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's tensors by file: the run's own, no copies."""
+def average_of(config: Config, trainable: Trainable) -> WeightSet | None:
+    """The policy's average, where the run keeps one."""
+    decay = config.optimizer.ema_decay
+    return WeightSet(trainable, Ema(decay)) if decay else None
+
+
+def learner_tensors(role: str, learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """A role's part of a checkpoint by file, in a folder of its name: no copies."""
+    files = {f"{role}/{WEIGHTS}": learner.trainable.named()}
+    moments = optimizer_tensors(learner.optimizer, learner.trainable.names)
+    if moments:  # none before the first update
+        files[f"{role}/{OPTIMIZER}"] = moments
+    if learner.average is not None:
+        files[f"{role}/{AVERAGE}"] = learner.average.named()
+    return files | learner.sets.tensors()
+
+
+def learner_facts(learner: Learner) -> dict[str, Any]:
+    """What is no tensor in a role, for JSON."""
+    return {
+        "followers": learner.sets.updates(),
+        "average_updates": 0 if learner.average is None else learner.average.updates,
+        "loss_scale": [learner.trainable.loss_scale, learner.trainable.finite_steps],
+    }
+
+
+def load_learner(
+    role: str, learner: Learner, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+) -> None:
+    """Puts back what `learner_tensors` and `learner_facts` gave. Raises CheckpointError where the role is not there."""
+    file = f"{role}/{WEIGHTS}"
+    if file not in tensors:
+        raise checkpoint.CheckpointError(f"checkpoint: {file} is missing, and {role!r} learns; of another algorithm?")
+    learner.trainable.load(tensors[file])
+    if learner.average is not None:
+        learner.average.load(tensors[f"{role}/{AVERAGE}"], facts["average_updates"])
+    learner.sets.load(tensors, facts["followers"])
+    load_optimizer(learner.optimizer, learner.trainable.names, tensors.get(f"{role}/{OPTIMIZER}", {}))
+    learner.trainable.loss_scale, learner.trainable.finite_steps = facts["loss_scale"]
+
+
+def looks_of(baseline: Baseline) -> dict[str, Tensor]:
+    """The tensors of `baseline`."""
     reports = {"before": baseline.before} | ({"yardstick": baseline.yardstick[1]} if baseline.yardstick else {})
     seen = {f"{name}/value": r.scores.value for name, r in reports.items()}
     seen |= {f"{name}/ok": r.scores.ok for name, r in reports.items()}
-    files = {WEIGHTS: trainable.named(), "looks": seen | {"grid": baseline.grid}}
-    moments = optimizer_tensors(optimizer, trainable.names)
-    if moments:  # none before the first update
-        files[OPTIMIZER] = moments
-    if average is not None:
-        files[AVERAGE] = average.named()
-    return files
+    return seen | {"grid": baseline.grid}
 
 
 def baseline_facts(baseline: Baseline) -> dict[str, Any]:
@@ -115,7 +153,7 @@ def baseline_facts(baseline: Baseline) -> dict[str, Any]:
 
 
 def baseline_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
-    """What `baseline_facts` and `state_tensors` were given."""
+    """What `baseline_facts` and `looks_of` were given."""
     yardstick = None
     if facts["yardstick"] is not None:
         yardstick = (facts["at"], _report(facts["yardstick"], tensors, "yardstick"))

@@ -9,16 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.lesson import POLICY
 from tempflow.config import OWN_REWARD, Config, to_yaml
-from tempflow.core.ema import Ema
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
 from tempflow.folder import put, seal
@@ -48,7 +50,16 @@ from tempflow.train.build import (
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.display import Display, Interrupt, Interrupted
 from tempflow.train.evaluator import Evaluator
-from tempflow.train.experience import check_advantages, check_scored, collect, credit, rollout_metrics, tell_broken
+from tempflow.train.experience import (
+    Advantages,
+    Experience,
+    check_advantages,
+    check_scored,
+    collect,
+    credit,
+    rollout_metrics,
+    tell_broken,
+)
 from tempflow.train.guards import GuardError, Guards
 from tempflow.train.identity import check_new, identity
 from tempflow.train.parallel import join, leave
@@ -58,14 +69,15 @@ from tempflow.train.state import (
     baseline_facts,
     baseline_of,
     check_resumable,
-    load_optimizer,
-    optimizer_of,
+    learner_facts,
+    learner_tensors,
+    load_learner,
+    looks_of,
     resumable,
-    state_tensors,
 )
 from tempflow.train.track import Tracker, open_trackers
-from tempflow.train.update import update
-from tempflow.train.weights import Trainable, WeightSet, WeightSets
+from tempflow.train.update import learn, lessons
+from tempflow.train.weights import Learner
 
 GRID = 24
 """Pictures in the before/after grid."""
@@ -77,6 +89,17 @@ DISK = (OSError, SafetensorError)
 """What a full or broken disk raises."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Collected:
+    """What came of an iteration's rollout, with what records tell of it; nothing where there is none."""
+
+    experience: Experience | None = None
+    advantages: Sequence[Advantages] = ()
+    skip: frozenset[int] = frozenset()
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    steps: Sequence[Mapping[str, Any]] = ()
+
+
 class Trainer:
     """One run. `run` does it all; `restore` puts it where a checkpoint left it."""
 
@@ -84,8 +107,7 @@ class Trainer:
         self,
         config: Config,
         context: Context,
-        trainable: Trainable,
-        weight_sets: WeightSets,
+        learners: Mapping[str, Learner],
         eval_rewards: Sequence[Reward],
         prompts: Mapping[str, Sequence[Prompt]],
         records: Records,
@@ -98,10 +120,9 @@ class Trainer:
         self.interrupt = Interrupt()
         alone = context.world.size == 1  # several ranks agree between iterations, so that none waits for another
         self.context = replace(context, pause=self.interrupt.check) if alone else context
-        self.world, self.model, self.trainable, self.weight_sets = context.world, context.model, trainable, weight_sets
-        self.average = WeightSet(trainable, Ema(config.optimizer.ema_decay)) if config.optimizer.ema_decay else None
+        self.world, self.model, self.learners = context.world, context.model, learners
+        self.policy = learners[POLICY]
         self.evaluator = Evaluator(config, self.context, eval_rewards, self._say)
-        self.optimizer = optimizer_of(config, trainable)
         counter = Counter(guided=context.guidance.rows > 1)
         self.counter, self.guards = counter, Guards(config.guards, records.alarms, self._say)
         self.done, self.seconds = 0, 0.0
@@ -191,8 +212,9 @@ class Trainer:
         iteration, clock, started = self.done, Clock(), time.perf_counter()
         before = (replace(self.counter), self.guards.state, self.records.sizes())
         rate = self.config.optimizer.rate(iteration, self.config.iterations)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for name, factor in {POLICY: 1.0, **{role.name: role.rate for role in self.context.algorithm.roles}}.items():
+            for group in self.learners[name].optimizer.param_groups:
+                group["lr"] = rate * factor
         try:
             metrics = self.train_step(iteration, clock)
         except (Exception, Interrupted):
@@ -213,39 +235,41 @@ class Trainer:
         self.display.advance(self.done, metrics, self.records.evaluations[-1])
 
     def train_step(self, iteration: int, clock: Clock) -> dict[str, float]:
-        """One iteration: roll out and score, give credit, update the policy and what follows it; its metrics."""
+        """One iteration: roll out and score, give credit, all phases' updates and what follows roles; its metrics."""
         context, number = self.context.at(iteration), iteration + 1  # as records count
         prompts = self._prompts(iteration)
+        found = self._rollout(context, prompts, iteration, clock) if context.algorithm.rolls_out else _Collected()
+        given = lessons(context, prompts, iteration, found.experience, found.advantages, found.skip)
+        try:
+            learned = learn(context, prompts, given, self.learners, self.counter, clock, self.guards)
+        except Interrupted:  # only where no role has moved
+            self.whole = True
+            raise
+        for learner in self.learners.values():
+            learner.sets.update()
+        metrics = {**found.metrics, **learned}
+        self.guards.update(number, metrics)
+        self.records.steps(number, found.steps)
+        return metrics
+
+    def _rollout(self, context: Context, prompts: Sequence[Prompt], iteration: int, clock: Clock) -> _Collected:
+        """The iteration's rollout (or offline samples), scored and credited."""
         with self._untouched():
             experience = collect(context, prompts, iteration, self.counter, clock)
             tell_broken(experience, prompts, self._say, self.told)
-            check_scored(context, experience, number)
-            advantages = credit(context, experience)
-            check_advantages(advantages, number)
-        skip = self.guards.rollout(number, experience.signals)
-        try:
-            learned = update(
-                context,
-                experience,
-                advantages,
-                self.trainable,
-                self.average,
-                self.optimizer,
-                iteration,
-                self.counter,
-                clock,
-                self.guards,
-                skip,
-            )
-        except Interrupted:  # only before the first step of the optimizer
-            self.whole = True
-            raise
-        self.weight_sets.update()
-        metrics = rollout_metrics(experience, advantages.advantage) | learned
-        self.guards.update(number, metrics)
-        rule = experience.rule(context.algorithm.credit)
-        self.records.steps(number, steps_of(rule, *experience.credited, advantages))
-        return metrics
+            check_scored(context, experience, iteration + 1)
+            advantages = [credit(context, experience, phase) for phase in context.algorithm.phases]
+            for given in advantages:
+                check_advantages(given, iteration + 1)
+        first = experience.of(context.algorithm.first)
+        rule = first.rule(context.algorithm.credit)
+        return _Collected(
+            experience=experience,
+            advantages=advantages,
+            skip=self.guards.rollout(iteration + 1, experience.signals),
+            metrics=rollout_metrics(first, advantages[0].advantage),
+            steps=steps_of(rule, *first.credited, advantages[0]),
+        )
 
     def _prompts(self, iteration: int) -> list[Prompt]:
         """The iteration's prompts; the same for a resumed run as for an unbroken one."""
@@ -279,10 +303,10 @@ class Trainer:
     @contextmanager
     def _evaluated(self) -> Iterator[None]:
         """Inside, the network computes with the weights that are judged and kept: the average, if there is one."""
-        if self.average is None:
+        if self.policy.average is None:
             yield
             return
-        with self.average.applied():
+        with self.policy.average.applied():
             yield
 
     def _show(self) -> None:
@@ -302,17 +326,18 @@ class Trainer:
     def _keep(self, best: bool) -> None:
         """A checkpoint of the run as it stands between two iterations. Raises GuardError when it cannot be written."""
         assert self.baseline is not None
+        tensors = dict[str, Mapping[str, Tensor]]()
+        for name, learner in self.learners.items():
+            tensors |= learner_tensors(name, learner)
         try:
             self.writer.save(
                 self.records.folder,
                 self.done,
-                state_tensors(self.trainable, self.average, self.optimizer, self.baseline) | self.weight_sets.tensors(),
+                tensors | {"looks": looks_of(self.baseline)},
                 {
                     "counter": asdict(self.counter),
-                    "followers": self.weight_sets.updates(),
-                    "average_updates": 0 if self.average is None else self.average.updates,
+                    "roles": {name: learner_facts(learner) for name, learner in self.learners.items()},
                     "best": self.best,
-                    "loss_scale": [self.trainable.loss_scale, self.trainable.finite_steps],
                     "seconds": self.seconds,
                     "guards": self.guards.state,
                     "looks": baseline_facts(self.baseline),
@@ -347,13 +372,8 @@ class Trainer:
     def restore(self, saved: checkpoint.Saved) -> None:
         """Goes on from a checkpoint; what the records say of later iterations is taken back."""
         state, tensors = saved.state, saved.tensors
-        self.trainable.load(tensors[checkpoint.WEIGHTS])
-        if self.average is not None:
-            self.average.load(tensors[checkpoint.AVERAGE], state["average_updates"])
-        self.weight_sets.load(tensors, state["followers"])
-        load_optimizer(self.optimizer, self.trainable.names, tensors.get(checkpoint.OPTIMIZER, {}))
-        scale = [self.trainable.loss_scale, self.trainable.finite_steps]
-        self.trainable.loss_scale, self.trainable.finite_steps = state.get("loss_scale", scale)
+        for name, learner in self.learners.items():
+            load_learner(name, learner, tensors, state["roles"].get(name, {}))
         self.counter = Counter(**state["counter"])
         self.done, self.seconds, self.guards.state = state["iteration"], state["seconds"], state["guards"]
         self.kept = self.done
@@ -369,7 +389,7 @@ class Trainer:
         """The network takes the best weights so far, and they are saved as the run's model."""
         self._settle()
         weights, shards = checkpoint.best_weights(self.records.folder, self._say), self.context.shards
-        self.trainable.load(weights)
+        self.policy.trainable.load(weights)
         if self.world.first:
             fresh = self.records.folder / ".model.new"
             shutil.rmtree(fresh, ignore_errors=True)
@@ -463,7 +483,7 @@ def train(
         folder = Path(config.output)
         check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
         algorithm = algorithm or config.algorithm.build()
-        config.guards.check(algorithm.name, algorithm.objective.weight_sets)
+        config.guards.check(algorithm.name, algorithm.networks)
         rewards = rewards_of(config, reward)
         if reward is not None and config.evaluation.metric not in {*config.evaluation.gold, *(r.name for r in rewards)}:
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
@@ -480,16 +500,14 @@ def train(
         model = model or prepare_model(config, world, display.say)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
-        context, trainable, weight_sets = context_of(
+        context, learners = context_of(
             config, model, algorithm, rewards, reward is not None, pictures, world, display.say
         )
         world.wait()  # all have read what the records will write over
         with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
             dumped = config.model_dump(mode="json")
             trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
-            trainer = Trainer(
-                config, context, trainable, weight_sets, judges, sets, records, display, trackers, baseline
-            )
+            trainer = Trainer(config, context, learners, judges, sets, records, display, trackers, baseline)
             if saved is not None:
                 trainer.restore(saved)
             elif resume:

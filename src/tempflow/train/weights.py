@@ -1,4 +1,4 @@
-"""The policy's trainable parameters, the weight sets beside them (old, average, reference), and the copy that drafts.
+"""The parameters that roles train, the weight sets beside them (old, average, reference), and the copy that drafts.
 
 A set holds copies of the trainable parameters alone (a LoRA's, where a LoRA is trained) and computes through the same
 network by `torch.func.functional_call`: nothing is switched, so nothing can be left switched, and the policy's
@@ -8,6 +8,7 @@ there the set's and the policy's parts change places around a forward.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 
 from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.lesson import POLICY, Role
 from tempflow.core.ema import Rule
 from tempflow.models.precision import CheapCopy, cheap_copy, check_precision
 from tempflow.models.protocol import Model
@@ -235,6 +237,14 @@ class _Exchanged(_OfSet):
             return functional_call(weights.trainable.network, held, args, kwargs)
 
 
+def own_copy(network: nn.Module) -> nn.Module:
+    """A network of the same structure whose trained parameters are its own, and start as they are; the rest it shares
+    with the first. So where a LoRA is trained, this is a second LoRA on one base."""
+    shared: list[Tensor] = [p for p in network.parameters() if not p.requires_grad]
+    shared += list(network.buffers())
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+
+
 def holds_policy(network: nn.Module, trainable: Trainable) -> bool:
     """Whether that weight set's network computes with the very numbers that the policy has now; of a sharded one, with
     those of this rank."""
@@ -246,21 +256,23 @@ def holds_policy(network: nn.Module, trainable: Trainable) -> bool:
     return all(torch.equal(part(p.detach()), part(rounded[n])) for n, p in named)
 
 
-PREFIX = "policy/set."
-"""Of their files' names in a checkpoint."""
-
-
 @dataclass(frozen=True)
 class WeightSets:
-    """By name."""
+    """Those that follow one role, by name; a checkpoint keeps them in the role's folder."""
 
     sets: Mapping[str, WeightSet] = field(default_factory=dict[str, WeightSet])
+    role: str = POLICY
 
     @staticmethod
     def of(algorithm: Algorithm, trainable: Trainable) -> WeightSets:
-        """Those that the algorithm asks for, holding the policy as it is now."""
+        """Those of the policy that the algorithm asks for, holding it as it is now."""
         rules = {name: algorithm.rule(name) for name in algorithm.sets}
         return WeightSets({name: WeightSet(trainable, rule) for name, rule in rules.items() if rule.moves})
+
+    @staticmethod
+    def of_role(role: Role, trainable: Trainable) -> WeightSets:
+        """Those of another role."""
+        return WeightSets({name: WeightSet(trainable, rule) for name, rule in role.weight_sets.items()}, role.name)
 
     def update(self) -> None:
         """After an iteration's updates."""
@@ -269,7 +281,7 @@ class WeightSets:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """A checkpoint's tensors by file: the sets' own, no copies."""
-        return {PREFIX + name: weights.named() for name, weights in self.sets.items()}
+        return {self._file(name): weights.named() for name, weights in self.sets.items()}
 
     def updates(self) -> dict[str, int]:
         """How often each has followed, for the checkpoint's JSON."""
@@ -278,7 +290,54 @@ class WeightSets:
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: Mapping[str, int]) -> None:
         """Puts back what `tensors` and `updates` gave."""
         for name, weights in self.sets.items():
-            weights.load(tensors[PREFIX + name], updates[name])
+            weights.load(tensors[self._file(name)], updates[name])
+
+    def _file(self, name: str) -> str:
+        return f"{self.role}/set.{name}"
+
+
+Snapshot = tuple[list[Tensor], list[dict[str, Any]], tuple[list[Tensor], int] | None]
+"""Masters, their optimizer's state, the average: copies."""
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """A role's parameters with their optimizer, the weight sets that follow it and, of the policy, its average."""
+
+    trainable: Trainable
+    optimizer: torch.optim.Optimizer
+    sets: WeightSets = field(default_factory=WeightSets)
+    average: WeightSet | None = None
+
+    def step(self) -> None:
+        """The optimizer's, from the gradients in the masters."""
+        self.optimizer.step()
+        self.trainable.publish()
+        if self.average is not None:
+            self.average.update()
+
+    def snapshot(self) -> Snapshot:
+        """Copies of all that `step` changes."""
+        state = [
+            {key: v.clone() if isinstance(v, Tensor) else v for key, v in self.optimizer.state.get(m, {}).items()}
+            for m in self.trainable.masters
+        ]
+        average = None if self.average is None else ([v.clone() for v in self.average.values], self.average.updates)
+        return [m.detach().clone() for m in self.trainable.masters], state, average
+
+    @torch.no_grad()
+    def restore(self, kept: Snapshot) -> None:
+        """Puts a snapshot back, and drops the gradients."""
+        masters, state, average = kept
+        for master, value, moments in zip(self.trainable.masters, masters, state, strict=True):
+            master.copy_(value)
+            self.optimizer.state.pop(master, None)
+            if moments:
+                self.optimizer.state[master] = moments
+        if self.average is not None and average is not None:
+            self.average.load(dict(zip(self.trainable.names, average[0], strict=True)), average[1])
+        self.trainable.zero_grad()
+        self.trainable.publish()
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +359,7 @@ class Drafter:
         precision or a network that has no use for it; ImportError where torchao is missing.
         """
         draft = algorithm.draft
-        if draft is None or draft.precision == "full":
+        if draft is None or not algorithm.drafts:
             return None
         source = trainable if algorithm.sampler == "policy" else sets[algorithm.sampler]
         copy = cheap_copy(model.network, model.blocks(model.network), draft.precision)
@@ -315,7 +374,7 @@ class Drafter:
 def check_draft(algorithm: Algorithm, device: torch.device, sharded: bool) -> None:
     """Before a model is loaded. Raises ValueError for a precision that `device` or a sharded network cannot have,
     ImportError where torchao is missing."""
-    if algorithm.draft is None or algorithm.draft.precision == "full":
+    if algorithm.draft is None or not algorithm.drafts:
         return
     if sharded:
         raise ValueError(
