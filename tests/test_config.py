@@ -219,7 +219,7 @@ def test_parameters_reach_the_algorithm():
         **alg(seeds=2, branches=3, steps=5, std_group="batch", clip=1e-2, weight="uniform")
     ).algorithm.build()
     direct = tempflow_grpo(seeds=2, branches=3, steps=5, std_group="batch", clip=1e-2, weight="uniform")
-    assert (built.credit, built.objective, built.weight) == (direct.credit, direct.objective, direct.weight)
+    assert (built.credit, built.phases) == (direct.credit, direct.phases)
     assert built.plan(0, 0) is direct.plan(0, 0)
 
 
@@ -397,7 +397,7 @@ def test_what_nobody_published_has_flow_grpos_settings_and_says_so(name: str, gu
 def test_cost_of_the_papers_settings():
     cost = run_cost(config(iterations=3, data={"prompts_per_iteration": 2}, evaluation={"steps": 7}))
     assert (cost.first.forwards, cost.first.leaves, cost.first.trained_edges) == (2232, 432, 432)
-    assert cost.total == cost.first * 3 and cost.others == ("reference",) and not cost.guided
+    assert cost.total == cost.first * 3 and [phase.others for phase in cost.phases] == ["reference"] and not cost.guided
     assert cost.forwards == 3 * (2232 + 2 * 432)
     assert cost.equivalents == 3 * (2232 + 3 * 432 + 432)  # the policy with gradient, the reference without
     assert (cost.validation, cost.test) == (120 * 7, 504 * 7)

@@ -86,7 +86,7 @@ def built(case: Case, judge: str = ".") -> tempflow.Algorithm:
     objective = algorithm.objective
     for path, value in case.objective.items():
         objective = _replaced(objective, path.split("."), value)
-    return replace(algorithm, objective=objective)
+    return library.taught(algorithm, objective)
 
 
 def _replaced(part: Any, path: Sequence[str], value: Any) -> Any:

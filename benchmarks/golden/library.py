@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def losses() -> set[type]:
         for item in vars(module).values()
         if isinstance(item, type) and dataclasses.is_dataclass(item) and item.__module__ == module.__name__
     }
+
+
+def taught(algorithm: Any, objective: Any) -> Any:
+    """The algorithm with another loss."""
+    return algorithm.taught(objective) if hasattr(algorithm, "taught") else replace(algorithm, objective=objective)
 
 
 def guidance() -> Any:

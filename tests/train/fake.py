@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tempflow.algorithms import Algorithm, flow_grpo, tempflow_grpo
+from tempflow.algorithms.lesson import Batch, Lesson
 from tempflow.config import Config
 from tempflow.config.guards import GuardsConfig
 from tempflow.core.ema import Ema, Frozen
@@ -25,11 +26,11 @@ from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import Experience, collect, credit, rollout_metrics
+from tempflow.train.experience import Advantages, Experience, collect, credit, rollout_metrics
 from tempflow.train.guards import Guards
 from tempflow.train.parallel import Shards
-from tempflow.train.update import update
-from tempflow.train.weights import Drafter, Trainable, WeightSet, WeightSets
+from tempflow.train.update import learn, lessons, shuffled
+from tempflow.train.weights import Drafter, Learner, Trainable, WeightSet, WeightSets, own_copy
 
 SHAPE, SIZE = (2, 2, 2), Size(2, 2)
 TOKENS = (4, 2)
@@ -225,27 +226,49 @@ class Bench:
         self.context = replace(standard, **context)
         self.average = WeightSet(self.trainable, Ema(ema)) if ema else None
         self.optimizer = torch.optim.AdamW(self.trainable.masters, lr=rate, weight_decay=0.0)
+        self.learners = {"policy": Learner(self.trainable, self.optimizer, self.weight_sets, self.average)}
+        for role in algorithm.roles:
+            own = Trainable(own_copy(network))
+            moves = torch.optim.AdamW(own.masters, lr=rate * role.rate, weight_decay=0.0)
+            self.learners[role.name] = Learner(own, moves, WeightSets.of_role(role, own))
+        roles = {name: learner.trainable.network for name, learner in self.learners.items() if name != "policy"}
+        self.context = replace(self.context, sets={**self.context.sets, **roles})
         self.counter, self.clock, self.said = Counter(), Clock(), list[str]()
 
     def collect(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> Experience:
         given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        return collect(self.context, given, iteration, self.counter, self.clock)
+        return collect(self.context, given, iteration, self.counter, self.clock).of(self.context.algorithm.first)
+
+    def lesson(
+        self, experience: Experience, given: Advantages, iteration: int = 0, skip: Collection[int] = ()
+    ) -> Lesson:
+        """What the first phase, and only phase, learns from."""
+        return lessons(self.context, experience.prompts, iteration, experience, [given], skip)[0]
+
+    def items(self, experience: Experience, given: Advantages, iteration: int = 0, skip: Collection[int] = ()) -> Batch:
+        """The first phase's items, in the order in which they are taken."""
+        lesson = self.lesson(experience, given, iteration, skip)
+        return shuffled(self.context.algorithm.first.items(lesson), lesson.seed, (iteration,))
+
+    def batch(self, experience: Experience, given: Advantages, items: Batch) -> Any:
+        """Those items as the objective is given them."""
+        phase: Any = self.context.algorithm.first
+        return phase.batch(self.lesson(experience, given), items)
 
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
-        given = credit(self.context, experience)
-        metrics = rollout_metrics(experience, given.advantage) | update(
+        experience = experience.of(self.context.algorithm.first)
+        given = [credit(self.context, experience, phase) for phase in self.context.algorithm.phases]
+        metrics = rollout_metrics(experience, given[0].advantage) | learn(
             self.context,
-            experience,
-            given,
-            self.trainable,
-            self.average,
-            self.optimizer,
-            iteration,
+            experience.prompts,
+            lessons(self.context, experience.prompts, iteration, experience, given),
+            self.learners,
             self.counter,
             self.clock,
             Guards(GuardsConfig(), lambda iteration, alarms: None, self.said.append),
         )
-        self.weight_sets.update()
+        for learner in self.learners.values():
+            learner.sets.update()
         return metrics
 
     def iterate(self, iteration: int = 0) -> dict[str, float]:

@@ -26,7 +26,7 @@ from tempflow.algorithms import (
 from tempflow.core.scores import Scores
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.train.experience import chunks_of, plans_of, roll_out
+from tempflow.train.experience import chunks_of, roll_out
 from tempflow.train.rollouts import Rollouts
 
 KINDS: dict[str, Callable[[], Algorithm]] = {
@@ -82,7 +82,7 @@ def bench_of(kind: str, folder: Path, **options: Any) -> tuple[Bench, list[Promp
 
 def parts_of(bench: Bench, prompts: list[Prompt], order: Callable[[list], list] = list) -> list[Rollouts]:
     """The first iteration's chunks, computed in that order."""
-    plans = plans_of(bench.context, 0, len(prompts))
+    plans = bench.context.algorithm.plans(0, len(prompts))
     chunks = order(chunks_of(plans, bench.context.rollout_leaves, range(len(prompts))))
     return roll_out(bench.context, prompts, plans, 0, chunks, bench.clock)
 

@@ -183,7 +183,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
         return kept(*args)
 
     optimizer.step = step  # type: ignore[method-assign]
-    patched.optimizer = optimizer
+    patched.learners = {"policy": replace(patched.learners["policy"], optimizer=optimizer)}
     metrics, judged = dict[str, float](), None
     for iteration in range(2 if "twice" in words else 1):
         experience = patched.collect(iteration, prompts=prompts)

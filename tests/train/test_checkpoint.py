@@ -31,8 +31,8 @@ from tempflow.train.checkpoint import (
     read_weights,
     save,
 )
-from tempflow.train.state import state_tensors
-from tempflow.train.weights import Trainable, WeightSet, WeightSets
+from tempflow.train.state import learner_tensors, looks_of
+from tempflow.train.weights import Learner, Trainable, WeightSet, WeightSets
 
 
 def tensors(seed: int) -> dict[str, dict[str, Tensor]]:
@@ -269,7 +269,8 @@ def test_what_is_kept_is_no_copy_and_only_the_first_rank_takes_it_to_the_cpu(
     optimizer.step()
     scores = Scores(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), ("reward",))
     looks: Any = SimpleNamespace(before=SimpleNamespace(scores=scores), grid=torch.zeros(1), yardstick=None)
-    kept = state_tensors(trainable, average, optimizer, looks) | WeightSets({"old": average}).tensors()
+    learner = Learner(trainable, optimizer, WeightSets({"old": average}), average)
+    kept = learner_tensors("policy", learner) | {"looks": looks_of(looks)}
     assert kept.keys() == {WEIGHTS, AVERAGE, OPTIMIZER, "policy/set.old", "looks"}
     live = {t.data_ptr() for t in (*trainable.masters, *average.values)}
     live |= {t.data_ptr() for part in optimizer.state.values() for t in part.values()}

@@ -56,7 +56,7 @@ def test_it_is_never_trained_and_never_a_target() -> None:
     assert sum(seen) == len(PROMPTS) * 8 * 2  # the pool, and nothing of what is drawn again
     bench.update(experience)
     assert sum(seen) == len(PROMPTS) * 8 * 2
-    assert set(predictors(bench.context, experience)) == {"policy", "old"}
+    assert set(predictors(bench.context, experience.prompts)) == {"policy", "old"}
     mine = set(map(id, drafter(bench).copy.parameters()))
     assert mine and all(p.grad is None and not p.requires_grad for p in drafter(bench).copy.parameters())
     assert not mine & set(map(id, bench.trainable.parameters + bench.trainable.masters))

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.algorithms import Algorithm, diffusion_nft
+from tempflow.algorithms.lesson import Batch
 from tempflow.media import Media, Size
 from tempflow.train.experience import Experience, credit
-from tempflow.train.update import Batch, edge_batch, predictors
+from tempflow.train.update import predictors
 
 Images = list[Image.Image]
 
@@ -100,7 +101,11 @@ def test_samples_are_decoded_and_noised_anew_and_states_stay(kind: str) -> None:
     for gain in (1.0, 2.0):
         bench = Bench(Looking(), algorithm)
         bench.context = replace(bench.context, schedule=replace(bench.context.schedule, gain=gain))
-        grown.append(bench.collect().forest.nodes)
+        experience = bench.collect()
+        batch = bench.batch(
+            experience, credit(bench.context, experience), bench.items(experience, credit(bench.context, experience))
+        )
+        grown.append(batch.x0 if kind == "samples" else batch.x)
     assert torch.equal(decoded[1], 2 * decoded[0])
     assert torch.equal(grown[1], 2 * grown[0] if kind == "samples" else grown[0])
 
@@ -133,8 +138,8 @@ def test_groups_without_spread_are_not_computed_but_count_in_the_mean(make: Any)
     every = forest.edges.trained.nonzero()[:, 0]
     assert len(every) == edges and bool((given.advantage.value[every] == 0).sum() == edges // 2)
     batch = Batch(every, torch.zeros_like(every), torch.arange(edges), edges, edges, 1)
-    edges_of_batch = edge_batch(context, experience, given, batch)
-    algorithm.objective(predictors(context, experience), edges_of_batch).value.backward()
+    edges_of_batch = explicit.batch(experience, given, batch)
+    algorithm.objective(predictors(context, experience.prompts), edges_of_batch).value.backward()
     assert_close(got, {n: p.grad for n, p in explicit.model.network.named_parameters() if p.grad is not None})
 
 

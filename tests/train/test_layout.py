@@ -40,7 +40,6 @@ from tempflow.train.build import by_stream as configured
 from tempflow.train.checkpoint import newest, read_weights
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
-from tempflow.train.update import edge_batch, leaf_batch, training_batch
 
 STREAMS = ("video", "sound")
 
@@ -190,12 +189,11 @@ class Moved(Animator):
 
 
 def test_batches_have_the_layout_of_their_rows() -> None:
-    for algorithm, batch_of in ((flow(), edge_batch), (diffusion_nft(steps=4, group=6), leaf_batch)):
+    for algorithm in (flow(), diffusion_nft(steps=4, group=6)):
         bench = Bench(Animator(), algorithm, look)
         experience = bench.collect()
         given = credit(bench.context, experience)
-        whole = training_batch(bench.context, experience, given, 0, ())
-        batch = batch_of(bench.context, experience, given, next(whole.updates(3)))
+        batch = bench.batch(experience, given, next(bench.items(experience, given).updates(3)))
         assert batch.layout.clean is not None
         frame = torch.tensor([len(PROMPTS[slot]) / 10 for slot in batch.rows.tolist()])
         assert torch.equal(batch.layout.clean[:, 0, 0, 0], frame) and len(set(batch.rows.tolist())) > 1

@@ -99,7 +99,7 @@ def test_losses_of_edges_are_computed_there(name: str) -> None:
             state, state, step, torch.ones(ROWS), index, one, one, one, linear(4, 2.0), algorithm.dynamics, state, index
         )
         old_of(edges, state, 1e-6, keeps_mean=False)
-        loss = algorithm.edge_objective({n: lambda x, s, r: x * gain for n in ("policy", "reference")}, edges)
+        loss = algorithm.objective({n: lambda x, s, r: x * gain for n in ("policy", "reference")}, edges)
         loss.value.backward()
     assert loss.value.device.type == "meta" and gain.grad is not None
 
@@ -114,7 +114,7 @@ LEAVES: dict[str, Algorithm] = {
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_losses_of_clean_samples_are_computed_there(name: str) -> None:
-    objective, pairs, gain = LEAVES[name].leaf_objective, 2, nn.Parameter(ones(1))
+    objective, pairs, gain = LEAVES[name].objective, 2, nn.Parameter(ones(1))
     with NoFloat64():
         index = torch.zeros(ROWS, dtype=torch.long, device="meta")
         noise = ones(ROWS, pairs, *SHAPE)

@@ -53,7 +53,7 @@ def test_agrees_with_an_iteration_of_a_run() -> None:
     grown = bench.collect()
     algorithm, trees, scores = bench.context.algorithm, grown.forest, grown.scores
     advantage = algorithm.credit(scores, trees)
-    weight: Tensor = algorithm.weight(trees, bench.context.schedule, algorithm.dynamics)
+    weight: Tensor = algorithm.first.weigh(trees, bench.context.schedule, algorithm.dynamics)
     value, _ = trees.backup(*scores.total(None))
     lines = by_step(trees, advantage, weight, value, group_index(trees.edges, ("prompt", "root", "step")))
     count = sum(line["edges"] for line in lines)

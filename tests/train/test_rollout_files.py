@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tempflow.core.schedule import Schedule
 from tempflow.train.checkpoint import sha256
-from tempflow.train.experience import experience_of, plans_of
+from tempflow.train.experience import experience_of
 from tempflow.train.rollouts import FACTS, TENSORS, RolloutFileError, Rollouts, read, write
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +40,7 @@ def test_training_on_what_was_read_gives_the_same_weights(kind: str, tmp_path: P
     for part in parts_of(again, prompts, lambda chunks: chunks[::-1]):
         write(part, tmp_path / "chunks" / str(part.slots[0]))
     found = Rollouts.join([read(folder) for folder in (tmp_path / "chunks").iterdir()])
-    plans = plans_of(again.context, 0, len(prompts))
+    plans = again.context.algorithm.plans(0, len(prompts))
     assert repr(again.update(experience_of(again.context, prompts, plans, found))) == repr(metrics)
     assert same(weights(again.model), weights(bench.model))
 

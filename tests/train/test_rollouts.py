@@ -13,7 +13,7 @@ from kinds import KINDS, bench_of, parts, parts_of, same_bits
 from torch import Tensor
 
 from tempflow.core.plan import ode
-from tempflow.train.experience import chunks_of, experience_of, plans_of, roll_out
+from tempflow.train.experience import chunks_of, experience_of, roll_out
 from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
 from tempflow.train.trainer import train
@@ -22,7 +22,9 @@ every = pytest.mark.parametrize("kind", KINDS)
 
 
 def joined(bench: Bench, prompts: list, some: list[Rollouts]):
-    return experience_of(bench.context, prompts, plans_of(bench.context, 0, len(prompts)), Rollouts.join(some))
+    algorithm = bench.context.algorithm
+    plans = algorithm.plans(0, len(prompts))
+    return experience_of(bench.context, prompts, plans, Rollouts.join(some)).of(algorithm.first)
 
 
 @every
@@ -41,7 +43,7 @@ def test_what_a_kind_is_meant_to_show_is_there(kind: str, tmp_path: Path) -> Non
     some = parts_of(bench, prompts)
     one = some[0]
     assert len(some) > 1 and {slot for part in some for slot in part.slots} == set(range(6))
-    assert ("leaf latents" if bench.context.algorithm.renoise else "edges") == (
+    assert ("leaf latents" if "leaves" in bench.context.algorithm.keeps else "edges") == (
         "leaf latents" if len(one.forest.edges) == 0 and bool((one.forest.leaves.node >= 0).all()) else "edges"
     )
     assert bool(one.forest.edges.traits) == (kind == "edge traits")
@@ -60,7 +62,7 @@ def test_chunks_in_another_order_joined_by_slot_are_the_same_bits(kind: str, tmp
     again, _ = bench_of(kind, tmp_path)
     backwards = parts_of(again, prompts, lambda chunks: chunks[::-1])
     same_bits(joined(again, prompts, backwards), want)
-    plans = plans_of(again.context, 0, len(prompts))
+    plans = again.context.algorithm.plans(0, len(prompts))
     alone = [roll_out(again.context, prompts, plans, 0, [part.slots], again.clock)[0] for part in backwards]
     same_bits(joined(again, prompts, alone[1:] + alone[:1]), want)
 

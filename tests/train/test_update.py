@@ -18,12 +18,13 @@ from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.crd import crd
 from tempflow.algorithms.dgpo import dgpo
 from tempflow.algorithms.diffusion_nft import diffusion_nft
+from tempflow.algorithms.lesson import ALL, Batch
 from tempflow.algorithms.v_grpo import v_grpo
 from tempflow.core.objective.leaves import renoise_leaves
 from tempflow.train import trainer
 from tempflow.train.experience import credit
 from tempflow.train.trainer import train
-from tempflow.train.update import ALL, Batch, leaf_batch, one_of, predictors, training_batch
+from tempflow.train.update import predictors
 
 MAKE: dict[str, Any] = {
     "draw": lambda: diffusion_nft(4, 5),
@@ -50,7 +51,7 @@ def taught(algorithm: Algorithm, iteration: int = 0, **options: Any) -> tuple[Be
         bench,
         experience,
         given,
-        training_batch(bench.context, experience, given, iteration, **{"skip": (), **options}),
+        bench.items(experience, given, iteration, **options),
     )
 
 
@@ -59,7 +60,7 @@ def test_every_valid_pair_is_taught_once(kind: str) -> None:
     algorithm = MAKE[kind]()
     _, _, given, all_of = taught(algorithm)
     leaves = [r for r in range(30) if r >= 2 and r < 25]
-    pairs = algorithm.renoise.times.count(4)
+    pairs = algorithm.first.renoise.times.count(4)
     assert given.advantage.ok.nonzero()[:, 0].tolist() == leaves
     found = sorted(zip(all_of.row.tolist(), all_of.pair.tolist(), strict=True))
     if kind == "leaf":
@@ -94,7 +95,7 @@ def test_parts_and_batches_split_units_never(rows: int, updates: int, kind: str,
             assert batch.forwards <= rows or batch.units == 1
     assert seen == list(zip(all_of.row.tolist(), all_of.pair.tolist(), strict=True))
     cut = data.draw(st.integers(0, 6)) * 5  # a rank has whole prompts
-    mine, theirs = all_of.of_rank(0, cut), all_of.of_rank(cut, 30 - cut)
+    mine, theirs = all_of.where(all_of.row < cut), all_of.where(all_of.row >= cut)
     assert mine.units + theirs.units == all_of.units and mine.valid == theirs.valid == all_of.valid
     assert len(mine.row) + len(theirs.row) == len(all_of.row)
 
@@ -118,12 +119,12 @@ def reference_gradient(bench: Bench, experience: Any, given: Any) -> dict[str, t
             given.advantage.value[rows],
             slot[rows],
             [ids[int(r)] for r in rows],
-            algorithm.renoise,
+            algorithm.first.renoise,
             bench.context.seed,
             experience.schedule,
         )
         share = 1 / len(prompts) if algorithm.objective.unit == "group" else len(rows) / int(ok.sum())
-        (algorithm.objective(predictors(bench.context, experience), batch).value * share).backward()
+        (algorithm.objective(predictors(bench.context, experience.prompts), batch).value * share).backward()
     return {n: p.grad.clone() for n, p in bench.model.network.named_parameters()}
 
 
@@ -145,25 +146,25 @@ def test_the_loop_has_the_gradient_of_all_pairs_at_once(kind: str, rows: int) ->
 
 def test_a_group_in_a_batch_is_one_prompt_at_one_pair() -> None:
     bench, experience, given, all_of = taught(dgpo(4, 5), reward=brightness)
-    batch = leaf_batch(bench.context, experience, given, all_of)
+    batch = bench.batch(experience, given, all_of)
     for number in batch.group.unique():
         here = batch.group == number
         assert int(here.sum()) == 5 and len(batch.rows[here].unique()) == 1
         assert len(batch.t[here].unique()) == 1 and len(batch.noise[here].flatten(1).unique(dim=0)) == 1
     assert len(batch.group.unique()) == 6 * 2
     bench, *rest = taught(diffusion_nft(4, 5), reward=brightness)
-    batch = leaf_batch(bench.context, *rest)
+    batch = bench.batch(*rest)
     assert torch.equal(batch.group, batch.rows) and len(batch.noise.flatten(1).unique(dim=0)) == len(batch)
 
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_rank_without_items_can_compute_one(kind: str) -> None:
     bench, experience, given, all_of = taught(MAKE[kind](), reward=brightness)
-    alone = one_of(all_of, 7)
-    batch = leaf_batch(bench.context, experience, given, alone)
-    loss = bench.context.algorithm.leaf_objective(predictors(bench.context, experience), batch)
-    many = bench.context.algorithm.leaf_objective(
-        predictors(bench.context, experience), leaf_batch(bench.context, experience, given, all_of)
+    alone = all_of.one(7)
+    batch = bench.batch(experience, given, alone)
+    loss = bench.context.algorithm.objective(predictors(bench.context, experience.prompts), batch)
+    many = bench.context.algorithm.objective(
+        predictors(bench.context, experience.prompts), bench.batch(experience, given, all_of)
     )
     assert list(loss.metrics) == list(many.metrics), "ranks exchange metrics by place"
     (loss.value * 0).backward()

@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -139,6 +139,15 @@ class Algorithm:
     def first(self) -> Phase:
         """The phase that records tell of without a prefix."""
         return self.phases[0]
+
+    @property
+    def objective(self) -> Any:
+        """The loss of the first phase."""
+        return self.first.objective
+
+    def taught(self, objective: Any) -> Algorithm:
+        """The same with another loss in its first phase."""
+        return replace(self, phases=(self.first.taught(objective), *self.phases[1:]))
 
     @property
     def rolls_out(self) -> bool:

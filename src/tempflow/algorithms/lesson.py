@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -199,6 +199,15 @@ class Phase(Protocol):
 
     @property
     def role(self) -> str: ...
+
+    @property
+    def objective(self) -> Any:
+        """The loss, of the kind that the phase has batches for."""
+        ...
+
+    def taught(self, objective: Any) -> Phase:
+        """The same with another loss."""
+        ...
 
     @property
     def updates(self) -> int | None:

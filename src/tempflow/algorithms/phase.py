@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ class EdgePhase:
     @property
     def by_stream(self) -> bool:
         return self.objective.by_stream
+
+    def taught(self, objective: Any) -> EdgePhase:
+        return replace(self, objective=objective)
 
     def seeded(self, seed: int) -> EdgePhase:
         return replace(self, units=self.units.seeded(seed)) if isinstance(self.units, Seeded) else self
@@ -202,6 +206,9 @@ class LeafPhase:
     def by_stream(self) -> bool:
         return self.objective.by_stream
 
+    def taught(self, objective: Any) -> LeafPhase:
+        return replace(self, objective=objective)
+
     def seeded(self, seed: int) -> LeafPhase:
         return self
 
@@ -307,6 +314,9 @@ class NoisePhase:
     @property
     def networks(self) -> tuple[str, ...]:
         return self.objective.weight_sets
+
+    def taught(self, objective: Any) -> NoisePhase:
+        return replace(self, objective=objective)
 
     def seeded(self, seed: int) -> NoisePhase:
         return self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
-from tempflow.algorithms.lesson import POLICY
+from tempflow.algorithms.lesson import POLICY, Role
 from tempflow.config import Config, ModelConfig, ScorerConfig
 from tempflow.core.credit import PerStream, normalised
 from tempflow.core.ema import Frozen
@@ -191,11 +191,6 @@ def context_of(
         model.network.cpu()  # until it is in parts
     trainable, shards = Trainable(model.network), None
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
-    if algorithm.roles and sharded(config, world):
-        raise ValueError(
-            f"parallel.mode: 'fsdp' shares out one network, and {algorithm.name[:40]} trains "
-            f"{1 + len(algorithm.roles)}; nearest valid: 'ddp'"
-        )
     kept = None
     if "reference" in algorithm.sets and not algorithm.rule("reference").moves:
         say(f"reference: {config.model.reference}")
@@ -214,11 +209,10 @@ def context_of(
     turn_of = None if shards is None else shards.turn_of
     networks: dict[str, nn.Module] = {name: weights.network(turn_of) for name, weights in sets.items()}
     learners = {POLICY: Learner(trainable, optimizer_of(config, trainable), weight_sets, average_of(config, trainable))}
+    learners |= {role.name: _learner(config, model, role) for role in algorithm.roles}
     for role in algorithm.roles:
-        own = Trainable(own_copy(model.network))
-        followers = WeightSets.of_role(role, own)
-        learners[role.name] = Learner(own, optimizer_of(config, own, role), followers)
-        networks |= {role.name: own.network} | {n: w.network() for n, w in followers.sets.items()}
+        own = learners[role.name]
+        networks |= {role.name: own.trainable.network} | {n: w.network() for n, w in own.sets.sets.items()}
     context = Context(
         model=model,
         algorithm=_unweighted(algorithm),
@@ -246,6 +240,12 @@ def context_of(
         scheduled=None if given else config.scheduled,
     )
     return context, learners
+
+
+def _learner(config: Config, model: Model, role: Role) -> Learner:
+    """A role beside the policy, which starts as the policy is."""
+    own = Trainable(own_copy(model.network))
+    return Learner(own, optimizer_of(config, own, role), WeightSets.of_role(role, own))
 
 
 def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
@@ -513,6 +513,7 @@ def check_before_loading(
     ValueError, naming the field."""
     check_ranks(config, world, say)
     check_optimizer(config, world)
+    check_roles(config, algorithm, world)
     warn_of_warmup(config, say)
     say_old_forwards(config, algorithm, say)
     with config.naming("algorithm"):
@@ -529,6 +530,13 @@ def check_optimizer(config: Config, world: World) -> None:
         raise ValueError("optimizer.kind: 'adamw_8bit' cannot be sharded; nearest valid: 'adamw'")
     if find_spec("bitsandbytes") is None:
         raise ImportError("optimizer.kind: 'adamw_8bit' needs bitsandbytes: pip install 'tempflow[bits]'")
+
+
+def check_roles(config: Config, algorithm: Algorithm, world: World) -> None:
+    """Raises ValueError where several roles are to be sharded."""
+    if algorithm.roles and sharded(config, world):
+        several = f"{algorithm.name[:40]} trains {1 + len(algorithm.roles)}"
+        raise ValueError(f"parallel.mode: 'fsdp' shares out one network, and {several}; nearest valid: 'ddp'")
 
 
 def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

@@ -28,12 +28,15 @@ from torch.distributed.tensor import DTensor
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 BEST = "best"
 POLICY = "policy"
-WEIGHTS, AVERAGE, OPTIMIZER = "weights", "ema", "optimizer"
-"""Names of a role's files in its folder, without suffix."""
+WEIGHTS, AVERAGE, OPTIMIZER = (f"{POLICY}/{name}" for name in ("weights", "ema", "optimizer"))
+"""Names of the policy's files, without suffix; other roles have theirs in folders of their own."""
 
-_SETS = {"policy": f"{POLICY}/{WEIGHTS}", "ema": f"{POLICY}/{AVERAGE}"}
+_SETS = {"policy": WEIGHTS, "ema": AVERAGE}
 
 FORMAT = 3
+READS = (2, 3)
+"""Formats that are read: 2 had one role, and its facts outside `roles`."""
+
 MAX_JSON_BYTES = 2**28
 
 
@@ -236,8 +239,11 @@ def _check(path: Path) -> None:
 
 def _read(path: Path) -> Saved:
     state = json.loads(_bounded(path / STATE))
-    if state.get("format") != FORMAT:
+    if state.get("format") not in READS:
         raise CheckpointError(f"{path} has format {state.get('format')}; this version reads {FORMAT}")
+    if state["format"] == 2:
+        facts = {"followers": {}, "average_updates": 0, "loss_scale": [1.0, 0]}
+        state["roles"] = {POLICY: {name: state.get(name, value) for name, value in facts.items()}}
     files = {p.relative_to(path).with_suffix("").as_posix(): p for p in sorted(path.rglob("*.safetensors"))}
     try:
         tensors = {name: load_file(file) for name, file in files.items()}

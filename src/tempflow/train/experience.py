@@ -57,7 +57,7 @@ class Experience:
     all ranks. It holds no network and no function; `update.predictors` binds those of its prompts.
 
     prompts    of the iteration, one for each slot, of all ranks
-    slots      this rank's prompt slots
+    start      the first of this rank's prompt slots
     forest     this rank's part, with the states that phases need (`Algorithm.kept`)
     whole      all ranks' edges and leaves, without states
     scores     of the whole's leaves
@@ -72,7 +72,7 @@ class Experience:
     """
 
     prompts: tuple[Prompt, ...]
-    slots: range
+    start: int
     forest: Forest
     whole: Forest
     scores: Scores
@@ -93,7 +93,7 @@ class Experience:
     @cached_property
     def first(self) -> int:
         """Where this rank's edges start among the whole's."""
-        return int((self.whole.edges.prompt < self.slots.start).sum())
+        return int((self.whole.edges.prompt < self.start).sum())
 
     @cached_property
     def numbers(self) -> Tensor:
@@ -209,7 +209,7 @@ def experience_of(context: Context, prompts: Sequence[Prompt], plans: Sequence[P
 
     return Experience(
         prompts=tuple(prompts),
-        slots=blocks[world.rank],
+        start=blocks[world.rank].start,
         forest=forest,
         whole=_with_traits(world, forest, whole, edges, counts),
         scores=gathered(rollouts.scores, counts),

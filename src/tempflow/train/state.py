@@ -24,7 +24,6 @@ from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_o
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
 from tempflow.train import checkpoint
-from tempflow.train.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
 from tempflow.train.identity import RUN, Identity, changed_contents, check_given, read_identity, same_contents
 from tempflow.train.weights import Learner, Trainable, WeightSet, check_names, laid_out
 
@@ -101,12 +100,12 @@ def average_of(config: Config, trainable: Trainable) -> WeightSet | None:
 
 def learner_tensors(role: str, learner: Learner) -> dict[str, dict[str, Tensor]]:
     """A role's part of a checkpoint by file, in a folder of its name: no copies."""
-    files = {f"{role}/{WEIGHTS}": learner.trainable.named()}
+    files = {f"{role}/weights": learner.trainable.named()}
     moments = optimizer_tensors(learner.optimizer, learner.trainable.names)
     if moments:  # none before the first update
-        files[f"{role}/{OPTIMIZER}"] = moments
+        files[f"{role}/optimizer"] = moments
     if learner.average is not None:
-        files[f"{role}/{AVERAGE}"] = learner.average.named()
+        files[f"{role}/ema"] = learner.average.named()
     return files | learner.sets.tensors()
 
 
@@ -123,14 +122,14 @@ def load_learner(
     role: str, learner: Learner, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
 ) -> None:
     """Puts back what `learner_tensors` and `learner_facts` gave. Raises CheckpointError where the role is not there."""
-    file = f"{role}/{WEIGHTS}"
+    file = f"{role}/weights"
     if file not in tensors:
         raise checkpoint.CheckpointError(f"checkpoint: {file} is missing, and {role!r} learns; of another algorithm?")
     learner.trainable.load(tensors[file])
     if learner.average is not None:
-        learner.average.load(tensors[f"{role}/{AVERAGE}"], facts["average_updates"])
+        learner.average.load(tensors[f"{role}/ema"], facts["average_updates"])
     learner.sets.load(tensors, facts["followers"])
-    load_optimizer(learner.optimizer, learner.trainable.names, tensors.get(f"{role}/{OPTIMIZER}", {}))
+    load_optimizer(learner.optimizer, learner.trainable.names, tensors.get(f"{role}/optimizer", {}))
     learner.trainable.loss_scale, learner.trainable.finite_steps = facts["loss_scale"]
 
 

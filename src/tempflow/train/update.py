@@ -17,7 +17,7 @@ from tempflow.core.rng import Stream
 from tempflow.request import Prompt
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Advantages, Experience, bound, laid_out
-from tempflow.train.guards import Guards, NonFiniteError, check_finite_loss, clip_gradients
+from tempflow.train.guards import Guards, NonFiniteError, check_finite_loss, check_rewards, clip_gradients
 from tempflow.train.parallel import World
 from tempflow.train.weights import Learner, Trainable, holds_policy
 
@@ -40,7 +40,7 @@ def lessons(
     skip: Collection[int] = (),
 ) -> list[Lesson]:
     """What each phase learns from: the iteration's experience as it sees it, with its own advantages, where there was a
-    rollout. Prompt slots in `skip` are left out altogether."""
+    rollout. Prompt slots in `skip` are left out altogether. Raises GuardError when no reward is valid."""
     slots = context.world.block(len(prompts))
     lesson = Lesson(
         grown=None,
@@ -58,6 +58,9 @@ def lessons(
     )
     if experience is None:
         return [lesson] * len(context.algorithm.phases)
+    scores = experience.of(context.algorithm.first).credited[0]
+    valid = scores.total(experience.rule(context.algorithm.credit).reward_weights)[1]
+    check_rewards(int(valid.sum()), len(scores), iteration + 1)
     found = list[Lesson]()
     for phase, given in zip(context.algorithm.phases, advantages, strict=True):
         seen = experience.of(phase)
