@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempflow.core.schedule import Schedule, linear, shifted, token_shifted
+from tempflow.core.schedule import Schedule, explicit, linear, refined, shifted, token_shifted
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.3, 3.0, 5.0, 0.5])
@@ -150,3 +150,53 @@ def test_bad_steps() -> None:
 def test_bad_arguments(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.3, 3.0, 5.0, 0.5])
+@pytest.mark.parametrize("u", [(1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25), (0.97, 0.61, 0.3, 0.123, 0.01)])
+def test_explicit_grids_have_the_bits_of_diffusers(u: tuple[float, ...], shift: float) -> None:
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=list(u))
+    assert torch.equal(explicit(u, shift).sigmas, theirs.sigmas)
+    by_count = FlowMatchEulerDiscreteScheduler(shift=shift)
+    by_count.set_timesteps(len(u), sigmas=list(u))
+    assert torch.equal(explicit(u, shift).sigmas, by_count.sigmas)
+
+
+def test_the_four_step_grid_and_its_useful_steps() -> None:
+    grid = explicit((1, 0.75, 0.5, 0.25), 3.0)
+    assert grid.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-7)
+    assert grid.steps == grid.useful == 4
+    # SD3's own grid of N steps ends with one from .0089 to 0
+    assert [shifted(n).useful for n in (2, 4, 10, 28)] == [1, 3, 9, 27]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("grid", [explicit((1, 0.75, 0.5, 0.25), 3.0), shifted(4), linear(3, 5.0).double()], ids=repr)
+def test_a_refined_grid_keeps_its_nodes_to_the_last_bit(grid: Schedule, shift: float) -> None:
+    for parts in (1, 2, 5):
+        fine = refined(grid, parts, shift)
+        assert fine.steps == parts * grid.steps and torch.equal(fine.sigmas[::parts], grid.sigmas)
+        assert fine.sigmas.dtype == grid.sigmas.dtype
+    u = [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    halves = refined(explicit((1, 0.75, 0.5, 0.25), 3.0), 2, 3.0)
+    torch.testing.assert_close(halves.sigmas, explicit(u, 3.0).sigmas, rtol=2e-7, atol=0)
+    kept = refined(Schedule(torch.tensor([0.9, 0.1]), spread=0.9, gain=1.1), 3)
+    assert (kept.spread, kept.gain) == (0.9, 1.1) and kept.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("u", "match"),
+    [
+        ((), r"u: \(\) has no point; the smallest grid is \(1,\)"),
+        ((1.2, 0.5), r"u\[0\]: 1.2 must be above 0, .* at most 1"),
+        ((1, 0.5, 0.5), r"u\[2\]: 0.5 must be above 0, .* below 0.5"),
+        ((1, 0.5, 0), r"u\[2\]: 0 must be above 0, as a final 0 is appended"),
+        ((float("nan"),), r"u\[0\]: nan must be"),
+    ],
+)
+def test_points_that_make_no_grid_are_refused(u: tuple[float, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        explicit(u)
+    with pytest.raises(ValueError, match=r"parts: 0 is too small; the nearest valid value is 1"):
+        refined(linear(2), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from tempflow.core.checks import positive
 from tempflow.core.state import upcast
+
+USEFUL = 0.02
+"""A step that starts at a lower σ than this changes hardly anything, and costs a forward all the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,12 @@ class Schedule:
     def steps(self) -> int:
         """T, the number of steps."""
         return self.sigmas.numel() - 1
+
+    @property
+    def useful(self) -> int:
+        """How many steps start at σ ≥ `USEFUL`: T on the grids of few-step students. SD3's own grid of N steps has
+        N − 1 of them, as its last one starts at σ = .0089."""
+        return int((self.sigmas[:-1] >= USEFUL).sum())
 
     def at(self, step: Tensor) -> Tensor:
         """σ_step, in the grid's dtype, on the device of ``step``.
@@ -163,6 +173,45 @@ def linear(steps: int, shift: float = 1.0) -> Schedule:
     sigmas = shift * u / (1 + (shift - 1) * u)
     sigmas[0] = 1.0  # as it is without rounding
     return Schedule(sigmas)
+
+
+def explicit(u: Sequence[float], shift: float = 1.0) -> Schedule:
+    """The grid through given points, as few-step students are trained on: (1, .75, .5, .25) with shift 3 is
+    σ = 1, .9, .75, .5, 0, four useful steps.
+
+    Each u becomes σ = shift·u / (1 + (shift−1)·u), and a final 0 is appended, bit for bit as diffusers'
+    ``FlowMatchEulerDiscreteScheduler(shift=shift)`` does by ``set_timesteps(sigmas=u)``. Where rounding takes its σ_0
+    above 1, it is 1 here.
+
+    Raises ValueError unless 1 ≥ u_0 > u_1 > … > 0, with one point at least, and shift > 0.
+    """
+    positive("shift", shift, 1.0)
+    if not u:
+        raise ValueError("u: () has no point; the smallest grid is (1,)")
+    for i, value in enumerate(u):
+        high = 1.0 if i == 0 else u[i - 1]
+        if not (0 < value < high or (i == 0 and value == 1)):
+            below = "at most 1" if i == 0 else f"below {high}"
+            raise ValueError(f"u[{i}]: {value} must be above 0, as a final 0 is appended, and {below}")
+    points = torch.tensor(list(u), dtype=torch.float32, device="cpu")
+    return _closed(shift * points / (1 + (shift - 1) * points))
+
+
+def refined(schedule: Schedule, parts: int, shift: float = 1.0) -> Schedule:
+    """The same grid with every step cut into `parts`: node i of `schedule` is node i·parts, to the last bit.
+
+    New nodes lie evenly between the old ones before `shift` (σ = shift·u / (1 + (shift−1)·u)). A teacher walks such a
+    grid and meets its student at the student's own nodes. Raises ValueError unless parts >= 1 and shift > 0.
+    """
+    _check_count("parts", parts)
+    positive("shift", shift, 1.0)
+    sigmas = schedule.sigmas.double()
+    u = sigmas / (shift - (shift - 1) * sigmas)
+    share = torch.arange(parts, dtype=torch.float64, device=u.device) / parts
+    fine = (u[:-1, None] + share * u.diff()[:, None]).flatten()
+    whole = torch.cat([shift * fine / (1 + (shift - 1) * fine), sigmas[-1:]]).to(schedule.sigmas)
+    whole[::parts] = schedule.sigmas
+    return replace(schedule, sigmas=whole)
 
 
 def _even(first: float, last: float, count: int) -> Tensor:
