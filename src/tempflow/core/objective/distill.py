@@ -1,0 +1,196 @@
+"""Two losses from starting noises that make a few-step student: a score of its own samples, and matching by it.
+
+Both walk the student themselves (`core.unroll`) by backward simulation (DMD2, arXiv 2405.14867): from noise along the
+student's own states to a node drawn for each row, where x = x̂0 is the sample. Who learns bears gradients, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from tempflow.core.distill import matching_gradient, surrogate, velocity_error
+from tempflow.core.dynamics import ODE, Dynamics
+from tempflow.core.likelihood_proxy import corrupt, target_velocity, x0_of_velocity
+from tempflow.core.objective.edges import Loss, Predict
+from tempflow.core.rng import Stream
+from tempflow.core.rollout import Noise
+from tempflow.core.schedule import Schedule
+from tempflow.core.state import StateLayout, upcast
+from tempflow.core.times import Id, Times, UniformTimes
+from tempflow.core.unroll import stop_nodes, unroll
+
+Anchor = Literal["clean", "noisy", "none"]
+
+
+class Starts(Protocol):
+    """B states to start from, and what the rest is drawn by.
+
+    x [B, *S] at the schedule's first σ; rows LongTensor[B], what `predict` finds the condition by; ids, B distinct
+    identities that with the run's `seed` fix every draw; `schedule` the student's grid; `layout` of the B states.
+    """
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def rows(self) -> Tensor: ...
+
+    @property
+    def ids(self) -> Sequence[Id]: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def layout(self) -> StateLayout: ...
+
+
+@dataclass(frozen=True)
+class OwnSamples:
+    """How a student is walked to a sample.
+
+    stop          "random": to a node of 0 … T − 1 drawn for each row, and x̂0 there; "end": to the last σ
+    dynamics      how it steps. A stochastic one draws a noise for each row and step
+    checkpointed  keep no activations of a prediction that bears gradients, and compute it again in the backward
+
+    Raises ValueError for an unknown stop.
+    """
+
+    stop: Literal["random", "end"] = "random"
+    dynamics: Dynamics = field(default_factory=ODE)
+    checkpointed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stop not in ("random", "end"):
+            raise ValueError(f"stop: {self.stop!r} is not one of random, end; nearest valid: 'random'")
+
+    def __call__(self, predict: Predict, batch: Starts, last: int | None) -> Tensor:
+        """x, [B, *S], in at least float32, with gradients through the last so many predictions (None: all)."""
+        stop = stop_nodes(batch.seed, batch.ids, batch.schedule.steps) if self.stop == "random" else None
+        return unroll(
+            batch.x,
+            batch.schedule,
+            predict,
+            batch.rows,
+            dynamics=self.dynamics,
+            noise=Noise(batch.seed),
+            ids=batch.ids,
+            stop=stop,
+            last=last,
+            checkpointed=self.checkpointed,
+            layout=batch.layout,
+        ).x0()
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """mean (v_fake(x_t) − (ε − sg x))² on the student's own samples x: how the fake score follows it.
+
+    times    of which the first is taken, of each row
+    learner  the role that learns, by its name among the models
+
+    RTDMD draws logit-normal times here; DMD2 and DP-DMD those of `DistributionMatching`.
+    """
+
+    times: Times = field(default_factory=UniformTimes)
+    samples: OwnSamples = OwnSamples()
+    learner: str = "fake"
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        return ("policy", self.learner)
+
+    def forwards(self, steps: int) -> tuple[int, int]:
+        """Rows without gradient and with, for one noise on a grid of so many steps, at most."""
+        return steps, 1
+
+    def __call__(self, models: Mapping[str, Predict], batch: Starts) -> Loss:
+        """The loss of one micro-batch; gradients flow through the learner only."""
+        _check(models, self.weight_sets)
+        x = self.samples(models["policy"], batch, last=0)
+        at, noise, t = _noised(x, batch, self.times, "fake")
+        velocity = _asked(models, self.learner, at, t, batch)
+        error = velocity_error(velocity, target_velocity(x, noise), batch.layout)
+        return Loss(error.mean(), {"error": error.detach()})
+
+
+@dataclass(frozen=True)
+class DistributionMatching:
+    """½·mean (x − sg[x − g])² with g of `core.distill.matching_gradient`: DMD's step for the student.
+
+    times    of which the first is taken, of each row; U[.02, .98] in DMD2 and RTDMD
+    anchor   what the normaliser measures x̂_real from: "clean" the student's x (DMD, DMD2), "noisy" x_t (DP-DMD's code)
+    last     through how many of the student's last predictions gradients flow; 1 in DMD2, None: all
+    teacher  the model of the data, with its guidance; `fake` the model of the student's samples
+
+    Raises ValueError for an unknown anchor or `last` below 1.
+    """
+
+    times: Times = field(default_factory=lambda: UniformTimes(low=0.02, high=0.98))
+    samples: OwnSamples = OwnSamples()
+    anchor: Anchor = "clean"
+    last: int | None = 1
+    teacher: str = "reference"
+    fake: str = "fake"
+
+    def __post_init__(self) -> None:
+        if self.anchor not in get_args(Anchor):
+            raise ValueError(f"anchor: {self.anchor!r} is not one of {', '.join(get_args(Anchor))}")
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"last: {self.last} predictions teach nothing; nearest valid: 1")
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        return ("policy", self.teacher, self.fake)
+
+    def forwards(self, steps: int) -> tuple[int, int]:
+        """Rows without gradient and with, for one noise on a grid of so many steps, at most."""
+        through = steps if self.last is None else min(self.last, steps)
+        return steps - through + 2, through
+
+    def __call__(self, models: Mapping[str, Predict], batch: Starts) -> Loss:
+        """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
+        _check(models, self.weight_sets)
+        x = self.samples(models["policy"], batch, self.last)
+        with torch.no_grad():
+            at, _, t = _noised(x, batch, self.times, "matching")
+            real, fake = (
+                x0_of_velocity(at, _asked(models, name, at, t, batch), t) for name in (self.teacher, self.fake)
+            )
+            anchor = {"clean": x, "noisy": at, "none": None}[self.anchor]
+            gradient = matching_gradient(fake, real, anchor, batch.layout)
+            metrics = {
+                "gradient": batch.layout.mean(gradient.square()).sqrt(),
+                "gap": batch.layout.mean((fake - real).square()).sqrt(),
+            }
+        return Loss(surrogate(x, gradient, batch.layout).mean(), metrics)
+
+
+def _noised(x: Tensor, batch: Starts, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t with its noise [B, *S] and time [B], both functions of the rows' ids; held elements are clean."""
+    x = x.detach()
+    drawn = times(Stream(batch.seed, f"{name}.times"), batch.ids, batch.schedule)[:, 0]
+    t = batch.schedule.within(drawn).to(x)
+    noise = Stream(batch.seed, f"{name}.noise").normal(batch.ids, x.shape[1:]).to(x)
+    return batch.layout.hold(corrupt(x, noise, t)), noise, t
+
+
+def _asked(models: Mapping[str, Predict], name: str, x: Tensor, t: Tensor, batch: Starts) -> Tensor:
+    velocity = upcast(models[name](x, t, batch.rows))
+    if velocity.shape != x.shape:
+        raise ValueError(f"{name}: predicts {list(velocity.shape)} where the states are {list(x.shape)}")
+    return batch.layout.silence(velocity)
+
+
+def _check(models: Mapping[str, Predict], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in models]
+    if missing:
+        raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
