@@ -1,6 +1,7 @@
-"""How a sampler steps from σ to σ' = σ − Δ: one deterministic and five stochastic kinds, all Gaussian.
+"""How a sampler steps from σ to σ' = σ − Δ: one deterministic and five stochastic kinds, all Gaussian, and one of
+tokens (`MixtureJump`).
 
-All kinds share one form. With x the state, v = ε − x0 the velocity and ε̂ = x + (1−σ)·v the noise that it implies,
+All Gaussian kinds share one form. With x the state, v = ε − x0 the velocity and ε̂ = x + (1−σ)·v the noise that it implies,
 
     x' = x − Δ·v − p·ε̂ + S·z,   z ~ N(0, I)
 
@@ -17,14 +18,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import NO_LOG_PROB, Gaussian
+from tempflow.core.corruption import GAUSSIAN_PATH, Corruption, MixturePath, check_prediction
+from tempflow.core.distribution import NO_LOG_PROB, Categorical, Gaussian, Transition, check_tokens
+from tempflow.core.rng import NoiseKind
 from tempflow.core.schedule import Schedule
-from tempflow.core.state import to_rows, upcast
+from tempflow.core.state import double, to_rows, upcast
 
 POLE = 1e-3
 """Above σ = 1 − POLE a grid is taken to start at pure noise; see :class:`FlowSDE`."""
@@ -38,15 +41,29 @@ class Dynamics(Protocol):
         """Whether its steps carry noise at scale 1 (a step into σ = 0 may still be deterministic)."""
         ...
 
+    @property
+    def noise(self) -> NoiseKind:
+        """What a step draws from, one number for each element of the state."""
+        ...
+
+    @property
+    def corruption(self) -> Corruption:
+        """The forward process that it undoes: what it starts from, and what a network predicts."""
+        ...
+
+    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Whether the step's law has a log-probability, bool [B]: CPS and DDIM have none into σ = 0."""
+        ...
+
     def coefficients(
         self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, s), [B] each: the next state is a·x + b·v + s·z."""
+        """(a, b, s), [B] each: the next state is a·x + b·v + s·z. Raises ValueError for steps of tokens."""
         ...
 
     def transition(
-        self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
-    ) -> Gaussian:
+        self, x: Tensor, prediction: Tensor, /, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> Transition:
         """The distribution of the next state."""
         ...
 
@@ -61,7 +78,10 @@ class Diffusion(Dynamics, Protocol):
 
 
 class _Step:
-    """What all kinds share: everything follows from the std and the pull of a step."""
+    """What all Gaussian kinds share: everything follows from the std and the pull of a step."""
+
+    noise: ClassVar[NoiseKind] = "normal"
+    corruption: ClassVar[Corruption] = GAUSSIAN_PATH
 
     def _noise(self, schedule: Schedule, step: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """(S, p) of the module's docstring, [B] each."""
@@ -81,6 +101,10 @@ class _Step:
         """
         std, pull = self._noise(schedule, step, scale)
         return 1 - pull, -schedule.delta(step) - (1 - schedule.at(step)) * pull, std
+
+    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Whether the step has a std above 0, bool [B]; arguments and errors as for :meth:`coefficients`."""
+        return self.coefficients(schedule, step, scale)[2] > 0
 
     def transition(
         self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
@@ -254,6 +278,92 @@ class DDIM(_Step):
         fresh = (schedule.delta(step) * (new + old) / new.square()).clamp(max=1.0)
         share = _level(self.eta, scale, sigma, 1.0).square() * fresh
         return below * share.sqrt(), below * share / (1 + (1 - share).clamp(min=0.0).sqrt())
+
+
+@dataclass(frozen=True)
+class MixtureJump:
+    """Jumps of tokens on the mixture path (`MixturePath`): with p = softmax(logits), what a network says of x0 at x,
+
+        x' ~ (1−λ)·δ_x + λ·p,   λ = (σ−σ')/σ,   for every token by itself.
+
+    Given x0, a token of this path jumps to it at rate 1/σ as σ falls. So it has not jumped by σ' with probability
+    exp(−∫ dσ/σ) = σ'/σ = 1−λ, and the step solves Kolmogorov's equation for a fixed x0 exactly, however long it is. The
+    Euler step of that rate has the same λ. (1−λ)·σ = σ' shows that it takes the path's law at σ to that at σ'.
+
+    With the true posterior p(x0 | x) the law of each token stays that of the path, exactly, as long as the joint law of
+    x is. Tokens jump by themselves, by the posterior of each and not by that of all: of several tokens that depend on
+    each other the joint law is off by what a step's length makes of it, as with every sampler of this kind, and goes to
+    the data's with shorter steps. The last step, into σ' = 0, has λ = 1 and draws all tokens from p.
+
+    The law is a `Categorical` of the whole kernel, staying included; a token that stays has its log-prob too. Steps
+    have no noise level, so every scale must be 1.
+
+    vocabulary  V: tokens are 0 … V−1
+
+    Raises ValueError for V below 2.
+    """
+
+    vocabulary: int
+    noise: ClassVar[NoiseKind] = "uniform"
+
+    def __post_init__(self) -> None:
+        MixturePath(self.vocabulary)
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def corruption(self) -> MixturePath:
+        return MixturePath(self.vocabulary)
+
+    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """True, [B]: every step has a log-probability."""
+        self._check(scale)
+        return torch.ones_like(schedule.after(step), dtype=torch.bool)
+
+    def coefficients(
+        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises ValueError: tokens have no mean and no std."""
+        raise ValueError(f"dynamics: {self} moves tokens, whose steps have no mean and no std; nearest valid: FlowSDE()")
+
+    def transition(
+        self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> Categorical:
+        """The law of the next tokens, in float32 (float64 if the logits are).
+
+        Args:
+            x: LongTensor [B, *S]; logits: [B, *S, V], of the clean tokens at σ_i.
+            schedule, step: as for the other kinds. scale: 1.
+
+        Raises ValueError when shapes do not agree, for tokens outside the vocabulary (where looking is free, on the
+        CPU), a step out of range or another scale.
+        """
+        self._check(scale)
+        check_tokens("x", x, tuple(x.shape), self.vocabulary)
+        check_prediction(logits, x, self.corruption, "logits")
+        logits = upcast(logits)
+        sigma, below = double(schedule.at(step)), double(schedule.after(step))
+        # Only the logit of x itself moves, from l to log(e^l + Z·(1−λ)/λ). Into σ' = 0 it stays as it is.
+        own = logits.gather(-1, x[..., None])[..., 0]
+        odds = to_rows((below / (sigma - below)).log(), own)
+        kept = torch.where(odds == -math.inf, own, _log_sum(own, logits.logsumexp(-1) + odds))
+        return Categorical(logits.scatter(-1, x[..., None], kept[..., None]))
+
+    def _check(self, scale: float | Tensor) -> None:
+        if isinstance(scale, Tensor):
+            if scale.device.type != "cpu" or bool((scale == 1).all()):
+                return
+            scale = float(scale[scale != 1][0])
+        if scale != 1:
+            raise ValueError(f"scale: {scale}, but jumps of tokens have no noise level; nearest valid: 1")
+
+
+def _log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b). Where a is −∞ it is b, and the gradient by a is 0."""
+    never = a == -math.inf
+    return torch.where(never, b, torch.logaddexp(a.masked_fill(never, 0.0), b))
 
 
 def gradient_scale(dynamics: Dynamics, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from tempflow.core.distribution import Categorical
 from tempflow.core.state import Reduce, has_double, mean_dims, to_rows, upcast
 
 FLOOR = 1e-5
@@ -93,11 +94,14 @@ def adaptive_error(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims)
 
 
 class LikelihoodProxy(Protocol):
-    """log p(x0 | c) up to a constant, from the velocity predicted at x_t: [B], at most 0, gradients through `velocity`.
+    """log p(x0 | c) up to a constant, from what is predicted at x_t: [B], at most 0, gradients through `velocity`.
 
-    With `mean` by stream it is the log-likelihood of each, [B, K], and that of the state is their mean over streams.
+    `velocity` is the prediction that `reads` names, a velocity [B, *S] or of tokens logits [B, *S, V]. With `mean` by stream it is the log-likelihood of each, [B, K], and that of the state is their mean over streams.
     Several draws of (t, ε) are averaged by whoever drew them; old and new policies must be asked at the same draws.
     """
+
+    @property
+    def reads(self) -> Literal["velocity", "logits"]: ...
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor: ...
 
@@ -111,6 +115,7 @@ class Adaptive:
     """
 
     space: Literal["x0", "velocity"] = "x0"
+    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if self.space not in ("x0", "velocity"):
@@ -132,6 +137,7 @@ class Matching:
     """
 
     power: float = 0.0
+    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.power) and self.power >= 0):
@@ -145,6 +151,8 @@ class Matching:
 @dataclass(frozen=True)
 class Huber:
     """−t · (√(m + 1e-10) − 1e-5) with m = mean (v−v*)² (AWM's "huber"; certain: read in code)."""
+
+    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
         error = square_error(velocity, target_velocity(x0, noise), mean)
@@ -160,6 +168,7 @@ class GeneralHuber:
     """
 
     power: float = 0.25
+    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 1:
@@ -180,6 +189,7 @@ class PathKL:
     """
 
     offset: float = 1e-3
+    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.offset) and self.offset >= 0):
@@ -189,6 +199,21 @@ class PathKL:
         error = square_error(velocity, target_velocity(x0, noise), mean)
         s = to_rows(t, error)
         return -(1 - s) / (s + self.offset) * error
+
+
+@dataclass(frozen=True)
+class TokenLikelihood:
+    """Mean over tokens of log softmax(logits)[x0], in at least float32: minus the cross-entropy of the clean tokens.
+
+    Averaged over t it is the discrete twin of the evidence lower bound. UDM-GRPO's log-prob of the clean response
+    (certain: read in code): the mean is over all tokens that the layout counts, whether the corruption drew them anew
+    or not, which a model of uniform corruption is not told. Raises ValueError where x0 are no tokens of the logits.
+    """
+
+    reads: ClassVar[Literal["logits"]] = "logits"
+
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        return mean(Categorical(velocity).log_density(x0))
 
 
 ProxyName = Literal["adaptive", "uniform", "t", "t2", "huber", "ghuber", "exact"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.core.rng import Stream
+from tempflow.core.rng import NoiseKind, Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.times import Id, Times
 
@@ -33,11 +33,18 @@ class Renoise:
                 raise ValueError(f"{name}: {share} is too small; nearest valid: 1, or None for no sharing")
 
     def __call__(
-        self, seed: int, ids: Sequence[Id], schedule: Schedule, shape: Sequence[int], pairs: range | None = None
+        self,
+        seed: int,
+        ids: Sequence[Id],
+        schedule: Schedule,
+        shape: Sequence[int],
+        pairs: range | None = None,
+        noise: NoiseKind = "normal",
     ) -> tuple[Tensor, Tensor]:
-        """Times [N, M], float64, within the schedule's range, and standard normals [N, M, *shape], float32, on the CPU.
+        """Times [N, M], float64, within the schedule's range, and noises [N, M, *shape] (`core.rng`), on the CPU.
 
         pairs  which of the M pairs are wanted (the others are not computed); None: all
+        noise  the kind that the corruption wants
 
         Policy, old and reference must be asked at the same pairs: draw once, or again with the same arguments.
         """
@@ -45,18 +52,24 @@ class Renoise:
         owners, place = _distinct(ids, self.share_times)
         t = schedule.within(self.times(Stream(seed, "forward.times"), owners, schedule))[place][:, list(wanted)]
         owners, place = _distinct(ids, self.share_noise)
-        z = Stream(seed, "forward.noise").normal([(j, *i) for i in owners for j in wanted], shape)
+        z = Stream(seed, "forward.noise").noise(noise, [(j, *i) for i in owners for j in wanted], shape)
         return t, z.view(len(owners), len(wanted), *shape)[place]
 
     def single(
-        self, seed: int, ids: Sequence[Id], which: Sequence[int], schedule: Schedule, shape: Sequence[int]
+        self,
+        seed: int,
+        ids: Sequence[Id],
+        which: Sequence[int],
+        schedule: Schedule,
+        shape: Sequence[int],
+        noise: NoiseKind = "normal",
     ) -> tuple[Tensor, Tensor]:
         """One pair of each id, its `which`-th: times [N, 1] and noises [N, 1, *shape], equal to those of `__call__`."""
         owners, place = _distinct(ids, self.share_times)
         t = schedule.within(self.times(Stream(seed, "forward.times"), owners, schedule))[place]
         t = t.gather(1, torch.tensor(which, dtype=torch.long)[:, None])
         owned = [i if self.share_noise is None else i[: self.share_noise] for i in ids]
-        z = Stream(seed, "forward.noise").normal([(j, *i) for j, i in zip(which, owned, strict=True)], shape)
+        z = Stream(seed, "forward.noise").noise(noise, [(j, *i) for j, i in zip(which, owned, strict=True)], shape)
         return t, z[:, None]
 
 

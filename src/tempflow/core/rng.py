@@ -18,12 +18,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+NoiseKind = Literal["normal", "uniform"]
+"""What a dynamics or a corruption draws from: standard normals, or uniforms in (0, 1)."""
 
 _CHUNK = 1 << 14
 """Words worked on at a time, a multiple of a block's four: what they become stays in a core's cache."""
@@ -65,6 +68,12 @@ class Stream:
 
     seed: int
     name: str
+
+    def noise(self, kind: NoiseKind, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+        """`normal` or `uniform`, by the name of the kind. Raises ValueError for another."""
+        if kind not in get_args(NoiseKind):
+            raise ValueError(f"noise: {kind!r} is not one of {', '.join(get_args(NoiseKind))}; nearest valid: 'normal'")
+        return self.normal(ids, shape) if kind == "normal" else self.uniform(ids, shape)
 
     def normal(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
         """Standard normals, float32 [len(ids), *shape]; |z| <= 6.34.

@@ -2,7 +2,7 @@
 
 At step i every live node of every prompt shares σ_i, so a step is one batched prediction (in chunks that fit memory):
 T launches whatever the plan's shape.  A node is predicted once and its children share that prediction.  States are
-moved by `transition` and `sample` only; there is no arithmetic on latents here.
+moved by `transition` and `sample` only; there is no arithmetic on states here, which may be tokens.
 """
 
 from __future__ import annotations
@@ -15,36 +15,39 @@ import torch
 from torch import Tensor
 
 from tempflow.core.compiled_plan import Keep, Level, compiled, long, merged
+from tempflow.core.corruption import Corruption, check_velocity
+from tempflow.core.distribution import gaussian
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.forest import Forest
 from tempflow.core.plan import Plan
-from tempflow.core.rng import Stream
+from tempflow.core.rng import NoiseKind, Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.solver import OneStep, Solver, predict_clean
-from tempflow.core.state import WHOLE, StateLayout
+from tempflow.core.state import WHOLE, StateLayout, placed
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S]; `rows` index conditions: the prompt slots, or with
-several conditions a prompt slot · variants + variant."""
+"""(x [B, *S], sigma [B], rows LongTensor[B]) -> velocity [B, *S], or of tokens logits [B, *S, V]; `rows` index
+conditions: the prompt slots, or with several conditions a prompt slot · variants + variant."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one iteration: standard normals, float32 on the CPU, each a function of its identity alone."""
+    """The noise of one iteration, on the CPU, each a function of its identity alone: standard normals, float32, or of
+    another kind (`core.rng`)."""
 
     seed: int
     iteration: int = 0
 
-    def initial(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+    def initial(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kind: NoiseKind = "normal") -> Tensor:
         """[len(ids), *shape]: initial noises; an id is (prompt slot, start index)."""
-        return self._draw("rollout.initial", ids, shape)
+        return self._draw("rollout.initial", ids, shape, kind)
 
-    def edge(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+    def edge(self, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kind: NoiseKind = "normal") -> Tensor:
         """[len(ids), *shape]: noises of stochastic edges; an id is (prompt slot, root, *path of the child, step)."""
-        return self._draw("rollout.edge", ids, shape)
+        return self._draw("rollout.edge", ids, shape, kind)
 
-    def _draw(self, stream: str, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
-        return Stream(self.seed, stream).normal([(self.iteration, *i) for i in ids], shape)
+    def _draw(self, stream: str, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kind: NoiseKind) -> Tensor:
+        return Stream(self.seed, stream).noise(kind, [(self.iteration, *i) for i in ids], shape)
 
 
 def rollout(
@@ -68,9 +71,9 @@ def rollout(
     """Run one plan per prompt, all prompts together, without gradients.
 
     plans        one per prompt; they may differ but each has schedule.steps steps
-    dynamics     draws the stochastic edges
-    predict      the velocity of [B, *S] states at one common σ (in the schedule's dtype); called once per step and
-                 chunk, every node that has a child in exactly one call
+    dynamics     draws the stochastic edges; its corruption says what roots start from, and what is predicted
+    predict      the velocity (of tokens: logits [B, *S, V]) of [B, *S] states at one common σ (in the schedule's
+                 dtype); called once per step and chunk, every node that has a child in exactly one call
     noise        seed and iteration; with slot, root, path and step it fixes every draw, so results do not depend on
                  `max_rows` or on which prompts share a call (as far as `predict` does not)
     shape        *S, one sample's latent shape
@@ -79,10 +82,12 @@ def rollout(
     variants     conditions that `predict` has for a prompt: its row is slot · variants + the root's variant. A variant
                  changes no noise
     solver       walks the deterministic edges: a deterministic dynamics, default `ODE()`, or a `Solver`, which gets x̂0
-                 at the node's last ancestors, whatever kind of edge led from there, in float32 at least
+                 at the node's last ancestors, whatever kind of edge led from there, in float32 at least. Tokens have no
+                 default and no x̂0: they jump, also where nothing is trained (`plan.chain(steps, roots, train=())`)
     max_rows     upper bound of B; default no bound.  Chunks of a step are of even size
     store_dtype  dtype of every state.  A child is rounded to it first; the rounded value is what the next step starts
-                 from and what log_prob is taken at, so that training sees exactly the sampled transition
+                 from and what log_prob is taken at, so that training sees exactly the sampled transition. Tokens are
+                 stored as they are, in int64
     keep         edges to record: "stochastic" ones or "all"
     keep_mean    fill `edges.mean`, in float32 at least; for a recorded ODE edge it is the child
     layout       by prompt slot: which elements are held from root to leaf, and what counts in a log_prob. What
@@ -107,16 +112,18 @@ def rollout(
     )
     owners = list(range(len(plans))) if slots is None else list(slots)
     _check(plans, owners, walker, keep, variants)
+    if walker.corruption.prediction != "velocity":
+        _check_tokens(plans, walker, solver is not None, keep_mean)
     programs = [compiled(plan, keep) for plan in plans]
     frame = Forest.cat([program.frame_for(slot) for program, slot in zip(programs, owners, strict=True)])
     edges = [len(program.frame.edges) for program in programs]
     count = [program.frame.nodes.shape[0] for program in programs]
     log_dtype = torch.promote_types(store_dtype, torch.float32)
-    nodes = torch.empty(sum(count), *walker.shape, dtype=store_dtype, device=walker.device)
     log_prob = torch.full((sum(edges),), math.nan, dtype=log_dtype, device=walker.device)
     mean = torch.empty(sum(edges), *walker.shape, dtype=log_dtype, device=walker.device) if keep_mean else None
     with torch.no_grad():
         front = walker.start(plans, owners)
+        nodes = torch.empty(sum(count), *walker.shape, dtype=front.x.dtype, device=walker.device)
         _put(nodes, front.x, merged([program.born for program in programs], owners, count, edges, variants))
         for i in range(schedule.steps):
             level = merged([program.levels[i] for program in programs], owners, count, edges, variants)
@@ -169,18 +176,24 @@ class _Walker:
     layout: StateLayout
     variants: int
 
+    @property
+    def corruption(self) -> Corruption:
+        return self.dynamics.corruption
+
     def start(self, plans: Sequence[Plan], slots: Sequence[int]) -> _Front:
         """The first front: every root's initial state, each distinct noise drawn once."""
         wanted = [(slot, s) for plan, slot in zip(plans, slots, strict=True) for s in plan.start]
         distinct = list(dict.fromkeys(wanted))
         place = {identity: n for n, identity in enumerate(distinct)}
-        drawn = self.schedule.start(self.noise.initial(distinct, self.shape)).to(self.device, self.dtype)
+        noise = self.noise.initial(distinct, self.shape, self.corruption.noise)
+        drawn = self.corruption.start(noise, self.schedule)
+        drawn = drawn.to(self.device, self.dtype if drawn.is_floating_point() else drawn.dtype)
         drawn = self.layout.take(long([slot for slot, _ in distinct])).hold(drawn)
         return _Front(drawn[long([place[identity] for identity in wanted]).to(self.device)])
 
     def advance(self, front: _Front, i: int, level: Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
         """The front at step i -> the next front; fills in the log_prob and mean of the recorded stochastic edges."""
-        children = torch.empty(level.born, *self.shape, dtype=self.dtype, device=self.device)
+        children = torch.empty(level.born, *self.shape, dtype=front.x.dtype, device=self.device)
         remembers = self.solver.memory > 0 and i + 1 < self.schedule.steps
         clean = children.new_empty(len(level.parents), *self.shape, dtype=log_prob.dtype) if remembers else None
         bounds = _chunks(len(level.parents), self.max_rows)
@@ -191,15 +204,15 @@ class _Walker:
             lo, hi = bounds[c], bounds[c + 1]
             state = front.x[level.parents[lo:hi].to(self.device)]
             layout = self.layout.take(level.rows[lo:hi] // self.variants)
-            velocity = layout.silence(self._velocity(state, i, level.rows[lo:hi]))
+            said = layout.silence(self._prediction(state, i, level.rows[lo:hi]))
             if clean is not None:
-                clean[lo:hi] = predict_clean(state, velocity, self.schedule, torch.full((hi - lo,), i))
+                clean[lo:hi] = predict_clean(state, said, self.schedule, torch.full((hi - lo,), i))
             calm = level.calm[first_calm[c] : first_calm[c + 1]]
             if len(calm):
                 of = (level.parent_of[calm] - lo).to(self.device)
                 step, previous = torch.full((len(calm),), i), front.previous(level.parents[level.parent_of[calm]])
-                law = self.solver.transition(state[of], velocity[of], self.schedule, step, previous)
-                children[calm.to(self.device)] = layout.take(of).hold(law.mean.to(self.dtype))
+                law = self.solver.transition(state[of], said[of], self.schedule, step, previous)
+                children[calm.to(self.device)] = layout.take(of).hold(law.mode.to(state.dtype))
             part = slice(first_noisy[c], first_noisy[c + 1])
             noisy = level.noisy[part]
             if len(noisy):
@@ -207,30 +220,32 @@ class _Walker:
                 # step and scale stay on the CPU: looking at them there does not wait for the device
                 step, scale = torch.full((len(noisy),), i), level.scale[part]
                 own = layout.take(of)
-                law = self.dynamics.transition(state[of], velocity[of], self.schedule, step, scale)
-                drawn = self.noise.edge(level.ids[part], self.shape).to(self.device)
-                child = own.hold(law.sample(drawn).to(self.dtype))
+                law = self.dynamics.transition(state[of], said[of], self.schedule, step, scale)
+                drawn = placed(self.noise.edge(level.ids[part], self.shape, self.dynamics.noise), self.device)
+                end = law.sample(drawn)
+                child = own.hold(end.to(state.dtype))
                 children[noisy.to(self.device)] = child
                 edge = level.edge_to[part].to(self.device)
                 if spread:
-                    seen = replace(law, layout=own).log_prob(child.to(law.mean.dtype))
+                    seen = law.counted_by(own).log_prob(child.to(end.dtype))
                     log_prob[edge] = seen.to(log_prob.dtype)
                 if mean is not None:
-                    mean[edge] = law.mean.to(mean.dtype)
+                    mean[edge] = gaussian(law).mean.to(mean.dtype)
         if clean is None:
             return _Front(children)
         return _Front(children, (clean, *front.previous(level.parents))[: self.solver.memory], level.parent_of)
 
     def _spreads(self, i: int) -> bool:
-        """Whether the stochastic edges of step i have a density (CPS and DDIM have none into σ = 0)."""
-        return bool(self.dynamics.coefficients(self.schedule, long([i]))[2] > 0)
+        """Whether the stochastic edges of step i have a density."""
+        return bool(self.dynamics.spreads(self.schedule, long([i])))
 
-    def _velocity(self, state: Tensor, i: int, rows: Tensor) -> Tensor:
+    def _prediction(self, state: Tensor, i: int, rows: Tensor) -> Tensor:
         sigma = self.schedule.at(torch.full((len(rows),), i)).to(self.device)
-        velocity = self.predict(state, sigma, rows.to(self.device))
-        if velocity.shape != state.shape:
-            raise ValueError(f"predict returned shape {list(velocity.shape)}; nearest valid: {list(state.shape)}, as x")
-        return velocity
+        said, wanted = self.predict(state, sigma, rows.to(self.device)), self.corruption.predicted(state.shape)
+        if said.shape != wanted:
+            as_ = "as x" if wanted == state.shape else f"{self.corruption.prediction} of tokens"
+            raise ValueError(f"predict returned shape {list(said.shape)}; nearest valid: {list(wanted)}, {as_}")
+        return said
 
 
 def _put(nodes: Tensor, front: Tensor, level: Level) -> None:
@@ -259,6 +274,20 @@ def _check(plans: Sequence[Plan], slots: Sequence[int], walker: _Walker, keep: s
         raise ValueError(f"store_dtype = {walker.dtype}: must be a floating-point type; nearest valid: torch.float32")
     if keep not in ("stochastic", "all"):
         raise ValueError(f"keep = {keep!r}: must be 'stochastic' or 'all'; nearest valid: 'stochastic'")
+
+
+def _check_tokens(plans: Sequence[Plan], walker: _Walker, solver: bool, keep_mean: bool) -> None:
+    walker.layout.check_tokens(walker.corruption.predicted(())[0])
+    calm = next((p for p, plan in enumerate(plans) if not all(plan.stochastic)), None)
+    if calm is not None and not solver:
+        raise ValueError(
+            f"plans[{calm}]: walks deterministic edges, and tokens of {walker.dynamics} jump; nearest valid: "
+            "stochastic steps, trained or not, as plan.chain(steps, roots, train=())"
+        )
+    if keep_mean:
+        check_velocity(walker.corruption, "keep_mean", "False, as tokens have no mean")
+    if walker.solver.memory:
+        check_velocity(walker.corruption, f"solver {walker.solver}", "a solver without memory")
 
 
 def _chunks(rows: int, most: int | None) -> list[int]:

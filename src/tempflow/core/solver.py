@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian
+from tempflow.core.distribution import Gaussian, Transition
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import to_rows, upcast
@@ -30,8 +30,8 @@ class Solver(Protocol):
 
     def transition(
         self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, previous: Sequence[Tensor]
-    ) -> Gaussian:
-        """The next state, as the mean of a Gaussian with std 0.
+    ) -> Transition:
+        """The next state, as the mode of a law: the mean of a Gaussian with std 0.
 
         x, velocity [B, *S] at σ_step, step LongTensor[B]; previous, each [B, *S]: `predict_clean` at the parent of x,
         at that one's parent, … up to `memory`, whatever kind of edge led from there; fewer near the root.
@@ -64,7 +64,7 @@ class OneStep:
 
     def transition(
         self, x: Tensor, velocity: Tensor, schedule: Schedule, step: Tensor, previous: Sequence[Tensor]
-    ) -> Gaussian:
+    ) -> Transition:
         """One step of the dynamics; `previous` is not looked at."""
         return self.dynamics.transition(x, velocity, schedule, step)
 

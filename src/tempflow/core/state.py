@@ -35,6 +35,11 @@ def double(t: Tensor) -> Tensor:
     return t.double() if has_double(t.device) else t.cpu().double()
 
 
+def placed(noise: Tensor, device: torch.device) -> Tensor:
+    """Noise on that device, with its bits; float64 as float32 where the device has none."""
+    return noise.to(device) if has_double(device) or noise.dtype != torch.float64 else noise.float().to(device)
+
+
 def to_rows(scalars: Tensor, like: Tensor) -> Tensor:
     """[B] scalars as [B, 1, …, 1], with the dtype and on the device of ``like`` [B, *S].
 
@@ -110,8 +115,8 @@ class StateLayout:
     """Which elements of a state [*S] are sampled, what the others are held at, and which belong together.
 
     free     bool, [N, *S] by condition row or [1, *S] for all rows alike; None: all elements are free
-    clean    the same, float: what the elements that are not free are held at, from root to leaf, finite; None with
-             `free` None. What it says of free elements is not read
+    clean    the same, float: what the elements that are not free are held at, from root to leaf, finite (where states
+             are tokens: whole numbers); None with `free` None. What it says of free elements is not read
     streams  parts of the state, each with a mean of its own; (): the state is one. Every free element is in exactly
              one, and every row has a free element in each; held ones may be in none
     first    the condition row that row 0 of `free` and `clean` is of
@@ -184,9 +189,23 @@ class StateLayout:
             return x
         return torch.where(self.free.to(x.device), x, self.clean.to(x))
 
+    def check_tokens(self, vocabulary: int) -> None:
+        """Raises ValueError where an element is held at what is no token of 0 … vocabulary − 1."""
+        if self.free is None or self.clean is None:
+            return
+        clean, token = self.clean, self.clean.round().clamp(0, vocabulary - 1)
+        bad = ~self.free.to(clean.device) & (clean != token)
+        if bool(bad.any()):
+            held, near = (float(t.expand_as(bad)[bad][0]) for t in (clean, token))
+            raise ValueError(f"clean: {held:g} is no token of 0 … {vocabulary - 1}; nearest valid: {near:.0f}")
+
     def silence(self, t: Tensor) -> Tensor:
-        """Velocities [B, *S] with 0 at held elements, whatever was there: no value and no gradient comes from them."""
-        return t if self.free is None else torch.where(self.free.to(t.device), t, torch.zeros_like(t))
+        """Velocities [B, *S], or logits [B, *S, V], with 0 at held elements, whatever was there: no value and no
+        gradient comes from them."""
+        if self.free is None:
+            return t
+        free = self.free.to(t.device)
+        return torch.where(free if t.dim() == free.dim() else free[..., None], t, torch.zeros_like(t))
 
     def mean(self, t: Tensor) -> Tensor:
         """[B, *S] -> [B]: the weighted mean over streams of each one's mean over its free elements."""
