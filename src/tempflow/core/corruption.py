@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -54,8 +54,13 @@ class Corruption(Protocol):
 class GaussianPath:
     """x_t = (1−t)·x0 + t·ε with ε ~ N(0, I), the linear path of rectified flow; a network predicts v = ε − x0."""
 
-    noise: ClassVar[NoiseKind] = "normal"
-    prediction: ClassVar[Prediction] = "velocity"
+    @property
+    def noise(self) -> NoiseKind:
+        return "normal"
+
+    @property
+    def prediction(self) -> Prediction:
+        return "velocity"
 
     def predicted(self, shape: Sequence[int]) -> tuple[int, ...]:
         """That of the states."""
@@ -83,12 +88,18 @@ class MixturePath:
     """
 
     vocabulary: int
-    noise: ClassVar[NoiseKind] = "uniform"
-    prediction: ClassVar[Prediction] = "logits"
 
     def __post_init__(self) -> None:
         if self.vocabulary < 2:
             raise ValueError(f"vocabulary: {self.vocabulary} is too small; nearest valid: 2")
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "uniform"
+
+    @property
+    def prediction(self) -> Prediction:
+        return "logits"
 
     def predicted(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[B, *S, V]."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -135,7 +135,10 @@ class Gaussian(_Counted):
     std: Tensor
     stochastic: bool | None = None
     layout: StateLayout = WHOLE
-    noise: ClassVar[NoiseKind] = "normal"
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "normal"
 
     @property
     def mode(self) -> Tensor:
@@ -197,12 +200,15 @@ class Categorical(_Counted):
 
     logits: Tensor
     layout: StateLayout = WHOLE
-    noise: ClassVar[NoiseKind] = "uniform"
 
     def __post_init__(self) -> None:
         if self.logits.dim() < 2 or not self.logits.is_floating_point() or self.logits.shape[-1] < 1:
             given = f"{self.logits.dtype} {list(self.logits.shape)}"
             raise ValueError(f"logits: {given} must be float [B, *S, V] with V ≥ 1; nearest valid: [B, *S, 1]")
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "uniform"
 
     @property
     def mode(self) -> Tensor:
@@ -226,13 +232,13 @@ class Categorical(_Counted):
         self._require_law(self.logits.amax(-1))
         size = self.logits.shape[-1]
         rows, u = self.logits.detach().reshape(-1, size), double(noise).reshape(-1, 1)
-        parts = [
-            _inverse(some, at.to(some.device))
-            for some, at in zip(
-                map(double, rows.split(max(1, _AT_ONCE // size))), u.split(max(1, _AT_ONCE // size)), strict=True
-            )
-        ]
-        return torch.cat(parts).view(noise.shape).to(self.logits.device)
+        tokens = torch.empty(len(rows), dtype=torch.long, device=self.logits.device)
+        at_once = max(1, _AT_ONCE // size)
+        for first in range(0, len(rows), at_once):
+            some = slice(first, first + at_once)
+            wide = double(rows[some])
+            tokens[some] = _inverse(wide, u[some].to(wide.device)).to(tokens.device)
+        return tokens.view(noise.shape)
 
     def log_density(self, y: Tensor) -> Tensor:
         """Log-probability of each token, [B, *S], at most 0.

@@ -1,7 +1,8 @@
 """How a sampler steps from σ to σ' = σ − Δ: one deterministic and five stochastic kinds, all Gaussian, and one of
 tokens (`MixtureJump`).
 
-All Gaussian kinds share one form. With x the state, v = ε − x0 the velocity and ε̂ = x + (1−σ)·v the noise that it implies,
+All Gaussian kinds share one form. With x the state, v = ε − x0 the velocity and ε̂ = x + (1−σ)·v the noise that it
+implies,
 
     x' = x − Δ·v − p·ε̂ + S·z,   z ~ N(0, I)
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,8 +81,13 @@ class Diffusion(Dynamics, Protocol):
 class _Step:
     """What all Gaussian kinds share: everything follows from the std and the pull of a step."""
 
-    noise: ClassVar[NoiseKind] = "normal"
-    corruption: ClassVar[Corruption] = GAUSSIAN_PATH
+    @property
+    def noise(self) -> NoiseKind:
+        return "normal"
+
+    @property
+    def corruption(self) -> Corruption:
+        return GAUSSIAN_PATH
 
     def _noise(self, schedule: Schedule, step: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """(S, p) of the module's docstring, [B] each."""
@@ -304,7 +310,6 @@ class MixtureJump:
     """
 
     vocabulary: int
-    noise: ClassVar[NoiseKind] = "uniform"
 
     def __post_init__(self) -> None:
         MixturePath(self.vocabulary)
@@ -312,6 +317,10 @@ class MixtureJump:
     @property
     def stochastic(self) -> bool:
         return True
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "uniform"
 
     @property
     def corruption(self) -> MixturePath:
@@ -326,7 +335,7 @@ class MixtureJump:
         self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raises ValueError: tokens have no mean and no std."""
-        raise ValueError(f"dynamics: {self} moves tokens, whose steps have no mean and no std; nearest valid: FlowSDE()")
+        raise ValueError(f"dynamics: {self} moves tokens, which have no mean and no std; nearest valid: FlowSDE()")
 
     def transition(
         self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0

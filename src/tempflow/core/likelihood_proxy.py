@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -96,12 +96,11 @@ def adaptive_error(prediction: Tensor, target: Tensor, mean: Reduce = mean_dims)
 class LikelihoodProxy(Protocol):
     """log p(x0 | c) up to a constant, from what is predicted at x_t: [B], at most 0, gradients through `velocity`.
 
-    `velocity` is the prediction that `reads` names, a velocity [B, *S] or of tokens logits [B, *S, V]. With `mean` by stream it is the log-likelihood of each, [B, K], and that of the state is their mean over streams.
-    Several draws of (t, ε) are averaged by whoever drew them; old and new policies must be asked at the same draws.
+    `velocity` is the prediction: a velocity [B, *S], or logits [B, *S, V] for a proxy of tokens, which says so by
+    ``reads = "logits"``. With `mean` by stream it is the log-likelihood of each, [B, K], and that of the state is their
+    mean over streams. Several draws of (t, ε) are averaged by whoever drew them; old and new policies must be asked at
+    the same draws.
     """
-
-    @property
-    def reads(self) -> Literal["velocity", "logits"]: ...
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor: ...
 
@@ -115,7 +114,6 @@ class Adaptive:
     """
 
     space: Literal["x0", "velocity"] = "x0"
-    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if self.space not in ("x0", "velocity"):
@@ -137,7 +135,6 @@ class Matching:
     """
 
     power: float = 0.0
-    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.power) and self.power >= 0):
@@ -151,8 +148,6 @@ class Matching:
 @dataclass(frozen=True)
 class Huber:
     """−t · (√(m + 1e-10) − 1e-5) with m = mean (v−v*)² (AWM's "huber"; certain: read in code)."""
-
-    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
         error = square_error(velocity, target_velocity(x0, noise), mean)
@@ -168,7 +163,6 @@ class GeneralHuber:
     """
 
     power: float = 0.25
-    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 1:
@@ -189,7 +183,6 @@ class PathKL:
     """
 
     offset: float = 1e-3
-    reads: ClassVar[Literal["velocity"]] = "velocity"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.offset) and self.offset >= 0):
@@ -210,7 +203,7 @@ class TokenLikelihood:
     or not, which a model of uniform corruption is not told. Raises ValueError where x0 are no tokens of the logits.
     """
 
-    reads: ClassVar[Literal["logits"]] = "logits"
+    reads = "logits"
 
     def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
         return mean(Categorical(velocity).log_density(x0))

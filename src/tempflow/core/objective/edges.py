@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian
+from tempflow.core.corruption import check_prediction, check_velocity
+from tempflow.core.distribution import Gaussian, Transition
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout, to_rows
@@ -57,12 +58,12 @@ class EdgeBatch:
     peers: Peers | None = None
     layout: StateLayout = WHOLE
 
-    def transition(self, velocity: Tensor) -> Gaussian:
-        """The distribution of y by that velocity at x, [B, *S]; what it says of held elements is not read."""
-        heard = self.layout.silence(velocity)
-        return replace(
-            self.dynamics.transition(self.x, heard, self.schedule, self.step, self.scale), layout=self.layout
-        )
+    def transition(self, prediction: Tensor) -> Transition:
+        """The distribution of y by that velocity at x, [B, *S] (of tokens: logits [B, *S, V]); what it says of held
+        elements is not read."""
+        heard = self.layout.silence(prediction)
+        law = self.dynamics.transition(self.x, heard, self.schedule, self.step, self.scale)
+        return law.counted_by(self.layout)
 
     @property
     def by_stream(self) -> bool:
@@ -73,9 +74,13 @@ class EdgeBatch:
         """[B, *S] -> [B], or [B, K] by stream."""
         return self.layout.by_stream(t) if self.by_stream else self.layout.mean(t)
 
-    def log_prob_of(self, law: Gaussian) -> Tensor:
+    def log_prob_of(self, law: Transition) -> Tensor:
         """log p(y), [B], or [B, K] by stream."""
         return law.log_probs(self.y) if self.by_stream else law.log_prob(self.y)
+
+    def y_of(self, law: Transition) -> Tensor:
+        """y in the dtype of the law's own ends; tokens as they are."""
+        return self.y.to(law.mean) if isinstance(law, Gaussian) else self.y
 
     def merged(self, values: Tensor) -> Tensor:
         """[B, K] by stream -> [B], their mean over streams; others as they are."""
@@ -144,33 +149,42 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """A batch with every weight set's velocity at its parent states, [B, *S]; only "policy" bears gradients."""
+    """A batch with every weight set's prediction at its parent states, [B, *S], or of tokens [B, *S, V]; only "policy"
+    bears gradients."""
 
     batch: EdgeBatch
-    velocity: Mapping[str, Tensor]
-    policy: Gaussian
+    prediction: Mapping[str, Tensor]
+    policy: Transition
 
-    def transition(self, name: str) -> Gaussian:
+    @property
+    def velocity(self) -> Mapping[str, Tensor]:
+        """The predictions. Raises ValueError where they are none: of tokens."""
+        check_velocity(self.batch.dynamics.corruption, "objective", "one on log-probs alone, such as StepRatio()")
+        return self.prediction
+
+    def transition(self, name: str) -> Transition:
         """The transition as that weight set has it."""
-        return self.batch.transition(self.velocity[name])
+        return self.batch.transition(self.prediction[name])
 
 
 def replay(models: Mapping[str, Predict], names: Sequence[str], batch: EdgeBatch) -> Replayed:
     """Asks the named weight sets, of which "policy" is one, at the batch's parent states.
 
-    Raises ValueError for a weight set that `models` lacks, or a per-edge field of another shape than [B] or, where it
-    may be by stream, [B, K].
+    Raises ValueError for a weight set that `models` lacks, a prediction of another shape than the states have it of, or
+    a per-edge field of another shape than [B] or, where it may be by stream, [B, K].
     """
     _check_shapes(batch)
     missing = [name for name in names if name not in models]
     if missing:
         raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
     sigma = batch.schedule.at(batch.step)
-    velocity: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
-            velocity[name] = batch.layout.silence(models[name](batch.x, sigma, batch.rows))
-    return Replayed(batch, velocity, batch.transition(velocity["policy"]))
+            said = models[name](batch.x, sigma, batch.rows)
+            check_prediction(said, batch.x, batch.dynamics.corruption, name)
+            predictions[name] = batch.layout.silence(said)
+    return Replayed(batch, predictions, batch.transition(predictions["policy"]))
 
 
 def velocity_of(mean: Tensor, x: Tensor, batch: EdgeBatch, scale: Tensor) -> Tensor:

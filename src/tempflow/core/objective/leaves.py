@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tempflow.core.likelihood_proxy import LikelihoodProxy, corrupt, target_velocity
+from tempflow.core.corruption import GAUSSIAN_PATH, Corruption, check_prediction, check_velocity
+from tempflow.core.likelihood_proxy import LikelihoodProxy, target_velocity
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule
-from tempflow.core.state import WHOLE, Reduce, StateLayout, upcast
+from tempflow.core.state import WHOLE, Reduce, StateLayout, placed, upcast
 from tempflow.core.times import Id
 
 
@@ -21,13 +22,14 @@ from tempflow.core.times import Id
 class LeafBatch:
     """B clean samples, each with M pairs of a time and a noise.
 
-    x0         [B, *S], the sample
+    x0         [B, *S], the sample: numbers, or tokens in int64
     advantage  [B], or one for each of the layout's K streams, [B, K]
     rows       LongTensor[B], what `predict` finds the condition by
     group      LongTensor[B], equal for samples that are compared with one another
     t          [B, M] in (0, 1], in at least float32
-    noise      [B, M, *S], standard normals
+    noise      [B, M, *S], of the kind that the corruption wants
     layout     of the B samples: which elements count, and in which streams
+    corruption the forward process that noises them, and so what is predicted
 
     Raises ValueError where shapes do not fit or, where looking is free (on the CPU), a time is not in (0, 1].
     """
@@ -39,9 +41,13 @@ class LeafBatch:
     t: Tensor
     noise: Tensor
     layout: StateLayout = WHOLE
+    corruption: Corruption = GAUSSIAN_PATH
 
     def __post_init__(self) -> None:
-        size = self.x0.shape[0]
+        size, tokens = self.x0.shape[0], self.corruption.prediction == "logits"
+        if tokens == self.x0.is_floating_point():
+            near = torch.int64 if tokens else torch.float32
+            raise ValueError(f"x0: {self.x0.dtype} is no state of {self.corruption}; nearest valid: {near}")
         for name, given in (("advantage", self.advantage), ("rows", self.rows), ("group", self.group)):
             by_stream = name == "advantage" and given.dim() == 2 and self.layout.streams
             streams = (size, self.layout.count) if by_stream else (size,)
@@ -91,11 +97,27 @@ class LeafBatch:
             self.t[samples],
             self.noise[samples],
             self.layout.take(samples),
+            self.corruption,
         )
 
     def only(self, pairs: slice) -> LeafBatch:
         """All samples with some of their pairs."""
         return replace(self, t=self.t[:, pairs], noise=self.noise[:, pairs])
+
+
+NEEDS_NO_VELOCITY = "one on a likelihood, such as ClippedLikelihood() with TokenLikelihood()"
+"""What serves tokens."""
+
+
+def check_proxy(proxy: LikelihoodProxy, corruption: Corruption) -> None:
+    """Raises ValueError for a proxy that reads another kind of prediction than the corruption's networks make."""
+    reads = getattr(proxy, "reads", "velocity")
+    if reads != corruption.prediction:
+        near = "TokenLikelihood()" if corruption.prediction == "logits" else "Adaptive()"
+        raise ValueError(
+            f"proxy: {proxy} reads {reads}, and of {corruption} a network predicts {corruption.prediction}; "
+            f"nearest valid: {near}"
+        )
 
 
 class LeafObjective(Protocol):
@@ -117,6 +139,10 @@ class LeafObjective(Protocol):
         """Whether it can take an advantage for each stream."""
         ...
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError where the loss needs of what is predicted what the corruption has not."""
+        ...
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss: ...
 
 
@@ -131,31 +157,43 @@ def renoise_leaves(
     group: Tensor | None = None,
     only: range | None = None,
     layout: StateLayout = WHOLE,
+    corruption: Corruption = GAUSSIAN_PATH,
 ) -> LeafBatch:
     """A `LeafBatch` with pairs drawn for `ids` (see `Renoise`), on the device of `x0`; of the M pairs those of `only`.
 
-    `group` defaults to `rows`: samples of one prompt slot are compared. Noise and times get the dtype of `x0`, but at
-    least float32.
+    `group` defaults to `rows`: samples of one prompt slot are compared. Numbers get the dtype of `x0`, but at least
+    float32; that of tokens is float32, and their noise stays as it was drawn.
     """
-    t, noise = renoise(seed, ids, schedule, x0.shape[1:], only)
-    x0 = upcast(x0)
-    return LeafBatch(
-        x0,
-        advantage.to(x0),
-        rows,
-        rows if group is None else group,
-        t.to(x0),
-        noise.to(x0),
-        layout,
-    )
+    t, noise = renoise(seed, ids, schedule, x0.shape[1:], only, corruption.noise)
+    group = rows if group is None else group
+    return leaf_batch(x0, advantage, rows, group, t, noise, layout, corruption)
+
+
+def leaf_batch(
+    x0: Tensor,
+    advantage: Tensor,
+    rows: Tensor,
+    group: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    layout: StateLayout = WHOLE,
+    corruption: Corruption = GAUSSIAN_PATH,
+) -> LeafBatch:
+    """A `LeafBatch` of pairs that were drawn already, in the dtypes and on the device that `renoise_leaves` says."""
+    if x0.is_floating_point():
+        x0 = upcast(x0)
+        return LeafBatch(x0, advantage.to(x0), rows, group, t.to(x0), noise.to(x0), layout, corruption)
+    numbers = [n.to(x0.device, torch.float32) for n in (advantage, t)]
+    return LeafBatch(x0, numbers[0], rows, group, numbers[1], placed(noise, x0.device), layout, corruption)
 
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """A batch's B·M re-noised states, sample by sample, and the velocities predicted there, each [B·M, *S].
+    """A batch's B·M re-noised states, sample by sample, and what is predicted there: velocities, each [B·M, *S], or
+    logits of tokens, [B·M, *S, V].
 
-    `velocity["policy"]` bears gradients; no other set's does. `layout` is that of the B·M states; their held elements
-    are clean, and velocities there 0.
+    `prediction["policy"]` bears gradients; no other set's does. `layout` is that of the B·M states; their held elements
+    are clean, and predictions there 0.
     """
 
     batch: LeafBatch
@@ -163,16 +201,28 @@ class Noised:
     x0: Tensor
     noise: Tensor
     t: Tensor
-    velocity: Mapping[str, Tensor]
+    prediction: Mapping[str, Tensor]
     layout: StateLayout = WHOLE
+
+    @property
+    def velocity(self) -> Mapping[str, Tensor]:
+        """The predictions. Raises ValueError where they are none: of tokens."""
+        check_velocity(self.batch.corruption, "objective", NEEDS_NO_VELOCITY)
+        return self.prediction
 
     @property
     def policy(self) -> Tensor:
         return self.velocity["policy"]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of numbers by row: that of the states; of tokens that of the times."""
+        return self.x.dtype if self.x.is_floating_point() else self.t.dtype
+
+    @property
     def target(self) -> Tensor:
-        """v* = ε − x0."""
+        """v* = ε − x0. Raises ValueError for tokens."""
+        check_velocity(self.batch.corruption, "target", NEEDS_NO_VELOCITY)
         return target_velocity(self.x0, self.noise)
 
     def by_sample(self, values: Tensor) -> Tensor:
@@ -181,7 +231,7 @@ class Noised:
 
     def by_pair(self, values: Tensor) -> Tensor:
         """[B] or [B, K] repeated for each pair, [B·M] or [B·M, K], in the dtype of the states."""
-        return values.to(self.x).repeat_interleave(self.batch.pairs, dim=0)
+        return values.to(self.x.device, self.dtype).repeat_interleave(self.batch.pairs, dim=0)
 
     def measured(self, measure: Callable[[Reduce], Tensor]) -> Tensor:
         """What `measure` makes of a mean over elements, [B·M], or [B·M, K] where advantages are by stream."""
@@ -192,10 +242,14 @@ class Noised:
         return self.batch.merged(values)
 
     def likelihood(self, proxy: LikelihoodProxy, name: str) -> Tensor:
-        """The proxy by that weight set's velocity, [B·M], or [B·M, K] where advantages are by stream."""
+        """The proxy by that weight set's prediction, [B·M], or [B·M, K] where advantages are by stream.
+
+        Raises ValueError for a proxy of another kind of prediction.
+        """
+        check_proxy(proxy, self.batch.corruption)
         if self.layout.whole and not self.batch.by_stream:
-            return proxy(self.velocity[name], self.x0, self.noise, self.t)
-        return self.measured(lambda mean: proxy(self.velocity[name], self.x0, self.noise, self.t, mean))
+            return proxy(self.prediction[name], self.x0, self.noise, self.t)
+        return self.measured(lambda mean: proxy(self.prediction[name], self.x0, self.noise, self.t, mean))
 
 
 def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch) -> Noised:
@@ -210,15 +264,14 @@ def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch
     x0, rows = (field.repeat_interleave(batch.pairs, dim=0) for field in (batch.x0, batch.rows))
     layout = batch.layout.take(torch.arange(len(batch), device=x0.device).repeat_interleave(batch.pairs))
     x0 = layout.hold(x0)
-    x = layout.hold(corrupt(x0, noise, t))
-    velocity: dict[str, Tensor] = {}
+    x = layout.hold(batch.corruption.corrupt(x0, noise, t))
+    predictions: dict[str, Tensor] = {}
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
             prediction = upcast(models[name](x, t, rows))
-        if prediction.shape != x.shape:
-            raise ValueError(f"{name}: predicts {list(prediction.shape)} where the states are {list(x.shape)}")
-        velocity[name] = layout.silence(prediction)
-    return Noised(batch, x, x0, noise, t, velocity, layout)
+            check_prediction(prediction, x, batch.corruption, name)
+        predictions[name] = layout.silence(prediction)
+    return Noised(batch, x, x0, noise, t, predictions, layout)
 
 
 def group_mean(values: Tensor, group: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core.checks import positive
+from tempflow.core.corruption import Corruption
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
@@ -71,8 +72,13 @@ class _OnEstimate:
     def weight_sets(self) -> tuple[str, ...]:
         return regularizer.named(self.estimate.weight_sets, self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy, or a regularizer, of another kind of prediction."""
+        regularizer.check(corruption, self.regularizers, self.estimate.proxy)
+
     def _compared(self, models: Mapping[str, Predict], batch: LeafBatch) -> tuple[Noised, Tensor, Tensor, Tensor]:
         """The re-noised batch; log p_θ, log p_θ − log p_old and A, of shapes that broadcast."""
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
         policy, old = self.estimate.policy(at), self.estimate.old(at)
         return at, policy, policy - old, batch.advantage.to(policy)[:, None]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tempflow.core.checks import not_negative, positive
+from tempflow.core.corruption import Corruption, check_velocity
 from tempflow.core.likelihood_proxy import adaptive_error, adaptive_scale, square_error, x0_of_velocity
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
-from tempflow.core.objective.leaves import LeafBatch, Noised, noised
+from tempflow.core.objective.leaves import NEEDS_NO_VELOCITY, LeafBatch, Noised, noised
 from tempflow.core.objective.regularizer import LeafRegularizer
 from tempflow.core.state import Reduce
 
@@ -85,8 +86,14 @@ class NegativeAware:
     def weight_sets(self) -> tuple[str, ...]:
         return regularizer.named(("policy", "old"), self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for tokens, which have no velocity."""
+        check_velocity(corruption, "NegativeAware", NEEDS_NO_VELOCITY)
+        regularizer.check(corruption, self.regularizers)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
         v, old, beta = at.policy, at.velocity["old"], self.mix_beta
         error = adaptive_error if self.adaptive else square_error
@@ -168,6 +175,11 @@ class SignedLeastSquares:
         required = ("policy", "old", "reference") if self.reference > 0 else ("policy", "old")
         return regularizer.named(required, self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for tokens, which have no velocity."""
+        check_velocity(corruption, "SignedLeastSquares", NEEDS_NO_VELOCITY)
+        regularizer.check(corruption, self.regularizers)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only.
 
@@ -179,6 +191,7 @@ class SignedLeastSquares:
                 f"advantage: {widest:g} is beyond ±{self.advantage_max:g}, where a sample may have no minimum; "
                 f"nearest valid: {self.advantage_max:g}"
             )
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
         parts = self._parts(at, at.by_pair(batch.advantage))
         x0 = x0_of_velocity(at.x, at.policy, at.t)

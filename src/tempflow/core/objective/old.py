@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Gaussian
+from tempflow.core.distribution import Categorical, Gaussian, Transition, gaussian
 from tempflow.core.objective.edges import EdgeBatch, Predict
 from tempflow.core.state import StateLayout, upcast
 
@@ -40,7 +40,8 @@ class Old:
 
 @torch.no_grad()
 def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool) -> Old:
-    """velocity [B, *S], of that policy at the batch's parent states; `batch.log_prob` is the rollout's.
+    """velocity [B, *S] (of tokens: logits [B, *S, V]), of that policy at the batch's parent states; `batch.log_prob` is
+    the rollout's.
 
     rounding: the relative rounding error of a velocity, as for `roundings`.
     """
@@ -48,12 +49,20 @@ def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool
     law = batch.transition(velocity)
     log_prob = law.log_prob(batch.y)
     gap = roundings(batch, velocity, law, log_prob, rounding)
-    return Old(batch.log_prob_of(law) if batch.by_stream else log_prob, law.mean if keeps_mean else None, gap)
+    mean = gaussian(law).mean if keeps_mean else None
+    return Old(batch.log_prob_of(law) if batch.by_stream else log_prob, mean, gap)
 
 
-def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tensor, rounding: float) -> Tensor:
-    """The least error of the velocities, in units of `rounding` times their root mean square, by which the batch's
-    log-prob may differ from `log_prob` so much, [B].
+def roundings(batch: EdgeBatch, velocity: Tensor, law: Transition, log_prob: Tensor, rounding: float) -> Tensor:
+    """The least error of the predictions, in units of `rounding` times their root mean square, by which the batch's
+    log-prob may differ from `log_prob` so much, [B]; of velocities by `_of_velocities`, of logits by `_of_logits`."""
+    if isinstance(law, Categorical):
+        return _of_logits(batch, velocity, log_prob, rounding)
+    return _of_velocities(batch, velocity, gaussian(law), log_prob, rounding)
+
+
+def _of_velocities(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tensor, rounding: float) -> Tensor:
+    """`roundings` of a Gaussian step.
 
     An error e of the mean, in stds, changes the mean log-density of D elements by −mean(e·z) − mean(e²)/2. z is
     independent of e, so the first part has standard deviation rms(e)/√D. With κ the answer and d = |b|·rms(v)·rounding
@@ -69,6 +78,29 @@ def roundings(batch: EdgeBatch, velocity: Tensor, law: Gaussian, log_prob: Tenso
     size = batch.layout.effective(velocity)
     spread = SIGMAS / (size.sqrt() if isinstance(size, Tensor) else math.sqrt(size))
     return 2 * excess / (error * (spread + (spread**2 + 2 * excess).sqrt()))
+
+
+def _of_logits(batch: EdgeBatch, logits: Tensor, log_prob: Tensor, rounding: float) -> Tensor:
+    """`roundings` of a step of tokens.
+
+    With g the gradient of the log-prob by the logits, errors e of them change it by g·e − Var_p(e)/2, a mean over
+    tokens. As y was drawn, g has mean 0 whatever e is, so the first part has standard deviation rms(e)·|g|, and the
+    second is at most rms(e)²/2. With κ the answer and d = rms(logits)·rounding the error of one rounding, κ is the root
+    of |Δ| = SIGMAS·κd·|g| + (κd)²/2. Tokens that cannot be (logits of −∞) have no error. d also counts the arithmetic's
+    own rounding, which is of logits and of log-probs near 1, and |Δ| is what is left beyond that of the sum.
+    """
+    with torch.enable_grad():
+        asked = upcast(logits).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(batch.transition(asked).log_prob(batch.y).sum(), asked)
+    arithmetic = torch.finfo(asked.dtype).eps / 2
+    heard = batch.layout.silence(asked.detach())
+    size = _rms(heard.masked_fill(heard == -math.inf, 0.0).square().mean(-1).sqrt(), batch.layout)
+    error = rounding * size + arithmetic * (1 + size)
+    excess = (log_prob - batch.log_prob.to(log_prob)).abs() - 4 * arithmetic * (1 + size + log_prob.abs())
+    excess = torch.where(excess <= 0, 0.0, excess)
+    spread = SIGMAS * gradient.flatten(1).square().sum(1).sqrt()
+    gap = 2 * excess / (error * (spread + (spread**2 + 2 * excess).sqrt()))
+    return torch.where((excess > 0) & (excess < math.inf), gap, excess)  # 0, ∞ and NaN stay what they are
 
 
 def rounding_of(eps: float, guidance: float) -> float:

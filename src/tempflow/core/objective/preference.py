@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from tempflow.core.checks import not_negative, positive
+from tempflow.core.corruption import GAUSSIAN_PATH, Corruption
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy, Matching
 from tempflow.core.objective import regularizer
 from tempflow.core.objective.edges import Loss, Predict
@@ -44,12 +45,17 @@ class Supervised:
     def weight_sets(self) -> tuple[str, ...]:
         return regularizer.named(("policy",), self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy, or a regularizer, of another kind of prediction."""
+        regularizer.check(corruption, self.regularizers, self.proxy)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only.
 
         Raises ValueError for advantages by stream.
         """
         batch.check_joint("Supervised")
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
         loss = -at.likelihood(self.proxy, "policy")
         metrics = {"error": at.by_sample(loss.detach()).mean(1)}
@@ -65,6 +71,7 @@ class PairBatch:
     rows              LongTensor[B]
     t, noise          [B, M] in (0, 1] and [B, M, *S]; common to a pair, so that the two differ by the sample alone
     layout            of the B pairs: which elements count, and in which streams
+    corruption        the forward process that noises both
 
     Raises ValueError as `LeafBatch` does, and when the two samples' shapes differ.
     """
@@ -75,6 +82,7 @@ class PairBatch:
     t: Tensor
     noise: Tensor
     layout: StateLayout = WHOLE
+    corruption: Corruption = GAUSSIAN_PATH
 
     def __post_init__(self) -> None:
         if self.rejected.shape != self.chosen.shape:
@@ -96,6 +104,7 @@ class PairBatch:
             self.t.repeat(2, 1),
             self.noise.repeat(2, *[1] * (self.noise.dim() - 1)),
             self.layout.take(pair.repeat(2)),
+            self.corruption,
         )
 
 
@@ -131,8 +140,13 @@ class PreferencePairs:
     def weight_sets(self) -> tuple[str, ...]:
         return regularizer.named(("policy", "reference"), self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy, or a regularizer, of another kind of prediction."""
+        regularizer.check(corruption, self.regularizers, self.proxy)
+
     def __call__(self, models: Mapping[str, Predict], batch: PairBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only. Metrics are [B], by pair."""
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch.leaves())
         reward = self.beta / 2 * _log_ratio(self.proxy, at, "reference")
         chosen, rejected = at.by_sample(reward).chunk(2)
@@ -175,6 +189,10 @@ class OnlinePairs:
     def weight_sets(self) -> tuple[str, ...]:
         return self.pairs.weight_sets
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError as the pairs' objective does."""
+        self.pairs.check(corruption)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
 
@@ -188,7 +206,8 @@ class OnlinePairs:
         if not (batch.t[best].equal(batch.t[worst]) and batch.noise[best].equal(batch.noise[worst])):
             raise ValueError("renoise: a pair's samples differ in (t, ε); nearest valid: Renoise(times, 2, 2)")
         layout = batch.layout.take(best)
-        couples = PairBatch(batch.x0[best], batch.x0[worst], batch.rows[best], batch.t[best], batch.noise[best], layout)
+        drawn = (batch.rows[best], batch.t[best], batch.noise[best], layout, batch.corruption)
+        couples = PairBatch(batch.x0[best], batch.x0[worst], *drawn)
         found = self.pairs(models, couples)
         metrics: dict[str, Tensor] = {}
         for name, column in found.metrics.items():
@@ -256,12 +275,17 @@ class GroupPreference:
         required = ("policy", self.compare_to) if self.clip is None else ("policy", self.compare_to, "old")
         return regularizer.named(required, self.regularizers)
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy, or a regularizer, of another kind of prediction."""
+        regularizer.check(corruption, self.regularizers, self.proxy)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
 
         Raises ValueError for advantages by stream.
         """
         batch.check_joint("GroupPreference")
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
         advantage = at.by_pair(batch.advantage)
         gain = _log_ratio(self.proxy, at, self.compare_to)
@@ -333,14 +357,22 @@ class CentredReward:
     def weight_sets(self) -> tuple[str, ...]:
         return ("policy", "old", "reference") if self.kl > 0 else ("policy", "old")
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy of another kind of prediction, or tokens with kl above 0."""
+        held = (PredictionDistance("reference", self.kl),) if self.kl > 0 else ()
+        regularizer.check(corruption, held, self.proxy)
+
     def __call__(self, models: Mapping[str, Predict], batch: LeafBatch) -> Loss:
         """The loss of one micro-batch of whole groups; gradients flow through `models["policy"]` only.
 
         Raises ValueError for advantages by stream.
         """
         batch.check_joint("CentredReward")
+        self.check(batch.corruption)
         at = noised(models, self.weight_sets, batch)
-        given = optimality(batch.advantage.to(at.x), self.advantage_max)[:, None].expand(-1, batch.pairs)
+        given = optimality(batch.advantage.to(at.x.device, at.dtype), self.advantage_max)[:, None].expand(
+            -1, batch.pairs
+        )
         implicit = at.by_sample(_log_ratio(self.proxy, at, "old"))
         weights = self._weights(given, batch.group)
         centred = [

@@ -9,12 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tempflow.core.corruption import check_velocity
+from tempflow.core.distribution import gaussian
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.groups import dense
 from tempflow.core.objective.clip import Clip, ClipRule
 from tempflow.core.objective.edges import EdgeBatch, Loss, Predict, Replayed, replay
 from tempflow.core.objective.regularizer import Divergence, EdgeRegularizer, KLForm
 from tempflow.core.state import mean_dims, to_rows, upcast
+
+_TOKENS = "StepRatio() and Clip()"
+"""A ratio and a clip for tokens."""
 
 
 class Ratio(Protocol):
@@ -70,9 +75,9 @@ class NormRatio(_PerEdge):
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
-        old = at.batch.drawn_from()
-        z = (at.batch.y.to(old) - old) / to_rows(at.policy.std, old)
-        return at.batch.reduced((at.policy.mean - old) * z)
+        policy, old = gaussian(at.policy), at.batch.drawn_from()
+        z = (at.batch.y.to(old) - old) / to_rows(policy.std, old)
+        return at.batch.reduced((policy.mean - old) * z)
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,10 @@ class PositionRatio:
 
     def __call__(self, at: Replayed) -> Tensor:
         _whole("PositionRatio", at.batch)
-        old = at.batch.drawn_from()
+        policy, old = gaussian(at.policy), at.batch.drawn_from()
         y = at.batch.y.to(old)
-        gap = (y - old).square() - (y - at.policy.mean).square()
-        return (gap / (2 * to_rows(at.policy.std, old).square())).sum(1)
+        gap = (y - old).square() - (y - policy.mean).square()
+        return (gap / (2 * to_rows(policy.std, old).square())).sum(1)
 
     def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
         where = batch.column("map").to(log_ratio)
@@ -147,11 +152,11 @@ class RegionRatio(_PerEdge):
 
     def __call__(self, at: Replayed) -> Tensor:
         _whole("RegionRatio", at.batch)
-        old = at.batch.drawn_from()
+        policy, old = gaussian(at.policy), at.batch.drawn_from()
         y, where = at.batch.y.to(old), upcast(at.batch.column("map")).to(old)
-        gap = (y - old).square() - (y - at.policy.mean).square()
+        gap = (y - old).square() - (y - policy.mean).square()
         weighted = gap * where[:, None].expand_as(gap)
-        return mean_dims(weighted) / mean_dims(where).clamp(min=1e-12) / (2 * at.policy.std.to(old).square())
+        return mean_dims(weighted) / mean_dims(where).clamp(min=1e-12) / (2 * policy.std.to(old).square())
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ class PolicyRatio:
     r = exp(log p − log p_old) is a D-th root, so ranges are tiny (1e-5 … 1e-2). w stands outside the clip, so weights
     do not move a clip. A unit's loss is the mean over its edges. Where a model has several streams, log p is the mean
     of theirs; with an advantage for each, every stream has its own ratio and clip, and an edge's loss is the mean over
-    streams. An edge goes from x at σ to y ~ N(a·x + b·v, S²)::
+    streams. Edges of tokens have a log-prob too (a mean over tokens, of the whole step's law), and ratios, clips and
+    regularizers that read no means serve them. An edge of numbers goes from x at σ to y ~ N(a·x + b·v, S²)::
 
         mean, mean_ref = a * x + b * v(x, sigma, c), a * x + b * v_ref(x, sigma, c)
         log_p = (-(((y - mean) / S) ** 2) / 2 - S.log() - math.log(2 * math.pi) / 2).mean(D, True)
@@ -204,7 +210,12 @@ class PolicyRatio:
         return self.clip.tightest
 
     def check(self, dynamics: Dynamics) -> None:
-        """Raises ValueError where a regularizer needs of the dynamics what they have not."""
+        """Raises ValueError where a part needs of the dynamics what they have not: a velocity, or means of steps."""
+        for part in (self.ratio, self.clip, *self._regularizers):
+            if part.keeps_mean:
+                check_velocity(dynamics.corruption, f"{type(part).__name__}: reads means of steps", _TOKENS)
+        if self.keeps_peers:
+            check_velocity(dynamics.corruption, "peers: have means of steps", "no imitation")
         for regularizer in self._regularizers:
             regularizer.check(dynamics)
 
@@ -251,8 +262,9 @@ def clipped(
 
 def _moved(at: Replayed) -> dict[str, Tensor]:
     """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a clip's columns."""
-    gap = (at.policy.mean.detach() - at.batch.drawn_from()).square()
-    return {"mean_gap": at.batch.reduced(gap), "std": at.policy.std}
+    policy = gaussian(at.policy)
+    gap = (policy.mean.detach() - at.batch.drawn_from()).square()
+    return {"mean_gap": at.batch.reduced(gap), "std": policy.std}
 
 
 def _flat(values: Tensor, batch: EdgeBatch) -> Tensor:

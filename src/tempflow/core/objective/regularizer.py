@@ -13,11 +13,12 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from tempflow.core.checks import not_negative
-from tempflow.core.distribution import drift_kl, velocity_kl
+from tempflow.core.corruption import Corruption, check_velocity
+from tempflow.core.distribution import drift_kl, gaussian, velocity_kl
 from tempflow.core.dynamics import Diffusion, Dynamics
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
 from tempflow.core.objective.edges import Replayed, velocity_of
-from tempflow.core.objective.leaves import Noised
+from tempflow.core.objective.leaves import Noised, check_proxy
 from tempflow.core.state import to_rows
 
 KLForm = Literal["exact", "drift", "velocity", "k1", "k2", "k3"]
@@ -70,7 +71,8 @@ class Divergence:
                 d = log p − log p_ref: d, d²/2, e^(−d) − 1 + d. The mean of k1 and k3 over samples of the policy is the
                 exact form; as losses on fixed samples k1's gradient is that of log p (0 on average), k2's is the KL's.
 
-    Raises ValueError for a coefficient that is negative or not finite, and for an unknown form.
+    Steps of tokens have the exact form and k1 to k3. Raises ValueError for a coefficient that is negative or not
+    finite, and for an unknown form.
     """
 
     coefficient: float
@@ -86,7 +88,10 @@ class Divergence:
             raise ValueError(f"kl_form: {self.form!r} is not one of {', '.join(get_args(KLForm))}")
 
     def check(self, dynamics: Dynamics) -> None:
-        """Raises ValueError for the drift form with dynamics that have no diffusion rate."""
+        """Raises ValueError for the drift form with dynamics that have no diffusion rate, or the velocity form of
+        tokens."""
+        if self.form == "velocity":
+            check_velocity(dynamics.corruption, "kl_form: 'velocity'", "'exact'")
         if self.form == "drift" and not isinstance(dynamics, Diffusion):
             raise ValueError(
                 f"kl_form: 'drift' needs a diffusion rate, which {dynamics} has not; nearest valid: 'exact'"
@@ -101,8 +106,9 @@ class Divergence:
         if self.form == "drift":
             self.check(batch.dynamics)
             assert isinstance(batch.dynamics, Diffusion)
-            return drift_kl(at.policy, reference, batch.dynamics.rate(batch.schedule, batch.step, batch.scale))
-        d = at.policy.log_density(batch.y.to(at.policy.mean)) - reference.log_density(batch.y.to(reference.mean))
+            rate = batch.dynamics.rate(batch.schedule, batch.step, batch.scale)
+            return drift_kl(gaussian(at.policy), gaussian(reference), rate)
+        d = at.policy.log_density(batch.y_of(at.policy)) - reference.log_density(batch.y_of(reference))
         if self.form == "k1":
             return batch.layout.mean(d)
         if self.form == "k2":
@@ -186,6 +192,10 @@ class LeafRegularizer(Protocol):
     @property
     def coefficient(self) -> float: ...
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError where it needs of what is predicted what the corruption has not."""
+        ...
+
     def __call__(self, at: Noised) -> Tensor:
         """The divergence without its coefficient, [B·M], gradients through the policy."""
         ...
@@ -210,6 +220,10 @@ class PredictionDistance:
         not_negative("coefficient", self.coefficient)
         if self.space not in get_args(Space):
             raise ValueError(f"space: {self.space!r} is not one of {', '.join(get_args(Space))}")
+
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for tokens."""
+        check_velocity(corruption, "PredictionDistance", "LikelihoodKL(to, coefficient, proxy=TokenLikelihood())")
 
     def __call__(self, at: Noised) -> Tensor:
         gap = velocity_kl(at.policy, at.velocity[self.to], at.layout)
@@ -241,6 +255,10 @@ class LikelihoodKL:
         if self.form not in get_args(Estimator):
             raise ValueError(f"form: {self.form!r} is not one of {', '.join(get_args(Estimator))}")
 
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for a proxy of another kind of prediction."""
+        check_proxy(self.proxy, corruption)
+
     def __call__(self, at: Noised) -> Tensor:
         policy, other = (at.likelihood(self.proxy, name) for name in ("policy", self.to))
         return at.merged(kl_estimate(policy - other, self.form))
@@ -254,6 +272,15 @@ def kl_estimate(log_ratio: Tensor, form: Estimator) -> Tensor:
         return log_ratio.square() / 2
     signed = log_ratio if form == "k3_reversed" else -log_ratio
     return signed.expm1() - signed
+
+
+def check(corruption: Corruption, regularizers: Sequence[LeafRegularizer], *proxies: LikelihoodProxy) -> None:
+    """Raises ValueError where a proxy or a regularizer needs of what is predicted what the corruption has not."""
+    for proxy in proxies:
+        check_proxy(proxy, corruption)
+    for regularizer in regularizers:
+        if regularizer.coefficient > 0:
+            regularizer.check(corruption)
 
 
 def named(required: Sequence[str], regularizers: Sequence[LeafRegularizer]) -> tuple[str, ...]:
