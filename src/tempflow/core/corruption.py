@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tempflow.core import likelihood_proxy
-from tempflow.core.distribution import check_tokens
+from tempflow.core.distribution import Categorical, check_tokens
 from tempflow.core.rng import NoiseKind
 from tempflow.core.schedule import Schedule
-from tempflow.core.state import double, to_rows
+from tempflow.core.state import Reduce, double, mean_dims, to_rows
 
 Prediction = Literal["velocity", "logits"]
 """What a network says of a state [B, *S]: a velocity [B, *S], or the clean token's logits [B, *S, V]."""
@@ -123,6 +123,21 @@ class MixturePath:
     def _spread(self, u: Tensor) -> Tensor:
         """Tokens of uniforms; those beyond 1 give the last."""
         return (u * self.vocabulary).long().clamp(max=self.vocabulary - 1)
+
+
+@dataclass(frozen=True)
+class TokenLikelihood:
+    """Mean over tokens of log softmax(logits)[x0], in at least float32: minus the cross-entropy of the clean tokens.
+
+    Averaged over t it is the discrete twin of the evidence lower bound. UDM-GRPO's log-prob of the clean response
+    (certain: read in code): the mean is over all tokens that the layout counts, whether the corruption drew them anew
+    or not, which a model of uniform corruption is not told. Raises ValueError where x0 are no tokens of the logits.
+    """
+
+    reads = "logits"
+
+    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
+        return mean(Categorical(velocity).log_density(x0))
 
 
 GAUSSIAN_PATH = GaussianPath()

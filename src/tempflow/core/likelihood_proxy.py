@@ -21,7 +21,6 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Categorical
 from tempflow.core.state import Reduce, has_double, mean_dims, to_rows, upcast
 
 FLOOR = 1e-5
@@ -192,21 +191,6 @@ class PathKL:
         error = square_error(velocity, target_velocity(x0, noise), mean)
         s = to_rows(t, error)
         return -(1 - s) / (s + self.offset) * error
-
-
-@dataclass(frozen=True)
-class TokenLikelihood:
-    """Mean over tokens of log softmax(logits)[x0], in at least float32: minus the cross-entropy of the clean tokens.
-
-    Averaged over t it is the discrete twin of the evidence lower bound. UDM-GRPO's log-prob of the clean response
-    (certain: read in code): the mean is over all tokens that the layout counts, whether the corruption drew them anew
-    or not, which a model of uniform corruption is not told. Raises ValueError where x0 are no tokens of the logits.
-    """
-
-    reads = "logits"
-
-    def __call__(self, velocity: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mean: Reduce = mean_dims) -> Tensor:
-        return mean(Categorical(velocity).log_density(x0))
 
 
 ProxyName = Literal["adaptive", "uniform", "t", "t2", "huber", "ghuber", "exact"]

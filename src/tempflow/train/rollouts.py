@@ -41,9 +41,9 @@ _WHOLE = (
     *(f"forest/leaves/{name}" for name in _LEAVES),
     *("forest/descent/edge", "forest/descent/leaf", "signals/prompt", "signals/leaves", "broken", "drafts"),
 )
-_STATES = ("forest/nodes", "forest/edges/mean")
+_NODES, _STATES = "forest/nodes", ("forest/nodes", "forest/edges/mean")
 _REAL = (
-    *("schedule/sigmas", "forest/nodes", "forest/edges/scale", "forest/edges/log_prob", "forest/edges/mean"),
+    *("schedule/sigmas", "forest/edges/scale", "forest/edges/log_prob", "forest/edges/mean"),
     *(f"signals/{name}" for name in _SIGNALS if f"signals/{name}" not in _WHOLE),
     "fidelity",
 )
@@ -304,6 +304,14 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
     for name in _REAL:
         if name in tensors and not tensors[name].is_floating_point():
             raise ValueError(f"{name} is {tensors[name].dtype}; nearest valid: torch.float32")
+    nodes = tensors[_NODES]
+    if not nodes.is_floating_point():
+        if nodes.dtype != torch.int64:
+            raise ValueError(f"{_NODES} is {nodes.dtype}; nearest valid: torch.float32, or torch.int64 for tokens")
+        if nodes.numel() and int(nodes.min()) < 0:
+            raise ValueError(f"{_NODES} has the token {int(nodes.min())}; nearest valid: 0")
+        if "forest/edges/mean" in tensors:
+            raise ValueError("forest/edges/mean: steps of tokens have none; nearest valid: without it")
     flat = [f"forest/edges/{name}" for name in _EDGES] + [name for name in _WHOLE + _REAL if name not in _STATES]
     for name in flat:
         if name in tensors and tensors[name].ndim != 1:

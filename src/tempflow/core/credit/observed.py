@@ -196,7 +196,9 @@ def surprisal(embedding: Tensor, ok: Tensor, group: Tensor) -> Tensor:
 
 
 def _flat(forest: Forest, node: Tensor) -> Tensor:
-    """States of those nodes, [E, D] in at least float32."""
+    """States of those nodes, [E, D] in at least float32. Raises ValueError for tokens, which are names, no numbers."""
+    if not forest.nodes.is_floating_point():
+        raise ValueError("observe: compares states as numbers, and these are tokens; nearest valid: PathLogProb()")
     if bool((node < 0).any()):
         raise ValueError("forest: leaf latents were dropped; nearest valid: observe before drop_leaf_states()")
     return upcast(forest.nodes[node]).flatten(1)

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tempflow.core.corruption import check_prediction, check_velocity
-from tempflow.core.distribution import Gaussian, Transition
+from tempflow.core.corruption import Prediction, check_prediction, check_velocity
+from tempflow.core.distribution import Gaussian, Transition, gaussian
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout, to_rows
@@ -64,6 +64,11 @@ class EdgeBatch:
         heard = self.layout.silence(prediction)
         law = self.dynamics.transition(self.x, heard, self.schedule, self.step, self.scale)
         return law.counted_by(self.layout)
+
+    @property
+    def predicts(self) -> Prediction:
+        """What weight sets are asked for."""
+        return self.dynamics.corruption.prediction
 
     @property
     def by_stream(self) -> bool:
@@ -149,18 +154,23 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """A batch with every weight set's prediction at its parent states, [B, *S], or of tokens [B, *S, V]; only "policy"
-    bears gradients."""
+    """A batch with every weight set's prediction at its parent states, [B, *S], or of tokens [B, *S, V], and the law of
+    its ends by the policy, which alone bears gradients."""
 
     batch: EdgeBatch
     prediction: Mapping[str, Tensor]
-    policy: Transition
+    law: Transition
 
     @property
     def velocity(self) -> Mapping[str, Tensor]:
         """The predictions. Raises ValueError where they are none: of tokens."""
         check_velocity(self.batch.dynamics.corruption, "objective", "one on log-probs alone, such as StepRatio()")
         return self.prediction
+
+    @property
+    def policy(self) -> Gaussian:
+        """The law, with its mean and std. Raises ValueError for tokens, which have none."""
+        return gaussian(self.law)
 
     def transition(self, name: str) -> Transition:
         """The transition as that weight set has it."""

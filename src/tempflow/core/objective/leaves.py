@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tempflow.core.corruption import GAUSSIAN_PATH, Corruption, check_prediction, check_velocity
+from tempflow.core.corruption import GAUSSIAN_PATH, Corruption, Prediction, check_prediction, check_velocity
 from tempflow.core.likelihood_proxy import LikelihoodProxy, target_velocity
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.renoise import Renoise
@@ -69,6 +69,11 @@ class LeafBatch:
     def pairs(self) -> int:
         """M, the pairs of each sample."""
         return self.t.shape[1]
+
+    @property
+    def predicts(self) -> Prediction:
+        """What weight sets are asked for."""
+        return self.corruption.prediction
 
     @property
     def by_stream(self) -> bool:

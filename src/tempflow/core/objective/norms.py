@@ -8,15 +8,19 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tempflow.core.corruption import Prediction
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.state import StateLayout
 
 
 class HasLayout(Protocol):
-    """A batch of states that says what counts in their means."""
+    """A batch of states that says what counts in their means, and what is predicted at them."""
 
     @property
     def layout(self) -> StateLayout: ...
+
+    @property
+    def predicts(self) -> Prediction: ...
 
 
 Batch = TypeVar("Batch", bound=HasLayout)
@@ -32,8 +36,12 @@ def with_velocity_norm(
     2606.27771; its abstract alone was read) holds this ratio down by a hinge, as reinforcement inflates it; here it is
     only measured.
 
+    Of tokens nothing is measured, as logits say the same at any offset: the loss comes as it is.
+
     Raises ValueError where the objective asks "policy" and "reference" for different states, or one of them for none.
     """
+    if batch.predicts != "velocity":
+        return objective(models, batch)
     rms = {name: list[Tensor]() for name in ("policy", "reference")}
 
     def overheard(name: str, predict: Predict) -> Predict:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tempflow.core.corruption import check_velocity
-from tempflow.core.distribution import gaussian
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.groups import dense
 from tempflow.core.objective.clip import Clip, ClipRule
@@ -61,7 +60,7 @@ class StepRatio(_PerEdge):
     """log r = log p − log p_old, a mean over latent elements: r is the D-th root of the density ratio."""
 
     def __call__(self, at: Replayed) -> Tensor:
-        return at.batch.log_prob_of(at.policy) - at.batch.log_prob
+        return at.batch.log_prob_of(at.law) - at.batch.log_prob
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class NormRatio(_PerEdge):
     keeps_mean = True
 
     def __call__(self, at: Replayed) -> Tensor:
-        policy, old = gaussian(at.policy), at.batch.drawn_from()
-        z = (at.batch.y.to(old) - old) / to_rows(policy.std, old)
-        return at.batch.reduced((policy.mean - old) * z)
+        old = at.batch.drawn_from()
+        z = (at.batch.y.to(old) - old) / to_rows(at.policy.std, old)
+        return at.batch.reduced((at.policy.mean - old) * z)
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,10 @@ class PositionRatio:
 
     def __call__(self, at: Replayed) -> Tensor:
         _whole("PositionRatio", at.batch)
-        policy, old = gaussian(at.policy), at.batch.drawn_from()
+        old = at.batch.drawn_from()
         y = at.batch.y.to(old)
-        gap = (y - old).square() - (y - policy.mean).square()
-        return (gap / (2 * to_rows(policy.std, old).square())).sum(1)
+        gap = (y - old).square() - (y - at.policy.mean).square()
+        return (gap / (2 * to_rows(at.policy.std, old).square())).sum(1)
 
     def advantage(self, batch: EdgeBatch, log_ratio: Tensor) -> Tensor:
         where = batch.column("map").to(log_ratio)
@@ -152,11 +151,11 @@ class RegionRatio(_PerEdge):
 
     def __call__(self, at: Replayed) -> Tensor:
         _whole("RegionRatio", at.batch)
-        policy, old = gaussian(at.policy), at.batch.drawn_from()
+        old = at.batch.drawn_from()
         y, where = at.batch.y.to(old), upcast(at.batch.column("map")).to(old)
-        gap = (y - old).square() - (y - policy.mean).square()
+        gap = (y - old).square() - (y - at.policy.mean).square()
         weighted = gap * where[:, None].expand_as(gap)
-        return mean_dims(weighted) / mean_dims(where).clamp(min=1e-12) / (2 * policy.std.to(old).square())
+        return mean_dims(weighted) / mean_dims(where).clamp(min=1e-12) / (2 * at.policy.std.to(old).square())
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,8 @@ def clipped(
 
 def _moved(at: Replayed) -> dict[str, Tensor]:
     """How far an edge's mean is from the one it was drawn from, squared, and its std, [B]: a clip's columns."""
-    policy = gaussian(at.policy)
-    gap = (policy.mean.detach() - at.batch.drawn_from()).square()
-    return {"mean_gap": at.batch.reduced(gap), "std": policy.std}
+    gap = (at.policy.mean.detach() - at.batch.drawn_from()).square()
+    return {"mean_gap": at.batch.reduced(gap), "std": at.policy.std}
 
 
 def _flat(values: Tensor, batch: EdgeBatch) -> Tensor:

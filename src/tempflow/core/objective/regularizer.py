@@ -102,13 +102,13 @@ class Divergence:
             return velocity_kl(at.velocity["policy"], at.velocity["reference"], at.batch.layout)
         reference, batch = at.transition("reference"), at.batch
         if self.form == "exact":
-            return at.policy.kl(reference)
+            return at.law.kl(reference)
         if self.form == "drift":
             self.check(batch.dynamics)
             assert isinstance(batch.dynamics, Diffusion)
             rate = batch.dynamics.rate(batch.schedule, batch.step, batch.scale)
-            return drift_kl(gaussian(at.policy), gaussian(reference), rate)
-        d = at.policy.log_density(batch.y_of(at.policy)) - reference.log_density(batch.y_of(reference))
+            return drift_kl(at.policy, gaussian(reference), rate)
+        d = at.law.log_density(batch.y_of(at.law)) - reference.log_density(batch.y_of(reference))
         if self.form == "k1":
             return batch.layout.mean(d)
         if self.form == "k2":
