@@ -2,7 +2,11 @@
 
 Two prompts ask for a string each, and the reward is the share of a sample's tokens that are the asked ones. The best
 policy draws the asked string always, with reward 1; the untrained one draws all strings alike, with reward 1/4. Both
-objectives must come within .03 of the optimum, on fresh samples.
+objectives must come within .02 of the optimum, on fresh samples.
+
+Clean tokens are weighed by the advantage where it is above 0 (reward-weighted likelihood), whose optimum is the asked
+string whatever the network. Below 0 it would lower all tokens of a sample where a wrong one is seen, the right ones
+too: such runs hover at .9 here.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ def by_clean_tokens(network: Logits, forest: Forest, advantage: Advantage, itera
     prompt = forest.leaves.prompt
     ids = [(iteration, int(slot), number) for number, slot in enumerate(prompt)]
     batch = renoise_leaves(
-        forest.nodes[forest.leaves.node], advantage.value, prompt, ids, Renoise(UniformTimes(2)), 5, GRID,
+        forest.nodes[forest.leaves.node], advantage.value.clamp(min=0), prompt, ids, Renoise(UniformTimes(2)), 5, GRID,
         corruption=JUMP.corruption,
     )  # fmt: skip
     objective = ClippedLikelihood(estimate=Estimate(TokenLikelihood(), on_policy=True))
@@ -84,7 +88,7 @@ def test_both_ways_to_the_asked_strings(loss_of: Callable[[Logits, Forest, Advan
     before = float(grow(network, 1000, 512)[1].value.mean())
     assert before == pytest.approx(0.25, abs=0.03)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
-    for iteration in range(60):
+    for iteration in range(40):
         forest, scores = grow(network, iteration)
         forest = forest if loss_of is by_edges else forest.as_leaves()
         advantage = GroupZScore(by=("prompt", "step"))(scores, forest)
@@ -93,7 +97,7 @@ def test_both_ways_to_the_asked_strings(loss_of: Callable[[Logits, Forest, Advan
             loss_of(network, forest, advantage, iteration).value.backward()
             optimizer.step()
     forest, scores = grow(network, 1001, 512)
-    assert float(scores.value.mean()) >= 0.97
+    assert float(scores.value.mean()) >= 0.98
     for prompt, asked in enumerate(ASKED):
         drawn = forest.nodes[forest.leaves.node[forest.leaves.prompt == prompt]]
         assert torch.equal(drawn.mode(0).values, asked)
