@@ -96,7 +96,9 @@ def _of_logits(batch: EdgeBatch, logits: Tensor, log_prob: Tensor, rounding: flo
     heard = batch.layout.silence(asked.detach())
     size = _rms(heard.masked_fill(heard == -math.inf, 0.0).square().mean(-1).sqrt(), batch.layout)
     error = rounding * size + arithmetic * (1 + size)
-    excess = (log_prob - batch.log_prob.to(log_prob)).abs() - 4 * arithmetic * (1 + size + log_prob.abs())
+    before = batch.log_prob.to(log_prob)
+    finite = torch.minimum(log_prob.abs(), before.abs())  # one of them is ∞ where what was drawn cannot be now
+    excess = (log_prob - before).abs() - 4 * arithmetic * (1 + size + finite)
     excess = torch.where(excess <= 0, 0.0, excess)
     spread = SIGMAS * gradient.flatten(1).square().sum(1).sqrt()
     gap = 2 * excess / (error * (spread + (spread**2 + 2 * excess).sqrt()))
