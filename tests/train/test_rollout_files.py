@@ -75,6 +75,16 @@ def test_odd_numbers_and_dtypes_come_back(chunk: Rollouts, tmp_path: Path) -> No
     same_bits(read(tmp_path / "odd"), made)
 
 
+def test_tokens_come_back(chunk: Rollouts, tmp_path: Path) -> None:
+    forest = chunk.forest
+    tokens = torch.arange(forest.nodes.numel()).view_as(forest.nodes) + 2**40
+    made = replace(chunk, forest=replace(forest, nodes=tokens, edges=replace(forest.edges, mean=None)))
+    write(made, tmp_path / "tokens")
+    found = read(tmp_path / "tokens")
+    same_bits(found, made)
+    same_bits(Rollouts.join([found]), made)
+
+
 def test_tensors_that_share_memory_are_written_apart(chunk: Rollouts, tmp_path: Path) -> None:
     signals = replace(chunk.signals, grid=chunk.signals.diversity, high_frequency=chunk.signals.diversity)
     made = replace(chunk, signals=signals)
@@ -182,6 +192,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nodes that are flags": (
         retold(lambda t: t.update({"forest/nodes": t["forest/nodes"] > 0})),
         r"forest/nodes is torch.bool; nearest valid: torch.float32",
+    ),
+    "nodes of short integers": (
+        retold(lambda t: t.update({"forest/nodes": t["forest/nodes"].int()})),
+        r"forest/nodes is torch.int32; nearest valid: torch.float32, or torch.int64 for tokens",
+    ),
+    "negative tokens": (
+        retold(lambda t: t.update({"forest/nodes": t["forest/nodes"].long().clamp(max=0) - 3})),
+        r"forest/nodes has the token -\d+; nearest valid: 0",
+    ),
+    "tokens with means": (
+        retold(
+            lambda t: t.update(
+                {
+                    "forest/nodes": t["forest/nodes"].long().abs(),
+                    "forest/edges/mean": torch.zeros(len(t["forest/edges/step"]), *t["forest/nodes"].shape[1:]),
+                }
+            )
+        ),
+        r"forest/edges/mean: steps of tokens have none; nearest valid: without it",
     ),
     "a table of scales": (
         retold(lambda t: t.update({"forest/edges/scale": t["forest/edges/scale"][:, None].repeat(1, 2)})),
