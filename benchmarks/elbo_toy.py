@@ -50,7 +50,7 @@ def anchored(coefficient: float) -> Algorithm:
     """With a squared velocity distance to old, and the advantage not scaled down."""
     plain = elbo(gain=1.0)
     assert isinstance(plain.objective, PolicyGradient)
-    return replace(plain, objective=replace(plain.objective, regularizers=(PredictionDistance("old", coefficient),)))
+    return plain.taught(replace(plain.objective, regularizers=(PredictionDistance("old", coefficient),)))
 
 
 CASES: Mapping[str, Case] = {

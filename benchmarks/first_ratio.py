@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tempflow.algorithms import Algorithm, tempflow_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.config import GuardsConfig
 from tempflow.core import plan
 from tempflow.core.credit import GroupZScore
@@ -56,8 +57,8 @@ from tempflow.rewards import from_function
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Experience, collect, credit
 from tempflow.train.guards import Guards
-from tempflow.train.update import loss_of, predictors, training_batch, update
-from tempflow.train.weights import Trainable
+from tempflow.train.update import learn, lessons, predictors, shuffled
+from tempflow.train.weights import Learner, Trainable
 
 SIZE = Size(32, 32)
 GUIDANCE = (1.0, 4.5)
@@ -165,7 +166,7 @@ def setting_for(
         plan=lambda iteration, slot: grown,
         dynamics=dynamics,
         credit=GroupZScore(),
-        objective=Heard(plain.clip, plain.ratio, plain.regularizers),
+        phases=(EdgePhase(Heard(plain.clip, plain.ratio, plain.regularizers)),),
     )
     return Context(
         model=model,
@@ -185,15 +186,16 @@ def setting_for(
 
 def first_update(context: Context, experience: Experience, policy: Predict | None = None) -> Seen:
     """What the loop's loss sees at the first update, or with that policy; nothing is taken from it."""
-    given = credit(context, experience)
-    taught = training_batch(context, experience, given, 0, ())
-    models = predictors(context, experience) if policy is None else {"policy": policy}
-    objective = context.algorithm.objective
+    phase = context.algorithm.first
+    (lesson,) = lessons(context, experience.prompts, 0, experience, [credit(context, experience)])
+    taught = shuffled(phase.items(lesson), lesson.seed, (0,))
+    models = predictors(context, experience.prompts) if policy is None else {"policy": policy}
+    objective = phase.objective
     assert isinstance(objective, Heard)
     objective.old.clear()
     ratio, gap, batches = 0.0, 0.0, taught.minibatches(context.train_rows)
     for batch in batches:
-        metrics = loss_of(context, models, experience, given, batch).metrics
+        metrics = phase.loss(models, lesson, batch).metrics
         ratio = max(ratio, float(metrics["log_ratio_abs"].max()))
         gap = max(gap, float(metrics["rollout_gap"].max()))
     rollout = experience.forest.edges.log_prob[torch.cat([batch.row for batch in batches])]
@@ -231,11 +233,12 @@ def trained(model: SD3, network: str, updates: int, prompts: Sequence[Prompt]) -
     context = replace(context, algorithm=branching)
     trainable = Trainable(wide.network)
     optimizer = torch.optim.AdamW(trainable.masters, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    learners = {"policy": Learner(trainable, optimizer)}
     watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
     for iteration in range(updates):
         experience = collect(context, prompts, iteration, Counter(), Clock())
-        given = credit(context, experience)
-        update(context, experience, given, trainable, None, optimizer, iteration, Counter(), Clock(), watcher)
+        taught = lessons(context, prompts, iteration, experience, [credit(context, experience)])
+        learn(context, prompts, taught, learners, Counter(), Clock(), watcher)
     with quiet():
         return wide.network.to(model.dtype)
 
@@ -320,14 +323,15 @@ def recomputation(a: argparse.Namespace) -> str:
         grown = plans_of(a.steps, a.roots)["chain"]
         one = setting_for(model, dynamics, grown, clip, 1.0, (24, 6), 0)
         trainable = Trainable(model.network)
-        optimizer = torch.optim.SGD(trainable.masters, lr=0.0)
+        learners = {"policy": Learner(trainable, torch.optim.SGD(trainable.masters, lr=0.0))}
         watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
         experience = collect(one, prompts, 0, Counter(), Clock())
         given, seconds, counts = credit(one, experience), ([], []), Counter()
         for _ in range(a.repeats):
             for side, context in enumerate((one, replace(one, updates=2))):
                 counts, began = Counter(), time.process_time()
-                update(context, experience, given, trainable, None, optimizer, 0, counts, Clock(), watcher)
+                taught = lessons(context, prompts, 0, experience, [given])
+                learn(context, prompts, taught, learners, counts, Clock(), watcher)
                 seconds[side].append(time.process_time() - began)
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
         lines.append(f"| {dtype} | {counts.train} | {counts.old} | {ratio:.3f} |")

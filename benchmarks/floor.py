@@ -31,8 +31,8 @@ from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 from tempflow.train.guards import Guards
-from tempflow.train.update import update
-from tempflow.train.weights import Trainable
+from tempflow.train.update import learn, lessons
+from tempflow.train.weights import Learner, Trainable
 
 SIZE = Size(32, 32)
 
@@ -191,14 +191,15 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     print(f"  rollout + decode / bare at its fastest batch ({best_rows} rows, {1 / best:.0f}/s) = {ours / fastest:.3f}")
 
     trainable = Trainable(context.model.network)
-    optimizer = torch.optim.AdamW(trainable.masters, lr=0.0, fused=True)
+    learners = {"policy": Learner(trainable, torch.optim.AdamW(trainable.masters, lr=0.0, fused=True))}
     experience = collect(context, prompts, 0, Counter(), Clock())
     given = credit(context, experience)
     watcher = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
 
     def one_update() -> float:
         clock = Clock()
-        update(context, experience, given, trainable, None, optimizer, 1, Counter(), clock, watcher)
+        taught = lessons(context, prompts, 1, experience, [given])
+        learn(context, prompts, taught, learners, Counter(), clock, watcher)
         return clock.seconds["train"]
 
     steps = sizes_of(context, one_update)

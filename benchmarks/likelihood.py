@@ -94,11 +94,11 @@ def group_of(prompts: int, steps: int) -> Group:
     )
     chosen = list(load_prompts("shapes:train"))
     chosen = chosen[:: len(chosen) // prompts][:prompts]
-    experience = collect(context, chosen, 0, Counter(), Clock())
+    experience = collect(context, chosen, 0, Counter(), Clock()).of(context.algorithm.first)
     edges = experience.forest.edges
     return Group(
         model=model,
-        predict=predictors(context, experience)["policy"],
+        predict=predictors(context, experience.prompts)["policy"],
         schedule=experience.schedule,
         texts=tuple(p.text for p in chosen),
         x0=experience.forest.nodes[edges.child].float(),

@@ -35,8 +35,8 @@ from tempflow.rewards.remote import remote
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 from tempflow.train.guards import Guards
-from tempflow.train.update import update
-from tempflow.train.weights import Trainable
+from tempflow.train.update import learn, lessons
+from tempflow.train.weights import Learner, Trainable
 
 SIZE = Size(32, 32)
 GROWING = ("rollout", "decode", "signals")
@@ -114,14 +114,14 @@ def context_for(leaves: int) -> Context:
 def iteration_of(context: Context, prompts: list[Prompt]) -> Callable[[], Seen]:
     """Iteration 0, again and again: the learning rate is 0."""
     trainable = Trainable(context.model.network)
-    optimizer = torch.optim.SGD(trainable.masters, lr=0.0)
+    learners = {"policy": Learner(trainable, torch.optim.SGD(trainable.masters, lr=0.0))}
     guards = Guards(GuardsConfig(), lambda iteration, alarms: None, print)
 
     def iterate() -> Seen:
         clock, began = Clock(), time.perf_counter()
         experience = collect(context, prompts, 0, Counter(), clock)
-        given = credit(context, experience)
-        update(context, experience, given, trainable, None, optimizer, 0, Counter(), clock, guards)
+        taught = lessons(context, prompts, 0, experience, [credit(context, experience)])
+        learn(context, prompts, taught, learners, Counter(), clock, guards)
         took = time.perf_counter() - began
         return Seen(took, sum(clock.seconds[name] for name in GROWING), clock.seconds["reward"])
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.learning import METHODS
+from tempflow.algorithms.lesson import Batch
 from tempflow.config import parse_config
 from tempflow.core.groups import moments
 from tempflow.data.prompts import load_prompts
@@ -27,7 +28,7 @@ from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Advantages, Experience, collect, credit
-from tempflow.train.update import Batch, loss_of, predictors
+from tempflow.train.update import lessons, predictors
 
 SIZE = Size(32, 32)
 
@@ -75,11 +76,12 @@ def gradient(context: Context, experience: Experience, given: Advantages, rows: 
     parameters = [p for p in context.model.network.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = None
-    models = predictors(context, experience)
+    models, phase = predictors(context, experience.prompts), context.algorithm.first
+    (lesson,) = lessons(context, experience.prompts, experience.iteration, experience, [given])
     for part in rows.split(context.train_rows):
         zeros, count = torch.zeros_like(part), len(part)
         batch = Batch(part, zeros, torch.arange(count), count, valid, 1)
-        (loss_of(context, models, experience, given, batch).value * (count / valid)).backward()
+        (phase.loss(models, lesson, batch).value * (count / valid)).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 

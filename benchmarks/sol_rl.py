@@ -50,8 +50,8 @@ from tempflow.rewards import build, score_all
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import collect, credit
 from tempflow.train.guards import Guards
-from tempflow.train.update import update
-from tempflow.train.weights import Drafter, Trainable, WeightSets
+from tempflow.train.update import learn, lessons
+from tempflow.train.weights import Drafter, Learner, Trainable, WeightSets
 
 SIZE, SEED, ROWS = Size(32, 32), 11, 192
 FULL_STEPS, KEEP = 10, 24
@@ -257,7 +257,9 @@ class Side:
         clock, counter = Clock(), Counter()
         experience = collect(self.context, prompts, 0, counter, clock)
         given = credit(self.context, experience)
-        update(self.context, experience, given, self.trainable, None, self.optimizer, 0, counter, clock, self.watcher)
+        taught = lessons(self.context, prompts, 0, experience, [given])
+        learners = {"policy": Learner(self.trainable, self.optimizer)}
+        learn(self.context, prompts, taught, learners, counter, clock, self.watcher)
         return clock, counter
 
 

@@ -229,15 +229,15 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     from tempflow.train.experience import collect, credit
     from tempflow.train.guards import Guards
     from tempflow.train.parallel import SINGLE
-    from tempflow.train.state import optimizer_of
-    from tempflow.train.update import update
+    from tempflow.train.update import learn, lessons
 
     device, said = model.device, list[str]()
     config = configured(shape, name, device, updates)
     rewards, prompts = rewards_of(config, brightness), [Prompt("row 0")]
     algorithm = config.algorithm.build()
-    context, trainable, _ = context_of(config, model, algorithm, rewards, True, None, SINGLE, lambda _: None)
-    before, optimizer = trainable.state(), optimizer_of(config, trainable)
+    context, learners = context_of(config, model, algorithm, rewards, True, None, SINGLE, lambda _: None)
+    trainable = learners["policy"].trainable
+    before = trainable.state()
     counter = Counter(guided=context.guidance.rows > 1)
     guards = Guards(config.guards, lambda *_: None, said.append)
     training_pass(model, shape)()  # libraries choose their kernels
@@ -246,14 +246,15 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     experience = collect(context, prompts, 0, counter, clock)
     wait(device)
     drawn = time.perf_counter() - started
-    advantages = credit(context, experience)
-    metrics = update(context, experience, advantages, trainable, None, optimizer, 0, counter, clock, guards)
+    given = [credit(context, experience, phase) for phase in algorithm.phases]
+    taught = lessons(context, prompts, 0, experience, given)
+    metrics = learn(context, prompts, taught, learners, counter, clock, guards)
     wait(device)
     seconds, (forwards, backwards) = time.perf_counter() - started, watch.stop()
     weights = trainable.state()
     peak = peak_gib(device)
     trainable.load(before)
-    edges = "log_ratio_max" in metrics and not context.algorithm.renoise
+    edges = "log_ratio_max" in metrics and algorithm.first.replays
     return {
         "peak GiB": peak,
         "seconds": seconds,

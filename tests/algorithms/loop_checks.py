@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,13 @@ def bench_of(algorithm: Algorithm, **options: Any) -> Bench:
     score = judging(lambda x, sigma, rows: x.flatten(1).mean(1))
     judged = {} if algorithm.latent_reward is None else {"latent_reward": score}
     return Bench(algorithm=algorithm, **{**judged, **options})
+
+
+def phased(algorithm: Algorithm, **changes: Any) -> Algorithm:
+    """The same with those parts of its one phase."""
+    phase: Any
+    (phase,) = algorithm.phases
+    return replace(algorithm, phases=(replace(phase, **changes),))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

@@ -38,7 +38,7 @@ from tempflow.core.forest import Forest
 from tempflow.train.experience import credit
 
 FOLDER = Path(algorithms.__file__).parent
-EDGES = {name for name, make in ALGORITHMS.items() if make().renoise is None}
+EDGES = {name for name, make in ALGORITHMS.items() if "edges" in make().first.keeps}
 PICTURES_ALONE = {
     "vipo": "a ratio at every position needs the latent's rows and columns",
     "vipo, region": "its map has the latent's rows and columns",

@@ -153,11 +153,11 @@ def test_noise_follows_the_kind_where_it_is_not_given():
 
 def test_what_the_defaults_compose():
     a = tempflow_grpo()
-    assert (a.name, a.steps, a.dynamics, a.weight) == ("tempflow_grpo", 10, FlowSDE(0.7), weight.noise_aware)
+    assert (a.name, a.steps, a.dynamics, a.first.weight) == ("tempflow_grpo", 10, FlowSDE(0.7), weight.noise_aware)
     assert a.objective == clipped(1e-4, 1e-4, 0.004, "exact")
     assert (a.credit.by, a.credit.scale, a.credit.unbiased) == (("prompt", "root", "step"), "group", False)
     b = flow_grpo()
-    assert (b.name, b.steps, b.dynamics, b.weight) == ("flow_grpo", 10, FlowSDE(0.7), weight.uniform)
+    assert (b.name, b.steps, b.dynamics, b.first.weight) == ("flow_grpo", 10, FlowSDE(0.7), weight.uniform)
     assert b.objective == clipped(1e-4, 1e-4, 0.04, "drift")
     assert (b.credit.by, b.credit.scale, b.credit.eps, b.credit.clip) == (("prompt", "step"), "global", 1e-4, 5.0)
     assert tempflow_grpo(clip_high=2e-4).objective.clip.high == 2e-4
@@ -197,11 +197,11 @@ def test_flow_grpo_gives_every_step_of_a_chain_its_leaf_advantage():
 def test_noise_aware_weights_of_the_paper():
     algorithm = tempflow_grpo()
     forest = grown(algorithm, prompts=1)
-    weights = algorithm.weight(forest, shifted(10), algorithm.dynamics)
+    weights = algorithm.first.weight(forest, shifted(10), algorithm.dynamics)
     by_step = [float(weights[forest.edges.step == i][0]) for i in range(9)]
     np.testing.assert_allclose(by_step, [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508], atol=6e-4)
     flat = tempflow_grpo(weight="uniform")
-    assert torch.equal(flat.weight(forest, shifted(10), flat.dynamics), torch.ones(len(forest.edges)))
+    assert torch.equal(flat.first.weight(forest, shifted(10), flat.dynamics), torch.ones(len(forest.edges)))
 
 
 # -------------------------------------------------------------------------------------------------- reductions
@@ -245,9 +245,10 @@ def test_seed_group_advantages_sum_to_zero_by_seed_and_step():
 
 
 # ----------------------------------------------------------------------------------------------------- composing
-def compose(**changes) -> Algorithm:
+def compose(objective=None, **changes) -> Algorithm:
     base = tempflow_grpo(steps=4, seeds=1, branches=2)
-    return replace(base, name="own", **changes)
+    phase = base.first if objective is None else base.first.taught(objective)
+    return replace(base, name="own", phases=(phase,), **changes)
 
 
 BAD_COMPOSITIONS = [

@@ -91,7 +91,7 @@ def test_the_score_functions_gradient_by_hand() -> None:
     x, y = forest.nodes[edges.parent[rows]], forest.nodes[edges.child[rows]]
     sigmas = experience.schedule.sigmas
     s, t = (sigmas[edges.step[rows] + n].view(-1, 1, 1, 1) for n in (0, 1))
-    v = predictors(bench.context, experience)["policy"](x, sigmas[edges.step[rows]], edges.prompt[rows])
+    v = predictors(bench.context, experience.prompts)["policy"](x, sigmas[edges.step[rows]], edges.prompt[rows])
     std = t * (1 - t**2 * (1 - s) ** 2 / (s**2 * (1 - t) ** 2)).sqrt()
     mean = (1 - t) * (x - s * v) + (t**2 - std**2).clamp(min=0).sqrt() * (x + (1 - s) * v)
     log_p = Normal(mean, std).log_prob(y).flatten(1).mean(1)

@@ -275,11 +275,11 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
         calls["left"] -= 1
         if calls["left"] == 0:
             raise Killed
-        return update(*arguments)
+        return learn(*arguments)
 
-    whole, update = go("whole"), trainer.update
+    whole, learn = go("whole"), trainer.learn
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "update", dies)
+        patch.setattr(trainer, "learn", dies)
         with pytest.raises(Killed):
             go("cut")
     cut = go("cut", resume=True)

@@ -13,10 +13,11 @@ from family import FAMILY
 from loop_checks import Images, bench_of, check_counts, check_first_ratio, judging
 from torch import Tensor, nn
 
+from tempflow.algorithms.lesson import POLICY
 from tempflow.core.rollout import Noise
 from tempflow.train.experience import Experience, check_scored, credit, rollout_metrics
 from tempflow.train.guards import GuardError
-from tempflow.train.update import accumulate, predictors, training_batch
+from tempflow.train.update import _Teaching, predictors
 
 by_name = pytest.mark.parametrize("name", FAMILY)
 Value = float | None
@@ -179,9 +180,8 @@ def test_two_updates_share_chunks_and_split_none(name: str) -> None:
     experience = bench.collect()
     given = credit(bench.context, experience)
     algorithm = bench.context.algorithm
-    assert algorithm.units is not None
-    unit = algorithm.units(experience.whole, 0)
-    taught = training_batch(bench.context, experience, given, 0, ())
+    unit = algorithm.first.units(experience.whole, 0)
+    taught = bench.items(experience, given)
     seen: list[int] = []
     for part in taught.updates(2):
         for batch in part.minibatches(3):
@@ -198,11 +198,12 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
     bench = bench_of(FAMILY[name](4))
     experience = bench.collect()
     given = credit(bench.context, experience)
-    taught = training_batch(bench.context, experience, given, 0, ())
-    models = predictors(bench.context, experience)
-    wanted = accumulate(bench.context, models, experience, given, taught, 1.0, bench.trainable, may_pause=False).metrics
+    taught = bench.items(experience, given)
+    lesson, models = bench.lesson(experience, given), predictors(bench.context, experience.prompts)
+    teaching = _Teaching(bench.context, bench.context.algorithm.first, models, lesson, bench.trainable, POLICY)
+    wanted = teaching.accumulate(taught, 1.0, may_pause=False).metrics
     bench.trainable.zero_grad()
-    others = taught.of_rank(0, 0)  # this rank owns none of them
+    others = taught.where(torch.zeros(len(taught.row), dtype=torch.bool))  # this rank owns none of them
     experience.forest.nodes.fill_(math.nan)
     learnt: list[Tensor] = []  # states whose gradients reach the weights: times 0, NaN would stay NaN
 
@@ -211,7 +212,7 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
             out.register_hook(lambda grad: learnt.append(given[0]))
 
     bench.model.network.register_forward_hook(listen)
-    sums = accumulate(bench.context, models, experience, given, others, 1.0, bench.trainable, may_pause=False)
+    sums = teaching.accumulate(others, 1.0, may_pause=False)
     assert (sums.loss, sums.rows) == (0, 0) and not any(sums.largest.values())
     assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
     assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())

@@ -14,6 +14,7 @@ from loop_checks import (
     check_learns,
     check_no_spread,
     gradient,
+    phased,
     second,
 )
 
@@ -31,7 +32,6 @@ from tempflow.core.schedule import linear, shifted
 from tempflow.core.units import AdaptiveChunks, ChunkSampler, FixedChunks, leaf_of, whole_path
 from tempflow.core.weight import uniform
 from tempflow.train.experience import credit
-from tempflow.train.update import training_batch
 
 
 def small(**fields) -> Algorithm:
@@ -44,11 +44,11 @@ ADAPTIVE = {"sizes": None, "largest": 2}
 def test_defaults_and_cost() -> None:
     a = gcpo()
     assert a.cost(0, 1) == Cost(204, 12, 192) and a.objective.unit == "chunk" and a.observe == ()
-    assert a.units == FixedChunks((2, 3, 4, 7), ChunkSampler(0.5, False)) and a.objective.tightest_clip == 5e-5
+    assert a.first.units == FixedChunks((2, 3, 4, 7), ChunkSampler(0.5, False)) and a.objective.tightest_clip == 5e-5
     assert set(a.plan(0, 0).start) == {0} and len(set(gcpo(shared_noise=False).plan(0, 0).start)) == 12
     assert (a.credit.scale, a.credit.unbiased, a.credit.eps) == ("group", True, 1e-8)
     paper = gcpo(sizes=None, share=1.0)
-    assert paper.units == AdaptiveChunks(4, ChunkSampler(1.0, False)) and paper.observe == (RelativeChange(),)
+    assert paper.first.units == AdaptiveChunks(4, ChunkSampler(1.0, False)) and paper.observe == (RelativeChange(),)
     assert gcpo(weighted=True).observe == (RelativeChange(),)
 
 
@@ -70,18 +70,18 @@ def test_chunks_that_are_not_drawn_are_neither_computed_nor_counted(weighted: bo
     check_counts(algorithm, share=0.5)
     bench = Bench(algorithm=algorithm)
     experience = bench.collect()
-    taught = training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
+    taught = bench.items(experience, credit(bench.context, experience))
     assert taught.valid == taught.units == len(taught.row) == 6 * 4 * 2
     per_path = torch.bincount(leaf_of(experience.whole)[taught.row])
     assert bool((per_path == 2).all())
-    again = training_batch(bench.context, experience, credit(bench.context, experience), 1, ())
+    again = bench.items(experience, credit(bench.context, experience), 1)
     assert set(again.row.tolist()) != set(taught.row.tolist())
 
 
 def test_a_chunk_is_never_split_by_micro_batches() -> None:
     bench = Bench(algorithm=small(sizes=(4,)), train_rows=6)
     experience = bench.collect()
-    taught = training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
+    taught = bench.items(experience, credit(bench.context, experience))
     leaf = leaf_of(experience.whole)
     for batch in taught.minibatches(6):
         assert len(batch.row) == 4 and len(leaf[batch.row].unique()) == 1
@@ -93,7 +93,7 @@ def test_a_chunk_is_never_split_by_micro_batches() -> None:
 def flow(algorithm: Algorithm, **changes) -> Algorithm:
     """Flow-GRPO with GCPO's plan and credit: what differs is the chunk alone."""
     base = flow_grpo(steps=5, group=4, clip=0.02, kl=0.0)
-    return replace(base, plan=algorithm.plan, credit=algorithm.credit, **changes)
+    return phased(replace(base, plan=algorithm.plan, credit=algorithm.credit), **changes)
 
 
 def test_chunks_of_one_step_are_flow_grpo() -> None:
@@ -127,7 +127,7 @@ def test_adaptive_chunks_come_from_the_rollouts_own_l1rel() -> None:
     experience = bench.collect()
     edges = experience.whole.edges
     assert edges.traits["l1rel"].shape == (len(edges),) and float(edges.traits["l1rel"].min()) > 0
-    unit = bench.context.algorithm.units(experience.whole, 0)
+    unit = bench.context.algorithm.first.units(experience.whole, 0)
     assert torch.equal(unit >= 0, edges.trained) and len(unit[unit >= 0].unique()) >= 2 * 4 * len(PROMPTS)
 
 
@@ -136,12 +136,12 @@ def test_reweighting_is_the_codes_by_the_chunks_middle_step() -> None:
     """√((T − m)/m), m = start + size // 2: of T 17 and (2, 3, 4, 7) the steps 1, 3, 7 and 12."""
     algorithm = gcpo(reweight=True)
     forest = skeleton([algorithm.plan(0, 0)], range(1))
-    found = algorithm.weight(forest, shifted(17), algorithm.dynamics).double()
+    found = algorithm.first.weight(forest, shifted(17), algorithm.dynamics).double()
     want = [4.0] * 2 + [2.1602468994692867] * 3 + [1.1952286093343936] * 4 + [0.6454972243679028] * 7
     by_step = [found[forest.edges.step == i] for i in range(16)]
     torch.testing.assert_close(torch.stack([v[0] for v in by_step]), torch.tensor(want, dtype=torch.float64))
     assert all(bool((v == v[0]).all()) for v in by_step)
-    assert gcpo().weight is uniform
+    assert gcpo().first.weight is uniform
     plain, heavy = gradient(small(sizes=(2, 2))), gradient(small(sizes=(2, 2), reweight=True))
     assert float((heavy - plain).abs().max()) > 1e-3 * float(plain.abs().max())
 

@@ -23,7 +23,18 @@ from tempflow.algorithms import ALGORITHMS, Algorithm
 
 WANT = frozen.read()
 
-CARRIERS = {"EdgeBatch", "Clipped", "LeafBatch", "Loss", "Noised", "Old", "PairBatch", "Peers", "Replayed"}
+CARRIERS = {
+    "EdgeBatch",
+    "Clipped",
+    "LeafBatch",
+    "Loss",
+    "NoiseBatch",
+    "Noised",
+    "Old",
+    "PairBatch",
+    "Peers",
+    "Replayed",
+}
 """Classes of the losses' files that carry a batch or a result; losses are composed of all the rest."""
 
 ELSEWHERE = {"draft_precision": {"int8", "float8", "nvfp4"}}
@@ -63,13 +74,15 @@ def flipped(algorithm: Algorithm) -> Algorithm:
 
 
 def scaled(algorithm: Algorithm) -> Algorithm:
-    return replace(algorithm, weight=lambda *given: algorithm.weight(*given) * 1.01)
+    phase: Any = algorithm.first
+    weighted = replace(phase, weight=lambda *given: phase.weight(*given) * 1.01)
+    return replace(algorithm, phases=(weighted,))
 
 
 def wider(algorithm: Algorithm) -> Algorithm:
     """Its clip is another: the first update is the same, and the second is not."""
     objective = algorithm.objective
-    return replace(algorithm, objective=replace(objective, clip=replace(objective.clip, high=0.3, low=0.3)))  # type: ignore[union-attr, type-var]
+    return algorithm.taught(replace(objective, clip=replace(objective.clip, high=0.3, low=0.3)))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from loop_checks import (
     check_learns,
     check_no_spread,
     gradient,
+    phased,
 )
 
 from tempflow.algorithms.base import Algorithm
@@ -33,13 +34,13 @@ def small(**fields) -> Algorithm:
 def test_defaults_and_cost() -> None:
     a = grpo_guard()
     assert a.cost(0, 1) == Cost(240, 24, 216) and a.objective.ratio == NormRatio() and a.objective.keeps_mean
-    assert (a.objective.clip.low, a.objective.clip.high, a.weight) == (2e-6, 2e-6, inverse_step)
+    assert (a.objective.clip.low, a.objective.clip.high, a.first.weight) == (2e-6, 2e-6, inverse_step)
     assert a.plan(0, 0) == flow_grpo().plan(0, 0) and a.dynamics == FlowSDE(0.7)
     dance = grpo_guard(kind="dance", noise_level=0.3)
-    assert dance.weight is dance_published and dance.dynamics == DanceSDE(0.3)
+    assert dance.first.weight is dance_published and dance.dynamics == DanceSDE(0.3)
     last = [noisy for i, noisy in zip(dance.plan(0, 0).step, dance.plan(0, 0).stochastic, strict=True) if i == 9]
     assert not any(last)
-    assert grpo_guard(weight="equalised").weight is equalised
+    assert grpo_guard(weight="equalised").first.weight is equalised
     assert grpo_guard(clip_high=4e-6).objective.clip.high == 4e-6
 
 
@@ -59,7 +60,7 @@ def test_it_learns_and_takes_a_kl() -> None:
 
 def weights_by_step(algorithm: Algorithm) -> torch.Tensor:
     whole = skeleton([algorithm.plan(0, 0)], [0])
-    got = algorithm.weight(whole, linear(10, 3.0), algorithm.dynamics)
+    got = algorithm.first.weight(whole, linear(10, 3.0), algorithm.dynamics)
     return torch.stack([got[whole.edges.step == i][0] for i in range(9)]).double()
 
 
@@ -100,10 +101,10 @@ def test_the_first_update_is_flow_grpos_with_weights_times_s(kind: str) -> None:
         return equalised(forest, schedule, dynamics) * s
 
     plain = flow_grpo(steps=4, group=5, clip=0.01, kl=0.0, std="group")
-    plain = replace(plain, plan=guard.plan, dynamics=guard.dynamics, weight=times_s)
+    plain = phased(replace(plain, plan=guard.plan, dynamics=guard.dynamics), weight=times_s)
     a, b = gradient(guard), gradient(plain)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
-    other = gradient(replace(plain, weight=noise_aware))
+    other = gradient(phased(plain, weight=noise_aware))
     cosine = torch.nn.functional.cosine_similarity(a, other, 0)
     assert float(a.abs().max()) > 1e-4 and float(cosine) < 0.9999
 

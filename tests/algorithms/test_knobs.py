@@ -83,7 +83,7 @@ def test_rewards_rise(make: Make) -> None:
 @by_name
 def test_plans_and_dynamics_are_flow_grpos(make: Make) -> None:
     base = flow_grpo()
-    assert (make().name, make().dynamics, make().weight) == (make.__name__, base.dynamics, base.weight)
+    assert (make().name, make().dynamics, make().first.weight) == (make.__name__, base.dynamics, base.first.weight)
     assert make().plan(3, 1) is base.plan(3, 1) and make().plan(0, 0).cost() == Cost(240, 24, 216)
     for iteration in range(4):
         assert make(train_steps=2).plan(iteration, 0) is flow_grpo(train_steps=2).plan(iteration, 5)
@@ -260,7 +260,7 @@ def test_gspo_has_one_ratio_a_path() -> None:
     assert algorithm.objective == clipped(0.02, 0.02, ratio=ChunkRatio())
     assert gspo().objective == clipped(5e-5, 5e-5, ratio=ChunkRatio())
     experience = Bench(algorithm=algorithm).collect()
-    units = algorithm.units(experience.whole, 0)  # type: ignore[misc]
+    units = algorithm.first.units(experience.whole, 0)  # type: ignore[attr-defined]
     edges = experience.whole.edges
     trained = units[edges.trained]
     assert len(torch.unique(trained)) == 36 and bool((torch.bincount(trained) == 3).all())

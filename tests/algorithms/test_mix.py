@@ -119,7 +119,7 @@ def test_a_window_of_all_steps_is_flow_grpo() -> None:
     ours = mix(window=6, shared_noise=False, rewards="scores")
     other = flow_grpo(steps=6, group=6, clip=0.02, kl=0.0, std="group", kl_form="exact")
     assert ours.plan(3, 1) == other.plan(3, 1)
-    assert (ours.dynamics, ours.objective, ours.weight) == (other.dynamics, other.objective, other.weight)
+    assert (ours.dynamics, ours.objective, ours.first) == (other.dynamics, other.objective, other.first)
     torch.testing.assert_close(gradient(replace(ours, credit=other.credit)), gradient(other), rtol=0, atol=0)
 
 

@@ -109,7 +109,7 @@ def test_grpo_guard_is_its_authors_configuration() -> None:
     """config/grpo_guard.py: T 10, 24 a prompt, clip 2e-6 both ways, std of the group, β 0; the loss over sqrt_dt²."""
     a = grpo_guard()
     assert (a.steps, a.plan(0, 0).roots, a.credit.scale, a.objective.weight_sets) == (10, 24, "group", ("policy",))
-    assert (a.objective.clip.low, a.objective.clip.high, a.weight) == (2e-6, 2e-6, inverse_step)
+    assert (a.objective.clip.low, a.objective.clip.high, a.first.weight) == (2e-6, 2e-6, inverse_step)
 
 
 def test_tempflows_default_clip_is_flow_grpos() -> None:
@@ -157,7 +157,7 @@ def test_the_released_solver_walks_by_default(make: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- AdvantageFlow
 def test_advantage_flow_has_the_papers_settings() -> None:
     a = advantage_flow()
-    assert (a.steps, a.plan(0, 0).roots, a.renoise.times.count(10), a.credit.scale, a.credit.clip) == (
+    assert (a.steps, a.plan(0, 0).roots, a.first.renoise.times.count(10), a.credit.scale, a.credit.clip) == (
         10,
         4,
         1,

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from fake import PROMPTS, SIZE, Bench, Fake, same, weights
-from loop_checks import check_errors
+from loop_checks import check_errors, phased
 from PIL import Image
 from torch import Tensor
 
 from tempflow.algorithms import diffusion_dpo, online_dpo, sft
 from tempflow.algorithms.base import Algorithm
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.config import Config
 from tempflow.core import plan
 from tempflow.core.draft import Draft
@@ -116,10 +117,9 @@ def test_sft_is_plain_flow_matching() -> None:
     algorithm, latents = sft(3), some_latents(6)
     got = gradient(bench(algorithm, latents))
     ids = [(0, slot, 0) for slot in range(6)]
-    assert algorithm.renoise is not None
     model = Fake()
     model.network.double()
-    t, noise = algorithm.renoise(5, ids, model.schedule(1, SIZE), (2, 2, 2))  # 5: the bench's seed
+    t, noise = algorithm.first.renoise(5, ids, model.schedule(1, SIZE), (2, 2, 2))  # 5: the bench's seed
     x0, noise = latents.double().repeat_interleave(3, 0), noise.double().flatten(0, 1)
     tokens = model.encode(asked(PROMPTS), SIZE).tensors["embeds"].double().repeat_interleave(3, 0)
     velocity = model.network(corrupt(x0, noise, t.flatten()), t.flatten(), tokens)
@@ -192,7 +192,8 @@ def test_a_sample_that_is_not_finite_is_failed_and_left_out() -> None:
 
 
 def test_grid_times_come_from_the_model_s_grid_of_that_many_steps() -> None:
-    algorithm = replace(sft(), steps=4, renoise=replace(sft().renoise, times=GridTimes(1.0)))  # type: ignore[type-var]
+    renoise = replace(sft().first.renoise, times=GridTimes(1.0))  # type: ignore[attr-defined]
+    algorithm = replace(phased(sft(), renoise=renoise), steps=4)
     assert algorithm.cost(0, 1) == Cost(0, 0, 4)
     run = bench(algorithm)
     assert run.iterate()["trained_edges"] == 4 * len(PROMPTS)
@@ -211,7 +212,7 @@ PAIR = OfflineSamples(("chosen", "rejected"), (1.0, 0.0))
         ),
         ({"offline": OfflineSamples(("image",), (1.0,))}, r"plan: grows a rollout"),
         ({"offline": None}, r"steps: 1, but the plan has 0"),
-        ({"renoise": None}, r"renoise: None, and offline samples have no edges"),
+        ({"phases": (EdgePhase(clipped(0.1, 0.1)),)}, r"phases: one learns from edges, and offline samples have none"),
         ({"dynamics": FlowSDE(0.7)}, r"dynamics: is a rollout's, and samples are given in its place"),
         ({"draft": Draft(4, 2)}, r"draft: is a rollout's"),
         ({"latent_reward": "folder"}, r"latent_reward: is a rollout's"),

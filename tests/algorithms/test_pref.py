@@ -49,7 +49,7 @@ def test_rewards_rise() -> None:
 
 def test_what_the_defaults_compose() -> None:
     a = pref_grpo()
-    assert (a.name, a.steps, a.dynamics, a.weight) == ("pref_grpo", 25, FlowSDE(0.7), weight.inverse_step)
+    assert (a.name, a.steps, a.dynamics, a.first.weight) == ("pref_grpo", 25, FlowSDE(0.7), weight.inverse_step)
     assert a.credit == WinRate(GroupZScore(by=("prompt", "step"), unbiased=True, eps=1e-8, clip=5.0), 3)
     assert a.objective == clipped(1e-4, 1e-4, 0.0, "exact", NormRatio())
     part = a.plan(0, 0)

@@ -14,11 +14,10 @@ from loop_checks import bench_of
 from test_forward_family import SMALL
 
 from tempflow.algorithms import ALGORITHMS, Algorithm
-from tempflow.algorithms.base import Seeded
+from tempflow.algorithms.lesson import Seeded
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import linear
 from tempflow.train.experience import credit
-from tempflow.train.update import training_batch
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -51,20 +50,16 @@ DRAWING: dict[str, dict[str, Any]] = {
 
 def drawn(algorithm: Algorithm) -> Any:
     """What is trained over some iterations and slots."""
-    if algorithm.units is not None and algorithm.name == "gcpo":
+    if algorithm.name == "gcpo":
         bench = Bench(algorithm=algorithm, seed=_seed(algorithm))
         experience = bench.collect()
-        return (
-            training_batch(bench.context, experience, credit(bench.context, experience), 0, ())
-            .row.sort()
-            .values.tolist()
-        )
+        return bench.items(experience, credit(bench.context, experience)).row.sort().values.tolist()
     grids = [algorithm.schedule(i, linear(algorithm.steps)).sigmas.tolist() for i in range(12)]
     return grids, [algorithm.plan(i, slot) for i in range(12) for slot in range(3)]
 
 
 def _seed(algorithm: Algorithm) -> int:
-    return algorithm.units.sampler.seed  # type: ignore[union-attr]
+    return algorithm.first.units.sampler.seed  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -77,7 +72,10 @@ def test_two_seeds_draw_different_steps_and_one_the_same(name: str) -> None:
 def test_every_algorithm_that_can_draw_is_looked_at() -> None:
     """By what its parts are at its defaults, and by its arguments."""
     made = {name: make() for name, make in ALGORITHMS.items()}
-    seeded = {name for name, a in made.items() if any(isinstance(p, Seeded) for p in (a.plan, a.grid, a.units))}
+    parts = {
+        name: (a.plan, a.grid, *(p for phase in a.phases for p in vars(phase).values())) for name, a in made.items()
+    }
+    seeded = {name for name, of in parts.items() if any(isinstance(p, Seeded) for p in of)}
     knobs = {"train_steps", "branch_steps", "order"}
     asked = {name for name, make in ALGORITHMS.items() if knobs & inspect.signature(make).parameters.keys()}
     assert seeded | asked == DRAWING.keys()

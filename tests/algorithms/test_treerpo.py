@@ -15,11 +15,13 @@ from loop_checks import (
     check_learns,
     check_no_spread,
     gradient,
+    phased,
     second,
 )
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo
+from tempflow.algorithms.lesson import Batch
 from tempflow.algorithms.mix_grpo import mix_grpo
 from tempflow.core import weight
 from tempflow.core.credit import GroupZScore
@@ -29,7 +31,7 @@ from tempflow.core.plan import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import linear
 from tempflow.train.experience import Experience, credit
-from tempflow.train.update import Batch, edge_batch, predictors
+from tempflow.train.update import predictors
 
 
 def tree(**options: object) -> Algorithm:
@@ -37,8 +39,8 @@ def tree(**options: object) -> Algorithm:
 
 
 def batch_of(bench: Bench, experience: Experience, rows: torch.Tensor) -> EdgeBatch:
-    lessons = Batch(rows, torch.zeros_like(rows), torch.arange(len(rows)), len(rows), len(rows), 1)
-    return edge_batch(bench.context, experience, credit(bench.context, experience), lessons)
+    items = Batch(rows, torch.zeros_like(rows), torch.arange(len(rows)), len(rows), len(rows), 1)
+    return bench.batch(experience, credit(bench.context, experience), items)
 
 
 def test_thirty_edges_and_sixteen_leaves_where_independent_paths_have_sixty_four() -> None:
@@ -131,14 +133,13 @@ def test_with_one_child_no_pull_and_a_fixed_clip_it_is_mix_grpo() -> None:
 def test_without_sensitivity_and_pull_it_is_the_clipped_ratio_on_the_tree() -> None:
     plain = tree(sensitivity=0.0, imitation=0.0)
     bare = replace(
-        plain,
-        objective=clipped(0.02, 0.02),
+        plain.taught(clipped(0.02, 0.02)),
         credit=replace(plain.credit.inner.inner, inner=GroupZScore(by=("prompt", "step"), unbiased=True, eps=1e-8)),  # pyright: ignore
     )
     torch.testing.assert_close(second(plain), second(bare), rtol=0, atol=0)
     narrow = {"imitation": 0.0, "clip": 0.002}  # both leave 1, and clips differ
     assert not torch.equal(second(tree(**narrow)), second(tree(sensitivity=0.0, **narrow)))
-    assert not torch.allclose(gradient(replace(plain, weight=weight.uniform)), gradient(plain), rtol=1e-3)
+    assert not torch.allclose(gradient(phased(plain, weight=weight.uniform)), gradient(plain), rtol=1e-3)
 
 
 def test_the_clip_has_more_room_upward_for_good_edges_and_less_downward() -> None:
@@ -150,7 +151,7 @@ def test_the_clip_has_more_room_upward_for_good_edges_and_less_downward() -> Non
     torch.testing.assert_close(u, batch.advantage.clamp(-1, 1))
     for shift in (0.015, 0.025, -0.015, -0.025):
         moved = replace(batch, log_prob=batch.log_prob - math.log1p(shift))
-        loss = bench.context.algorithm.edge_objective(predictors(bench.context, experience), moved)
+        loss = bench.context.algorithm.objective(predictors(bench.context, experience.prompts), moved)
         room = torch.where(torch.tensor(shift > 0), 0.02 * (1 + 0.5 * u), 0.02 * (1 - 0.5 * u))
         assert torch.equal(loss.metrics["outside_clip"] > 0, abs(shift) > room)
 
@@ -175,7 +176,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
     edges, whole = experience.whole.edges, experience.whole
     rows = edges.trained.nonzero()[:, 0]
     batch = batch_of(bench, experience, rows)
-    term = bench.context.algorithm.edge_objective(predictors(bench.context, experience), batch).metrics["imitation"]
+    term = bench.context.algorithm.objective(predictors(bench.context, experience.prompts), batch).metrics["imitation"]
     sigma = experience.schedule.at(batch.step)
     edge, leaf = whole.descent
     score = experience.scores.value[:, 0]
@@ -186,7 +187,9 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
         for e in (edges.prompt == slot).nonzero()[:, 0].tolist():
             target = path[int(edges.step[e])]
             both = torch.tensor([e, target])
-            v = predictors(bench.context, experience)["policy"](batch.x[both], sigma[both], batch.rows[both]).detach()
+            v = predictors(bench.context, experience.prompts)["policy"](
+                batch.x[both], sigma[both], batch.rows[both]
+            ).detach()
             assert float(term[e]) == pytest.approx(float((v[0] - v[1]).square().mean()), rel=1e-3, abs=1e-7)
             assert (float(term[e]) < 1e-7) == bool(edges.parent[e] == edges.parent[target])
 

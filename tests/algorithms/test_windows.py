@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loop_checks import check_same_runs, second
+from loop_checks import check_same_runs, phased, second
 
 from tempflow.algorithms import Algorithm, flash_grpo, flow_grpo, flow_grpo_fast
 from tempflow.core.objective.edges import EdgeBatch
@@ -32,10 +32,10 @@ def test_fast_with_a_full_window_is_flow_grpo() -> None:
     full = flow_grpo_fast(window=10, kind="sde", noise_level=0.7, clip=1e-4, kl=0.04)
     other = flow_grpo(kl_form="exact")
     assert full.plan(3, 2) == other.plan(3, 2)
-    assert (full.dynamics, full.credit, full.weight, full.objective) == (
+    assert (full.dynamics, full.credit, full.first.weight, full.objective) == (
         other.dynamics,
         other.credit,
-        other.weight,
+        other.first.weight,
         other.objective,
     )
 
@@ -47,7 +47,7 @@ def test_flash_at_a_single_step_is_a_window_of_one() -> None:
     assert flash.plan(0, 0) == fast.plan(0, 0)
     check_same_runs(flash, replace(fast, dynamics=flash.dynamics))
     drawn = flash_grpo(steps=4, group=6, first_steps=3, clip=0.02)
-    even = replace(drawn, weight=uniform)
+    even = phased(drawn, weight=uniform)
     assert not torch.equal(second(drawn), second(even))  # prompts at different steps: weights are not 1
 
 
@@ -75,7 +75,7 @@ def test_the_ratio_is_exactly_one_before_any_update(make: type) -> None:
     forest = rollout(plans, algorithm.dynamics, shifted(6), predict, Noise(7), shape=(4,))
     edges = forest.edges
     rows = edges.trained.nonzero()[:, 0]
-    weight = algorithm.weight(forest, shifted(6), algorithm.dynamics)[rows]
+    weight = algorithm.first.weight(forest, shifted(6), algorithm.dynamics)[rows]
     batch = EdgeBatch(
         forest.nodes[edges.parent[rows]],
         forest.nodes[edges.child[rows]],
@@ -96,7 +96,7 @@ def test_flash_weights_are_one_where_all_prompts_share_a_step() -> None:
     algorithm = flash_grpo(steps=6, first_steps=1)
     plans = [algorithm.plan(0, slot) for slot in range(3)]
     forest = rollout(plans, algorithm.dynamics, shifted(6), lambda x, s, r: 0.5 * x, Noise(1), shape=(2,))
-    assert torch.allclose(algorithm.weight(forest, shifted(6), algorithm.dynamics), torch.ones(len(forest.edges)))
+    assert torch.allclose(algorithm.first.weight(forest, shifted(6), algorithm.dynamics), torch.ones(len(forest.edges)))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ SMALL = {
 
 
 def trajectory(config: Config) -> bool:
-    return config.algorithm.build().renoise is None and config.algorithm.build().latent_reward is None
+    return "edges" in config.algorithm.build().first.keeps and config.algorithm.build().latent_reward is None
 
 
 def check_recipe(name: str) -> None:
@@ -80,7 +80,7 @@ def check_recipe(name: str) -> None:
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
     model = bench.model_of("tiny", dtype)
     plain = algorithm.objective
-    heard = replace(algorithm, objective=bench.Heard(plain.clip, plain.ratio, plain.regularizers))  # type: ignore[union-attr]
+    heard = algorithm.taught(bench.Heard(plain.clip, plain.ratio, plain.regularizers))
     rows, grown = (config.rollout_rows, config.train_rows), bench.plans_of(4, 1)["chain"]
     any_other = bench.setting_for(model, FlowSDE(0.7), grown, 1e-4, config.model.guidance, rows, config.seed)
     context = replace(
@@ -92,7 +92,7 @@ def check_recipe(name: str) -> None:
     with bench.SplitSums():
         experience = collect(context, PROMPTS[:1], 0, Counter(), Clock())
         seen = bench.first_update(context, experience)
-    assert seen.ratio == 0 <= algorithm.edge_objective.tightest_clip / 10 and seen.roundings < LIMIT
+    assert seen.ratio == 0 <= algorithm.objective.tightest_clip / 10 and seen.roundings < LIMIT
 
 
 def test_the_shipped_recipe_for_sd35_passes_its_first_update() -> None:

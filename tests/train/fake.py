@@ -14,11 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tempflow.algorithms import Algorithm, flow_grpo, tempflow_grpo
-from tempflow.algorithms.lesson import Batch, Lesson
+from tempflow.algorithms.lesson import Batch, Lesson, Role
+from tempflow.algorithms.phase import LeafPhase, NoisePhase
 from tempflow.config import Config
 from tempflow.config.guards import GuardsConfig
 from tempflow.core.ema import Ema, Frozen
+from tempflow.core.objective.distill import DistributionMatching, FlowMatching
+from tempflow.core.objective.preference import Supervised
+from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule, linear
+from tempflow.core.times import UniformTimes
 from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
@@ -184,6 +189,19 @@ def flow(**options: Any) -> Algorithm:
     return flow_grpo(**{"steps": 4, "group": 6, "clip": 0.02, "kl": 0.0, **options})
 
 
+def two_roles(rollout: bool = True) -> Algorithm:
+    """A policy and a fake score: Flow-GRPO's edges and the rollout's clean samples (unless without a `rollout`), then
+    distribution matching from fresh noises."""
+    matching = NoisePhase(DistributionMatching(), count=3)
+    follows = NoisePhase(FlowMatching(), count=3, updates=2, role="fake")
+    role = Role("fake", rate=2.0, weight_sets={"slow": Ema(0.5)})
+    if not rollout:
+        return Algorithm("matching", (matching, follows), 4, roles=(role,))
+    base = flow(kl=0.05, std="group")
+    samples = LeafPhase(Supervised(), Renoise(UniformTimes(2)), role="fake")
+    return replace(base, name="two_roles", roles=(role,), phases=(base.first, samples, follows, matching))
+
+
 class Bench:
     """What one iteration needs, without a run around it. `sharded`: the network is shared out over the ranks."""
 
@@ -231,7 +249,10 @@ class Bench:
             own = Trainable(own_copy(network))
             moves = torch.optim.AdamW(own.masters, lr=rate * role.rate, weight_decay=0.0)
             self.learners[role.name] = Learner(own, moves, WeightSets.of_role(role, own))
-        roles = {name: learner.trainable.network for name, learner in self.learners.items() if name != "policy"}
+        roles = dict[str, nn.Module]()
+        for name, learner in self.learners.items():
+            roles |= {n: weights.network() for n, weights in learner.sets.sets.items()} if name != "policy" else {}
+            roles |= {name: learner.trainable.network} if name != "policy" else {}
         self.context = replace(self.context, sets={**self.context.sets, **roles})
         self.counter, self.clock, self.said = Counter(), Clock(), list[str]()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Velocity, album, brightness, config, flow, tempflow
+from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Velocity, album, brightness, config, flow, tempflow, two_roles
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -45,6 +45,7 @@ ALGORITHMS = {
     "dapo": lambda: dapo(steps=4, group=6, clip=0.02, clip_high=0.03),
     "diffusion_dpo": lambda: diffusion_dpo(pairs=3, beta=20.0),
     "sft": lambda: sft(pairs=3, kl=0.1),
+    "two_roles": two_roles,
 }
 
 
@@ -183,7 +184,9 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
         return kept(*args)
 
     optimizer.step = step  # type: ignore[method-assign]
-    patched.learners = {"policy": replace(patched.learners["policy"], optimizer=optimizer)}
+    for role, learner in patched.learners.items():
+        own = optimizer if role == "policy" else torch.optim.SGD(learner.trainable.masters, lr=0.2, momentum=0.5)
+        patched.learners[role] = replace(learner, optimizer=own)
     metrics, judged = dict[str, float](), None
     for iteration in range(2 if "twice" in words else 1):
         experience = patched.collect(iteration, prompts=prompts)
@@ -198,6 +201,9 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
     tensors |= {f"after/{n}": whole(m.detach()) for n, m in zip(trainable.names, trainable.masters, strict=True)}
     for set_name, weights in {"average": patched.average, **patched.sets}.items():
         tensors |= {f"{set_name}/{n}": whole(value) for n, value in weights.named().items()}
+    for role, learner in patched.learners.items():
+        tensors |= {f"{role}/{n}": whole(value) for n, value in learner.trainable.named().items()}
+        tensors |= {f"{role}/{s}/{n}": v for s, w in learner.sets.sets.items() for n, v in w.named().items()}
     tensors["advantage"] = judged.advantage.value
     if world.first:
         out.mkdir(parents=True)

@@ -265,7 +265,7 @@ def _check_roles(algorithm: Algorithm) -> None:
     for phase in algorithm.phases:
         if phase.role not in (POLICY, *names):
             raise ValueError(
-                f"phases: role {phase.role!r} is not there; nearest valid: Role({phase.role!r}) in `roles`"
+                f"phases: {phase.role!r} is no role; nearest valid: Role({phase.role!r}) in `roles`"
             )
     missing = [s for s in algorithm.sets if s != "reference" and s not in algorithm.weight_sets]
     if missing:

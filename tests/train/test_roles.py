@@ -1,0 +1,274 @@
+"""Roles and phases: several networks with optimizers of their own in one iteration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake import PROMPTS, Bench, Fake, Velocity, brightness, config, flow, same, two_roles
+from test_state import Countdown, Killed, assert_equal, dies
+from torch import nn
+
+from tempflow.algorithms import Algorithm
+from tempflow.algorithms.lesson import POLICY, Role
+from tempflow.algorithms.phase import NoisePhase
+from tempflow.config.guards import GuardsConfig
+from tempflow.core.ema import Copy
+from tempflow.core.objective.distill import DistributionMatching, FlowMatching
+from tempflow.core.offline import OfflineSamples
+from tempflow.request import asked
+from tempflow.train import checkpoint, trainer
+from tempflow.train.guards import GuardError, Guards
+from tempflow.train.state import load_learner, optimizer_tensors
+from tempflow.train.trainer import train
+from tempflow.train.update import learn, lessons, predictors, update
+from tempflow.train.weights import own_copy
+
+
+def quiet(bench: Bench, guards: GuardsConfig | None = None) -> Guards:
+    return Guards(guards or GuardsConfig(), lambda iteration, alarms: None, bench.said.append)
+
+
+def learned(bench: Bench, iteration: int = 0, guards: GuardsConfig | None = None) -> dict[str, float]:
+    """An iteration of an algorithm without a rollout."""
+    prompts = asked(PROMPTS)
+    given = lessons(bench.context, prompts, iteration, None, ())
+    metrics = learn(bench.context, prompts, given, bench.learners, bench.counter, bench.clock, quiet(bench, guards))
+    for learner in bench.learners.values():
+        learner.sets.update()
+    return metrics
+
+
+def apart() -> Bench:
+    """Two roles without a rollout, whose reference knows another mean than the policy."""
+    bench, teacher = Bench(algorithm=two_roles(rollout=False), rate=0.05), Velocity()
+    with torch.no_grad():
+        teacher.mean.bias.add_(torch.linspace(-0.6, 0.6, 8))
+    bench.context = replace(bench.context, sets={**bench.context.sets, "reference": teacher})
+    return bench
+
+
+def masters(bench: Bench) -> dict[str, torch.Tensor]:
+    named = ((role, learner.trainable.state()) for role, learner in bench.learners.items())
+    return {f"{role}/{name}": value for role, state in named for name, value in state.items()}
+
+
+def held(bench: Bench) -> dict[str, torch.Tensor]:
+    """All roles' weights and moments."""
+    return masters(bench) | {
+        f"moments/{role}/{name}": value.clone()
+        for role, learner in bench.learners.items()
+        for name, value in optimizer_tensors(learner.optimizer, learner.trainable.names).items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the network
+def test_a_copy_has_trained_parameters_of_its_own_and_shares_the_rest() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    network[0].requires_grad_(False)
+    copy = own_copy(network)
+    for (name, mine), (_, theirs) in zip(network.named_parameters(), copy.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine.requires_grad == theirs.requires_grad
+        assert (mine is theirs) == name.startswith("0."), name
+    assert network[1].running_mean is copy[1].running_mean
+    x = torch.ones(4, 2)
+    copy(x).sum().backward()
+    assert network[2].weight.grad is None and copy[2].weight.grad is not None
+
+
+def test_where_a_lora_is_trained_a_role_is_a_second_lora_on_one_base() -> None:
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    network = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    copy = own_copy(network)
+    shared = {id(p) for p in network.parameters()} & {id(p) for p in copy.parameters()}
+    assert shared == {id(p) for p in network.parameters() if not p.requires_grad} and len(shared) == 4
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    x = torch.ones(1, 4)
+    assert torch.equal(network(x), base(x)) and not torch.equal(copy(x), network(x))
+
+
+# --------------------------------------------------------------------------------------------------------- an iteration
+def test_each_role_learns_by_its_own_phases_and_all_is_counted() -> None:
+    bench = apart()
+    before, metrics = masters(bench), learned(bench)
+    after = masters(bench)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert (metrics["updates"], metrics["fake/updates"]) == (1, 2) and {"gap", "fake/error"} <= metrics.keys()
+    assert (metrics["trained_edges"], metrics["fake/trained_edges"]) == (6 * 3, 6 * 3 * 2)
+    counter, cost = bench.counter, bench.context.algorithm.cost(0, 6)
+    assert counter.train == cost.trained_edges == 18 + 36 and (cost.forwards, counter.rollout) == (0, 0)
+    assert counter.reference == 18 * 5 + 36 * 4
+    slow = bench.learners["fake"].sets.sets["slow"]
+    assert slow.updates == 1 and not same(slow.named(), bench.learners["fake"].trainable.named())
+
+
+def test_a_phase_moves_its_role_alone() -> None:
+    for role in (POLICY, "fake"):
+        bench = apart()
+        lessons_of = lessons(bench.context, asked(PROMPTS), 0, None, ())
+        phases = zip(bench.context.algorithm.phases, lessons_of, strict=True)
+        phase, lesson = next((phase, lesson) for phase, lesson in phases if phase.role == role)
+        before, learner = masters(bench), bench.learners[role]
+        update(
+            bench.context,
+            phase,
+            predictors(bench.context, asked(PROMPTS)),
+            lesson,
+            learner,
+            bench.counter,
+            bench.clock,
+            quiet(bench),
+        )
+        moved = {name for name, value in masters(bench).items() if not torch.equal(value, before[name])}
+        assert moved == {name for name in before if name.startswith(f"{role}/")}
+
+
+def test_noises_are_functions_of_role_update_slot_and_number() -> None:
+    bench = Bench(algorithm=two_roles(rollout=False))
+    student, fake = bench.context.algorithm.phases
+    lesson = lessons(bench.context, asked(PROMPTS), 0, None, ())[0]
+    whole = fake.batch(lesson, fake.items(lesson))  # type: ignore[attr-defined]
+    assert len(whole) == 6 * 3 * 2 == len(whole.x.flatten(1).unique(dim=0))
+    some = fake.items(lesson).where(torch.arange(36) % 5 == 2)
+    part = fake.batch(lesson, some)  # type: ignore[attr-defined]
+    rows = (torch.arange(36) % 5 == 2).nonzero()[:, 0]
+    assert torch.equal(part.x, whole.x[rows]) and part.ids == tuple(whole.ids[int(r)] for r in rows)
+    assert torch.equal(part.normal("x"), whole.normal("x")[rows]) and float(part.uniform("u").max()) < 1
+    other = student.batch(lesson, student.items(lesson))  # type: ignore[attr-defined]
+    assert not any(bool((x == whole.x).flatten(1).all(1).any()) for x in other.x)
+    left = replace(lesson, skip=(1, 4))
+    assert set((fake.items(left).row % 18 // 3).tolist()) == {0, 2, 3, 5}
+
+
+def test_what_is_not_finite_in_one_role_moves_none() -> None:
+    """The policy's phase comes first here and has stepped when the fake score's second update breaks."""
+    bench = apart()
+    learned(bench)
+    before = held(bench)
+    calls = iter(range(100))
+
+    def breaks(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor | None:
+        trained = out.requires_grad and next(calls) >= 1
+        return out * torch.nan if trained else None
+
+    handle = bench.learners["fake"].trainable.network.register_forward_hook(breaks)
+    skip = GuardsConfig.model_validate({"non_finite": {"action": "skip", "patience": 3}})
+    assert learned(bench, 1, skip)["updates"] == 0 and same(before, held(bench))
+    assert any("nan" in line for line in bench.said) and next(calls) >= 2
+    calls = iter(range(100))
+    stop = GuardsConfig.model_validate({"non_finite": {"action": "stop"}})
+    with pytest.raises(GuardError):
+        learned(bench, 1, stop)
+    assert same(before, held(bench))
+    handle.remove()
+    learned(bench, 1)
+    assert not same(before, held(bench))
+
+
+def test_student_and_fake_score_in_turn_take_the_student_to_its_teacher() -> None:
+    """Gaussian data whose mean another network knows, by whose velocity alone the student is taught."""
+    bench = apart()
+    goal = bench.context.sets["reference"].get_parameter("mean.bias").detach()
+    away = float((bench.model.network.mean.bias - goal).norm())
+    for iteration in range(40):
+        learned(bench, iteration)
+    assert float((bench.model.network.mean.bias - goal).norm()) < 0.15 * away
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+def go(folder: Path, rollout: bool = True, resume: bool = False) -> Path:
+    options: dict[str, Any] = {
+        "iterations": 5,
+        "optimizer": {"updates_per_iteration": 2, "ema_decay": 0.7},
+        "checkpoint": {"every": 2},
+    }
+    run = train(
+        config(folder, **options),
+        model=Fake(),
+        reward=brightness,
+        prompts=PROMPTS,
+        algorithm=two_roles(rollout),
+        quiet=True,
+        resume=resume,
+    )
+    return run.folder
+
+
+@pytest.mark.parametrize("rollout", [True, False])
+def test_a_killed_run_of_two_roles_resumes_bitwise(
+    rollout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(tmp_path / "whole" / "toy", rollout)
+    for left in (4, 13):
+        folder = tmp_path / str(left) / "toy"
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.Records, "_append", Countdown(left, dies).wrap(trainer.Records._append))
+            with pytest.raises(Killed):
+                go(folder, rollout)
+        assert_equal(whole, go(folder, rollout, resume=True))
+    kept = checkpoint.read(checkpoint.newest(whole)).tensors
+    assert {"policy/weights", "policy/optimizer", "fake/weights", "fake/optimizer", "fake/set.slow"} <= kept.keys()
+    assert not same(dict(kept["policy/weights"]), dict(kept["fake/weights"]))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["fake/updates"] == 2 and line["fake/loss"] > 0 for line in lines)
+
+
+def test_a_checkpoint_without_a_role_is_refused(tmp_path: Path) -> None:
+    folder = go(tmp_path / "toy")
+    newest = checkpoint.newest(folder)
+    saved = checkpoint.read(newest)
+    tensors = {name: part for name, part in saved.tensors.items() if not name.startswith("fake/")}
+    bench = Bench(algorithm=two_roles())
+    with pytest.raises(checkpoint.CheckpointError, match="fake/weights is missing, and 'fake' learns"):
+        load_learner("fake", bench.learners["fake"], tensors, {})
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+MATCHING, FOLLOWS = NoisePhase(DistributionMatching(), 3), NoisePhase(FlowMatching(), 3, role="fake")
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no phase of the policy": ({"phases": (FOLLOWS,)}, "phases: none is of the policy"),
+    "a role that is missing": ({"roles": ()}, "phases: 'fake' is no role; nearest valid: Role('fake') in `roles`"),
+    "a role without a phase": ({"phases": (NoisePhase(FlowMatching(learner="policy"), 1),)}, "learns in no phase"),
+    "two of a name": ({"roles": (Role("fake"), Role("fake"))}, "must be distinct"),
+    "a set without a rule": ({"phases": (NoisePhase(DistributionMatching(teacher="old"), 1), FOLLOWS)}, "'old' has no"),
+    "a draft without a plan": ({"offline": OfflineSamples(("image",), (1.0,))}, "offline: is a rollout's"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_parts_that_do_not_fit_are_refused(kind: str) -> None:
+    change, message = REFUSED[kind]
+    parts: dict[str, Any] = {"name": "x", "phases": (MATCHING, FOLLOWS), "steps": 4, "roles": (Role("fake"),)}
+    assert Algorithm(**parts).networks == ("reference", "fake")
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        Algorithm(**{**parts, **change})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "policy"}, "'policy' is taken"),
+        ({"name": ""}, "is taken or no name"),
+        ({"name": "a/b"}, "is taken or no name"),
+        ({"name": "fake", "rate": 0.0}, "rate 0.0 must be finite and above 0"),
+        ({"name": "fake", "betas": (0.9, 1.0)}, r"betas \(0.9, 1.0\) must be in"),
+    ],
+)
+def test_a_role_s_fields_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Role(**given)
+    assert Role("fake", weight_sets={"old": Copy()}).rate == 1.0
+
+
+def test_a_rollout_is_asked_for_where_a_phase_learns_from_one() -> None:
+    with pytest.raises(ValueError, match="plan: trains none of its edges"):
+        Algorithm("x", (flow().first,), 4)
