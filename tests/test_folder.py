@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 from tempflow import folder
 from tempflow.cli import main
 from tempflow.config import to_yaml
-from tempflow.folder import MARKER, check, check_file, claim, foreign, put, remove, seal, write_json
+from tempflow.folder import MARKER, check, check_file, check_idle, claim, foreign, held, put, remove, seal, write_json
 from tempflow.recipes import RECIPES
 
 
@@ -264,3 +267,75 @@ def test_a_file_of_ours_is_written_anew(tmp_path: Path) -> None:
     text(tmp_path / "empty.json", "")
     for path in (tmp_path / "empty.json", Path("/dev/null")):
         check_file(path)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+HOLD = "import sys; from tempflow.folder import held\nwith held(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
+
+
+@contextmanager
+def at_work(place: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is at work in the folder."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdin=pipe, stdout=pipe, text=True)
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "in\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = claim(tmp_path / "out", "samples")
+    check_idle(place)  # nobody has ever been there
+    told = rf"^output: another process is at work in '{place}'; wait .*, such as '{place}-2'$"
+    with at_work(place) as process:
+        with pytest.raises(ValueError, match=told), held(place):
+            pytest.fail("two at once")
+        with pytest.raises(ValueError, match=r"^pictures: another process"), monkeypatch.context() as patch:
+            patch.setattr(folder, "ASKING", 0.01)
+            check_idle(place, "pictures")
+        process.kill()
+        process.wait()
+        with held(place) as taken:  # the lock's file is still there
+            assert taken == place and (place / ".lock").is_file()
+            with pytest.raises(ValueError, match=told), held(place):  # in one process too
+                pytest.fail("two at once")
+    check_idle(place)
+    check(place, "samples")
+
+
+def test_every_verb_that_writes_into_a_folder_leaves_one_alone_in_which_another_process_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "ASKING", 0.01)
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    prompts, few = str(tmp_path / "p.txt"), ["--steps", "1", "--count", "1"]
+    verbs = {
+        "suite": ["suite", "diversity", "--prompts", prompts, *few, "--samples", "2", "--output"],
+        "samples": ["sample", "shapes", "--prompt", "a red circle", "--steps", "1", "--output"],
+        "eval": ["eval", *few, "--pictures"],
+    }
+    for name, words in verbs.items():
+        place = claim(tmp_path / name, "suite" if name == "suite" else "pictures")
+        with held(place):
+            before = sorted(place.iterdir())
+            assert main([*words, str(place)]) == 2
+            assert sorted(place.iterdir()) == before
+        (line,) = [t for t in capsys.readouterr().err.splitlines() if "at work" in t]
+        assert line.endswith(
+            f"another process is at work in '{place}'; wait until it has ended, or choose another "
+            f"folder, such as '{place}-2'"
+        )
+
+
+def test_a_file_is_written_whole_and_through_a_link(tmp_path: Path) -> None:
+    file = write_json(tmp_path / "f.json", {"a": 1})
+    (tmp_path / "link.json").symlink_to(file)
+    inode = file.stat().st_ino
+    with file.open() as before:
+        write_json(tmp_path / "link.json", {"a": 2})
+        assert json.load(before)["a"] == 1  # whoever reads has the old one, whole
+    assert json.loads(file.read_text())["a"] == 2 and (tmp_path / "link.json").is_symlink()
+    assert file.stat().st_ino != inode and sorted(p.name for p in tmp_path.iterdir()) == ["f.json", "link.json"]

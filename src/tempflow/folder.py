@@ -1,6 +1,8 @@
 """Where results go. A verb writes only into a folder that it made, that was empty, or that carries its mark; it
 replaces and deletes only what it wrote itself.
 
+One process at a time writes into a folder: whoever does holds its lock, the file `.lock` (`held`).
+
 A folder's mark is the file `.tempflow.json`, which names what the folder is: `{"tempflow": "run"}`. A sealed folder,
 one that is replaced as a whole, lists its files and their contents there too. A single file of ours says so in its
 first lines.
@@ -13,9 +15,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 MARKER = ".tempflow.json"
 PIPELINE = "model_index.json"
@@ -26,6 +31,12 @@ REPLACED = ("model", "checkpoints")
 
 FILE_MARKS = (b'"generator": "tempflow"', b'name="generator" content="tempflow"', b"# generator: tempflow")
 """What a JSON file, a page or a configuration of ours has in its first `HEAD` bytes."""
+
+LOCK = ".lock"
+"""Held while a process writes into a folder; the system lets go of it when the process ends, however it ends."""
+
+ASKING = 2.0
+"""Seconds that `check_idle` gives others that ask at the same time, each for a moment."""
 
 HEAD = 1024
 MAX_BYTES = 2**24
@@ -71,6 +82,39 @@ def claim(path: str | Path, kind: str, field: str = "output") -> Path:
     except OSError as error:
         raise ValueError(f"{field}: {str(path)!r} cannot be written ({error}); choose another folder") from error
     return place
+
+
+@contextmanager
+def held(path: str | Path, field: str = "output", wait: float = 0.0) -> Iterator[Path]:
+    """While it lasts no other process that asks has the folder, which is there (`claim`). Gives the folder.
+
+    Of a run's ranks the first alone asks. The file that is locked stays behind; it holds nobody up. Raises ValueError,
+    naming `field`, where another process is at work in the folder for more than `wait` seconds, or the folder cannot be
+    written.
+    """
+    place = Path(path)
+    lock = FileLock(place / LOCK, timeout=wait)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{field}: another process is at work in {str(path)!r}; wait until it has ended, or choose another folder, "
+            f"such as {free(place)!r}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{field}: {str(path)!r} cannot be written ({error}); choose another folder") from error
+    try:
+        yield place
+    finally:
+        lock.release()
+
+
+def check_idle(path: str | Path, field: str = "output") -> None:
+    """Raises ValueError as `held` does, before expensive work, where another process is at work in the folder now.
+    Several processes that only ask, as the ranks of a run do, are not in each other's way."""
+    if (Path(path) / LOCK).is_file():
+        with held(path, field, ASKING):
+            pass
 
 
 def kind_of(path: Path) -> str | None:
@@ -156,13 +200,22 @@ def check_file(path: str | Path, field: str = "output") -> None:
 
 
 def write_file(path: str | Path, text: str, field: str = "output") -> Path:
-    """Writes a text that has one of `FILE_MARKS` in its head; makes the folders above. Raises ValueError as
-    `check_file` does."""
+    """Writes a text that has one of `FILE_MARKS` in its head; makes the folders above. A file is written whole or not
+    at all, whoever else writes it. Raises ValueError as `check_file` does."""
     place = Path(path)
     assert any(mark in text[:HEAD].encode() for mark in FILE_MARKS)
     check_file(place, field)
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(text, encoding="utf-8")
+    if place.exists() and not place.is_file():  # a device
+        place.write_text(text, encoding="utf-8")
+        return place
+    target = place.resolve()  # a link stays one
+    new = target.with_name(f".{target.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
     return place
 
 

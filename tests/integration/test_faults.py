@@ -518,7 +518,7 @@ OTHER = [
     Fault(
         "second process resumes a run that goes on",
         second_run(lambda scene: ["--resume", str(scene.run)]),
-        (r"output: another process is at work on the run in '\S+toy'",),
+        (r"output: another process is at work in '\S+toy'",),
         status=0,
         kept=4,
         harmless=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from tempflow.core.credit import Advantage, group_index
 from tempflow.core.forest import Edges, Forest, Leaves
-from tempflow.train.records import by_step
+from tempflow.train import records
+from tempflow.train.identity import Identity
+from tempflow.train.records import Records, by_step
 
 
 def forest(steps: list[int], trained: list[bool]) -> Forest:
@@ -66,3 +69,21 @@ def test_agrees_with_an_iteration_of_a_run() -> None:
     whole = (advantage.value.abs() * weight)[live].double().sum().item()
     assert sum(line["edges"] * line["credit"] for line in lines) == pytest.approx(whole)
     assert all(line["spread"] > 0 for line in lines)
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both looked at the folder while nothing was there."""
+    claim = records.claim
+
+    def late(folder: Path, kind: str) -> Path:
+        monkeypatch.setattr(records, "claim", claim)
+        Records(folder, "name: first", Identity({}, {})).close()
+        return claim(folder, kind)
+
+    monkeypatch.setattr(records, "claim", late)
+    for _ in range(2):  # the one that was refused let go of the folder
+        with pytest.raises(ValueError, match="already holds a run"):
+            Records(tmp_path / "run", "name: second", Identity({}, {}))
+    assert (tmp_path / "run" / "config.yaml").read_text() == "name: first"

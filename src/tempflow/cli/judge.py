@@ -184,7 +184,7 @@ def scorer_of(text: str, own: Mapping[str, ScorerConfig], field: str = "rewards"
 def _check_outputs(options: EvalOptions) -> None:
     """Before work is done that could not be written down, or only over what is not ours."""
     from tempflow.evaluate.suite import FOLDER
-    from tempflow.folder import check, check_file
+    from tempflow.folder import check, check_file, check_idle
 
     output = Path(options.output)
     if options.output and (output.is_dir() or not output.parent.is_dir()):
@@ -194,6 +194,7 @@ def _check_outputs(options: EvalOptions) -> None:
         check_file(output)
     if options.pictures:
         check(options.pictures, FOLDER, "pictures")
+        check_idle(options.pictures, "pictures")
 
 
 def _write(options: EvalOptions, how: Settings, report: Report) -> None:
@@ -212,7 +213,7 @@ def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Seque
     from tempflow.evaluate.grid import grid
     from tempflow.evaluate.source import guidance_for
     from tempflow.evaluate.suite import FOLDER, draw_strips
-    from tempflow.folder import claim
+    from tempflow.folder import claim, held
 
     texts = [prompt.text for prompt in prompts]
     strips = draw_strips(
@@ -225,5 +226,5 @@ def _draw_grid(options: EvalOptions, how: Settings, model: Model, prompts: Seque
         rows=how.rows,
         samples_per_prompt=options.samples_per_prompt,
     )
-    with writing("pictures", options.pictures):
-        grid(strips, texts, claim(options.pictures, FOLDER, "pictures") / "grid.png")
+    with writing("pictures", options.pictures), held(claim(options.pictures, FOLDER, "pictures"), "pictures") as folder:
+        grid(strips, texts, folder / "grid.png")

@@ -18,7 +18,7 @@ from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.evaluate.figures import Report
 from tempflow.evaluate.source import find, load_source
-from tempflow.folder import check, claim
+from tempflow.folder import check, check_idle, claim, held
 from tempflow.media import Media, Size
 from tempflow.models.family import check_size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
@@ -292,16 +292,23 @@ def sample_path(
 
     Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
     written over. Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours
-    (`folder.check`) or names would not sort any more; NotFiniteError, when all others are written, for pictures that
-    are not finite.
+    (`folder.check`), another process is at work in it, or names would not sort any more; NotFiniteError, when all
+    others are written, for pictures that are not finite.
     """
     check(out, FOLDER, "output")
-    files = numbered(Path(out), len(prompts))
+    check_idle(out, "output")
+    numbered(Path(out), len(prompts))
     model = load_source(find(path), device=device)
     guide = guided(guidance, model.guidance)
-    claim(out, FOLDER, "output")
+    how = _Sampling(steps, guide, seed, size, rows=64, samples=1)
+    with held(claim(out, FOLDER, "output")) as folder:
+        return _written(model, prompts, how, numbered(folder, len(prompts)))
+
+
+def _written(model: Model, prompts: Sequence[Prompt], how: _Sampling, files: list[Path]) -> list[Path]:
+    """Writes the files; returns them. See `sample_path`."""
     broken: list[Tensor] = []
-    for slots, seen in _drawn(model, prompts, _Sampling(steps, guide, seed, size, rows=64, samples=1)):
+    for slots, seen in _drawn(model, prompts, how):
         for row, file in enumerate(files[slots.start : slots.stop]):
             if bool(seen.ok[row]):
                 seen.media.write(row, file)
@@ -309,7 +316,7 @@ def sample_path(
     lost = told(torch.cat(broken), [p.text for p in prompts])
     if lost:
         whole = int((torch.cat(broken) == WHOLE).sum())
-        raise NotFiniteError("; ".join(lost) + f". The other {whole} are in {out}")
+        raise NotFiniteError("; ".join(lost) + f". The other {whole} are in {files[0].parent}")
     return files
 
 

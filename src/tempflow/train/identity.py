@@ -28,7 +28,7 @@ from tempflow import algorithms, rewards
 from tempflow.algorithms.base import Algorithm
 from tempflow.config import Config
 from tempflow.data.prompts import SHAPES, source_path
-from tempflow.folder import PIPELINE, check, contents, kind_of
+from tempflow.folder import LOCK, PIPELINE, check, contents, kind_of
 from tempflow.models import HUB_ID, local_folder
 from tempflow.models.lora import ADAPTER_CONFIG
 from tempflow.request import Prompt
@@ -53,9 +53,6 @@ Digests = Mapping[str, str]
 
 RUN = "run"
 """What a run's folder is marked as."""
-
-LOCK = ".lock"
-"""Held while a run goes on; the system lets go of it when the process ends, however it ends."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.table import Table
 from torch import Tensor
 
@@ -27,12 +27,12 @@ from tempflow.core.forest import Forest
 from tempflow.core.groups import moments
 from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import Report
-from tempflow.folder import claim
+from tempflow.folder import claim, held
 from tempflow.models.protocol import Model
 from tempflow.train.context import Clock, Counter
 from tempflow.train.experience import Advantages
 from tempflow.train.guards import Alarm
-from tempflow.train.identity import FILE, LOCK, RUN, Identity, check_new, go_on
+from tempflow.train.identity import FILE, RUN, Identity, check_new, go_on
 
 LINES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "alarms.jsonl")
 """Written line by line; equal between two runs of one seed, however often they were resumed."""
@@ -51,7 +51,7 @@ class Records:
     def __init__(
         self, folder: Path, config_yaml: str, identity: Identity, resumed: bool = False, write: bool = True
     ) -> None:
-        self._lock = FileLock(folder / LOCK, timeout=0)
+        self._held = ExitStack()
         self.identity, self.go_on = identity, go_on(folder, identity)
         if not resumed:
             check_new(folder, write)
@@ -64,24 +64,25 @@ class Records:
         if not write:
             return
         claim(folder, RUN)
+        self._held.enter_context(held(folder))
         try:
-            self._lock.acquire()
+            if not resumed:
+                check_new(folder)  # another process may have begun and ended a run here meanwhile
             (folder / "config.yaml").write_text(config_yaml)
             (folder / FILE).write_text(json.dumps(identity.to_json(), indent=1) + "\n")
             for name in LINES:
                 (folder / name).touch()
             (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-        except Timeout as error:
-            raise ValueError(
-                f"output: another process is at work on the run in {str(folder)!r}; wait, or choose another folder"
-            ) from error
+        except ValueError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise ValueError(f"output: {str(folder)!r} cannot be written ({error}); choose another folder") from error
 
     def close(self) -> None:
         """Lets other processes have the folder."""
-        self._lock.release()
+        self._held.close()
 
     def iteration(self, iteration: int, metrics: Mapping[str, float], counter: Counter, clock: Clock) -> None:
         """One line each in metrics.jsonl and timings.jsonl."""

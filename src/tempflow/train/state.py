@@ -19,7 +19,7 @@ from tempflow.config import Config, load_config, parse_config
 from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
 from tempflow.evaluate.suite import Report
-from tempflow.folder import MARKER, foreign, kind_of
+from tempflow.folder import MARKER, check_idle, foreign, kind_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
@@ -193,8 +193,8 @@ def _named(field: str) -> Iterator[None]:
 def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
     """What can be told without work.
 
-    Raises CheckpointError where there is no run; ValueError where the folder is not a run's own, where the run would
-    write over its own model, and where it was given objects in Python that are not `given` now.
+    Raises CheckpointError where there is no run; ValueError where the folder is not a run's own, where the run still
+    goes on, where it would write over its own model, and where it was given objects in Python that are not `given` now.
     """
     if not (folder / "config.yaml").is_file() and not (folder / checkpoint.FOLDER).is_dir():
         with _named("resume"):
@@ -204,6 +204,7 @@ def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
             f"resume: {str(folder)!r} has no {MARKER} of a run, so nothing is written there; nearest valid: a folder "
             "that `tempflow train` made (of a copied run, copy that file too)"
         )
+    check_idle(folder)
     fault = foreign(folder / "model")
     if fault is not None:
         raise ValueError(

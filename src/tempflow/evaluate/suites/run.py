@@ -26,7 +26,7 @@ from tempflow.evaluate.suites.gallery import FOLDER, PICTURES, Key, gallery, is_
 from tempflow.evaluate.suites.readers import number_of
 from tempflow.evaluate.suites.scorers import Scorer
 from tempflow.evaluate.suites.table import Suite
-from tempflow.folder import check, claim, free, write_json
+from tempflow.folder import check, claim, free, held, write_json
 from tempflow.models import local_folder, resolved_device
 from tempflow.models.finite import WHY
 from tempflow.request import Prompt
@@ -124,18 +124,24 @@ def run(job: Job, say: Say) -> tuple[Table, ...]:
 
     say  told in a line what goes on
 
-    Raises ValueError for an output that is not ours, or was made with other settings, for prompts that cannot be
-    judged, and for pictures of prompts that there are not; RewardError for what ends a judge's work.
+    Raises ValueError for an output that is not ours, that another process is at work in, or that was made with other
+    settings, for prompts that cannot be judged, and for pictures of prompts that there are not; RewardError for what
+    ends a judge's work.
     """
     check(job.output, FOLDER)
     _check_settings(job)
-    prompts = job.prompts
     galleries = [None if side.folder is None else _gallery(side.folder, job) for side in job.sides]
-    job.scorer.check(list(prompts.values()))
-    results = Results(job.output / RESULTS)
+    job.scorer.check(list(job.prompts.values()))
+    with held(claim(job.output, FOLDER)) as folder:
+        return _run(job, folder, galleries, say)
+
+
+def _run(job: Job, folder: Path, galleries: Sequence[Mapping[Key, Path] | None], say: Say) -> tuple[Table, ...]:
+    """`run`, in a folder that is this process's alone; `galleries` of the sides whose pictures are there."""
+    _check_settings(job)  # another process may have written them meanwhile
+    prompts, results = job.prompts, Results(folder / RESULTS)
     if any(key not in results.values for key in job.keys):
         job.scorer.prepare()
-    folder = claim(job.output, FOLDER)
     _write(folder / SETTINGS, json.dumps(_said(job), indent=1, ensure_ascii=False) + "\n")
     pictures: list[Mapping[Key, Path]] = []
     for n, (side, found) in enumerate(zip(job.sides, galleries, strict=True)):
