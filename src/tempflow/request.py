@@ -10,6 +10,9 @@ from pathlib import Path
 KINDS = ("kind", "tag")
 """Where a prompt's metadata say what kind of task it is, the first before the others; GenEval calls it "tag"."""
 
+SOURCES = "sources"
+"""Where rewards are told a prompt's sources, beside its metadata."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -39,6 +42,12 @@ class Prompt:
     metadata: Mapping[str, object] = field(default_factory=dict[str, object])
     negative: str = ""
     sources: tuple[Source, ...] = ()
+
+    @property
+    def told(self) -> Mapping[str, object]:
+        """What rewards are told beside the text: its metadata and, if it has any, its sources, `Source`s under
+        `SOURCES`, in the place of what the metadata say there."""
+        return {**self.metadata, SOURCES: self.sources} if self.sources else self.metadata
 
     @property
     def kind(self) -> str:

@@ -110,7 +110,7 @@ def _judged(options: EvalOptions) -> tuple[Report, str]:
         torch.set_num_threads(how.threads)
     prompts = fixed_prompts(loaded, how.count)
     for reward in rewards:
-        check_prompts(reward, [p.text for p in prompts], [p.metadata for p in prompts])
+        check_prompts(reward, [p.text for p in prompts], [p.told for p in prompts])
         prepare(reward)
     model = load_source(source, dtype=how.dtype, device=device)
     report = evaluate(

@@ -225,7 +225,7 @@ def evaluate(
     for slots, part in _drawn(model, prompts, how):
         slot = [n for n in slots for _ in range(samples_per_prompt)]
         owner = [prompts[n - first] for n in slot]
-        texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
+        texts, metadata = [p.text for p in owner], [p.told for p in owner]
         scored.append(score_all(rewards, part.media, texts, metadata, groups=slot, ok=part.ok, pause=pause))
         groups += slot
         broken.append(part.broken)

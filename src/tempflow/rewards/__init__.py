@@ -53,7 +53,7 @@ REWARDS: Mapping[str, Make] = Registry(
     besides=(
         *("around", "clip", "compose", "function", "geneval2_rules", "geneval_rules", "options", "protocol", "safe"),
         *("scorer", "scoring", "vlm", "weights", "wire"),
-        *("answers", "endpoint", "template"),
+        *("answers", "endpoint", "sources", "template"),
     ),
 )
 """What ships with the package: name → a function that makes it of its options."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import logging
 import math
@@ -16,10 +15,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from tempflow.rewards.answers import Unreadable
 from tempflow.rewards.protocol import RewardError
+from tempflow.rewards.sources import encoded
 from tempflow.rewards.template import Answer
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ uses would go to whatever address a configuration names."""
 
 LONGEST = 4 << 20
 """Bytes of a response that are read."""
-
-SOURCE_PIXELS = 1 << 26
-"""The most that a source picture may have."""
 
 FINAL = (401, 403, 404)
 """Statuses that asking again will not change, whatever is asked: no right, or no such model or address."""
@@ -299,49 +295,7 @@ def _keep(file: Path, answer: Answer) -> None:
 # ------------------------------------------------------------------------------------------------------------ pictures
 def png(picture: Tensor | np.ndarray) -> bytes:
     """uint8 [H, W, 3] as PNG."""
-    return _encoded(Image.fromarray(np.asarray(picture)))
-
-
-def _encoded(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, format="PNG", compress_level=1)
-    return out.getvalue()
-
-
-def source_pictures(metadata: Mapping[str, object], folder: str) -> tuple[bytes, ...]:
-    """The source pictures that a prompt's metadata name under "image" or "images", as PNG.
-
-    folder  which their paths start from and lie in: the prompt file's
-
-    Raises ValueError where there are none, or one that is no picture inside the folder.
-    """
-    home = Path(folder).expanduser()
-    told = [metadata[key] for key in ("image", "images") if metadata.get(key)]
-    given = [name for part in told for name in (part if isinstance(part, list | tuple) else [part])]
-    names = [name for name in given if isinstance(name, str) and name]
-    if not names or len(names) < len(given):
-        raise ValueError('no source picture; nearest valid: metadata with "image", a path')
-    found: list[bytes] = []
-    for name in names:
-        file = home / name
-        what = f"source picture {name[:60]!r}"
-        try:
-            if not file.resolve().is_relative_to(home.resolve()):
-                raise ValueError(f"{what} lies outside {home}; nearest valid: sources, the folder that it lies in")
-            found.append(_source(file, file.stat().st_mtime_ns))
-        except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-            why = getattr(error, "strerror", None) or type(error).__name__
-            raise ValueError(f"{what} cannot be read in {home} ({why}); nearest valid: a picture there") from None
-    return tuple(found)
-
-
-@lru_cache(maxsize=64)
-def _source(file: Path, changed: int) -> bytes:
-    """`changed`: when, so that another file of that name is read anew."""
-    with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as picture:
-        if picture.width * picture.height > SOURCE_PIXELS:
-            raise OSError(0, f"more than {SOURCE_PIXELS:,} pixels")
-        return _encoded(picture.convert("RGB"))
+    return encoded(Image.fromarray(np.asarray(picture)))
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

@@ -13,9 +13,10 @@ from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
 from tempflow.rewards import template as templates
 from tempflow.rewards.answers import Unreadable
-from tempflow.rewards.endpoint import KEY, Endpoint, Question, Settings, png, source_pictures
+from tempflow.rewards.endpoint import KEY, Endpoint, Question, Settings, png
 from tempflow.rewards.geneval2_rules import Atom, atoms_of
 from tempflow.rewards.protocol import check_media
+from tempflow.rewards.sources import check_sources, source_pictures
 from tempflow.rewards.template import Answer, Template
 from tempflow.strict import Place
 
@@ -86,7 +87,7 @@ class Asks:
                 if self.template.parser == "atoms":
                     atoms_of(more)
                 if "source" in self.template.pictures:
-                    source_pictures(more, self.sources)
+                    check_sources(more, self.sources)
                 if self.template.rubrics:
                     self.template.rubric(more)
             except ValueError as error:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import sys
 import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
@@ -25,7 +26,8 @@ from tempflow.media import Kind, Media
 from tempflow.names import cut
 from tempflow.rewards import wire
 from tempflow.rewards.protocol import Reward, Unreachable, check_media
-from tempflow.rewards.wire import CONTENT, MAX_ANSWER, UNSCORED, About, Answer, Codec, WireError
+from tempflow.rewards.sources import parted
+from tempflow.rewards.wire import CONTENT, MAX_ANSWER, MAX_HEAD, UNSCORED, About, Answer, Codec, WireError
 
 if TYPE_CHECKING:
     import httpx
@@ -45,6 +47,9 @@ PAUSE, LONGEST = 5.0, 60.0
 
 CHECKED = 1000
 """Prompts that are checked in a request."""
+
+SOURCE_BYTES = MAX_HEAD // 4 * 3
+"""Of the source pictures that a request holds, each once; the rest of its head is for prompts and metadata."""
 
 HELLO = 3
 """Tries to reach a server before a run."""
@@ -198,8 +203,8 @@ class Remote:
         """The server's columns; the one that bears its reward's name is called "remote"."""
         media = check_media(media, prompts, metadata)
         self.prepare()
-        size = len(media) if self.groupwise else self._rows(media)
-        parts = [slice(at, at + size) for at in range(0, len(media), max(1, size))]
+        size, most = (len(media), sys.maxsize) if self.groupwise else (self._rows(media), SOURCE_BYTES)
+        parts = [*parted(metadata, size, most)]
         asked = [(media[part], prompts[part], metadata[part]) for part in parts]
         answers = _run(self._ask_all(asked)) if asked else []
         return self._joined(answers, [len(m) for m, _, _ in asked])

@@ -24,6 +24,7 @@ from pydantic import Field, JsonValue, ValidationError
 from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
 from tempflow.names import cut
+from tempflow.rewards.sources import received, sendable
 from tempflow.strict import Strict
 
 VERSION = 1
@@ -169,7 +170,11 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- requests
 def pack(media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]], codec: Codec = "png") -> bytes:
-    """A request. Raises WireError for metadata that JSON cannot say, ImportError for "ffv1" without its library."""
+    """A request, with the bytes of source pictures that metadata hold (`rewards.sources`).
+
+    Raises WireError for metadata that JSON cannot say, ValueError for a source that cannot be read, ImportError for
+    "ffv1" without its library.
+    """
     _, frames, height, width, _ = media.frames.shape
     rows = [row.contiguous().numpy() for row in media.frames]
     if codec == "png":
@@ -183,13 +188,13 @@ def pack(media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, o
         _, channels, samples = media.sound.shape
         form["sound"] = {"channels": channels, "samples": samples, "rate": media.sound_rate}
         bodies.append(media.sound.contiguous().numpy().astype("<f4").tobytes())
-    head = _head(prompts, metadata, media=form, bodies=[len(b) for b in bodies])
+    head = _head(prompts, sendable(metadata, data=True), media=form, bodies=[len(b) for b in bodies])
     return b"".join([LENGTH.pack(len(head)), head, *bodies])
 
 
 def pack_prompts(prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> bytes:
-    """Prompts alone, as `Prompts`. Raises WireError for metadata that JSON cannot say."""
-    return _head(prompts, metadata)
+    """Prompts alone, as `Prompts`; of source pictures the sums. Raises WireError for metadata that JSON cannot say."""
+    return _head(prompts, sendable(metadata, data=False))
 
 
 def _head(prompts: Sequence[str], metadata: Sequence[Mapping[str, object]], **more: object) -> bytes:
@@ -221,6 +226,7 @@ def read_head(start: bytes | bytearray | memoryview, limits: Limits) -> Head:
     head = parse(Head, memoryview(start)[LENGTH.size :], "head")
     rows, form = len(head.prompts), head.media
     _check_metadata(rows, head.metadata)
+    received(head.metadata)
     if rows > limits.rows:
         raise TooLarge(f"head: {rows} media; nearest valid: at most {limits.rows}")
     pixels = rows * form.frames * form.height * form.width

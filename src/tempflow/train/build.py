@@ -385,7 +385,7 @@ def judges_of(config: Config, rewards: Sequence[SafeReward], sets: Mapping[str, 
     trained = {reward.name for reward in rewards}
     judges = [*rewards, *(build_reward(judge) for judge in config.judges if judge.name not in trained)]
     for part, prompts in sets.items():
-        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        texts, metadata = [p.text for p in prompts], [p.told for p in prompts]
         for reward in rewards if part == "train" else judges:
             try:
                 check_prompts(reward, texts, metadata)

@@ -172,7 +172,10 @@ def _run(job: Job, folder: Path, galleries: Sequence[Mapping[Key, Path] | None],
 # ------------------------------------------------------------------------------------------------------------- settings
 def _said(job: Job) -> dict[str, Any]:
     """What the results depend on."""
-    texts = [[number, p.text, p.negative, dict(p.metadata)] for number, p in job.prompts.items()]
+    texts = [
+        [number, p.text, p.negative, dict(p.metadata), *(source.digest for source in p.sources)]
+        for number, p in job.prompts.items()
+    ]
     content = json.dumps(texts, sort_keys=True, default=str).encode()
     sides = {name: _side(side) for name, side in zip(("what", "against"), job.sides, strict=False)}
     return {

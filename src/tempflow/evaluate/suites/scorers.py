@@ -75,13 +75,13 @@ class ByReward:
         prepare(self.reward)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        check_prompts(self.reward, [p.text for p in prompts], [p.metadata for p in prompts])
+        check_prompts(self.reward, [p.text for p in prompts], [p.told for p in prompts])
 
     def __call__(self, shown: Sequence[Shown], prompts: Sequence[Prompt], slots: Sequence[int]) -> list[Value]:
         """Pictures of different sizes are scored by size."""
         found: list[Value] = [None] * len(shown)
         for rows in _alike(shown):
-            texts, metadata = [prompts[n].text for n in rows], [prompts[n].metadata for n in rows]
+            texts, metadata = [prompts[n].text for n in rows], [prompts[n].told for n in rows]
             scores = score_all([self.reward], _media(shown, rows), texts, metadata, groups=[slots[n] for n in rows])
             for n, value in zip(rows, scores.value[:, 0].tolist(), strict=True):
                 found[n] = None if math.isnan(value) else value
@@ -110,13 +110,13 @@ class Compared:
         self.judge.prepare()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        self.judge.check_prompts([p.text for p in prompts], [p.metadata for p in prompts])
+        self.judge.check_prompts([p.text for p in prompts], [p.told for p in prompts])
 
     def __call__(self, shown: Sequence[Shown], prompts: Sequence[Prompt], slots: Sequence[int]) -> list[Value]:
         found: list[Value] = [None] * len(shown)
         for rows in _alike(shown):
             sides = [_media(shown, rows, side) for side in range(2)]
-            texts, metadata = [prompts[n].text for n in rows], [prompts[n].metadata for n in rows]
+            texts, metadata = [prompts[n].text for n in rows], [prompts[n].told for n in rows]
             for n, value in zip(rows, self.judge.compare(sides[0], sides[1], texts, metadata), strict=True):
                 found[n] = value
         return found
