@@ -29,10 +29,19 @@ from tempflow.core.scores import Scores
 from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.rewards.jpeg_compressibility import JPEGCompressibility
+from tempflow.rewards.weights import folder_of
 from tempflow.train import build, checkpoint, state, trainer
 from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError
-from tempflow.train.identity import Identity, changed_contents, described, go_on, identity, read_identity
+from tempflow.train.identity import (
+    Identity,
+    changed_contents,
+    described,
+    go_on,
+    identity,
+    read_identity,
+    same_contents,
+)
 from tempflow.train.state import resumable
 from tempflow.train.trainer import train
 
@@ -180,6 +189,84 @@ def test_a_folder_that_the_algorithm_names_is_missed_before_any_work(world: Worl
         world.identity()
     named = world.config(algorithm={"name": "vipo", "steps": 4, "group": 4, "dino": "facebook/dinov2-small"})
     assert "algorithm.dino" not in world.identity(named).contents
+
+
+def cached(root: Path, name: str, commit: str) -> Path:
+    """A hub id in the hub's cache, whose main is that commit; its snapshot."""
+    place = root / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / commit
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / "config.json").write_text("{}")
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_hub_ids_are_pinned_to_the_commits_that_they_mean(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model, its rewards, what evaluations judge by, and the algorithm."""
+    hub, old, new = world.root / "hub", "a" * 40, "b" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    ids = ("some/dino", "some/clip", "some/words", "some/judge")
+    for name in ids:
+        cached(hub, name, old)
+    options = {"path": "some/clip", "tokenizer": "some/words"}
+
+    def asked(**more: str) -> Config:
+        return world.config(
+            rewards=[{"name": "pickscore", "options": {**options, **more}}],
+            evaluation={
+                "validation_prompts": 2,
+                "test_prompts": 2,
+                "rewards": [{"name": "clipscore", "options": {"path": "some/judge"}}],
+            },
+            algorithm={"name": "vipo", "steps": 4, "group": 4, "dino": "some/dino"},
+        )
+
+    was = world.identity(asked())
+    fields = (
+        "algorithm.dino", "rewards.0.options.path", "rewards.0.options.tokenizer", "evaluation, clipscore.options.path"
+    )  # fmt: skip
+    assert was.commits == dict.fromkeys(fields, old)
+    for name in ("config.yaml", "identity.json"):
+        (world.root / "run" / name).unlink()
+    (world.root / "run" / "config.yaml").write_text(trainer.to_yaml(asked()))
+    (world.root / "run" / "identity.json").write_text(json.dumps(was.to_json()))
+    assert world.refusal(asked()) == ""
+    cached(hub, "some/clip", new)
+    told = "rewards.0.options.path: commit aaaaaaaaaaaa… → bbbbbbbbbbbb…; nearest valid: rewards.0.options.revision: "
+    assert f"{told}{old}." in world.refusal(asked())
+    assert world.refusal(asked(revision=old)) == ""  # what the message says
+    for name, place in zip(("some/dino", "some/words", "some/judge"), (fields[0], *fields[2:]), strict=True):
+        cached(hub, name, new)
+        assert f"{place}: commit aaaaaaaaaaaa… → bbbbbbbbbbbb…" in world.refusal(asked(revision=old))
+        cached(hub, name, old)
+    with pytest.raises(ValueError, match="cannot be had"):  # what is not there is for its loader to say
+        folder_of("some/other")
+    assert "rewards.0.options.path" not in world.identity(asked(path="some/other")).commits
+    older = {name: part for name, part in was.to_json().items() if name != "commits"}
+    assert not [line for line in changed_contents(Identity(**older), world.identity(asked())) if "commit" in line]
+
+
+def test_a_model_of_the_hub_is_told_apart_by_its_files_and_named_by_its_commit(world: World) -> None:
+    one, two, three = (cached(world.root / "hub", "some/model", letter * 40) for letter in "abc")
+    for place, said in ((one, "x"), (two, "x"), (three, "y")):
+        (place / "model_index.json").write_text(said)
+    settings = world.config(model={"path": "some/model"})
+    algorithm = settings.algorithm.build()
+    prompts = build.prompt_sources(world.config(), None, None, algorithm.reads)
+    found: list[Identity] = []
+    for place in (one, two, three):
+        with patch("tempflow.train.identity.local_folder", lambda path, revision, place=place: place):
+            found.append(identity(settings, algorithm, prompts, {}))
+    assert [one.commits["model.path"][0] for one in found] == ["a", "b", "c"]
+    assert changed_contents(found[0], found[1]) == []  # other words about the same files
+    assert "model.revision" in same_contents(found[0], found[1])
+    lines = changed_contents(found[0], found[2])
+    assert (
+        len(lines) == 2
+        and f"model.path: commit aaaaaaaaaaaa… → cccccccccccc…; nearest valid: model.revision: {'a' * 40}" in lines
+    )
+    assert "model.revision" not in same_contents(found[0], found[2])
 
 
 def test_the_embedded_world_and_latent_reward_are_recorded() -> None:

@@ -83,7 +83,7 @@ def job_of(options: SuiteOptions) -> Job:
     """What `options` mean. Loads no weights and asks no server."""
     from tempflow.evaluate.suites.run import WITHOUT_EFFECT, Job, samples_of, side_of, stamp
     from tempflow.evaluate.suites.table import read, scorer_of, suite_of
-    from tempflow.rewards import maker, places
+    from tempflow.rewards import commits, maker, places
 
     suite = suite_of(options.name)
     if bool(options.against or options.against_base) != suite.pairs:
@@ -101,8 +101,10 @@ def job_of(options: SuiteOptions) -> Job:
         raise ValueError(f"{name}: the pictures are there, and none is drawn; nearest valid: without")
     kind = options.scorer or suite.scorer
     said: dict[str, Any] = {"scorer": kind or options.name, "options": {**suite.preset, **options.options}}
-    named = places(maker(kind) if suite.own is None else suite.own, said["options"])
+    make = maker(kind) if suite.own is None else suite.own
+    named = places(make, said["options"])
     said["files"] = {name: stamp([Path(place)]) for name, place in named.items() if Path(place).exists()}
+    said["files"] |= commits(make, said["options"])
     said["options"] = {k: v for k, v in said["options"].items() if k not in WITHOUT_EFFECT}
     return Job(
         options.name,

@@ -22,7 +22,7 @@ from tempflow.media import Media
 from tempflow.registry import Registry, entry_points
 from tempflow.rewards.around import Renamed, over_frames
 from tempflow.rewards.function import from_function
-from tempflow.rewards.options import Make, checked, places
+from tempflow.rewards.options import Make, checked, commits, places
 from tempflow.rewards.protocol import Reward, RewardError, check_media, check_takes
 from tempflow.rewards.safe import Fault, Pause, SafeReward, faults, go_on, safe
 
@@ -36,6 +36,7 @@ __all__ = [
     "build",
     "check_takes",
     "checked",
+    "commits",
     "faults",
     "from_function",
     "maker",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from pydantic import AfterValidator, Field, PydanticUserError, create_model
 
 from tempflow.rewards.protocol import Reward, RewardError
+from tempflow.rewards.weights import commit_of
 from tempflow.strict import Strict, validated
 
 Make = Callable[..., Reward]
@@ -32,6 +33,18 @@ def places(make: Make, options: Mapping[str, Any]) -> dict[str, str]:
     found = options_of(make).model_validate(dict(options))
     named = {name for name, field in type(found).model_fields.items() if _EXPANDED in field.metadata}
     return {name: getattr(found, name) for name in sorted(named) if getattr(found, name)}
+
+
+def commits(make: Make, options: Mapping[str, Any]) -> dict[str, str]:
+    """Those of `places` that are hub ids and can be had, by name: the commit that each means now (`commit_of`)."""
+    found, named = options_of(make).model_validate(dict(options)), places(make, options)
+    told = {name: commit_of(where, getattr(found, revision_of(name), None)) for name, where in named.items()}
+    return {name: commit for name, commit in told.items() if commit is not None}
+
+
+def revision_of(name: str) -> str:
+    """The option that says at which revision the hub id is that the option `name` holds."""
+    return "revision" if name in ("path", "clip") else f"{name.removesuffix('_path')}_revision"
 
 
 _EXPANDED = AfterValidator(os.path.expanduser)

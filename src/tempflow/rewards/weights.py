@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -62,6 +63,23 @@ def folder_of(path: str, revision: str | None = None, files: Sequence[str] = FIL
     except Exception as error:  # of the hub, of the network's library, of the disk: they differ by version
         why = cut(str(error), PATH)
         raise ValueError(f"path: {path!r} is not there, and as a hub id it cannot be had ({why})") from error
+
+
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit that a hub id means here and now: of its snapshot, which the hub is asked for where it can be, and its
+    configuration is fetched for that. None for a place on the disk, and for what cannot be had, which who loads it
+    says."""
+    if not HUB_ID.fullmatch(path) or Path(path).expanduser().exists():
+        return None
+    try:
+        return snapshot_of(folder_of(path, revision, ("config.json",)))
+    except (ValueError, ImportError):
+        return None
+
+
+def snapshot_of(folder: Path) -> str | None:
+    """The commit that a folder in the hub's cache is the snapshot of; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def read_tensors(place: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What a run depends on, by content: its record, and what differs from it when the run is gone on with.
 
-Files are told apart by their sha256, whatever their paths; rewards and algorithms of other packages by these packages'
+Files are told apart by their sha256, whatever their paths; hub ids that rewards or the algorithm load by the commit
+that they meant when the run began; rewards and algorithms of other packages by these packages'
 versions. Objects given to `tempflow.train` are told apart by kind and name, and by their plain fields; prompts given so
 by their content, and a model by its weights.
 """
@@ -26,7 +27,7 @@ from torch import nn
 
 from tempflow import algorithms, rewards
 from tempflow.algorithms.base import Algorithm
-from tempflow.config import Config
+from tempflow.config import Config, ScorerConfig
 from tempflow.data.prompts import SHAPES, source_path
 from tempflow.folder import LOCK, PIPELINE, check, contents, kind_of
 from tempflow.models import HUB_ID, local_folder
@@ -34,6 +35,8 @@ from tempflow.models.lora import ADAPTER_CONFIG
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward
 from tempflow.rewards.function import FunctionReward
+from tempflow.rewards.options import revision_of
+from tempflow.rewards.weights import commit_of, snapshot_of
 from tempflow.train import checkpoint
 from tempflow.train.checkpoint import CheckpointError
 
@@ -62,11 +65,13 @@ class Identity:
     contents  field of the configuration, or argument of `tempflow.train` → digests by file or part
     objects   argument of `tempflow.train` → what was given, by kind and name
     plugins   "reward 'NAME'", "algorithm 'NAME'" → the installed package that it comes from
+    commits   field of the configuration that holds a hub id → the commit that it meant
     """
 
     contents: Mapping[str, Digests]
     objects: Mapping[str, str]
     plugins: Mapping[str, str] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,6 +110,12 @@ def changed_contents(was: Identity, now: Identity) -> list[str]:
             if old.get(part) != new.get(part):
                 a, b = (f"sha256 {d[part][:SHOWN]}…" if part in d else "not there" for d in (old, new))
                 lines.append(f"{name}: {part} was {a}, is now {b}")
+    for name in was.commits.keys() & now.commits.keys():
+        old, new = was.commits[name], now.commits[name]
+        known = name in was.contents and was.contents[name] == now.contents.get(name)
+        if old != new and not known:
+            how = f"; nearest valid: {_revision(name)}: {old}" if _revision(name) else ""
+            lines.append(f"{name}: commit {old[:SHOWN]}… → {new[:SHOWN]}…{how}")
     for name in was.plugins.keys() & now.plugins.keys():
         if was.plugins[name] != now.plugins[name]:
             lines.append(f"{name}: {was.plugins[name]} → {now.plugins[name]}")
@@ -112,8 +123,16 @@ def changed_contents(was: Identity, now: Identity) -> list[str]:
 
 
 def same_contents(was: Identity, now: Identity) -> tuple[str, ...]:
-    """Fields whose content is recorded and has stayed, wherever it lies now."""
-    return tuple(name for name, digests in was.contents.items() if digests == now.contents.get(name))
+    """Fields whose content is recorded and has stayed, wherever it lies now, and the revisions that say which it is."""
+    stayed = [name for name, digests in was.contents.items() if digests == now.contents.get(name)]
+    pinned = [name for name, commit in was.commits.items() if commit == now.commits.get(name)]
+    return (*stayed, *filter(None, map(_revision, (*stayed, *pinned))))
+
+
+def _revision(name: str) -> str:
+    """The field that says at which revision the hub id in the field `name` is; "" where there is none."""
+    above, _, last = name.rpartition(".")
+    return f"{above}.{revision_of(last)}" if name == "model.path" or above.endswith(".options") else ""
 
 
 def check_given(folder: Path, was: Identity, given: Iterable[str]) -> None:
@@ -173,11 +192,15 @@ def identity(
     Reads every byte of the files that the run depends on; those of a hub id are fetched first. Raises ValueError for a
     model, or a folder that the algorithm names, that is not there, OSError for a file that cannot be read.
     """
+    commits: dict[str, str] = {}
     contents: dict[str, Digests] = {name: _prompts(name, config, listed) for name, listed in prompts.items()}
     if "model" in given:
         contents["model"] = {"weights": _weights(getattr(given["model"], "network", None))}
     else:
-        contents["model.path"] = _pipeline(local_folder(config.model.path, config.model.revision))
+        folder = local_folder(config.model.path, config.model.revision)
+        contents["model.path"] = _pipeline(folder)
+        if (commit := snapshot_of(folder)) is not None:
+            commits["model.path"] = commit
     for name, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
         place = Path(where).expanduser()
         if where and place.exists():
@@ -192,19 +215,23 @@ def identity(
                 contents[f"algorithm.{name}"] = _any(Path(value))
             elif os.sep in value and not HUB_ID.fullmatch(value):
                 raise ValueError(f"algorithm.{name}: {value!r} is no folder; nearest valid: one that is, or a hub id")
-    contents.update(_scorers(config, own="reward" not in given))
-    return Identity(contents, {name: _named(name, value) for name, value in given.items()}, _plugins(config, given))
-
-
-def _scorers(config: Config, own: bool) -> dict[str, Digests]:
-    """Of the files that rewards are made of: those that evaluations judge by, and the run's `own`."""
-    found: dict[str, Digests] = {}
-    trained = [(f"rewards.{n}", scorer) for n, scorer in enumerate(config.rewards) if own]
-    for place, scorer in [*trained, *((f"evaluation, {judge.name}", judge) for judge in config.judges)]:
-        for name, where in rewards.places(rewards.maker(scorer.kind or scorer.name), scorer.options).items():
+            elif (commit := commit_of(value)) is not None:
+                commits[f"algorithm.{name}"] = commit
+    for place, scorer in _scorers(config, own="reward" not in given):
+        make = rewards.maker(scorer.kind or scorer.name)
+        for name, where in rewards.places(make, scorer.options).items():
             if _there(Path(where), Path.exists):
-                found[f"{place}.options.{name}"] = _any(Path(where))
-    return found
+                contents[f"{place}.options.{name}"] = _any(Path(where))
+        for name, commit in rewards.commits(make, scorer.options).items():
+            commits[f"{place}.options.{name}"] = commit
+    objects = {name: _named(name, value) for name, value in given.items()}
+    return Identity(contents, objects, _plugins(config, given), commits)
+
+
+def _scorers(config: Config, own: bool) -> list[tuple[str, ScorerConfig]]:
+    """Rewards with their places in the configuration: those that evaluations judge by, and the run's `own`."""
+    trained = [(f"rewards.{n}", scorer) for n, scorer in enumerate(config.rewards) if own]
+    return [*trained, *((f"evaluation, {judge.name}", judge) for judge in config.judges)]
 
 
 def _prompts(name: str, config: Config, prompts: Sequence[Prompt]) -> Digests:

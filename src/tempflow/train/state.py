@@ -256,16 +256,26 @@ def resumable(
 
 def changed_fields(was: Config, now: Config, free: Sequence[str] = FREE) -> list[str]:
     """ "field: a → b" for each leaf that differs, those in `free` apart."""
-    old, new = _flat(was.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    a, b = was.model_dump(mode="json"), now.model_dump(mode="json")
+    old, new = _flat(a, b), _flat(b, a)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free]
     return [f"{name}: {old.get(name)!r} → {new.get(name)!r}" for name in names]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name → leaf. Lists are leaves, but for such as rewards, of as many items in the `other` tree."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        beside = other.get(key)
+        if _items(value) and _items(beside) and len(value) == len(beside):
+            value, beside = ({str(n): item for n, item in enumerate(part)} for part in (value, beside))
+        inside = beside if isinstance(beside, Mapping) else {}
+        flat |= _flat(value, inside, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def _items(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
 ALIKE = ("model", "reward", "prompts", "test_prompts", "data.validation", "data.test", "evaluation.", "device")
