@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tempflow.cli import main
 from tempflow.rewards.geneval import CANDIDATES, Colours, Detector, GenEval, crop, geneval
 from tempflow.rewards.geneval_flowgrpo import geneval_flowgrpo
 from tempflow.rewards.geneval_flowgrpo_strict import geneval_flowgrpo_strict
@@ -322,6 +323,37 @@ def test_what_is_no_picture_or_no_task_is_refused(networks: tuple[Detector, Colo
     for wrong in ({"batch": 0}, {"threshold": 1.0}, {"counting_threshold": -1.0}, {"most": 0}):
         with pytest.raises(ValueError, match="nearest valid"):
             GenEval(**wrong)
+
+
+def test_the_suite_runs_on_real_networks(folders: dict[str, str], tmp_path: Path) -> None:
+    """`tempflow suite geneval` on a folder of pictures: the networks are loaded from their folders, and the tables are
+    those of the reward's own scores."""
+    media, options = drawn(6, seed=7), {**folders, "threshold": 0.05, "counting_threshold": 0.05}
+    reward = GenEval(**options)
+    metadata = metadata_for(reward, media[:3])
+    metadata = [{**line, "tag": tag} for line, tag in zip(metadata, ("colors", "counting", "color_attr"), strict=True)]
+    (tmp_path / "in").mkdir()
+    for n, picture in enumerate(media):  # three prompts, two pictures of each
+        Image.fromarray(picture.numpy()).save(tmp_path / "in" / f"{n % 3}_{n // 3}.png")
+    lines = [{**line, "prompt": f"prompt {n}"} for n, line in enumerate(metadata)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["suite", "geneval", str(tmp_path / "in"), "--prompts", str(tmp_path / "p.jsonl")]
+    words += [word for name, value in options.items() for word in (f"--options.{name}", str(value))]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    expected = reward.score(media, [""] * 6, metadata * 2).value[:, 0].tolist()
+    told = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {(line["number"], line["sample"]): line["value"] for line in told} == {
+        (n % 3, n // 3): value for n, value in enumerate(expected)
+    }
+    assert 0 < sum(expected) < 6
+    rows = {
+        row["label"]: row["mean"]
+        for table in json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]
+        for row in table["rows"]
+    }
+    for n, tag in enumerate(("colors", "counting", "color_attr")):
+        assert rows[tag] == pytest.approx((expected[n] + expected[n + 3]) / 2)
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 6
 
 
 # ----------------------------------------------------------------------------------------------------------- loading

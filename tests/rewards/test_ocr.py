@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from tempflow.cli import main
 from tempflow.rewards.ocr import OCR, agreement, asked, ocr, plain
 
 NONE: dict[str, object] = {}
@@ -193,3 +196,26 @@ def test_it_reads(capfd: pytest.CaptureFixture[str]) -> None:
     odd = [torch.zeros(1, *sides, 3, dtype=torch.uint8) for sides in ((1, 1), (16, 4096), (4096, 16))]
     assert [bool(reward.score(p, ['say "a"'], [NONE]).value.nan_to_num().sum()) for p in odd] == [False] * 3
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_the_suite_reads(tmp_path: Path) -> None:
+    """`tempflow suite ocr` on a folder of pictures, by the real engine."""
+    lines = [
+        {"prompt": 'a sign that says "HELLO"', "kind": "short"},
+        {"prompt": 'a sign that says "WORLD"', "kind": "other"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "in").mkdir()
+    for name, text in {"0_0": "HELLO", "0_1": "HELP", "1_0": "", "1_1": "WORLD"}.items():
+        picture = Image.new("RGB", (192, 64), "white")
+        ImageDraw.Draw(picture).text((12, 8), text, fill="black", font=ImageFont.load_default(size=40))
+        picture.save(tmp_path / "in" / f"{name}.png")
+    words = ["suite", "ocr", str(tmp_path / "in"), "--prompts", str(tmp_path / "p.jsonl"), "--options.threads", "1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    told = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    values = {(line["number"], line["sample"]): line["value"] for line in told}
+    assert values == {(0, 0): 1.0, (0, 1): pytest.approx(0.6), (1, 0): 0.0, (1, 1): 1.0}  # HELP: two edits of five
+    tables = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]
+    assert tables[0]["rows"][0]["mean"] == pytest.approx(0.65)
+    assert {row["label"]: row["mean"] for row in tables[1]["rows"]} == pytest.approx({"short": 0.8, "other": 0.5})

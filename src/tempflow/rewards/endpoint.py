@@ -7,6 +7,7 @@ unknown model) raises RewardError, which ends a run.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -276,20 +278,25 @@ def _kept(file: Path) -> Answer | None:
     """None where there is no whole answer."""
     try:
         told = json.loads(file.read_bytes())
-        return Answer(str(told["text"]), {str(token): float(p) for token, p in told["top"].items()})
+        if not isinstance(told["text"], str):
+            return None
+        return Answer(told["text"], {str(token): float(p) for token, p in told["top"].items()})
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
 
 def _keep(file: Path, answer: Answer) -> None:
-    """Whole or not at all, whoever else writes the same; a disk that refuses costs a second question, no score."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
+    """Whole or not at all, whoever else writes the same, here or on another machine; a disk that refuses costs a second
+    question, no score."""
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new.write_text(json.dumps({"text": answer.text, "top": dict(answer.top)}), encoding="ascii")
         new.replace(file)
     except OSError as error:
         _log.warning("judge: an answer could not be kept in %s (%s)", file.parent, error.strerror)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
