@@ -56,12 +56,13 @@ def sendable(metadata: Sequence[Mapping[str, object]], data: bool) -> list[dict[
     bytes. Raises ValueError as `source_pictures` does."""
     sent, found = set[str](), list[dict[str, Any]]()
     for row in metadata:
-        told, own = dict(row), sources_of(row)
+        told: dict[str, Any] = dict(row)
+        own = sources_of(row)
         if own:
-            told[SOURCES] = [{SUM: one.digest} for one in own]
-            for said, one in zip(told[SOURCES], own, strict=True):
+            told[SOURCES] = said = [{SUM: one.digest} for one in own]
+            for entry, one in zip(said, own, strict=True):
                 if data and one.digest not in sent:
-                    said[DATA] = base64.b64encode(_bytes(one)).decode()
+                    entry[DATA] = base64.b64encode(_bytes(one)).decode()
                     sent.add(one.digest)
         found.append(told)
     return found
@@ -95,8 +96,8 @@ def parted(metadata: Sequence[Mapping[str, object]], rows: int, most: int) -> It
 def sources_of(metadata: Mapping[str, object]) -> tuple[Source, ...]:
     """A prompt's own sources."""
     given = metadata.get(SOURCES)
-    own = given if isinstance(given, list | tuple) else ()
-    return tuple(one for one in own if isinstance(one, Source)) if all(isinstance(o, Source) for o in own) else ()
+    own = tuple(one for one in given if isinstance(one, Source)) if isinstance(given, tuple | list) else ()
+    return own if isinstance(given, tuple | list) and len(own) == len(given) else ()
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

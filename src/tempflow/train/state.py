@@ -266,7 +266,7 @@ def _flat(tree: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -
     """Dotted name → leaf. Lists are leaves, but for such as rewards, of as many items in the `other` tree."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        beside = other.get(key)
+        beside: Any = other.get(key)
         if _items(value) and _items(beside) and len(value) == len(beside):
             value, beside = ({str(n): item for n, item in enumerate(part)} for part in (value, beside))
         inside = beside if isinstance(beside, Mapping) else {}
@@ -274,7 +274,7 @@ def _flat(tree: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -
     return flat
 
 
-def _items(value: Any) -> bool:
+def _items(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
