@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.lesson import POLICY
 from tempflow.core.rollout import Noise
+from tempflow.core.rng import NoiseKind
 from tempflow.train.experience import Experience, check_scored, credit, rollout_metrics
 from tempflow.train.guards import GuardError
 from tempflow.train.update import _Teaching, predictors
@@ -104,9 +105,9 @@ def test_a_broken_latent_breaks_no_other(name: str, monkeypatch: pytest.MonkeyPa
     """The first prompt's first path gets NaN for noise, and all that descends from it."""
     draw = Noise.edge
 
-    def broken(self: Noise, ids: Sequence[tuple[int, ...]], shape: Sequence[int]) -> Tensor:
+    def broken(self: Noise, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kind: NoiseKind) -> Tensor:
         bad = torch.tensor([slot == root == 0 and not any(path[:-1]) for slot, root, *path in ids])
-        return torch.where(bad.view(-1, 1, 1, 1), math.nan, draw(self, ids, shape))
+        return torch.where(bad.view(-1, 1, 1, 1), math.nan, draw(self, ids, shape, kind))
 
     monkeypatch.setattr(Noise, "edge", broken)
     bench = bench_of(FAMILY[name](4))

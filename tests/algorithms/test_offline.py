@@ -21,6 +21,7 @@ from tempflow.core import plan
 from tempflow.core.draft import Draft
 from tempflow.core.dynamics import FlowSDE
 from tempflow.core.likelihood_proxy import corrupt
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.offline import OfflineSamples
 from tempflow.core.plan import Cost
 from tempflow.core.times import GridTimes

@@ -177,7 +177,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
     rows = edges.trained.nonzero()[:, 0]
     batch = batch_of(bench, experience, rows)
     term = bench.context.algorithm.objective(predictors(bench.context, experience.prompts), batch).metrics["imitation"]
-    sigma = experience.schedule.at(batch.step)
+    sigma, policy = experience.schedule.at(batch.step), predictors(bench.context, experience.prompts)["policy"]
     edge, leaf = whole.descent
     score = experience.scores.value[:, 0]
     for slot in range(6):
@@ -187,9 +187,7 @@ def test_the_pull_is_to_the_best_paths_velocity_and_0_on_that_path() -> None:
         for e in (edges.prompt == slot).nonzero()[:, 0].tolist():
             target = path[int(edges.step[e])]
             both = torch.tensor([e, target])
-            v = predictors(bench.context, experience.prompts)["policy"](
-                batch.x[both], sigma[both], batch.rows[both]
-            ).detach()
+            v = policy(batch.x[both], sigma[both], batch.rows[both]).detach()
             assert float(term[e]) == pytest.approx(float((v[0] - v[1]).square().mean()), rel=1e-3, abs=1e-7)
             assert (float(term[e]) < 1e-7) == bool(edges.parent[e] == edges.parent[target])
 

@@ -362,7 +362,7 @@ class _Grower:
     def _submit(self, seen: Decoded, forest: Forest) -> Pending:
         started, slot = time.perf_counter(), forest.leaves.prompt.tolist()
         owner = [self.prompts[s] for s in slot]
-        texts, metadata = [p.text for p in owner], [p.metadata for p in owner]
+        texts, metadata = [p.text for p in owner], [p.told for p in owner]
         pending = self.scoring.submit(seen.media, texts, metadata, slot, seen.ok)
         self.clock.add("reward", started)
         return pending

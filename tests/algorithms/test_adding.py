@@ -1,0 +1,64 @@
+"""docs/adding_an_algorithm.md, followed: its files are run as they stand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+
+import tempflow
+from tempflow import algorithms
+from tempflow.train import checkpoint
+
+PAGE = (Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
+FILES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+NAMES = ("sign_grpo", "better_half", "two_step")
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The file of that name, as a module of an installed package."""
+    module = ModuleType(f"my_package_{request.param}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(FILES[NAMES.index(request.param)], "adding_an_algorithm.md", "exec"), vars(module))
+    return getattr(module, request.param)
+
+
+@pytest.mark.parametrize("made", NAMES, indirect=True)
+def test_a_whole_file_trains_and_is_resumed(made: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"iterations": 2, "checkpoint": {"every": 1}}
+    call: dict[str, Any] = {"reward": brightness, "prompts": PROMPTS, "algorithm": made(), "quiet": True}
+    model = Fake()
+    before = weights(model)
+    if made.__name__ == "two_step":  # its reference is where it starts: a jump of two steps is what there is to mend
+        assert made().cost(0, 3).trained_edges == 3 * 4 * (1 + 5)
+    run = tempflow.train(config(tmp_path / "toy", **options), model=model, **call)
+    assert not same(before, dict(checkpoint.read(checkpoint.newest(run.folder)).tensors["policy/weights"]))
+    more = config(tmp_path / "toy", **{**options, "iterations": 3})
+    tempflow.train(more, model=Fake(), resume=True, allow_changes=True, **call)
+
+
+@pytest.mark.parametrize("made", ["sign_grpo"], indirect=True)
+def test_an_installed_package(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints([EntryPoint("sign_grpo", f"{made.__module__}:sign_grpo", "tempflow.algorithms")])
+    monkeypatch.setattr(algorithms, "entry_points", lambda group: points.select(group=group))
+    built = tempflow.Config.model_validate(
+        {"name": "x", "algorithm": {"name": "sign_grpo", "group": 4}}
+    ).algorithm.build()
+    bench = Bench(algorithm=built)
+    metrics = bench.iterate()
+    assert metrics["updates"] == 1 and metrics["trained_edges"] == 6 * 4 * 5
+    with pytest.raises(ValueError, match=r"clip: 0\.0 must be"):
+        made(clip=0.0)
+
+
+def test_every_kind_of_phase_has_an_example() -> None:
+    assert len(FILES) == 3
+    for file, kind in zip(FILES, ("EdgePhase", "LeafPhase", "NoisePhase"), strict=True):
+        assert f"import {kind}" in file
