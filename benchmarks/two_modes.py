@@ -41,6 +41,7 @@ MODES, SPREAD = torch.tensor([-1.5, 1.5]), 0.2
 GRID, TEACHER_GRID, TEACHER_STEPS = explicit((1, 0.75, 0.5, 0.25), 3.0), linear(10, 3.0), 5
 BATCH, OTHERS = 64, 256
 RATE, LAG = 1e-3, 0.1
+EVERY = 5
 METHODS, FAKES = ("matching", "first step"), ("exact", "lagging")
 
 
@@ -115,14 +116,15 @@ def posterior_mean(samples: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def train(start: Network, method: str, fake: str, updates: int, seed: int, watch: Callable[[Network], None]) -> Network:
-    """The student after so many updates; `watch` sees it before each."""
+    """The student after so many updates; `watch` sees it before every `EVERY`-th."""
     draws = Draws(torch.Generator().manual_seed(seed))
     student, model = copy.deepcopy(start), copy.deepcopy(start)
     optimizer = torch.optim.AdamW(student.parameters(), RATE, betas=(0.9, 0.95))
     follower = torch.optim.AdamW(model.parameters(), RATE * LAG, betas=(0.9, 0.95))
     taught = method == "first step"
-    for _ in range(updates):
-        watch(student)
+    for update in range(updates):
+        if update % EVERY == 0:
+            watch(student)
         noise = draws.noise()
         walk = walked(student, noise, last=None, cuts=[1] if taught else [])
         with torch.no_grad():
@@ -199,7 +201,7 @@ def draw(runs: dict[tuple[str, str], list[Seen]], file: Path) -> None:
             ends = torch.cat([seen.end for seen in runs[fake, method]]).clamp(-3, 3)
             above.hist(ends, bins=120, range=(-3, 3), density=True, histtype="step", label=method, color=colour)
             for seen in runs[fake, method]:
-                below.plot(seen.rarer, color=colour, alpha=0.6, lw=1)
+                below.plot(range(0, EVERY * len(seen.rarer), EVERY), seen.rarer, color=colour, alpha=0.6, lw=1)
         above.set(title=f"{fake} fake score", xlabel="samples after the last update, all seeds", ylim=(0, 3))
         below.set(xlabel="student update", ylabel="share of the rarer mode", ylim=(0, 0.52))
     axes[0, 0].legend()

@@ -154,8 +154,8 @@ class _Walk:
         index = (counts >= left).nonzero()[:, 0]
         step = self.first + counts[index] - left
         at, device = (x if len(index) == len(x) else x[index.to(x.device)]), x.device
-        cut = torch.tensor([int(i) in self.cuts for i in step])
-        if bool(cut.all()):
+        cut = torch.isin(step, torch.tensor(sorted(self.cuts), dtype=torch.long))
+        if len(step) and bool(cut.all()):
             at = at.detach()
         elif bool(cut.any()):
             at = torch.where(cut.to(device).view(-1, *[1] * (at.dim() - 1)), at.detach(), at)
@@ -178,7 +178,7 @@ class _Walk:
         after = law.mean
         if self.dynamics.stochastic and self.noise is not None:
             # the identities of a chain's edges: each node is its parent's only child
-            names = [(*self.ids[int(n)], *(0,) * (int(i) + 1), int(i)) for n, i in zip(index, step, strict=True)]
+            names = [(*self.ids[n], *(0,) * (i + 1), i) for n, i in _pairs(index, step)]
             after = law.sample(self.noise.edge(names, at.shape[1:]).to(at.device))
         return index, self.layout.take(index).hold(after.to(at.dtype))
 
@@ -221,6 +221,10 @@ class _Walk:
 def _put(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """x with its rows `index`, which ascend, replaced."""
     return values if len(index) == len(x) else x.index_copy(0, index.to(x.device), values)
+
+
+def _pairs(index: Tensor, step: Tensor) -> list[tuple[int, int]]:
+    return [(int(n), int(i)) for n, i in zip(index.numpy(), step.numpy(), strict=True)]
 
 
 def _stops(stop: int | Tensor | None, size: int, steps: int) -> Tensor:
