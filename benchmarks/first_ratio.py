@@ -229,7 +229,7 @@ def trained(model: SD3, network: str, updates: int, prompts: Sequence[Prompt]) -
         return model.network
     wide = model_of(network, "float32")
     branching = tempflow_grpo(steps=4, seeds=1, branches=4, clip=1e-2, kl=0.0, eps=0.1)
-    context = setting_for(wide, FlowSDE(0.9), branching.plan(0, 0), 1e-2, 1.0, (96, 96), 0)
+    context = setting_for(wide, FlowSDE(0.9), branching.plans(0, 1)[0], 1e-2, 1.0, (96, 96), 0)
     context = replace(context, algorithm=branching)
     trainable = Trainable(wide.network)
     optimizer = torch.optim.AdamW(trainable.masters, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.0)

@@ -157,7 +157,7 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     texts = [p.text for p in prompts]
     print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
     context = setting_for(dtype, a.rows)
-    plan = context.algorithm.plan(0, 0)
+    (plan,) = context.algorithm.plans(0, 1)
     bare(context, [a.rows], train=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_memory()

@@ -49,7 +49,7 @@ def test_an_installed_package(made: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     points = EntryPoints([EntryPoint("sign_grpo", f"{made.__module__}:sign_grpo", "tempflow.algorithms")])
     monkeypatch.setattr(algorithms, "entry_points", lambda group: points.select(group=group))
     built = tempflow.Config.model_validate(
-        {"name": "x", "algorithm": {"name": "sign_grpo", "group": 4}}
+        {"name": "x", "iterations": 1, "algorithm": {"name": "sign_grpo", "group": 4}}
     ).algorithm.build()
     bench = Bench(algorithm=built)
     metrics = bench.iterate()

@@ -14,8 +14,8 @@ from loop_checks import Images, bench_of, check_counts, check_first_ratio, judgi
 from torch import Tensor, nn
 
 from tempflow.algorithms.lesson import POLICY
-from tempflow.core.rollout import Noise
 from tempflow.core.rng import NoiseKind
+from tempflow.core.rollout import Noise
 from tempflow.train.experience import Experience, check_scored, credit, rollout_metrics
 from tempflow.train.guards import GuardError
 from tempflow.train.update import _Teaching, predictors

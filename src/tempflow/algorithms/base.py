@@ -264,9 +264,7 @@ def _check_roles(algorithm: Algorithm) -> None:
         )
     for phase in algorithm.phases:
         if phase.role not in (POLICY, *names):
-            raise ValueError(
-                f"phases: {phase.role!r} is no role; nearest valid: Role({phase.role!r}) in `roles`"
-            )
+            raise ValueError(f"phases: {phase.role!r} is no role; nearest valid: Role({phase.role!r}) in `roles`")
     missing = [s for s in algorithm.sets if s != "reference" and s not in algorithm.weight_sets]
     if missing:
         raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tempflow.algorithms.lesson import ALL, POLICY, Batch, Grown, Lesson, Models, Seeded
 from tempflow.core.cost import Cost
-from tempflow.core.dynamics import Dynamics
+from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense
 from tempflow.core.objective.edges import EdgeBatch, Loss, Objective, Peers, Predict
-from tempflow.core.objective.leaves import LeafBatch, LeafObjective, renoise_leaves
+from tempflow.core.objective.leaves import LeafBatch, LeafObjective, leaf_batch, renoise_leaves
 from tempflow.core.objective.noises import NoiseBatch, NoiseObjective
 from tempflow.core.objective.norms import with_velocity_norm
 from tempflow.core.objective.old import Old, detached, old_of, told
@@ -23,7 +23,6 @@ from tempflow.core.plan import Plan
 from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
-from tempflow.core.state import upcast
 from tempflow.core.times import Id
 from tempflow.core.weight import Weight, uniform
 
@@ -77,8 +76,8 @@ class EdgePhase:
                 f"dynamics: {dynamics} draws no noise, and a ratio objective needs the density of a noisy step; "
                 "nearest valid: FlowSDE(noise_level=0.7)"
             )
-        std = dynamics.coefficients(schedule, torch.tensor(trained))[2]
-        silent = [i for i, s in zip(trained, std.tolist(), strict=True) if not s > 0]
+        spreads = dynamics.spreads(schedule, torch.tensor(trained)).tolist()
+        silent = [i for i, spread in zip(trained, spreads, strict=True) if not spread]
         if silent:
             noisy = [i for i in trained if i not in silent]
             raise ValueError(
@@ -213,7 +212,9 @@ class LeafPhase:
         return self
 
     def check(self, steps: int, plan: Plan | None, dynamics: Dynamics | None, schedule: Schedule) -> None:
-        """Raises ValueError for times that the grid has not, and a plan that scores no leaf."""
+        """Raises ValueError for times that the grid has not, a plan that scores no leaf, and a loss that needs another
+        kind of prediction than the states have."""
+        self.objective.check((dynamics or ODE()).corruption)
         self.renoise.times.count(steps)
         if plan is None or not plan.scored:
             raise ValueError("plan: scores no leaf, and leaves are trained; nearest valid: plan.ode")
@@ -272,19 +273,30 @@ class LeafPhase:
         at, rows, unit = lesson.rollout, batch.row, self.objective.unit
         own = (rows - at.first).to(at.forest.nodes.device)
         # what is noised anew is what was decoded
-        x0 = upcast(lesson.schedule.samples(at.forest.nodes[at.forest.edges.child[own]]))
+        x0 = lesson.schedule.samples(at.forest.nodes[at.forest.edges.child[own]])
         slots = at.whole.edges.prompt[rows]
         ids: list[Id] = [
             (lesson.iteration, slot, number)
             for slot, number in zip(slots.tolist(), at.numbers[rows].tolist(), strict=True)
         ]
-        advantage, prompt = at.advantage.value[rows].to(x0), slots.to(x0.device)
-        layout, renoise = lesson.layout.take(prompt), self.renoise
+        advantage, prompt = at.advantage.value[rows], slots.to(x0.device)
+        layout, renoise, corruption = lesson.layout.take(prompt), self.renoise, (at.dynamics or ODE()).corruption
         if unit not in ("pair", "group"):
-            return renoise_leaves(x0, advantage, prompt, ids, renoise, lesson.seed, lesson.schedule, layout=layout)
-        t, noise = renoise.single(lesson.seed, ids, batch.pair.tolist(), lesson.schedule, x0.shape[1:])
+            return renoise_leaves(
+                x0,
+                advantage,
+                prompt,
+                ids,
+                renoise,
+                lesson.seed,
+                lesson.schedule,
+                layout=layout,
+                corruption=corruption,
+            )
+        shape, pairs = x0.shape[1:], batch.pair.tolist()
+        t, noise = renoise.single(lesson.seed, ids, pairs, lesson.schedule, shape, corruption.noise)
         group = batch.unit.to(x0.device) if unit == "group" else prompt
-        return LeafBatch(x0, advantage, prompt, group, t.to(x0), noise.to(x0), layout)
+        return leaf_batch(x0, advantage, prompt, group, t, noise, layout, corruption)
 
 
 @dataclass(frozen=True)

@@ -120,21 +120,18 @@ def vipo(
     one_of("normalise", normalise, ("minmax", "mean_one"))
     level = positive_or("noise_level", noise_level, 0.25 if kind == "dance" else 0.7)
     proportion("clip", clip, 1e-4)
-    if not 0 < train_fraction <= 1:
-        raise ValueError(f"train_fraction: {train_fraction} must be in (0, 1]; 0.6 is usual")
+    proportion("train_fraction", train_fraction, 0.6, whole=True)
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
     trained = min(max(int(train_fraction * steps + 1e-9), 1), steps - 1)
-    inner = GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)
+    form = PositionRatio() if ratio == "position" else RegionRatio()
     return Algorithm(
         name="vipo",
         steps=steps,
         plan=Drawn(partial(_plan, steps, group, trained)),
         dynamics=DanceSDE(level) if kind == "dance" else FlowSDE(level),
-        credit=Mapped(inner),
-        phases=(
-            EdgePhase(clipped(clip, clip, kl, "exact", PositionRatio() if ratio == "position" else RegionRatio())),
-        ),
+        credit=Mapped(GroupZScore(by=("prompt", "step"), unbiased=True, eps=eps, clip=advantage_clip)),
+        phases=(EdgePhase(clipped(clip, clip, kl, "exact", form)),),
         observe=(ImportanceMap(Maps(dino, orient, normalise)),),
     )
 

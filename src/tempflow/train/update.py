@@ -289,7 +289,8 @@ class _Teaching:
             return said[-1]
 
         loss = self.phase.loss({**self.models, role: learning}, lesson, part.one(row), drawn_by=self.drawn_by)
-        torch.stack([velocity.sum() * 0.0 for velocity in said if velocity.requires_grad]).sum().backward()
+        silent = [torch.where(out.isfinite(), out, 0.0).sum() * 0.0 for out in said if out.requires_grad]
+        torch.stack(silent).sum().backward()
         self.trainable.collect()
         return list(loss.metrics)
 
