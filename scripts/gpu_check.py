@@ -254,7 +254,7 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     weights = trainable.state()
     peak = peak_gib(device)
     trainable.load(before)
-    edges = "log_ratio_max" in metrics and algorithm.first.replays
+    edges = "log_ratio_max" in metrics and "rollout_gap" in algorithm.first.largest
     return {
         "peak GiB": peak,
         "seconds": seconds,

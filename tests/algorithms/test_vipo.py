@@ -149,7 +149,7 @@ def test_bad_arguments() -> None:
             ({"group": 1}, "group: 1 must be at least 2"),
             ({"kind": "ode"}, "kind: 'ode' is not one of 'dance', 'flow'"),
             ({"noise_level": 0.0}, "noise_level: 0.0 must be finite and above 0; 0.25 is usual"),
-            ({"train_fraction": 0.0}, "train_fraction: 0.0 must be in (0, 1]; 0.6 is usual"),
+            ({"train_fraction": 0.0}, "train_fraction: 0.0 must be finite and above 0; 0.6 is usual"),
             ({"ratio": "patch"}, "ratio: 'patch' is not one of 'position', 'region'"),
             ({"orient": "edge"}, "orient: 'edge' is not one of 'border', 'reverse', 'none'"),
             ({"normalise": "sum"}, "normalise: 'sum' is not one of 'minmax', 'mean_one'"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from tempflow.algorithms.lesson import POLICY, Phase, Role, Seeded
 from tempflow.core.checks import positive
 from tempflow.core.credit import AsScored, CreditRule
-from tempflow.core.draft import Draft
+from tempflow.core.draft import Draft, Precision
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
@@ -155,9 +155,9 @@ class Algorithm:
         return self.plan is not None
 
     @property
-    def drafts(self) -> bool:
-        """Whether noises are drafted by another network than the sampler's: a copy of low precision."""
-        return self.draft is not None and self.draft.precision != "full"
+    def draft_precision(self) -> Precision:
+        """Of the network that drafts: a copy of the sampler's where it is not "full", as without a draft."""
+        return "full" if self.draft is None else self.draft.precision
 
     @property
     def pool(self) -> int:
@@ -216,11 +216,20 @@ class Algorithm:
         """The grid of an iteration's rollout, from the model's own of `steps` steps."""
         return grid if self.grid is None else self.grid(iteration, grid)
 
+    @property
+    def of_rewards(self) -> bool:
+        """Whether rewards' scores are what its credit sees."""
+        return self.latent_reward is None and self.offline is None
+
     def plans(self, iteration: int, count: int) -> list[Plan]:
         """The plans of an iteration's prompt slots. Raises ValueError where nothing is rolled out."""
         if self.plan is None:
             raise ValueError(f"plan: {self.name} rolls nothing out; nearest valid: an algorithm with a plan")
         return [self.plan(iteration, slot) for slot in range(count)]
+
+    def unweighted(self) -> Algorithm:
+        """The same; where offline samples bear scores of their own, without rewards' weights in its credit."""
+        return self if self.offline is None else replace(self, credit=self.credit.weighted(None))
 
     # --------------------------------------------------------------------------------------------------- what it costs
     def old_forwards(self, trained: int, updates: int) -> int:

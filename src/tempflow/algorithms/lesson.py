@@ -226,8 +226,12 @@ class Phase(Protocol):
         ...
 
     @property
-    def replays(self) -> bool:
-        """Whether its loss compares with log-probs of the policy that rolled out."""
+    def largest(self) -> Mapping[str, str]:
+        """Metrics of its loss whose largest value is kept too, and what that is called."""
+        ...
+
+    def drawn_by(self, sampler: str) -> str:
+        """The network whose log-probs its loss compares with, where `sampler` rolled out; "" for none."""
         ...
 
     @property

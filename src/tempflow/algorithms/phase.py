@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,6 @@ class EdgePhase:
     units: Units | None = None
     updates: int | None = None
     role = POLICY
-    replays = True
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -58,6 +57,13 @@ class EdgePhase:
     @property
     def by_stream(self) -> bool:
         return self.objective.by_stream
+
+    def drawn_by(self, sampler: str) -> str:
+        return sampler
+
+    @property
+    def largest(self) -> Mapping[str, str]:
+        return {"log_ratio_abs": "log_ratio_max", "rollout_gap": "rollout_gap_max"}
 
     def taught(self, objective: Any) -> EdgePhase:
         return replace(self, objective=objective)
@@ -195,7 +201,6 @@ class LeafPhase:
     updates: int | None = None
     role: str = POLICY
     keeps = ("leaves",)
-    replays = False
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -204,6 +209,13 @@ class LeafPhase:
     @property
     def by_stream(self) -> bool:
         return self.objective.by_stream
+
+    def drawn_by(self, sampler: str) -> str:
+        return ""
+
+    @property
+    def largest(self) -> Mapping[str, str]:
+        return {"log_ratio_abs": "log_ratio_max"}
 
     def taught(self, objective: Any) -> LeafPhase:
         return replace(self, objective=objective)
@@ -315,7 +327,6 @@ class NoisePhase:
     updates: int = 1
     role: str = POLICY
     keeps = ()
-    replays = False
     by_stream = False
 
     def __post_init__(self) -> None:
@@ -326,6 +337,13 @@ class NoisePhase:
     @property
     def networks(self) -> tuple[str, ...]:
         return self.objective.weight_sets
+
+    def drawn_by(self, sampler: str) -> str:
+        return ""
+
+    @property
+    def largest(self) -> Mapping[str, str]:
+        return {}
 
     def taught(self, objective: Any) -> NoisePhase:
         return replace(self, objective=objective)

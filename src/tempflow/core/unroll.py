@@ -175,7 +175,7 @@ class _Walk:
         if not len(goes):
             return index, at
         law = self.dynamics.transition(at, velocity, self.schedule, step)
-        after = law.mean
+        after = law.mode
         if self.dynamics.stochastic and self.noise is not None:
             # the identities of a chain's edges: each node is its parent's only child
             names = [(*self.ids[n], *(0,) * (i + 1), i) for n, i in _pairs(index, step)]

@@ -215,7 +215,7 @@ def context_of(
         networks |= {role.name: own.trainable.network} | {n: w.network() for n, w in own.sets.sets.items()}
     context = Context(
         model=model,
-        algorithm=_unweighted(algorithm),
+        algorithm=algorithm.unweighted(),
         schedule=model.schedule(algorithm.steps, config.size),
         size=config.size,
         guidance=guidance,
@@ -259,7 +259,7 @@ def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
         model.schedule(config.evaluation.steps, size)
     with config.naming("algorithm"):
         algorithm.schedule(0, model.schedule(algorithm.steps, size))
-        if algorithm.conditions is not None:
+        if algorithm.variants > 1:
             check_encodes(model)
     return guidance
 
@@ -346,7 +346,7 @@ def by_stream(config: Config, algorithm: Algorithm, model: Model, prompt: Prompt
 
 def _takes_no_streams(algorithm: Algorithm) -> str:
     """Why rewards cannot teach it by stream; '' where they can."""
-    if algorithm.latent_reward is not None or algorithm.offline is not None:
+    if not algorithm.of_rewards:
         return "is not taught by rewards"
     if not all(phase.by_stream for phase in algorithm.phases):
         return "takes one advantage for all streams together"
@@ -499,11 +499,6 @@ def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt],
     except ValueError as error:
         raise ValueError(f"{'prompts' if own else f'data.train: {source}'}: {error}") from error
     return found
-
-
-def _unweighted(algorithm: Algorithm) -> Algorithm:
-    """Offline samples bear scores of their own: the rewards' weights are of no use to their credit."""
-    return replace(algorithm, credit=algorithm.credit.weighted(None)) if algorithm.reads else algorithm
 
 
 def check_before_loading(

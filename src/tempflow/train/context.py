@@ -129,7 +129,7 @@ class Context:
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
         object.__setattr__(self, "guidance", guided(self.guidance, self.model.guidance))
-        if self.algorithm.drafts != (self.drafter is not None):
+        if (self.algorithm.draft_precision == "full") != (self.drafter is None):
             raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
 
     def at(self, iteration: int) -> Context:

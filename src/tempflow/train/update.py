@@ -21,9 +21,6 @@ from tempflow.train.guards import Guards, NonFiniteError, check_finite_loss, che
 from tempflow.train.parallel import World
 from tempflow.train.weights import Learner, Trainable, holds_policy
 
-LARGEST = {"log_ratio_abs": "log_ratio_max", "rollout_gap": "rollout_gap_max"}
-"""Metrics whose largest value is kept beside their mean, and what it is called."""
-
 
 def predictors(context: Context, prompts: Sequence[Prompt]) -> Models:
     """Of the policy and of every other network, for this rank's prompt slots of the iteration."""
@@ -142,7 +139,7 @@ def update(
     computed, parts = 0, list(batch.updates(asked))
     teaching = _Teaching(context, phase, models, lesson, trainable, drawn_by(context, phase, trainable))
     old: list[list[Old] | None] = [None] * len(parts)
-    if phase.replays and teaching.drawn_by == POLICY:
+    if teaching.drawn_by == POLICY:
         old[1:] = [teaching.recorded(part) for part in parts[1:]]
         counter.old += sum(part.forwards for part in parts[1:])
     for part, before in zip(parts, old, strict=True):
@@ -162,11 +159,11 @@ def update(
         sums.append(seen)
     clock.add("train", started)
     counter.train += computed
-    if phase.replays and teaching.drawn_by not in (POLICY, *phase.networks):
+    if teaching.drawn_by not in ("", POLICY, *phase.networks):
         counter.old += computed
     names, rows = (sums[0].metrics, sum(s.rows for s in sums)) if sums else ((), 1)
-    kept = LARGEST if phase.replays else {"log_ratio_abs": LARGEST["log_ratio_abs"]} if phase.keeps else {}
-    largest = {shown: max((s.largest.get(name, 0.0) for s in sums), default=0.0) for name, shown in kept.items()}
+    kept = phase.largest.items()
+    largest = {shown: max((s.largest.get(name, 0.0) for s in sums), default=0.0) for name, shown in kept}
     return {
         **{name: sum(s.metrics[name] for s in sums) / rows for name in names},
         "trained_edges": batch.forwards,
@@ -188,10 +185,11 @@ def shuffled(batch: Batch, seed: int, of: tuple[int, ...]) -> Batch:
 
 def drawn_by(context: Context, phase: Phase, trainable: Trainable) -> str:
     """The network whose forward gives old log-probs: the one that rolled out, or the policy where the two are one
-    before the first update. The same on all ranks, each of which may hold another part of the weights."""
-    name = context.algorithm.sampler
-    if not phase.replays or name == POLICY:
-        return POLICY
+    before the first update; "" where none are wanted. The same on all ranks, each of which may hold another part of the
+    weights."""
+    name = phase.drawn_by(context.algorithm.sampler)
+    if name in ("", POLICY):
+        return name
     return name if context.world.any(not holds_policy(context.sets[name], trainable)) else POLICY
 
 
@@ -215,7 +213,7 @@ def _checked(context: Context, trainable: Trainable, seen: Sums, iteration: int,
 @dataclass(frozen=True)
 class Sums:
     """Over all ranks' items of an update: its loss, sums of the metrics over `rows` rows, and the largest value of
-    those that LARGEST names and that are there; NaN where one of them is."""
+    those that the phase names and that are there; NaN where one of them is."""
 
     loss: float
     metrics: Mapping[str, float]
@@ -260,7 +258,10 @@ class _Teaching:
             if number >= len(batches):
                 names = self._idle(part)
                 if not batches:
-                    sums, largest = dict.fromkeys(names, 0.0), {name: 0.0 for name in names if name in LARGEST}
+                    sums, largest = (
+                        dict.fromkeys(names, 0.0),
+                        {name: 0.0 for name in names if name in self.phase.largest},
+                    )
                 continue
             batch = batches[number]
             loss = self.phase.loss(self.models, self.lesson, batch, None if old is None else old[number], self.drawn_by)
@@ -271,7 +272,7 @@ class _Teaching:
             rows += len(batch.row)
             for name, column in loss.metrics.items():
                 sums[name] = sums.get(name, 0.0) + column.sum().item()
-                if name in LARGEST:
+                if name in self.phase.largest:
                     largest[name] = _larger(largest.get(name, 0.0), column.max().item())
         return _summed(context.world, trainable, Sums(total, sums, rows, largest))
 

@@ -358,11 +358,10 @@ class Drafter:
         sets: by name, the sampler's among them unless that is the policy. Raises ValueError for a device without that
         precision or a network that has no use for it; ImportError where torchao is missing.
         """
-        draft = algorithm.draft
-        if draft is None or not algorithm.drafts:
+        if algorithm.draft_precision == "full":
             return None
         source = trainable if algorithm.sampler == "policy" else sets[algorithm.sampler]
-        copy = cheap_copy(model.network, model.blocks(model.network), draft.precision)
+        copy = cheap_copy(model.network, model.blocks(model.network), algorithm.draft_precision)
         return Drafter(copy, model.network, source)
 
     def fresh(self) -> nn.Module:
@@ -374,11 +373,11 @@ class Drafter:
 def check_draft(algorithm: Algorithm, device: torch.device, sharded: bool) -> None:
     """Before a model is loaded. Raises ValueError for a precision that `device` or a sharded network cannot have,
     ImportError where torchao is missing."""
-    if algorithm.draft is None or not algorithm.drafts:
+    if algorithm.draft_precision == "full":
         return
     if sharded:
         raise ValueError(
-            f"draft_precision: {algorithm.draft.precision!r} copies the network in one piece, and parallel.mode 'fsdp' "
+            f"draft_precision: {algorithm.draft_precision!r} copies the network in one piece, and parallel.mode 'fsdp' "
             "has it in parts; nearest valid: 'full', or parallel.mode 'ddp'"
         )
-    check_precision(algorithm.draft.precision, device)
+    check_precision(algorithm.draft_precision, device)
