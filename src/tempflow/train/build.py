@@ -196,23 +196,18 @@ def context_of(
         say(f"reference: {config.model.reference}")
         kept = _reference(config.model.reference, model, trainable, base)
     if sharded(config, world):
-        begun = trainable.state() if base is not None else None
+        begun = trainable.state() if base is not None else {}
         trainable = None  # whole weights give way to their parts
         shards = _shards(model, world)
-        trainable = Trainable(model.network)
-        if begun is not None:
-            trainable.load(begun)
+        trainable = Trainable(model.network, begun)
     weight_sets = WeightSets.of(algorithm, trainable)
     sets = dict(weight_sets.sets)
     if "reference" in algorithm.sets and "reference" not in sets:
         sets["reference"] = WeightSet(trainable, Frozen(), kept)
-    turn_of = None if shards is None else shards.turn_of
-    networks: dict[str, nn.Module] = {name: weights.network(turn_of) for name, weights in sets.items()}
+    networks: dict[str, nn.Module] = {n: weights.network(shards and shards.turn_of) for n, weights in sets.items()}
     learners = {POLICY: Learner(trainable, optimizer_of(config, trainable), weight_sets, average_of(config, trainable))}
     learners |= {role.name: _learner(config, model, role) for role in algorithm.roles}
-    for role in algorithm.roles:
-        own = learners[role.name]
-        networks |= {role.name: own.trainable.network} | {n: w.network() for n, w in own.sets.sets.items()}
+    networks |= {name: net for role in algorithm.roles for name, net in learners[role.name].networks(role.name).items()}
     context = Context(
         model=model,
         algorithm=algorithm.unweighted(),

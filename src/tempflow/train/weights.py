@@ -39,7 +39,8 @@ class Trainable:
     Raises ValueError when nothing is trainable.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
+        """`state`: what `state` gave, to begin with."""
         named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: no parameter requires gradients; choose full training or add a LoRA")
@@ -53,6 +54,8 @@ class Trainable:
 
         half = any(p.dtype == torch.float16 for p in self.parameters)
         self.loss_scale, self.finite_steps = FIRST_SCALE if half else 1.0, 0
+        if state:
+            self.load(state)
 
     def collect(self) -> None:
         """Adds the network's fresh gradients to the masters', without the loss's scale. To be called after each
@@ -308,6 +311,10 @@ class Learner:
     optimizer: torch.optim.Optimizer
     sets: WeightSets = field(default_factory=WeightSets)
     average: WeightSet | None = None
+
+    def networks(self, role: str) -> dict[str, nn.Module]:
+        """What others are given of it by name: its network, by its own, and its weight sets'."""
+        return {role: self.trainable.network} | {name: w.network() for name, w in self.sets.sets.items()}
 
     def step(self) -> None:
         """The optimizer's, from the gradients in the masters."""
