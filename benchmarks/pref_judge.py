@@ -1,13 +1,14 @@
 """Pref-GRPO end to end by a judge that errs, over the wire: `shapes` is trained by a local endpoint's win rates.
 
     python -m benchmarks.pref_judge [--seeds 0 1 2] [--iterations 80] [--rate 1e-4] [--train-steps N]
-                                    [--output runs/pref_judge]
+                                    [--loss pref_grpo|v_grpo] [--output runs/pref_judge]
 
 The endpoint is `benchmarks.judge_server` in this process: it compares two pictures by the verifier's graded score, but
 10 % of its questions get no verdict and in 20 % of the others the first picture wins whatever it shows. The run knows
-the win rates alone. The strict verifier looks at validation, by which the best weights are chosen, and at the test
-split before the first and after the last iteration. Prints each seed's test score before and after with the interval
-of the gain over prompts, and that of all seeds; processor time is this process's, the judge's work in it.
+the win rates alone; `--loss v_grpo` trains on the same ones with V-GRPO's loss. The strict verifier looks at
+validation, by which the best weights are chosen, and at the test split before the first and after the last iteration.
+Prints each seed's test score before and after with the interval of the gain over prompts, and that of all seeds;
+processor time is this process's, the judge's work in it.
 """
 
 from __future__ import annotations

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from fake import PROMPTS, Bench, Fake, brightness, config, same, weights
+from rich.console import Console
 
 import tempflow
 from tempflow import algorithms
+from tempflow.cost import run_cost
 from tempflow.train import checkpoint
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
@@ -56,6 +58,24 @@ def test_an_installed_package(made: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert metrics["updates"] == 1 and metrics["trained_edges"] == 6 * 4 * 5
     with pytest.raises(ValueError, match=r"clip: 0\.0 must be"):
         made(clip=0.0)
+
+
+@pytest.mark.parametrize("made", ["two_step"], indirect=True)
+def test_what_it_costs_is_counted_role_by_role(
+    made: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = EntryPoints([EntryPoint("two_step", f"{made.__module__}:two_step", "tempflow.algorithms")])
+    monkeypatch.setattr(algorithms, "entry_points", lambda group: points.select(group=group))
+    fields = {"name": "x", "iterations": 2, "algorithm": {"name": "two_step"}, "data": {"prompts_per_iteration": 3}}
+    settings = tempflow.Config.model_validate(fields)
+    cost = run_cost(settings)
+    student, fake = cost.phases
+    assert (student.role, student.trained, student.beside) == ("policy", (12, 24), (12 * 3, 24 * 3))
+    assert (fake.role, fake.trained, fake.beside) == ("fake", (60, 120), (120, 240))
+    assert cost.forwards == 24 + 120 + 72 + 240 and cost.equivalents == 3 * 144 + 312 and cost.total.leaves == 0
+    Console(width=120).print(cost.table())
+    said = capsys.readouterr().out
+    assert "policy: training forwards" in said and "fake: policy forwards, at most" in said
 
 
 def test_every_kind_of_phase_has_an_example() -> None:

@@ -20,6 +20,7 @@ from tempflow.config.guards import GuardsConfig
 from tempflow.core.ema import Copy
 from tempflow.core.objective.distill import DistributionMatching, FlowMatching
 from tempflow.core.offline import OfflineSamples
+from tempflow.report.page import write_report
 from tempflow.request import asked
 from tempflow.train import checkpoint, trainer
 from tempflow.train.guards import GuardError, Guards
@@ -219,6 +220,16 @@ def test_a_killed_run_of_two_roles_resumes_bitwise(
     assert not same(dict(kept["policy/weights"]), dict(kept["fake/weights"]))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(line["fake/updates"] == 2 and line["fake/loss"] > 0 for line in lines)
+
+
+def test_a_report_and_the_counts_know_both_roles(tmp_path: Path) -> None:
+    folder = go(tmp_path / "toy", rollout=False)
+    page = write_report([folder], tmp_path / "page.html").read_text()
+    for title in ("loss", "gradient norm (before clipping)", "fake: loss", "fake: gradient norm (before clipping)"):
+        assert f">{title}<" in page, title
+    summary = json.loads((folder / "summary.json").read_text())["cost"]
+    assert summary["rollout_forwards"] == 0 < summary["train_forwards"] == 5 * 3 * (3 + 6)
+    assert [line["steps"] for line in map(json.loads, (folder / "steps.jsonl").read_text().splitlines())] == [[]] * 5
 
 
 def test_a_checkpoint_without_a_role_is_refused(tmp_path: Path) -> None:

@@ -220,18 +220,25 @@ def _training(runs: Sequence[RunData]) -> list[Chart]:
     """A panel for every figure of metrics.jsonl, rewards first."""
     keys = list(dict.fromkeys(key for run in runs for line in (*run.metrics[:1], *run.metrics[-1:]) for key in line))
     rewards = [key for key in keys if key.startswith(("reward/", "reward_std/"))]
-    rest = [key for key in keys if key not in (*PANELS, *rewards, *COSTS, "iteration", "updates")]
+    rest = [key for key in keys if key not in (*PANELS, *rewards, *COSTS, "iteration") and not key.endswith("updates")]
     panels: list[Chart] = []
     for key in [*rewards, *(key for key in PANELS if key in keys), *rest]:
         series = [
             Series(run.label, [m["iteration"] for m in run.metrics], [_value(m.get(key)) for m in run.metrics], place)
             for place, run in enumerate(runs)
         ]
-        title = PANELS.get(key) or key.replace("reward_std/", "spread of reward ").replace("reward/", "reward ")
-        chart = charts.line_chart(title, series, "iteration", log=key in LOG, smooth=True)
+        chart = charts.line_chart(_title(key), series, "iteration", log=key in LOG, smooth=True)
         if chart is not None:
             panels.append(chart)
     return panels
+
+
+def _title(key: str) -> str:
+    """A figure's title; that of another role's than the policy bears the role's name."""
+    role, _, name = key.rpartition("/")
+    if name in PANELS:
+        return f"{role}: {PANELS[name]}" if role else PANELS[name]
+    return key.replace("reward_std/", "spread of reward ").replace("reward/", "reward ")
 
 
 def _value(value: Any) -> float | None:
