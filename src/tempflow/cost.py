@@ -338,7 +338,8 @@ def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 
 
     trained: numbers; half: bytes of each in the network where that is less than float32, else 0
     """
-    sets = len(set(config.algorithm.build().sets) - {"policy"})
+    algorithm = config.algorithm.build()
+    roles, sets = len(algorithm.roles), len(algorithm.sets) + sum(len(role.weight_sets) for role in algorithm.roles)
     own = -(-trained // (ranks if config.parallel.mode == "fsdp" else 1))
     return {
         "float32 masters": MASTER * own * (half > 0),
@@ -346,6 +347,8 @@ def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 
         "AdamW's moments": 2 * MASTER * own,
         "average weights": MASTER * own * (config.optimizer.ema_decay > 0),
         "other weight sets": sets * own * (MASTER + half),
+        "other roles, with gradients and moments": roles * own * (4 * MASTER + half),
+        "roles as the iteration found them": (1 + roles) * own * 3 * MASTER * (len(algorithm.phases) > 1),
         "states kept for training": -(-cost.stored_nodes // ranks) * (cost.state_bytes or 0),
     }
 

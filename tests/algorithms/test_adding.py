@@ -15,7 +15,7 @@ from rich.console import Console
 
 import tempflow
 from tempflow import algorithms
-from tempflow.cost import run_cost
+from tempflow.cost import beside, run_cost
 from tempflow.train import checkpoint
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
@@ -68,11 +68,16 @@ def test_what_it_costs_is_counted_role_by_role(
     monkeypatch.setattr(algorithms, "entry_points", lambda group: points.select(group=group))
     fields = {"name": "x", "iterations": 2, "algorithm": {"name": "two_step"}, "data": {"prompts_per_iteration": 3}}
     settings = tempflow.Config.model_validate(fields)
+    configured = settings.replace(algorithm={"name": "flow_grpo"})
     cost = run_cost(settings)
     student, fake = cost.phases
     assert (student.role, student.trained, student.beside) == ("policy", (12, 24), (12 * 3, 24 * 3))
     assert (fake.role, fake.trained, fake.beside) == ("fake", (60, 120), (120, 240))
     assert cost.forwards == 24 + 120 + 72 + 240 and cost.equivalents == 3 * 144 + 312 and cost.total.leaves == 0
+    held, plain = (beside(c, cost, 1000, 0) for c in (settings, configured))
+    extra = {name: held[name] - plain[name] for name in held if held[name] != plain[name]}
+    # weights, gradients and two moments of the fake score; weights and moments of both, to go back to
+    assert extra == {"other roles, with gradients and moments": 16_000, "roles as the iteration found them": 24_000}
     Console(width=120).print(cost.table())
     said = capsys.readouterr().out
     assert "policy: training forwards" in said and "fake: policy forwards, at most" in said

@@ -109,7 +109,7 @@ def measure(
 ) -> Signals:
     """Measures leaves, on the device of x0, or on the CPU where that has no float64.
 
-    x0: final latents, float [N, *S], any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
+    x0: final latents, float [N, *S], or tokens, any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
     ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures depend on its
     own leaves alone. Raises ValueError where the lengths differ or there is no leaf.
     """
@@ -178,7 +178,9 @@ def _share(flags: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
 
 
 def _rms(x: Tensor, slot: Tensor, leaves: Tensor) -> Tensor:
-    """In float32 or better."""
+    """In float32 or better; 1 of tokens, which have no size that could drift."""
+    if not x.is_floating_point():
+        return torch.ones(len(leaves), dtype=torch.float64)
     dtype = torch.promote_types(x.dtype, torch.float32)
     squares = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).cpu().double().square()
     total = torch.zeros(len(leaves), dtype=torch.float64).index_add_(0, slot, squares)
