@@ -402,7 +402,7 @@ def test_cost_of_the_papers_settings():
     assert cost.equivalents == 3 * (2232 + 3 * 432 + 432)  # the policy with gradient, the reference without
     assert (cost.validation, cost.test) == (120 * 7, 504 * 7)
     free = run_cost(config(model={"guidance": 2.0}, **alg("flow_grpo", kl=0.0)))
-    assert free.forwards == 20 * 8 * (240 + 216) and free.guided and not free.others
+    assert free.forwards == 20 * 8 * (240 + 216) and free.guided and not free.beside
     assert free.equivalents == 20 * 8 * (2 * 240 + (3 + 1) * 216)  # the empty prompt's row has no gradient
     judged = run_cost(config(**alg("drm_grpo", kl=0.0)))
     assert judged.equivalents == judged.total.forwards + (3 + 1) * judged.total.trained_edges  # the latent reward's row

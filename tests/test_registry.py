@@ -135,13 +135,13 @@ ALONE = """
 import sys
 from tempflow import algorithms, rewards
 def files(room): return {m.split(".")[2] for m in sys.modules if m.startswith(f"tempflow.{room}.")}
-assert files("algorithms") == {"base"} and len(algorithms.ALGORITHMS) > 30, files("algorithms")
+assert files("algorithms") == {"base", "lesson"} and len(algorithms.ALGORITHMS) > 30, files("algorithms")
 algorithms.find("rloo")()
-assert files("algorithms") == {"base", "rloo", "flow_grpo"}, files("algorithms")
+assert files("algorithms") == {"base", "lesson", "phase", "rloo", "flow_grpo"}, files("algorithms")
 assert algorithms.flow_grpo().name == "flow_grpo" and algorithms.rloo().name == "rloo"
 import tempflow.algorithms.dapo, tempflow.algorithms.base
 assert tempflow.algorithms.dapo().name == "dapo" and tempflow.algorithms.base.Algorithm
-tools = {"around", "function", "options", "protocol", "safe"}
+tools = {"around", "function", "options", "protocol", "safe", "weights"}
 assert "jpeg_compressibility" in rewards.names() and files("rewards") == tools, files("rewards")
 rewards.build("jpeg_compressibility")
 assert files("rewards") == tools | {"jpeg_compressibility"}, files("rewards")

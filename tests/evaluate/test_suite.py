@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def test_a_validation_and_a_test_share_no_noise(monkeypatch: pytest.MonkeyPatch)
     initial = Noise.initial
     for stream, noises in drawn.items():
 
-        def spy(self: Noise, ids: Sequence[tuple[int, ...]], shape: Sequence[int], kept: list = noises) -> torch.Tensor:
-            kept.append(initial(self, ids, shape))
+        def spy(self: Noise, ids: Sequence[tuple[int, ...]], *of: Any, kept: list = noises) -> torch.Tensor:
+            kept.append(initial(self, ids, *of))
             return kept[-1]
 
         monkeypatch.setattr(Noise, "initial", spy)

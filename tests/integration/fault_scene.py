@@ -57,7 +57,7 @@ class Scene:
         self.set_reward(lambda values: values)
         for place, name, said in (
             (trainer, "collect", lambda *a: f"rollout {a[2] + 1}"),
-            (trainer, "update", lambda *a: f"update {a[6] + 1}"),
+            (trainer, "learn", lambda *a: f"update {a[2][0].iteration + 1}"),
             (checkpoint, "save", lambda *a: f"checkpoint {a[1]}"),
             (trainer.Trainer, "_validate", lambda *a: f"validation {a[0].done}"),
             (trainer.Trainer, "_finish", lambda *a: "after"),

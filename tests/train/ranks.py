@@ -203,7 +203,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
         tensors |= {f"{set_name}/{n}": whole(value) for n, value in weights.named().items()}
     for role, learner in patched.learners.items():
         tensors |= {f"{role}/{n}": whole(value) for n, value in learner.trainable.named().items()}
-        tensors |= {f"{role}/{s}/{n}": v for s, w in learner.sets.sets.items() for n, v in w.named().items()}
+        tensors |= {f"{role}/{s}/{n}": whole(v) for s, w in learner.sets.sets.items() for n, v in w.named().items()}
     tensors["advantage"] = judged.advantage.value
     if world.first:
         out.mkdir(parents=True)

@@ -53,8 +53,9 @@ class Embeddings:
             return
         self.folder = self.folder.expanduser()
         mark = self.folder / MARK
-        there = self.folder.exists() and not mark.exists()
-        if there and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        # the mark is looked for last: another process may be making the folder, and the mark is what it makes first
+        full = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if full and not mark.exists():
             raise ValueError(
                 f"model.cache: {str(self.folder)!r} holds something else; nearest valid: a new or empty folder"
             )

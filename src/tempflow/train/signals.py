@@ -109,9 +109,9 @@ def measure(
 ) -> Signals:
     """Measures leaves, on the device of x0, or on the CPU where that has no float64.
 
-    x0: final latents, float [N, *S], or tokens, any device; media: uint8 [N, H, W, 3], any device; prompt: long[N], their slots;
-    ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures depend on its
-    own leaves alone. Raises ValueError where the lengths differ or there is no leaf.
+    x0: final latents, float [N, *S], or tokens, any device; media: uint8 [N, H, W, 3], any device; prompt: long[N],
+    their slots; ok: bool[N], whether a leaf has a valid score; figures: those of FIGURES to measure. A slot's figures
+    depend on its own leaves alone. Raises ValueError where the lengths differ or there is no leaf.
     """
     given = {"media": len(media), "prompt": len(prompt), "ok": len(x0) if ok is None else len(ok)}
     for name, count in given.items():
