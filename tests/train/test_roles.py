@@ -220,6 +220,7 @@ def test_a_killed_run_of_two_roles_resumes_bitwise(
     assert not same(dict(kept["policy/weights"]), dict(kept["fake/weights"]))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(line["fake/updates"] == 2 and line["fake/loss"] > 0 for line in lines)
+    assert all(("fake.2/loss" in line, "policy.2/gap" in line) == (rollout, rollout) for line in lines)
 
 
 def test_a_report_and_the_counts_know_both_roles(tmp_path: Path) -> None:

@@ -109,4 +109,4 @@ def test_an_iteration_trains_tokens(make: Callable[[], Algorithm], tmp_path: Pat
 def test_two_roles_may_share_a_rollout_of_tokens() -> None:
     both = replace(edges(), phases=(*edges().phases, *leaves().phases))
     metrics = Bench(Strings(), both, bright, rate=0.05).iterate()
-    assert metrics["updates"] == 1 == metrics["policy/updates"]
+    assert metrics["updates"] == 1 == metrics["policy.2/updates"]

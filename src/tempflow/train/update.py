@@ -85,7 +85,7 @@ def learn(
     guards: Guards,
 ) -> dict[str, float]:
     """All phases of an iteration, one after the other; returns its metrics, those of the first without a prefix, of
-    others as "role/name".
+    others as "role/name", and of a role's second phase as "role.2/name".
 
     Where there are several phases, whatever stops one of them takes all roles back to where the iteration found them: a
     loss or a gradient that is not finite ends the iteration's updates, so that no role moves without the others. Raises
@@ -96,9 +96,9 @@ def learn(
     before = {name: learner.snapshot() for name, learner in learners.items()} if several else {}
     try:
         for place, (phase, lesson) in enumerate(zip(context.algorithm.phases, lessons, strict=True)):
-            learner, prefix = learners[phase.role], f"{phase.role}/" if place else ""
+            learner = learners[phase.role]
             found = update(context, phase, models, lesson, learner, counter, clock, guards, place, several)
-            metrics |= {prefix + name: value for name, value in found.items()}
+            metrics |= {_prefix(context.algorithm.phases, place) + name: value for name, value in found.items()}
     except BaseException as fault:
         for name, state in before.items():
             learners[name].restore(state)
@@ -106,6 +106,13 @@ def learn(
             raise
         return {"trained_edges": 0, "updates": 0, "loss": 0.0, "grad_norm": 0.0}
     return metrics
+
+
+def _prefix(phases: Sequence[Phase], place: int) -> str:
+    """Of the names of that phase's metrics."""
+    role = phases[place].role
+    number = sum(phase.role == role for phase in phases[: place + 1])
+    return "" if place == 0 else f"{role}/" if number == 1 else f"{role}.{number}/"
 
 
 class _DroppedError(Exception):
