@@ -186,6 +186,12 @@ class Algorithm:
         return tuple(dict.fromkeys(name for name in asked if name != POLICY))
 
     @property
+    def compared(self) -> frozenset[str]:
+        """The networks that the policy's phases ask for at a rollout's states, where it can be held to them."""
+        held = [phase for phase in self.phases if phase.keeps and phase.role == POLICY]
+        return frozenset(name for phase in held for name in phase.networks)
+
+    @property
     def sets(self) -> tuple[str, ...]:
         """Of these, the weight sets that follow the policy, or are frozen."""
         others = {name for role in self.roles for name in (role.name, *role.weight_sets)}

@@ -30,8 +30,32 @@ Units = Callable[[Forest, int], Tensor]
 """(whole forest, iteration) -> LongTensor [E]: edges with equal numbers share a chunk; −1 is left out this time."""
 
 
+class _FromRollout:
+    """What phases share that learn from a rollout."""
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def beside(self, batch: Batch, steps: int) -> int:
+        """Every other network is asked where the one that learns is."""
+        return batch.forwards * (len(self.networks) - 1)
+
+    def own(self, lesson: Lesson, batch: Batch) -> Batch:
+        first, count = lesson.rollout.first, len(lesson.rollout.forest.edges)
+        return batch.where((batch.row >= first) & (batch.row < first + count))
+
+    def idle(self, lesson: Lesson) -> tuple[Lesson, int]:
+        """The rank's first trained edge, all states 0: a rank may own nothing because its latents broke, and 0 times
+        what is not finite is not 0."""
+        at = lesson.rollout
+        blank = replace(at.forest, nodes=torch.zeros_like(at.forest.nodes[:1]).expand_as(at.forest.nodes))
+        row = at.first + int(at.forest.edges.trained.nonzero()[0, 0])
+        return replace(lesson, grown=replace(at, forest=blank)), row
+
+
 @dataclass(frozen=True)
-class EdgePhase:
+class EdgePhase(_FromRollout):
     """The policy learns from the stochastic edges of its rollout.
 
     objective  the loss of a batch of edges
@@ -97,9 +121,6 @@ class EdgePhase:
         trained = 0 if plan is None else plan.cost().trained_edges
         return Cost(trained * (len(self.networks) - 1), 0, trained)
 
-    def beside(self, batch: Batch, steps: int) -> int:
-        return batch.forwards * (len(self.networks) - 1)
-
     def old_forwards(self, trained: int, updates: int, drawn_by: str) -> int:
         """The first update's come with its training forward, later ones' from before any weight moves. A sampler that
         is not the policy any more is asked at every edge, unless the objective asks it anyway."""
@@ -126,12 +147,6 @@ class EdgePhase:
         counted = _allowed(lesson, at) & (number >= 0)
         row = (counted & _any_live(at.advantage.live & counted, number)).nonzero()[:, 0]
         return _batch(row, torch.zeros_like(row), number[row], len(torch.unique(number[counted])), 1)
-
-    def own(self, lesson: Lesson, batch: Batch) -> Batch:
-        return _own_rows(lesson, batch)
-
-    def idle(self, lesson: Lesson) -> tuple[Lesson, int]:
-        return _idle(lesson)
 
     def loss(
         self, models: Models, lesson: Lesson, batch: Batch, old: Old | None = None, drawn_by: str = POLICY
@@ -188,7 +203,7 @@ class EdgePhase:
 
 
 @dataclass(frozen=True)
-class LeafPhase:
+class LeafPhase(_FromRollout):
     """A role learns from the rollout's clean samples (or offline ones), re-noised: the forward-process family. The
     objective's "policy" is the role that learns.
 
@@ -235,9 +250,6 @@ class LeafPhase:
         trained = 0 if plan is None else plan.cost().leaves * self.renoise.times.count(steps)
         return Cost(trained * (len(self.networks) - 1), 0, trained)
 
-    def beside(self, batch: Batch, steps: int) -> int:
-        return batch.forwards * (len(self.networks) - 1)
-
     def old_forwards(self, trained: int, updates: int, drawn_by: str) -> int:
         return 0
 
@@ -260,12 +272,6 @@ class LeafPhase:
         pair = torch.arange(pairs).repeat(len(row))
         row, number = row.repeat_interleave(pairs), number.repeat_interleave(pairs) * pairs + pair
         return _batch(row, pair, number, valid * pairs, 1)
-
-    def own(self, lesson: Lesson, batch: Batch) -> Batch:
-        return _own_rows(lesson, batch)
-
-    def idle(self, lesson: Lesson) -> tuple[Lesson, int]:
-        return _idle(lesson)
 
     def loss(
         self, models: Models, lesson: Lesson, batch: Batch, old: Old | None = None, drawn_by: str = POLICY
@@ -441,16 +447,3 @@ def _batch(row: Tensor, pair: Tensor, number: Tensor, valid: int, pairs: int) ->
     """Items with unit numbers of any kind."""
     unit = dense(number)
     return Batch(row, pair, unit, int(unit.max()) + 1 if len(unit) else 0, valid, pairs)
-
-
-def _own_rows(lesson: Lesson, batch: Batch) -> Batch:
-    first, count = lesson.rollout.first, len(lesson.rollout.forest.edges)
-    return batch.where((batch.row >= first) & (batch.row < first + count))
-
-
-def _idle(lesson: Lesson) -> tuple[Lesson, int]:
-    """The rank's first trained edge, all states 0: a rank may own nothing because its latents broke, and 0 times what
-    is not finite is not 0."""
-    at = lesson.rollout
-    blank = replace(at.forest, nodes=torch.zeros_like(at.forest.nodes[:1]).expand_as(at.forest.nodes))
-    return replace(lesson, grown=replace(at, forest=blank)), at.first + int(at.forest.edges.trained.nonzero()[0, 0])

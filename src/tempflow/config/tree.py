@@ -203,7 +203,7 @@ class Config(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         algorithm = self.algorithm.build()
-        self.guards.check(algorithm.name, algorithm.networks)
+        self.guards.check(algorithm.name, algorithm.compared)
         cost = algorithm.seeded(self.seed).cost(0, self.data.prompts_per_iteration)
         updates = self.optimizer.updates_per_iteration
         if updates > cost.trained_edges:

@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tempflow.algorithms.lesson import POLICY
+
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
 BEST = "best"
-POLICY = "policy"
 WEIGHTS, AVERAGE, OPTIMIZER = (f"{POLICY}/{name}" for name in ("weights", "ema", "optimizer"))
 """Names of the policy's files, without suffix; other roles have theirs in folders of their own."""
 

@@ -483,7 +483,7 @@ def train(
         folder = Path(config.output)
         check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
         algorithm = algorithm or config.algorithm.build()
-        config.guards.check(algorithm.name, algorithm.networks)
+        config.guards.check(algorithm.name, algorithm.compared)
         rewards = rewards_of(config, reward)
         if reward is not None and config.evaluation.metric not in {*config.evaluation.gold, *(r.name for r in rewards)}:
             config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))

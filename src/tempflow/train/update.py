@@ -98,7 +98,8 @@ def learn(
         for place, (phase, lesson) in enumerate(zip(context.algorithm.phases, lessons, strict=True)):
             learner = learners[phase.role]
             found = update(context, phase, models, lesson, learner, counter, clock, guards, place, several)
-            metrics |= {_prefix(context.algorithm.phases, place) + name: value for name, value in found.items()}
+            prefix = _prefix(context.algorithm.phases, place)
+            metrics |= {prefix + name: value for name, value in found.items()}
     except BaseException as fault:
         for name, state in before.items():
             learners[name].restore(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.distill import DistributionMatching, FlowMatching, OwnSamples
 from tempflow.core.objective.edges import Predict
+from tempflow.core.objective.noises import NoiseBatch
 from tempflow.core.rng import Stream
-from tempflow.core.schedule import Schedule, explicit
-from tempflow.core.state import WHOLE, StateLayout
+from tempflow.core.schedule import explicit
+from tempflow.core.state import StateLayout
 from tempflow.core.times import UniformTimes
 from tempflow.core.unroll import stop_nodes
 
@@ -22,21 +23,10 @@ GRID = explicit((1, 0.75, 0.5, 0.25), 3.0)
 MEAN, STD = 0.7, 0.5
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What the loop hands over."""
-
-    x: Tensor
-    rows: Tensor
-    ids: tuple[tuple[int, ...], ...]
-    seed: int = 5
-    schedule: Schedule = GRID
-    layout: StateLayout = WHOLE
-
-
-def batch(size: int = 6, update: int = 0, shape: tuple[int, ...] = (2, 3)) -> Batch:
+def batch(size: int = 6, update: int = 0, shape: tuple[int, ...] = (2, 3)) -> NoiseBatch:
     ids = tuple((0, update, n % 2, n) for n in range(size))
-    return Batch(Stream(5, "start").normal(ids, shape).double(), torch.arange(size) % 2, ids)
+    x = Stream(5, "start").normal(ids, shape).double()
+    return NoiseBatch(x, torch.arange(size) % 2, ids, 5, GRID)
 
 
 class Affine(nn.Module):
@@ -64,7 +54,7 @@ def bearing(models: Mapping[str, Affine], value: Tensor) -> set[str]:
     return {name for name, model in models.items() if model.mean.grad is not None and bool(model.mean.grad)}
 
 
-def sample(predict: Predict, given: Batch) -> Tensor:
+def sample(predict: Predict, given: NoiseBatch) -> Tensor:
     """By hand, row by row: Euler steps to the drawn node, and x̂0 there."""
     found = list[Tensor]()
     for n, stop in enumerate(stop_nodes(given.seed, given.ids, 4).tolist()):
@@ -76,7 +66,7 @@ def sample(predict: Predict, given: Batch) -> Tensor:
     return torch.cat(found)
 
 
-def noised(x: Tensor, given: Batch, name: str, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+def noised(x: Tensor, given: NoiseBatch, name: str, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     u = Stream(given.seed, f"{name}.times").uniform(given.ids, (1,))[:, 0]
     t, noise = low + (high - low) * u, Stream(given.seed, f"{name}.noise").normal(given.ids, x.shape[1:]).double()
     s = t.view(-1, 1, 1)

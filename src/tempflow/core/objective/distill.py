@@ -6,9 +6,9 @@ student's own states to a node drawn for each row, where x = x̂0 is the sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,40 +17,14 @@ from tempflow.core.distill import matching_gradient, surrogate, velocity_error
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.likelihood_proxy import corrupt, target_velocity, x0_of_velocity
 from tempflow.core.objective.edges import Loss, Predict
+from tempflow.core.objective.noises import NoiseBatch
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise
-from tempflow.core.schedule import Schedule
-from tempflow.core.state import StateLayout, upcast
-from tempflow.core.times import Id, Times, UniformTimes
+from tempflow.core.state import upcast
+from tempflow.core.times import Times, UniformTimes
 from tempflow.core.unroll import stop_nodes, unroll
 
 Anchor = Literal["clean", "noisy", "none"]
-
-
-class Starts(Protocol):
-    """B states to start from, and what the rest is drawn by.
-
-    x [B, *S] at the schedule's first σ; rows LongTensor[B], what `predict` finds the condition by; ids, B distinct
-    identities that with the run's `seed` fix every draw; `schedule` the student's grid; `layout` of the B states.
-    """
-
-    @property
-    def x(self) -> Tensor: ...
-
-    @property
-    def rows(self) -> Tensor: ...
-
-    @property
-    def ids(self) -> Sequence[Id]: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def schedule(self) -> Schedule: ...
-
-    @property
-    def layout(self) -> StateLayout: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class OwnSamples:
         if self.stop not in ("random", "end"):
             raise ValueError(f"stop: {self.stop!r} is not one of random, end; nearest valid: 'random'")
 
-    def __call__(self, predict: Predict, batch: Starts, last: int | None) -> Tensor:
+    def __call__(self, predict: Predict, batch: NoiseBatch, last: int | None) -> Tensor:
         """x, [B, *S], in at least float32, with gradients through the last so many predictions (None: all)."""
         stop = stop_nodes(batch.seed, batch.ids, batch.schedule.steps) if self.stop == "random" else None
         return unroll(
@@ -112,7 +86,7 @@ class FlowMatching:
         """Rows without gradient and with, for one noise on a grid of so many steps, at most."""
         return steps, 1
 
-    def __call__(self, models: Mapping[str, Predict], batch: Starts) -> Loss:
+    def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through the learner only."""
         _check(models, self.weight_sets)
         x = self.samples(models["policy"], batch, last=0)
@@ -156,7 +130,7 @@ class DistributionMatching:
         through = steps if self.last is None else min(self.last, steps)
         return steps - through + 2, through
 
-    def __call__(self, models: Mapping[str, Predict], batch: Starts) -> Loss:
+    def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
         _check(models, self.weight_sets)
         x = self.samples(models["policy"], batch, self.last)
@@ -174,7 +148,7 @@ class DistributionMatching:
         return Loss(surrogate(x, gradient, batch.layout).mean(), metrics)
 
 
-def _noised(x: Tensor, batch: Starts, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _noised(x: Tensor, batch: NoiseBatch, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """x_t with its noise [B, *S] and time [B], both functions of the rows' ids; held elements are clean."""
     x = x.detach()
     drawn = times(Stream(batch.seed, f"{name}.times"), batch.ids, batch.schedule)[:, 0]
@@ -183,7 +157,7 @@ def _noised(x: Tensor, batch: Starts, times: Times, name: str) -> tuple[Tensor, 
     return batch.layout.hold(corrupt(x, noise, t)), noise, t
 
 
-def _asked(models: Mapping[str, Predict], name: str, x: Tensor, t: Tensor, batch: Starts) -> Tensor:
+def _asked(models: Mapping[str, Predict], name: str, x: Tensor, t: Tensor, batch: NoiseBatch) -> Tensor:
     velocity = upcast(models[name](x, t, batch.rows))
     if velocity.shape != x.shape:
         raise ValueError(f"{name}: predicts {list(velocity.shape)} where the states are {list(x.shape)}")

@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 from tempflow.core.objective.edges import Loss, Predict
-from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout
 from tempflow.core.times import Id
@@ -21,8 +20,8 @@ class NoiseBatch:
 
     x         [B, *S], the states at the grid's first σ
     rows      LongTensor[B], what `predict` finds the condition by
-    ids       B distinct identities (iteration, update, prompt slot, number): what else is drawn for a row is a function
-              of the seed and of its id, whatever the batch and the rank (`normal`, `uniform`)
+    ids       B distinct identities (iteration, update, prompt slot, number): what else is drawn for a row (`core.rng`)
+              is a function of the seed and of its id, whatever the batch and the rank
     seed      the run's
     schedule  the grid to walk
     layout    of the B states
@@ -44,14 +43,6 @@ class NoiseBatch:
 
     def __len__(self) -> int:
         return len(self.x)
-
-    def normal(self, name: str) -> Tensor:
-        """Standard normals of the shape of the states, float32, on their device; `name` tells draws apart."""
-        return Stream(self.seed, name).normal(list(self.ids), self.x.shape[1:]).to(self.x.device)
-
-    def uniform(self, name: str) -> Tensor:
-        """A number in [0, 1) for each row, [B], float64, on the CPU."""
-        return Stream(self.seed, name).uniform(list(self.ids), ())
 
 
 class NoiseObjective(Protocol):
