@@ -141,6 +141,34 @@ def round(folder):
     assert left and all(p.suffix == ".safetensors" for p in left)
 
 
+def test_a_row_that_another_process_deletes_meanwhile_is_made_anew(tmp_path: Path) -> None:
+    made = {"a": lambda: {"embeds": torch.ones(3)}}
+    Embeddings(folder=tmp_path / "c").rows(["a"], made)
+    (file,) = (tmp_path / "c").rglob("*.safetensors")
+    kept = tmp_path / "kept"
+    kept.hardlink_to(file)
+    code = """
+import os, sys
+while True:
+    try:
+        os.unlink(sys.argv[1])
+    except FileNotFoundError:
+        pass
+    try:
+        os.link(sys.argv[2], sys.argv[1])
+    except FileExistsError:
+        pass
+"""
+    other = subprocess.Popen([sys.executable, "-c", code, file, kept])
+    try:
+        for _ in range(3000):
+            (row,) = Embeddings(folder=tmp_path / "c").rows(["a"], made)
+            assert row["embeds"].tolist() == [1, 1, 1]
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_shorter_rows_end_in_zeros() -> None:
     rows = [{"e": torch.ones(n, 2), "mask": torch.ones(n, dtype=torch.bool)} for n in (1, 3)]
     beside = [{"e": torch.ones(4, 2), "mask": torch.ones(4, dtype=torch.bool)}]

@@ -13,7 +13,7 @@ from tempfile import NamedTemporaryFile
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 Row = Mapping[str, Tensor]
@@ -103,10 +103,11 @@ class Embeddings:
 
     def _from_disk(self, key: str) -> Row | None:
         file = self._file(key)
-        if file is None or not file.is_file():
+        if file is None:
             return None
         try:
-            row = load_file(file)
+            # opened once: another process may delete it at any moment, and torch, opening again, says RuntimeError
+            row = load(file.read_bytes())
             os.utime(file)  # the least used go first
         except (SafetensorError, OSError, ValueError):
             return None
