@@ -29,13 +29,17 @@ STATE_BYTES = 4
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What a phase trains, and forwards without gradient beside that (`others` names their networks): of the first
-    iteration and of the run, at most."""
+    """What a phase trains, forwards without gradient beside that (`others` names their networks), those of networks
+    with a guidance of their own, and samples that its loss has decoded and scored: of the first iteration and of the
+    run, at most."""
 
     role: str
     others: str
     trained: tuple[int, int]
     beside: tuple[int, int]
+    guided: str = ""
+    alone: tuple[int, int] = (0, 0)
+    scored: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,17 @@ class RunCost:
     @property
     def forwards(self) -> int:
         """Rollout, training and other sets' forwards of the run at most, guidance not doubled; evaluation is apart."""
-        return self._plain + self.total.trained_edges
+        return self._plain + self.total.trained_edges + self.alone
 
     @property
     def beside(self) -> int:
-        """Of these, forwards without gradient in updates, but for old log-probs."""
+        """Of these, forwards without gradient in updates, but for old log-probs and those that stand alone."""
         return sum(phase.beside[1] for phase in self.phases)
+
+    @property
+    def alone(self) -> int:
+        """Rows of networks with a guidance of their own; the negative prompts' are counted."""
+        return sum(phase.alone[1] for phase in self.phases)
 
     @property
     def _plain(self) -> int:
@@ -88,7 +97,8 @@ class RunCost:
     @property
     def equivalents(self) -> int:
         """The run's compute at most, in forward-equivalents (`core.cost.equivalents`); evaluation is apart."""
-        return equivalents(self._plain, self.total.trained_edges, guided=self.guided, latent=self.latent)
+        trained, guided = self.total.trained_edges, self.guided
+        return equivalents(self._plain, trained, guided=guided, latent=self.latent, alone=self.alone)
 
     def table(self) -> Table:
         """The counts, for a terminal."""
@@ -106,6 +116,10 @@ class RunCost:
             rows.append((f"{of}training forwards + backwards, at most", *phase.trained))
             if any(phase.beside):
                 rows.append((f"{of}{phase.others} forwards, at most", *phase.beside))
+            if any(phase.alone):
+                rows.append((f"{of}{phase.guided} forwards by a guidance of its own, at most", *phase.alone))
+            if any(phase.scored):
+                rows.append((f"{of}samples decoded and scored, at most", *phase.scored))
         if any(self.old):
             rows.append(("forwards for old log-probs, at most", *self.old))
         for label, one, run in rows:
@@ -136,9 +150,7 @@ def run_cost(config: Config) -> RunCost:
         plans = algorithm.plans(iteration, prompts) if algorithm.rolls_out else [None] * prompts
         for plan in plans:
             here, nodes = here + algorithm.cost_of(plan), nodes + _kept_states(plan, algorithm.keeps)
-            trained = [
-                t + p.cost(algorithm.steps_of(plan), plan) for t, p in zip(trained, algorithm.phases, strict=True)
-            ]
+            trained = [t + algorithm.taught_cost(p, plan) for t, p in zip(trained, algorithm.phases, strict=True)]
         again = algorithm.old_forwards(here.trained_edges, config.optimizer.updates_per_iteration)
         parts = [[t if iteration == 0 else p[0], p[1] + t] for t, p in zip(trained, parts, strict=True)]
         first, old = here if iteration == 0 else first, (again if iteration == 0 else old[0], old[1] + again)
@@ -154,9 +166,12 @@ def run_cost(config: Config) -> RunCost:
         phases=tuple(
             PhaseCost(
                 role=phase.role,
-                others=", ".join(name for name in phase.networks if name != phase.role),
+                others=", ".join(name for name in phase.networks if name not in (phase.role, *phase.guidance)),
                 trained=(one.trained_edges, run.trained_edges),
                 beside=(one.forwards, run.forwards),
+                guided=", ".join(phase.guidance),
+                alone=(one.alone, run.alone),
+                scored=(one.leaves, run.leaves),
             )
             for phase, (one, run) in zip(algorithm.phases, parts, strict=True)
         ),
@@ -294,7 +309,7 @@ def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
         sampled=config.rollout_rows,
         trained=config.train_rows,
         leaves=config.rollout_leaves,
-        others=cost.beside > 0,
+        others=cost.beside + cost.alone > 0,
     )
     with config.naming("model"):
         try:
@@ -348,7 +363,11 @@ def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 
         "average weights": MASTER * own * (config.optimizer.ema_decay > 0),
         "other weight sets": sets * own * (MASTER + half),
         "other roles, with gradients and moments": roles * own * (4 * MASTER + half),
-        "roles as the iteration found them": (1 + roles) * own * 3 * MASTER * (len(algorithm.phases) > 1),
+        "roles as the iteration found them": (1 + roles)
+        * own
+        * 3
+        * MASTER
+        * (len(algorithm.phases) * algorithm.turns > 1),
         "states kept for training": -(-cost.stored_nodes // ranks) * (cost.state_bytes or 0),
     }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,12 +15,17 @@ from test_state import Countdown, Killed, assert_equal, dies
 from torch import nn
 
 from tempflow.algorithms import Algorithm
-from tempflow.algorithms.lesson import POLICY, Role
+from tempflow.algorithms.lesson import POLICY, Models, Role
 from tempflow.algorithms.phase import NoisePhase
 from tempflow.config.guards import GuardsConfig
+from tempflow.core.cost import Cost
 from tempflow.core.ema import Copy
-from tempflow.core.objective.distill import DistributionMatching, FlowMatching
+from tempflow.core.objective.distill import DistributionMatching, FlowMatching, OwnSamples
+from tempflow.core.objective.edges import Loss
+from tempflow.core.objective.noises import NoiseBatch
 from tempflow.core.offline import OfflineSamples
+from tempflow.core.schedule import linear
+from tempflow.models.guidance import Guidance
 from tempflow.report.page import write_report
 from tempflow.request import asked
 from tempflow.train import checkpoint, trainer
@@ -121,7 +127,7 @@ def test_a_phase_moves_its_role_alone() -> None:
         update(
             bench.context,
             phase,
-            predictors(bench.context, asked(PROMPTS)),
+            predictors(bench.context, asked(PROMPTS), phase),
             lesson,
             learner,
             bench.counter,
@@ -284,3 +290,92 @@ def test_a_role_s_fields_are_checked(given: dict[str, Any], message: str) -> Non
 def test_a_rollout_is_asked_for_where_a_phase_learns_from_one() -> None:
     with pytest.raises(ValueError, match="plan: trains none of its edges"):
         Algorithm("x", (flow().first,), 4)
+
+
+# --------------------------------------------------------------------------------------------- turns, guidance, scores
+@dataclass(frozen=True)
+class Scored:
+    """Has its samples scored and pulls them to brighter ones; asks the reference with a guidance of its own."""
+
+    weight_sets = ("policy", "reference")
+    guidance = MappingProxyType({"reference": 3.0})
+
+    def cost(self, steps: int) -> Cost:
+        return Cost(steps, 1, 1, alone=2)
+
+    def __call__(self, models: Models, batch: NoiseBatch) -> Loss:
+        x = OwnSamples()(models["policy"], batch, 1)
+        value, ok = batch.scored(x)
+        sigma = torch.full((len(x),), 0.5, dtype=torch.float64)
+        teacher = models["reference"](x.detach(), sigma, batch.rows)
+        loss = torch.where(ok, -value, 0.0)[:, None, None, None] * x
+        return Loss(loss.mean(), {"reward": value, "failed_rewards": (~ok).float(), "said": teacher.flatten(1).mean(1)})
+
+
+def scored(turns: int = 2, **options: Any) -> Bench:
+    follows = NoisePhase(FlowMatching(), 3, role="fake")
+    phases = (follows, NoisePhase(Scored(), 2))
+    return Bench(algorithm=Algorithm("scored", phases, 4, roles=(Role("fake"),), turns=turns), **options)
+
+
+def test_phases_take_turns_each_from_noises_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, order, ids = scored(turns=3), list[str](), list[Any]()
+    loss = NoisePhase.loss
+
+    def watched(phase: NoisePhase, models: Models, lesson: Any, batch: Any, *rest: Any) -> Loss:
+        order.append(phase.role)
+        ids.extend((phase.role, *one) for one in phase.batch(lesson, batch).ids)
+        return loss(phase, models, lesson, batch, *rest)
+
+    monkeypatch.setattr(NoisePhase, "loss", watched)
+    metrics = learned(bench)
+    assert order == ["fake", POLICY] * 3 and len(set(ids)) == len(ids) == 3 * 6 * (3 + 2)
+    # records tell of the policy's first phase without a prefix, wherever it stands
+    assert (metrics["updates"], metrics["fake/updates"]) == (3, 3) and metrics["trained_edges"] == 3 * 6 * 2
+    assert next(iter(metrics)) == "reward" and 0 < metrics["reward"] < 1
+    counter, cost = bench.counter, bench.context.algorithm.cost(0, 6)
+    assert counter.train == cost.trained_edges == 3 * 6 * (2 + 3) and counter.alone == 3 * 6 * 2 * 2
+    assert counter.decodes == counter.reward_calls == 3 * 6 * 2
+    assert counter.equivalents == counter.reference + 3 * counter.train + counter.alone
+
+
+def test_a_network_is_asked_with_the_phase_s_guidance_and_others_with_the_run_s() -> None:
+    bench = scored(guidance=Guidance(1.5))
+    asked_with = dict[tuple[str, float], int]()
+    plain = bench.model.predictor
+
+    def predictor(condition: Any, guidance: Guidance, *, network: Any = None) -> Any:
+        names = [name for name, of in bench.context.sets.items() if of is network]
+        key = (names[0] if names else POLICY, guidance.guidance)
+        asked_with[key] = asked_with.get(key, 0) + 1
+        return plain(condition, guidance, network=network)
+
+    bench.model.predictor = predictor  # pyright: ignore[reportAttributeAccessIssue]
+    matching = bench.context.algorithm.phases[1]
+    predictors(bench.context, asked(PROMPTS), matching)
+    assert {("reference", 3.0), (POLICY, 1.5), ("fake", 1.5)} <= asked_with.keys()
+    asked_with.clear()
+    predictors(bench.context, asked(PROMPTS))
+    assert {guidance for _, guidance in asked_with} == {1.5}
+
+
+def test_a_failed_score_is_no_score_and_all_failed_stop_before_a_role_moves() -> None:
+    answers = iter(range(10**6))
+    bench = scored(reward=lambda images, prompts: [None if next(answers) % 3 else 0.5 for _ in images])
+    metrics = learned(bench)
+    assert 0 < metrics["failed_rewards"] < 1
+    bench = scored(reward=lambda images, prompts: [None] * len(images))
+    before = held(bench)
+    with pytest.raises(GuardError, match="iteration 1: all rewards failed"):
+        learned(bench)
+    assert same(before, held(bench))
+
+
+def test_a_loss_that_scores_needs_a_judge_and_turns_need_noises() -> None:
+    batch = NoiseBatch(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), ((0,),), 0, linear(4))
+    with pytest.raises(ValueError, match="judge: None, and the loss has samples scored; nearest valid: a run with"):
+        batch.scored(batch.x)
+    with pytest.raises(ValueError, match="turns: 2, and a phase learns from a rollout, once; nearest valid: 1"):
+        replace(flow(), turns=2)
+    with pytest.raises(ValueError, match="turns: 0 must be at least 1"):
+        replace(two_roles(rollout=False), turns=0)

@@ -76,8 +76,7 @@ class Algorithm:
     """A training method as data, a rollout and phases that learn; the one training loop runs any.
 
     name         what records call it
-    phases       what learns in an iteration, one after the other (`algorithms.phase`); records tell of the first
-                 without a prefix
+    phases       what learns in an iteration, one after the other (`algorithms.phase`)
     steps        T, sampler steps of a rollout; of offline samples, of the grid that times may be taken from; without a
                  rollout, of the grid that starting noises are unrolled on
     plan         (iteration, prompt slot) -> the forest grown for that slot; gives the same object for equal plans. What
@@ -85,6 +84,7 @@ class Algorithm:
                  have. None: nothing is rolled out
     credit       scores -> advantages of what phases train
     dynamics     the stochastic edges' step; None: the rollout draws no noise
+    turns        how often the phases have their turn in an iteration, each time from noises of their own
     roles        the networks that learn beside the policy
     weight_sets  how weight sets beside "policy" follow it; "reference" is frozen unless named
     sampler      the weight set that rolls out
@@ -110,6 +110,7 @@ class Algorithm:
     plan: Callable[[int, int], Plan] | None = None
     credit: CreditRule = field(default_factory=AsScored)
     dynamics: Dynamics | None = None
+    turns: int = 1
     roles: tuple[Role, ...] = ()
     weight_sets: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
     sampler: str = POLICY
@@ -131,23 +132,32 @@ class Algorithm:
             _check_offline(self, self.offline, plan)
         else:
             _check_rollout(self, plan, grid.steps)
+        at_least("turns", self.turns, 1)
+        if self.turns > 1 and self.keeps:
+            raise ValueError(f"turns: {self.turns}, and a phase learns from a rollout, once; nearest valid: 1")
         for phase in self.phases:
             phase.check(grid.steps, plan, self.dynamics, self.schedule(0, linear(self.steps)))
 
     # ---------------------------------------------------------------------------------------------- what it is made of
     @property
     def first(self) -> Phase:
-        """The phase that records tell of without a prefix."""
-        return self.phases[0]
+        """The policy's first phase, which records tell of without a prefix."""
+        return self.phases[self.place]
+
+    @property
+    def place(self) -> int:
+        """Where that is among the phases."""
+        return [phase.role for phase in self.phases].index(POLICY)
 
     @property
     def objective(self) -> Any:
-        """The loss of the first phase."""
+        """The loss of the policy's first phase."""
         return self.first.objective
 
     def taught(self, objective: Any) -> Algorithm:
-        """The same with another loss in its first phase."""
-        return replace(self, phases=(self.first.taught(objective), *self.phases[1:]))
+        """The same with another loss there."""
+        place = self.place
+        return replace(self, phases=(*self.phases[:place], self.first.taught(objective), *self.phases[place + 1 :]))
 
     @property
     def rolls_out(self) -> bool:
@@ -250,12 +260,17 @@ class Algorithm:
         return total
 
     def cost_of(self, plan: Plan | None) -> Cost:
-        """What one of its plans costs, its draft included. An edge is whatever a phase trains with one forward."""
+        """What one of its plans costs, its draft included. An edge is whatever a phase trains with one forward; leaves
+        are those of the rollout."""
         drawn = Cost(0, 0, 0)
         if plan is not None and self.offline is None:
             drawn = plan.cost() + self.draft_cost
-        trained = sum(phase.cost(self.steps_of(plan), plan).trained_edges for phase in self.phases)
+        trained = sum(self.taught_cost(phase, plan).trained_edges for phase in self.phases)
         return Cost(drawn.forwards, drawn.leaves, trained)
+
+    def taught_cost(self, phase: Phase, plan: Plan | None) -> Cost:
+        """What one of its phases costs with a plan, in all turns, at most (`Phase.cost`)."""
+        return phase.cost(self.steps_of(plan), plan) * self.turns
 
     def steps_of(self, plan: Plan | None) -> int:
         """Steps of the grid that phases take times from, or unroll on."""

@@ -22,6 +22,7 @@ from tempflow.core.ema import Rule
 from tempflow.core.forest import Forest
 from tempflow.core.groups import dense
 from tempflow.core.objective.edges import Loss, Predict
+from tempflow.core.objective.noises import Judge
 from tempflow.core.objective.old import Old
 from tempflow.core.plan import Plan
 from tempflow.core.schedule import Schedule
@@ -171,6 +172,8 @@ class Lesson:
     skip       prompt slots that are left out
     rounding   the relative rounding error of a velocity (`core.objective.old`)
     norms      whether to measure how large the policy's velocities are beside the reference's
+    turn       how often the phases have had their turn in this iteration
+    judge      scores samples of the slots; None: nobody does
     """
 
     grown: Grown | None
@@ -185,6 +188,8 @@ class Lesson:
     skip: Collection[int] = ()
     rounding: float = 0.0
     norms: bool = False
+    turn: int = 0
+    judge: Judge | None = None
 
     @property
     def rollout(self) -> Grown:
@@ -220,6 +225,11 @@ class Phase(Protocol):
         ...
 
     @property
+    def guidance(self) -> Mapping[str, float]:
+        """Those of them that it asks with a guidance of their own; the run's is for all others."""
+        ...
+
+    @property
     def keeps(self) -> tuple[str, ...]:
         """What of a rollout it needs once that is scored: "edges", "leaves", the "means" that edges were drawn from,
         and "old means", which come with old log-probs."""
@@ -248,12 +258,13 @@ class Phase(Protocol):
         ...
 
     def cost(self, steps: int, plan: Plan | None) -> Cost:
-        """Of one prompt, at most: rows with gradient are its `trained_edges`, those without it (`beside`) its
-        `forwards`."""
+        """Of one prompt in a turn, at most: rows with gradient are its `trained_edges`, those without it its
+        `forwards`, those with a guidance of their own stand `alone`, and samples that the loss has scored are its
+        `leaves`."""
         ...
 
-    def beside(self, batch: Batch, steps: int) -> int:
-        """Rows of any network without gradient that the loss of those items takes."""
+    def spent(self, batch: Batch, steps: int) -> Cost:
+        """The same of the loss of those items."""
         ...
 
     def old_forwards(self, trained: int, updates: int, drawn_by: str) -> int:

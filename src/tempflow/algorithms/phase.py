@@ -37,9 +37,14 @@ class _FromRollout:
     def networks(self) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def beside(self, batch: Batch, steps: int) -> int:
+    @property
+    def guidance(self) -> Mapping[str, float]:
+        """They are compared where the run's guidance drew."""
+        return {}
+
+    def spent(self, batch: Batch, steps: int) -> Cost:
         """Every other network is asked where the one that learns is."""
-        return batch.forwards * (len(self.networks) - 1)
+        return Cost(batch.forwards * (len(self.networks) - 1), 0, batch.forwards)
 
     def own(self, lesson: Lesson, batch: Batch) -> Batch:
         first, count = lesson.rollout.first, len(lesson.rollout.forest.edges)
@@ -344,6 +349,10 @@ class NoisePhase:
     def networks(self) -> tuple[str, ...]:
         return self.objective.weight_sets
 
+    @property
+    def guidance(self) -> Mapping[str, float]:
+        return self.objective.guidance
+
     def drawn_by(self, sampler: str) -> str:
         return ""
 
@@ -361,11 +370,10 @@ class NoisePhase:
         """Any rollout will do."""
 
     def cost(self, steps: int, plan: Plan | None) -> Cost:
-        plain, trained = self.objective.forwards(steps)
-        return Cost(plain, 0, trained) * (self.count * self.updates)
+        return self.objective.cost(steps) * (self.count * self.updates)
 
-    def beside(self, batch: Batch, steps: int) -> int:
-        return len(batch.row) * self.objective.forwards(steps)[0]
+    def spent(self, batch: Batch, steps: int) -> Cost:
+        return self.objective.cost(steps) * len(batch.row)
 
     def old_forwards(self, trained: int, updates: int, drawn_by: str) -> int:
         return 0
@@ -382,7 +390,7 @@ class NoisePhase:
         each = (torch.tensor(slots, dtype=torch.long)[:, None] * self.count + torch.arange(self.count)).flatten()
         whole = lesson.prompts * self.count
         row = (torch.arange(self.updates)[:, None] * whole + each).flatten()
-        trained = self.objective.forwards(lesson.schedule.steps)[1]
+        trained = self.objective.cost(lesson.schedule.steps).trained_edges
         return _batch(row, torch.zeros_like(row), torch.arange(len(row)), len(row), max(1, trained))
 
     def own(self, lesson: Lesson, batch: Batch) -> Batch:
@@ -402,16 +410,16 @@ class NoisePhase:
         raise ValueError("recorded: starting noises have no old log-probs; nearest valid: an EdgePhase")
 
     def batch(self, lesson: Lesson, batch: Batch) -> NoiseBatch:
-        """The starting states of those items, each drawn for its role, update, prompt slot and number."""
+        """The starting states of those items, each drawn for its role, turn and update, prompt slot and number."""
         whole, row = lesson.prompts * self.count, batch.row
-        slots = self._slots(lesson, row)
-        told = zip((row // whole).tolist(), slots.tolist(), (row % self.count).tolist(), strict=True)
+        slots, update = self._slots(lesson, row), row // whole + lesson.turn * self.updates
+        told = zip(update.tolist(), slots.tolist(), (row % self.count).tolist(), strict=True)
         ids: list[Id] = [(lesson.iteration, update, slot, number) for update, slot, number in told]
         noise = Stream(lesson.seed, f"{self.role}.initial").normal(ids, lesson.shape)
         rows = slots.to(lesson.device)
         layout = lesson.layout.take(rows)
         x = layout.hold(lesson.schedule.start(noise).to(lesson.device, torch.float32))
-        return NoiseBatch(x, rows, tuple(ids), lesson.seed, lesson.schedule, layout)
+        return NoiseBatch(x, rows, tuple(ids), lesson.seed, lesson.schedule, layout, lesson.judge)
 
     def _slots(self, lesson: Lesson, row: Tensor) -> Tensor:
         return row % (lesson.prompts * self.count) // self.count

@@ -44,6 +44,7 @@ class Counter:
     guided     whether each row has the negative prompt's beside it
     rollout    with the drafts', which `draft` has of these
     reference  without gradient in updates: of other networks than the one that learns, and where noises are unrolled
+    alone      of networks with a guidance of their own, where the negative prompts' rows are counted
     old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
     latent     through a latent reward: no forwards of the network, but compute
     """
@@ -53,6 +54,7 @@ class Counter:
     draft: int = 0
     train: int = 0
     reference: int = 0
+    alone: int = 0
     old: int = 0
     latent: int = 0
     decodes: int = 0
@@ -60,12 +62,13 @@ class Counter:
 
     @property
     def forwards(self) -> int:
-        return self.rollout + self.train + self.reference + self.old
+        return self.rollout + self.train + self.reference + self.alone + self.old
 
     @property
     def equivalents(self) -> int:
         """Compute in forward-equivalents (`core.cost.equivalents`); a draft's row counts as any other."""
-        return equivalents(self.rollout + self.reference + self.old, self.train, guided=self.guided, latent=self.latent)
+        plain = self.rollout + self.reference + self.old
+        return equivalents(plain, self.train, guided=self.guided, latent=self.latent, alone=self.alone)
 
 
 @dataclass

@@ -170,6 +170,7 @@ def cost(counter: Counter) -> dict[str, int]:
         "draft_forwards": counter.draft,
         "train_forwards": counter.train,
         "reference_forwards": counter.reference,
+        "alone_forwards": counter.alone,
         "old_forwards": counter.old,
         "latent_rows": counter.latent,
         "decodes": counter.decodes,

@@ -261,14 +261,14 @@ class Trainer:
             advantages = [credit(context, experience, phase) for phase in context.algorithm.phases]
             for given in advantages:
                 check_advantages(given, iteration + 1)
-        first = experience.of(context.algorithm.first)
+        first, own = experience.of(context.algorithm.first), advantages[context.algorithm.place]
         rule = first.rule(context.algorithm.credit)
         return _Collected(
             experience=experience,
             advantages=advantages,
             skip=self.guards.rollout(iteration + 1, experience.signals),
-            metrics=rollout_metrics(first, advantages[0].advantage),
-            steps=steps_of(rule, *first.credited, advantages[0]),
+            metrics=rollout_metrics(first, own.advantage),
+            steps=steps_of(rule, *first.credited, own),
         )
 
     def _prompts(self, iteration: int) -> list[Prompt]:

@@ -14,18 +14,61 @@ from torch.distributed.tensor import DTensor
 from tempflow.algorithms.lesson import POLICY, Batch, Grown, Lesson, Models, Phase
 from tempflow.core.objective.old import Old
 from tempflow.core.rng import Stream
+from tempflow.models.finite import decoded
 from tempflow.request import Prompt
+from tempflow.rewards.safe import faults
+from tempflow.rewards.scoring import Scoring, as_scored
 from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.experience import Advantages, Experience, bound, laid_out
-from tempflow.train.guards import Guards, NonFiniteError, check_finite_loss, check_rewards, clip_gradients
+from tempflow.train.guards import GuardError, Guards, NonFiniteError, check_finite_loss, check_rewards, clip_gradients
 from tempflow.train.parallel import World
 from tempflow.train.weights import Learner, Trainable, holds_policy
 
 
-def predictors(context: Context, prompts: Sequence[Prompt]) -> Models:
-    """Of the policy and of every other network, for this rank's prompt slots of the iteration."""
-    predictor = bound(context, prompts, context.world.block(len(prompts)))
-    return {POLICY: predictor(None)} | {name: predictor(network) for name, network in context.sets.items()}
+def predictors(context: Context, prompts: Sequence[Prompt], phase: Phase | None = None) -> Models:
+    """Of the policy and of every other network, for this rank's prompt slots of the iteration, with the guidance that
+    the phase asks them with; without a phase, the run's."""
+    slots, networks = context.world.block(len(prompts)), {POLICY: None, **context.sets}
+    predictor = bound(context, prompts, slots)
+    models = {name: predictor(network) for name, network in networks.items()}
+    for name, guidance in ({} if phase is None else phase.guidance).items():
+        own = replace(context, guidance=context.guidance.at(guidance))
+        models[name] = bound(own, prompts, slots)(networks[name])
+    return models
+
+
+@dataclass(eq=False)
+class Scorer:
+    """The run's rewards for losses that have samples scored while they are computed: of this rank's prompt slots."""
+
+    context: Context
+    prompts: Sequence[Prompt]
+    clock: Clock
+    valid: bool = False
+
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `core.objective.noises.Judge`."""
+        context, started, slots = self.context, time.perf_counter(), rows.tolist()
+        owner = [self.prompts[slot] for slot in slots]
+        with (
+            torch.no_grad(),
+            Scoring(context.rewards, context.pause, context.overlap, context.compose or as_scored) as scoring,
+        ):
+            seen = decoded(context.model, x, context.size)
+            texts, metadata = [p.text for p in owner], [p.told for p in owner]
+            scores = scoring.submit(seen.media, texts, metadata, slots, seen.ok).scores()
+        value, ok = scores.total(context.algorithm.credit.reward_weights)
+        self.valid |= bool(ok.any())
+        self.clock.add("reward", started)
+        return value.to(x.device), ok.to(x.device)
+
+    def check(self, iteration: int) -> None:
+        """Raises GuardError when no score of any rank was valid."""
+        if not self.context.world.any(self.valid):
+            why = faults(self.context.rewards) or ["the rewards said so themselves (None, NaN or infinity)"]
+            raise GuardError(
+                f"iteration {iteration}: all rewards failed, so there is nothing to learn from: {'; '.join(why)}"
+            )
 
 
 def lessons(
@@ -84,36 +127,56 @@ def learn(
     clock: Clock,
     guards: Guards,
 ) -> dict[str, float]:
-    """All phases of an iteration, one after the other; returns its metrics, those of the first without a prefix, of
-    others as "role/name", and of a role's second phase as "role.2/name".
+    """All phases of an iteration, one after the other, turn by turn; returns its metrics, those of the policy's first
+    phase without a prefix, of others as "role/name", and of a role's second phase as "role.2/name".
 
-    Where there are several phases, whatever stops one of them takes all roles back to where the iteration found them: a
+    Where there are several, whatever stops one of them takes all roles back to where the iteration found them: a
     loss or a gradient that is not finite ends the iteration's updates, so that no role moves without the others. Raises
     GuardError when `guards` does.
     """
-    models, metrics = predictors(context, prompts), dict[str, float]()
-    several = len(lessons) > 1
+    phases, turns, found = context.algorithm.phases, context.algorithm.turns, dict[int, list[dict[str, float]]]()
+    models = [predictors(context, prompts, phase) for phase in phases]
+    several = len(phases) * turns > 1
     before = {name: learner.snapshot() for name, learner in learners.items()} if several else {}
+    judge, scored = Scorer(context, prompts, clock), counter.decodes
     try:
-        for place, (phase, lesson) in enumerate(zip(context.algorithm.phases, lessons, strict=True)):
-            learner = learners[phase.role]
-            found = update(context, phase, models, lesson, learner, counter, clock, guards, place, several)
-            prefix = _prefix(context.algorithm.phases, place)
-            metrics |= {prefix + name: value for name, value in found.items()}
+        for turn in range(turns):
+            for place, (phase, lesson) in enumerate(zip(phases, lessons, strict=True)):
+                learner, lesson = learners[phase.role], replace(lesson, turn=turn, judge=judge)
+                told = update(context, phase, models[place], lesson, learner, counter, clock, guards, place, several)
+                found.setdefault(place, []).append(told)
+        if counter.decodes > scored:
+            judge.check(lessons[0].iteration + 1)
     except BaseException as fault:
         for name, state in before.items():
             learners[name].restore(state)
         if not isinstance(fault, _DroppedError):
             raise
         return {"trained_edges": 0, "updates": 0, "loss": 0.0, "grad_norm": 0.0}
-    return metrics
+    return {
+        _prefix(phases, place) + name: value
+        for place in sorted(found, key=lambda place: place != context.algorithm.place)
+        for name, value in _of_turns(found[place], phases[place]).items()
+    }
 
 
 def _prefix(phases: Sequence[Phase], place: int) -> str:
     """Of the names of that phase's metrics."""
     role = phases[place].role
     number = sum(phase.role == role for phase in phases[: place + 1])
-    return "" if place == 0 else f"{role}/" if number == 1 else f"{role}.{number}/"
+    return ("" if role == POLICY else f"{role}/") if number == 1 else f"{role}.{number}/"
+
+
+def _of_turns(told: Sequence[dict[str, float]], phase: Phase) -> dict[str, float]:
+    """A phase's metrics of all turns: counts add up, the largest values stay the largest, others are means."""
+    largest = {"grad_norm", *phase.largest.values()}
+    join = {"trained_edges": sum, "updates": sum} | dict.fromkeys(largest, max)
+    names = dict.fromkeys(name for one in told for name in one)
+    return {name: join.get(name, _mean)([one[name] for one in told if name in one]) for name in names}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return values[0] if len(values) == 1 else sum(values) / len(values)
 
 
 class _DroppedError(Exception):
@@ -142,7 +205,8 @@ def update(
     trainable, number = learner.trainable, lesson.iteration + 1  # as metrics.jsonl counts
     started = time.perf_counter()
     asked = phase.updates or context.updates
-    batch = shuffled(phase.items(lesson), lesson.seed, (lesson.iteration, place) if place else (lesson.iteration,))
+    order = (lesson.iteration, place, lesson.turn) if lesson.turn else (lesson.iteration, place)
+    batch = shuffled(phase.items(lesson), lesson.seed, order if place or lesson.turn else (lesson.iteration,))
     norms, sums = list[float](), list[Sums]()
     computed, parts = 0, list(batch.updates(asked))
     teaching = _Teaching(context, phase, models, lesson, trainable, drawn_by(context, phase, trainable))
@@ -153,8 +217,12 @@ def update(
     for part, before in zip(parts, old, strict=True):
         trainable.zero_grad()
         seen = teaching.accumulate(part, asked / batch.valid, several or not norms, before)
+        spent = phase.spent(part, lesson.schedule.steps)
         computed += part.forwards
-        counter.reference += phase.beside(part, lesson.schedule.steps)
+        counter.reference += spent.forwards
+        counter.alone += spent.alone
+        counter.decodes += spent.leaves
+        counter.reward_calls += spent.leaves * len(context.rewards)
         norm = _checked(context, trainable, seen, number, guards)
         if norm is None:
             if several:

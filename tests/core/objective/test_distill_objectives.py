@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tempflow.core.cost import Cost
 from tempflow.core.dynamics import CPS
 from tempflow.core.objective.distill import DistributionMatching, FlowMatching, OwnSamples
 from tempflow.core.objective.edges import Predict
@@ -120,8 +121,16 @@ def test_rows_depend_on_their_ids_alone_and_forwards_are_counted(
     rows = sum(len(x) for model in models.values() for x, _ in model.seen)
     stops = stop_nodes(given.seed, given.ids, 4)
     assert rows == int((stops + 1).sum()) + len(given.x) * (2 if len(objective.weight_sets) == 3 else 1)
-    assert rows <= len(given.x) * sum(objective.forwards(4))
-    assert objective.forwards(4) == {FlowMatching(): (4, 1), DistributionMatching(): (5, 1)}.get(objective, (2, 4))
+    cost = objective.cost(4)
+    assert rows <= len(given.x) * (cost.forwards + cost.trained_edges)
+    known = {FlowMatching(): (4, 1), DistributionMatching(): (5, 1)}.get(objective, (2, 4))
+    assert (cost.forwards, cost.trained_edges, cost.alone, cost.leaves) == (*known, 0, 0)
+
+
+def test_a_teacher_with_a_guidance_of_its_own_stands_alone() -> None:
+    assert DistributionMatching(strength=3.5).cost(4) == Cost(4, 0, 1, alone=2)
+    assert DistributionMatching(strength=1.0).cost(4) == Cost(4, 0, 1, alone=1)
+    assert dict(DistributionMatching(strength=3.5).guidance) == {"reference": 3.5}
 
 
 def test_times_lie_in_their_range_and_states_are_asked_at_them() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tempflow.core.cost import Cost, rows_of
 from tempflow.core.distill import matching_gradient, surrogate, velocity_error
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.likelihood_proxy import corrupt, target_velocity, x0_of_velocity
@@ -25,6 +27,9 @@ from tempflow.core.times import Times, UniformTimes
 from tempflow.core.unroll import stop_nodes, unroll
 
 Anchor = Literal["clean", "noisy", "none"]
+
+NONE: Mapping[str, float] = MappingProxyType({})
+"""No network has a guidance of its own."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,11 @@ class FlowMatching:
     def weight_sets(self) -> tuple[str, ...]:
         return ("policy", self.learner)
 
-    def forwards(self, steps: int) -> tuple[int, int]:
-        """Rows without gradient and with, for one noise on a grid of so many steps, at most."""
-        return steps, 1
+    guidance = NONE
+
+    def cost(self, steps: int) -> Cost:
+        """Of one noise on a grid of so many steps, at most."""
+        return Cost(steps, 0, 1)
 
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through the learner only."""
@@ -103,7 +110,8 @@ class DistributionMatching:
     times    of which the first is taken, of each row; U[.02, .98] in DMD2 and RTDMD
     anchor   what the normaliser measures x̂_real from: "clean" the student's x (DMD, DMD2), "noisy" x_t (DP-DMD's code)
     last     through how many of the student's last predictions gradients flow; 1 in DMD2, None: all
-    teacher  the model of the data, with its guidance; `fake` the model of the student's samples
+    teacher  the model of the data; `fake` the model of the student's samples
+    strength the teacher's guidance; None: the run's
 
     Raises ValueError for an unknown anchor or `last` below 1.
     """
@@ -114,6 +122,7 @@ class DistributionMatching:
     last: int | None = 1
     teacher: str = "reference"
     fake: str = "fake"
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if self.anchor not in get_args(Anchor):
@@ -125,10 +134,15 @@ class DistributionMatching:
     def weight_sets(self) -> tuple[str, ...]:
         return ("policy", self.teacher, self.fake)
 
-    def forwards(self, steps: int) -> tuple[int, int]:
-        """Rows without gradient and with, for one noise on a grid of so many steps, at most."""
+    @property
+    def guidance(self) -> Mapping[str, float]:
+        return NONE if self.strength is None else {self.teacher: self.strength}
+
+    def cost(self, steps: int) -> Cost:
+        """Of one noise on a grid of so many steps, at most."""
         through = steps if self.last is None else min(self.last, steps)
-        return steps - through + 2, through
+        asked, alone = (1, 0) if self.strength is None else (0, rows_of(self.strength))
+        return Cost(steps - through + 1 + asked, 0, through, alone)
 
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""

@@ -8,10 +8,20 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tempflow.core.cost import Cost
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout
 from tempflow.core.times import Id
+
+
+class Judge(Protocol):
+    """The run's rewards, for a loss that has samples scored."""
+
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards' total [B] and bool [B], which of them are valid, both on x's device: of clean samples x [B, *S],
+        decoded and scored without gradients, each for its prompt slot in `rows`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +35,7 @@ class NoiseBatch:
     seed      the run's
     schedule  the grid to walk
     layout    of the B states
+    judge     scores samples; None where there are no rewards to ask
 
     Raises ValueError where the parts are not of one size.
     """
@@ -35,6 +46,7 @@ class NoiseBatch:
     seed: int
     schedule: Schedule
     layout: StateLayout = WHOLE
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         size = (len(self.x),)
@@ -43,6 +55,12 @@ class NoiseBatch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the judge says of B samples. Raises ValueError where there is none."""
+        if self.judge is None:
+            raise ValueError("judge: None, and the loss has samples scored; nearest valid: a run with a reward")
+        return self.judge(x.detach(), self.rows)
 
 
 class NoiseObjective(Protocol):
@@ -53,8 +71,14 @@ class NoiseObjective(Protocol):
         """The networks that `__call__` asks of `models`: "policy", roles, weight sets."""
         ...
 
-    def forwards(self, steps: int) -> tuple[int, int]:
-        """For one noise on a grid of so many steps, at most: rows without gradient, and rows with."""
+    @property
+    def guidance(self) -> Mapping[str, float]:
+        """Networks that it asks with a guidance of their own, such as a teacher's; the run's is for all others."""
+        ...
+
+    def cost(self, steps: int) -> Cost:
+        """Of one noise on a grid of so many steps, at most: rows without gradient, samples decoded and scored, rows
+        with gradient, and (`alone`) rows of the networks in `guidance`."""
         ...
 
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
