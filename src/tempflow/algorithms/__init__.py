@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.dgpo import dgpo as dgpo
     from tempflow.algorithms.diffusion_dpo import diffusion_dpo as diffusion_dpo
     from tempflow.algorithms.diffusion_nft import diffusion_nft as diffusion_nft
+    from tempflow.algorithms.dmd2 import dmd2 as dmd2
     from tempflow.algorithms.dr_grpo import dr_grpo as dr_grpo
     from tempflow.algorithms.drm_grpo import drm_grpo as drm_grpo
     from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo as dynamic_treerpo
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.rejection_sft import rejection_sft as rejection_sft
     from tempflow.algorithms.rloo import rloo as rloo
     from tempflow.algorithms.sapo import sapo as sapo
+    from tempflow.algorithms.segment_matching import segment_matching as segment_matching
     from tempflow.algorithms.sft import sft as sft
     from tempflow.algorithms.slas import slas as slas
     from tempflow.algorithms.sol_rl import sol_rl as sol_rl

@@ -22,7 +22,7 @@ from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.noises import NoiseBatch
 from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise
-from tempflow.core.state import upcast
+from tempflow.core.state import WHOLE, StateLayout, upcast
 from tempflow.core.times import Times, UniformTimes
 from tempflow.core.unroll import stop_nodes, unroll
 
@@ -95,10 +95,10 @@ class FlowMatching:
 
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through the learner only."""
-        _check(models, self.weight_sets)
+        check_models(models, self.weight_sets)
         x = self.samples(models["policy"], batch, last=0)
         at, noise, t = _noised(x, batch, self.times, "fake")
-        velocity = _asked(models, self.learner, at, t, batch)
+        velocity = asked(models, self.learner, at, t, batch.rows, batch.layout)
         error = velocity_error(velocity, target_velocity(x, noise), batch.layout)
         return Loss(error.mean(), {"error": error.detach()})
 
@@ -146,12 +146,13 @@ class DistributionMatching:
 
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
-        _check(models, self.weight_sets)
+        check_models(models, self.weight_sets)
         x = self.samples(models["policy"], batch, self.last)
         with torch.no_grad():
             at, _, t = _noised(x, batch, self.times, "matching")
             real, fake = (
-                x0_of_velocity(at, _asked(models, name, at, t, batch), t) for name in (self.teacher, self.fake)
+                x0_of_velocity(at, asked(models, name, at, t, batch.rows, batch.layout), t)
+                for name in (self.teacher, self.fake)
             )
             anchor = {"clean": x, "noisy": at, "none": None}[self.anchor]
             gradient = matching_gradient(fake, real, anchor, batch.layout)
@@ -171,14 +172,19 @@ def _noised(x: Tensor, batch: NoiseBatch, times: Times, name: str) -> tuple[Tens
     return batch.layout.hold(corrupt(x, noise, t)), noise, t
 
 
-def _asked(models: Mapping[str, Predict], name: str, x: Tensor, t: Tensor, batch: NoiseBatch) -> Tensor:
-    velocity = upcast(models[name](x, t, batch.rows))
+def asked(
+    models: Mapping[str, Predict], name: str, x: Tensor, t: Tensor, rows: Tensor, layout: StateLayout = WHOLE
+) -> Tensor:
+    """That network's velocity at the states x at times t, in at least float32, 0 at held elements. Raises ValueError
+    where it has another shape than x."""
+    velocity = upcast(models[name](x, t, rows))
     if velocity.shape != x.shape:
         raise ValueError(f"{name}: predicts {list(velocity.shape)} where the states are {list(x.shape)}")
-    return batch.layout.silence(velocity)
+    return layout.silence(velocity)
 
 
-def _check(models: Mapping[str, Predict], names: tuple[str, ...]) -> None:
+def check_models(models: Mapping[str, Predict], names: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the first that is missing."""
     missing = [name for name in names if name not in models]
     if missing:
         raise ValueError(f"models: {missing[0]!r} is missing; the objective asks for {', '.join(names)}")
