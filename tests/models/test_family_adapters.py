@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
 from tempflow.export import export_run
+from tempflow.grid import Grid
 from tempflow.media import Media, Size
 from tempflow.models.comfyui import comfyui_tensors
 from tempflow.models.guidance import Guidance
@@ -184,6 +186,33 @@ def test_another_shift_breaks_the_equality(scene: Scene) -> None:
     finally:
         scene.adapter.pipe.scheduler = kept
     assert moved(changed, scene.theirs()) > VISIBLE
+
+
+def test_a_stated_grid_is_drawn_by_the_pipeline_with_its_points(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the call that a model card states."""
+    adapter, family = scene.adapter, type(scene.adapter).family
+    u = (1.0, 0.7, 0.2)
+    if family.networks == ("unet",):
+        with pytest.raises(ValueError, match=r"grid: \(1, 0\.7, 0\.2\) of .*DDIM's own times; .*'scheduler'"):
+            adapter.state_grid(Grid(u))
+        return
+    pipeline, call = type(scene.pipe), type(scene.pipe).__call__
+    stated = family.grid_call(u, adapter.settings)
+    with_points = wraps(call)(lambda pipe, *a, **asked: call(pipe, *a, **{**asked, **stated}))
+    monkeypatch.setattr(pipeline, "__call__", with_points)
+    own = adapter.schedule(3, Size(*scene.family.SIZES[0])).sigmas
+    try:
+        adapter.state_grid(Grid(u))
+        walked = adapter.schedule(3, Size(*scene.family.SIZES[0])).sigmas
+        assert moved(scene.ours(), scene.theirs()) <= 1e-5
+        if isinstance(scene.pipe.scheduler, type(adapter.walked())):  # Sana's call is given another one for a while
+            assert torch.equal(walked, scene.pipe.scheduler.sigmas)
+        assert not torch.allclose(walked, own, atol=0.01)
+        with pytest.raises(ValueError, match=r"steps: 4 steps, and the grid \(1, 0\.7, 0\.2\) has 3 points.*: 3$"):
+            adapter.schedule(4, Size(*scene.family.SIZES[0]))
+    finally:
+        adapter.state_grid(Grid())
+    assert torch.equal(adapter.schedule(3, Size(*scene.family.SIZES[0])).sigmas, own)
 
 
 def test_pictures_are_the_pipelines(scene: Scene) -> None:

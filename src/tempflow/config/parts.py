@@ -8,9 +8,10 @@ from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tempflow.data.prompts import check_source
+from tempflow.grid import OWN, Stated, as_stated
 from tempflow.strict import Place, Strict, nearest, shown
 
 OWN_REWARD = "reward"
@@ -36,6 +37,11 @@ class ModelConfig(Strict):
     frames: int = Field(default=1, ge=1, le=100_000, description="of a clip; 1 = a picture")
     fps: float | None = Field(default=None, gt=0, description="frames a second of a clip; null = the model's own")
     seconds: float | None = Field(default=None, gt=0, description="of sound; null = as long as the frames")
+    grid: Annotated[Stated, BeforeValidator(as_stated)] = Field(
+        default=OWN,
+        description="the σ grid of rollouts and evaluations: own (what the weights carry, else the scheduler's), "
+        "scheduler, useful (N steps that all count), or points before the shift, one a step: 1 0.75 0.5 0.25",
+    )
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance in rollout and training; 1 = none")
     guidance_options: dict[str, float | bool] = Field(
         default={}, description="the family's further settings of guidance, by name"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
+from tempflow.algorithms.base import Algorithm
 from tempflow.config.algorithm import AlgorithmConfig, to_algorithm
 from tempflow.config.guards import GuardsConfig
 from tempflow.config.parts import (
@@ -25,6 +26,7 @@ from tempflow.config.parts import (
     check_reward,
 )
 from tempflow.config.track import TrackConfig
+from tempflow.grid import Grid
 from tempflow.media import Size
 from tempflow.rewards.compose import Composition
 from tempflow.strict import Place, Strict, nearest, shown
@@ -79,6 +81,11 @@ class Config(Strict):
         m = self.model
         return Size(m.height, m.width, m.frames, m.fps, m.seconds)
 
+    def grid_steps(self, algorithm: Algorithm) -> dict[str, int]:
+        """How many steps are walked on the model's grid, by the field that says it."""
+        drafted = {} if algorithm.draft is None else {"algorithm.draft_steps": algorithm.draft.steps}
+        return {"algorithm.steps": algorithm.steps, **drafted, "evaluation.steps": self.evaluation.steps}
+
     @contextmanager
     def naming(self, section: str) -> Iterator[None]:
         """Around work with a section's values: a ValueError that begins with one of its fields ("height: …") names it
@@ -95,6 +102,10 @@ class Config(Strict):
         """A copy with other top-level fields, checked as a whole; `output` follows a new `name` unless it is given."""
         kept = {key: value for key, value in self if not (key == "output" and "name" in fields)}
         return Config(**(kept | fields))
+
+    def with_model(self, **fields: Any) -> Config:
+        """A copy with other fields of its model."""
+        return self.replace(model=self.model.model_copy(update=fields))
 
     def weights_at(self, iteration: int) -> dict[str, float]:
         """Weight of each reward in an iteration, from 0."""
@@ -203,6 +214,9 @@ class Config(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         algorithm = self.algorithm.build()
+        if not isinstance(self.model.grid, str):
+            for field, steps in self.grid_steps(algorithm).items():
+                Grid(self.model.grid).check_steps(field, steps)
         self.guards.check(algorithm.name, algorithm.compared)
         cost = algorithm.seeded(self.seed).cost(0, self.data.prompts_per_iteration)
         updates = self.optimizer.updates_per_iteration

@@ -101,11 +101,13 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
     except ValueError:  # `model_check` says why
         return []
     from tempflow.train.build import build_reward, check_streams
+    from tempflow.train.grids import with_grid
 
     m = config.model
     try:
         with config.naming("model"):
             check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
+        with_grid(config, config.algorithm.build())
         check_takes([build_reward(r) for r in config.rewards], family.makes, m.path)
         check_streams(config, config.algorithm.build(), family.streams, m.path)
     except (ValueError, ImportError) as error:

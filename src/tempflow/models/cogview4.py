@@ -7,7 +7,7 @@ is read, so that only texts of one length share a forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 
 PIPELINES = {"CogView4Pipeline": "CogView4"}
 
@@ -63,11 +63,25 @@ def _call_options(settings: Settings) -> dict[str, object]:
     return {"max_sequence_length": length} if length < TOKENS else {}
 
 
+def _whole(u: Sequence[float], trained: int) -> list[int]:
+    """The times of points: whole ones, as the pipeline takes no others."""
+    return [max(1, round(value * trained)) for value in u]
+
+
+def _grid_call(u: Sequence[float], settings: Settings) -> dict[str, object]:
+    """Both the times and what becomes σ: without the former the network is given those of another grid."""
+    trained = (settings("scheduler/scheduler_config.json") or {}).get("num_train_timesteps", 1000)
+    times = _whole(u, trained)
+    return {"num_inference_steps": len(u), "timesteps": times, "sigmas": [time / trained for time in times]}
+
+
 FAMILY = Family(
     title="CogView4",
     needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
     lora_targets=LORA_TARGETS,
     scheduler=check_cogview4,
+    own_grid=euler_grid,
+    grid_call=_grid_call,
     latent_shape=by_transformer(_latent_shape),
     call_options=_call_options,
 )
@@ -93,9 +107,12 @@ class CogView4(DiffusersModel):
         width = self.pipe.transformer.config.text_embed_dim
         return {"embeds": torch.zeros(length, width), "length": torch.tensor(length)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         trained = scheduler.config.num_train_timesteps
-        whole = np.linspace(trained, 1.0, steps).astype(np.int64).astype(np.float32)
+        times = np.linspace(trained, 1.0, steps) if u is None else np.array(_whole(u, trained))
+        whole = times.astype(np.int64).astype(np.float32)
         scheduler.set_timesteps(timesteps=whole, sigmas=whole / trained, mu=self._mu(*shape[1:]))
 
     def _mu(self, height: int, width: int) -> float:

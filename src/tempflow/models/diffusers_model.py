@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.core.schedule import Schedule
+from tempflow.grid import SCHEDULER, Grid, read_grid, write_grid
 from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
 from tempflow.models.comfyui import Naming
 from tempflow.models.embeddings import Embeddings, Row, digest, stacked
-from tempflow.models.family import Family, check_size
+from tempflow.models.family import Family, check_grid, check_size
 from tempflow.models.finite import to_pictures
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora import (
@@ -78,6 +79,7 @@ class DiffusersModel(ABC):
                 others = f"; only {self.family.may_be_null} may be missing" if self.family.may_be_null else ""
                 raise ValueError(f"model.path: {name!r} has no {part}{others}")
         self.check_scheduler()
+        self._own_grid = self._grid = Grid()
         for module in self._modules():
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -116,7 +118,11 @@ class DiffusersModel(ABC):
             module = getattr(pipe, part)
             if isinstance(module, nn.Module):
                 module.to(device)
-        return cls(pipe, name, licence_of(folder))
+        made, carried = cls(pipe, name, licence_of(folder)), read_grid(folder / "scheduler")
+        if carried is not None:
+            made.state_grid(carried)
+            made._own_grid = carried
+        return made
 
     # -------------------------------------------------------------------------------------------- what a family says
     @abstractmethod
@@ -146,9 +152,12 @@ class DiffusersModel(ABC):
         """A fresh scheduler whose grid is walked: the folder's own, without the state that a call leaves behind."""
         return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
-        """Sets a fresh scheduler as the pipeline does for a latent of that shape."""
-        scheduler.set_timesteps(steps)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
+        """Sets a fresh scheduler as the pipeline does for a latent of that shape: for a number of steps, or, where they
+        are given, through points u, as many (its own `sigmas`)."""
+        scheduler.set_timesteps(steps if u is None else None, sigmas=u)
 
     def decode_latents(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in −1 … 1."""
@@ -289,13 +298,25 @@ class DiffusersModel(ABC):
         """Raises ValueError for a scheduler that cannot be honoured."""
         self.family.scheduler(self.name, type(self.pipe.scheduler).__name__, self.pipe.scheduler.config)
 
-    def schedule(self, steps: int, size: Size) -> Schedule:
-        """The grid of a fresh copy of the folder's own scheduler, as the pipeline sets it.
+    def state_grid(self, grid: Grid) -> None:
+        """See `WalksGrids.state_grid`."""
+        check_grid(self.family, self.name, self.settings, grid, {})
+        self._grid = grid
 
-        Raises ValueError for steps below 1, a size that cannot be drawn, or a scheduler that gives no falling grid.
+    def stated_grid(self) -> Grid:
+        """See `WalksGrids.stated_grid`."""
+        return self._grid
+
+    def schedule(self, steps: int, size: Size) -> Schedule:
+        """The grid of a fresh copy of the folder's own scheduler, as the pipeline sets it; where one is stated, as the
+        pipeline sets it when it is given those points.
+
+        Raises ValueError for steps below 1 or that the stated grid has not, a size that cannot be drawn, or a scheduler
+        that gives no falling grid.
         """
         if steps < 1:
             raise ValueError(f"steps: {steps} is too small; the nearest valid value is 1")
+        self._grid.check_steps("steps", steps)
         shape = self.noise_shape(size)
         self.check_scheduler()
         try:
@@ -308,8 +329,11 @@ class DiffusersModel(ABC):
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Schedule:
         """The grid for latents of that shape. Raises ValueError where there is none."""
-        scheduler = self.walked()
-        self.set_timesteps(scheduler, steps, shape)
+        scheduler, u = self.walked(), self._grid.points(steps)
+        if u is None:
+            self.set_timesteps(scheduler, steps, shape)
+        else:
+            self.set_timesteps(scheduler, steps, shape, u)
         sigmas = scheduler.sigmas.float()
         if sigmas[0] <= 1 + 1e-5:  # at some shifts rounding takes σ_0 to 1 + 10⁻⁷
             sigmas = sigmas.clamp(max=1)
@@ -475,6 +499,8 @@ class DiffusersModel(ABC):
                 options = {name: told[name] for name in asked if name in told and name not in parts}
                 pipe = type(self.pipe)(**{**parts, part: kept}, **options)
                 pipe.save_pretrained(folder, safe_serialization=True)
+            if self._grid.how != SCHEDULER or (lora and self._own_grid.how != SCHEDULER):
+                write_grid(self._grid, Path(folder) / ("" if lora else "scheduler"))
         (Path(folder) / "licence.json").write_text(json.dumps({"licence": self.licence}) + "\n")
 
 

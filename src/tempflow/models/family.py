@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from tempflow.grid import SCHEDULER, Grid
 from tempflow.media import Kind, Size
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.protocol import Model
@@ -29,6 +30,16 @@ def unknown_shape(settings: Settings, size: Size) -> tuple[int, ...] | None:
 def nothing_said(settings: Settings) -> str:
     """The files say nothing of it."""
     return ""
+
+
+def any_points(settings: Settings) -> str:
+    """Nothing in these files keeps a sampler from stated points."""
+    return ""
+
+
+def as_sigmas(u: Sequence[float], settings: Settings) -> Mapping[str, object]:
+    """A call of the pipeline on that grid: as many steps as points, which it shifts itself."""
+    return {"num_inference_steps": len(u), "sigmas": list(u)}
 
 
 def no_options(settings: Settings) -> Mapping[str, object]:
@@ -62,6 +73,8 @@ class Family:
     sampler      the scheduler that it is drawn by, in Python that has a `pipe`, where folders name others, for model
                  cards; "" for their own
     call_options what a call of the pipeline needs beside prompt, steps, guidance and size, for model cards
+    own_grid     own_grid(settings): what in these files keeps samples from a stated grid; "" if nothing
+    grid_call    grid_call(u, settings): what a call of the pipeline walks the grid through points u by, for model cards
     """
 
     title: str
@@ -85,6 +98,8 @@ class Family:
     distilled: Callable[[Settings], str] = field(default=nothing_said)
     sampler: str = ""
     call_options: Callable[[Settings], Mapping[str, object]] = field(default=no_options)
+    own_grid: Callable[[Settings], str] = field(default=any_points)
+    grid_call: Callable[[Sequence[float], Settings], Mapping[str, object]] = field(default=as_sigmas)
 
 
 def drawable(size: Size, channels: int, scale: int, patch: int = 1, most: int | None = None) -> tuple[int, int, int]:
@@ -145,6 +160,16 @@ def check_asked(
     check_size(size, family.makes, model)
     family.latent_shape(settings, size)
     return guidance_of(family.guidance, guidance, options)
+
+
+def check_grid(family: Family, model: str, settings: Settings, grid: Grid, steps: Mapping[str, int]) -> None:
+    """Whether pipelines of a family, of which `settings` are one's files, are drawn on a grid in these steps, by the
+    field that asks for them. Raises ValueError: for the grid beginning with "grid:", else naming the field."""
+    why = family.own_grid(settings) if grid.how != SCHEDULER else ""
+    if why:
+        raise ValueError(f"grid: {grid} of {model!r}, but {why}; nearest valid: {SCHEDULER!r}")
+    for field_name, count in steps.items():
+        grid.check_steps(field_name, count)
 
 
 class Adapter(Model, Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.flux_names import original_names
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 
 PIPELINES = {"FluxPipeline": "Flux"}
 
@@ -90,6 +91,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=FluxGuidance,
     scheduler=check_flow_match_euler,
+    own_grid=partial(euler_grid, more=("use_flow_sigmas",)),
     latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
@@ -114,9 +116,12 @@ class Flux(DiffusersModel):
             "pooled": torch.zeros(config.pooled_projection_dim),
         }
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)
-        even = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        own = scheduler.config.get("use_flow_sigmas")  # then it isn't given points
+        even = u if u is not None else None if own else np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(None if even is not None else steps, sigmas=even, mu=mu)
 
     def velocity(

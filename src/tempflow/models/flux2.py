@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.lora_files import Aliases, Part
-from tempflow.models.pipeline_folder import INDEX, check_flow_match_euler
+from tempflow.models.pipeline_folder import INDEX, check_flow_match_euler, euler_grid
 from tempflow.models.protocol import Conditioning, Predict
 from tempflow.request import Prompt
 
@@ -79,6 +80,7 @@ DEV = Family(
     lora_targets=LORA_TARGETS,
     guidance=EmbeddedGuidance,
     scheduler=check_flow_match_euler,
+    own_grid=partial(euler_grid, more=("use_flow_sigmas",)),
     latent_shape=by_transformer(_latent_shape),
 )
 
@@ -88,6 +90,7 @@ KLEIN = Family(
     blocks=BLOCKS,
     lora_targets=LORA_TARGETS,
     scheduler=check_flow_match_euler,
+    own_grid=partial(euler_grid, more=("use_flow_sigmas",)),
     latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
@@ -112,11 +115,14 @@ class Flux2(DiffusersModel):
         width = self.pipe.transformer.config.joint_attention_dim
         return {"embeds": torch.zeros(self._tokens, width)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         mu = compute_empirical_mu(image_seq_len=shape[1] * shape[2], num_steps=steps)
-        even = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        own = scheduler.config.get("use_flow_sigmas")  # then it isn't given points
+        even = u if u is not None else None if own else np.linspace(1.0, 1 / steps, steps)
         scheduler.set_timesteps(None if even is not None else steps, sigmas=even, mu=mu)
 
     def velocity(

@@ -23,7 +23,7 @@ from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases, Part
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 
 PIPELINES = {"Lumina2Pipeline": "Lumina2"}
 
@@ -78,6 +78,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=Lumina2Guidance,
     scheduler=check_flow_match_euler,
+    own_grid=euler_grid,
     latent_shape=by_transformer(_latent_shape),
     call_options=_call_options,
 )
@@ -115,9 +116,11 @@ class Lumina2(DiffusersModel):
         width = self.pipe.transformer.config.cap_feat_dim
         return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.long)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         mu = token_shift(scheduler.config, shape[0])  # the pipeline takes the channels for the tokens
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps) if u is None else u, mu=mu)
 
     def velocity(
         self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tempflow.models.family import Family
+from tempflow.models.family import Family, Settings
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -253,6 +253,17 @@ def check_flow_match_euler(path: str, kind: str, config: Mapping[str, Any]) -> N
                 f"model.path: {path!r} has a {EULER} with {setting} {config[setting]!r}: {why}; "
                 f"nearest valid: {setting} false in scheduler/scheduler_config.json"
             )
+
+
+CONVERTS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings of the Euler scheduler by which it goes through other σ than those of given points."""
+
+
+def euler_grid(settings: Settings, more: Sequence[str] = ()) -> str:
+    """`Family.own_grid` of families that are walked by the Euler scheduler. `more`: further settings, for which the
+    pipeline does not give it the points."""
+    config = settings("scheduler/scheduler_config.json") or {}
+    return next((f"its scheduler has {name}, a grid of its own" for name in (*CONVERTS, *more) if config.get(name)), "")
 
 
 # -------------------------------------------------------------------------------------------------------------- licence

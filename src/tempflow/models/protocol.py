@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout
+from tempflow.grid import Grid
 from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance
 from tempflow.request import Prompt
@@ -144,6 +145,20 @@ def layout_of(model: object, condition: Conditioning, size: Size, first: int = 0
     return replace(layout, first=first)
 
 
+@runtime_checkable
+class WalksGrids(Protocol):
+    """A model whose σ grid can be stated: every adapter of diffusers' flow models."""
+
+    def state_grid(self, grid: Grid) -> None:
+        """From now on `schedule` gives that grid, and `save` writes it beside the weights. Raises ValueError, beginning
+        with "grid:", where its sampler has a grid of its own."""
+        ...
+
+    def stated_grid(self) -> Grid:
+        """The grid that was stated last: at first the one that its folder carries, else its scheduler's."""
+        ...
+
+
 class Model(Protocol):
     """A generator: prompts → conditioning, noise → latents by its velocity, latents ↔ media."""
 
@@ -204,7 +219,8 @@ class Model(Protocol):
         ...
 
     def schedule(self, steps: int, size: Size) -> Schedule:
-        """The model's own σ grid for `steps` steps at `size`."""
+        """The model's σ grid for `steps` steps at `size`: its own, or the one that was stated (`WalksGrids`). Raises
+        ValueError, beginning with "steps:", where that has another number."""
         ...
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from tempflow.models.diffusers_model import DiffusersModel, mode, pack, token_sh
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, by_transformer, drawable
 from tempflow.models.guidance import Guidance
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 
 PIPELINES = {"QwenImagePipeline": "QwenImage"}
 
@@ -75,6 +75,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=QwenGuidance,
     scheduler=check_flow_match_euler,
+    own_grid=euler_grid,
     latent_shape=by_transformer(_latent_shape, "temperal_downsample", 0),
 )
 
@@ -109,9 +110,11 @@ class QwenImage(DiffusersModel):
         width = self.pipe.transformer.config.joint_attention_dim
         return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.bool)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps) if u is None else u, mu=mu)
 
     def velocity(
         self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance

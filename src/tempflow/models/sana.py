@@ -19,7 +19,7 @@ from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
-from tempflow.models.pipeline_folder import EULER, check_flow_match_euler
+from tempflow.models.pipeline_folder import EULER, check_flow_match_euler, euler_grid
 
 PIPELINES = {"SanaPipeline": "Sana"}
 
@@ -73,6 +73,7 @@ FAMILY = Family(
     needed=("transformer", "vae", "scheduler", "text_encoder", "tokenizer"),
     lora_targets=LORA_TARGETS,
     scheduler=check_sana,
+    own_grid=euler_grid,
     latent_shape=by_transformer(_latent_shape, "encoder_block_out_channels"),
     sampler=f'{EULER}.from_config({{"shift": pipe.scheduler.config.get("flow_shift"), **pipe.scheduler.config}})',
     call_options=_call_options,

@@ -15,7 +15,7 @@ from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 from tempflow.models.protocol import Encoded, TextInputs
 from tempflow.models.sd3_names import original_names
 from tempflow.models.sd3_text_inputs import encode_inputs, text_inputs
@@ -60,6 +60,7 @@ FAMILY = Family(
     may_be_null="text_encoder_3 and tokenizer_3 (T5)",
     lora_targets=LORA_TARGETS,
     scheduler=check_flow_match_euler,
+    own_grid=euler_grid,
     latent_shape=by_transformer(_latent_shape),
     call_options=_call_options,
 )
@@ -105,12 +106,15 @@ class SD3(DiffusersModel):
         tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in encoded.tensors.items()}
         return Encoded(tensors, encoded.vectors)
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         config, patch = scheduler.config, self.pipe.transformer.config.patch_size
+        count = steps if u is None else None
         if not config.get("use_dynamic_shifting"):
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(count, sigmas=u)
             return
         mu = calculate_shift(
             (shape[1] // patch) * (shape[2] // patch),
@@ -119,7 +123,7 @@ class SD3(DiffusersModel):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.16),
         )
-        scheduler.set_timesteps(steps, mu=mu)
+        scheduler.set_timesteps(count, sigmas=u, mu=mu)
 
     def velocity(
         self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance

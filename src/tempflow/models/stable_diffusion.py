@@ -126,6 +126,10 @@ def _distilled(settings: Settings) -> str:
     return f"its scheduler is {sampler[1]}" if sampler[1] in DISTILLED else ""
 
 
+def _own_grid(settings: Settings) -> str:
+    return "it is drawn at DDIM's own times"
+
+
 SD = Family(
     title="Stable Diffusion 1.x / 2.x",
     needed=("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
@@ -137,6 +141,7 @@ SD = Family(
     scheduler=check_betas,
     latent_shape=_latent_shape,
     distilled=_distilled,
+    own_grid=_own_grid,
     sampler="DDIMScheduler.from_config(pipe.scheduler.config)",
 )
 
@@ -150,6 +155,7 @@ SDXL = Family(
     scheduler=check_betas,
     latent_shape=_latent_shape,
     distilled=_distilled,
+    own_grid=_own_grid,
     sampler="DDIMScheduler.from_config(pipe.scheduler.config)",
 )
 

@@ -21,7 +21,7 @@ from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, by_transformer, drawable
 from tempflow.models.guidance import Guidance
 from tempflow.models.lora_files import Aliases, Part
-from tempflow.models.pipeline_folder import check_flow_match_euler
+from tempflow.models.pipeline_folder import check_flow_match_euler, euler_grid
 
 PIPELINES = {"ZImagePipeline": "ZImage"}
 
@@ -70,6 +70,7 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     guidance=ZImageGuidance,
     scheduler=check_flow_match_euler,
+    own_grid=euler_grid,
     latent_shape=by_transformer(_latent_shape),
     distilled=_distilled,
 )
@@ -93,9 +94,11 @@ class ZImage(DiffusersModel):
         width = self.pipe.transformer.config.cap_feat_dim
         return {"embeds": torch.zeros(length, width), "mask": torch.ones(length, dtype=torch.bool)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, shape: tuple[int, ...], u: Sequence[float] | None = None
+    ) -> None:
         mu = token_shift(scheduler.config, shape[1] * shape[2] // PATCH**2)  # which a constant shift ignores
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist() if u is None else u, mu=mu)
 
     def velocity(
         self, network: nn.Module, x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor], guidance: Guidance

@@ -37,6 +37,7 @@ from tempflow.rewards.compose import COLUMN
 from tempflow.rewards.protocol import Reward, check_prompts
 from tempflow.strict import nearest, shown
 from tempflow.train.context import Context, ScoreLatents
+from tempflow.train.grids import grid_of, on_grid
 from tempflow.train.identity import Identity
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
@@ -59,7 +60,7 @@ PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 def settled(config: Config) -> Config:
     """With the dtype that "auto" means here, so that the run's records name it and it is resumed in it."""
     dtype = resolved_dtype(config.model.dtype, resolved_device(config.device))
-    return config.replace(model=config.model.model_copy(update={"dtype": dtype}))
+    return config.with_model(dtype=dtype)
 
 
 def borrowed_baseline(config: Config, own: Identity, say: Callable[[str], None]) -> Baseline | None:
@@ -102,6 +103,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
                 model.add_lora_on(ranks_of(lora), m.lora_alpha / m.lora_rank)
     else:
         model.train_fully()
+    on_grid(config.with_model(grid=grid_of(config).how), model)
     if isinstance(model, TakesTools):
         for note in model.notes():
             say(f"model: {note}")

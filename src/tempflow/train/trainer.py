@@ -60,6 +60,7 @@ from tempflow.train.experience import (
     rollout_metrics,
     tell_broken,
 )
+from tempflow.train.grids import on_grid, with_grid
 from tempflow.train.guards import GuardError, Guards
 from tempflow.train.identity import check_new, identity
 from tempflow.train.parallel import join, leave
@@ -491,13 +492,14 @@ def train(
         sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, partial(takes_sources, config, model))
         sets = prompt_sets(config, sources, display.say, partial(guidance_kind, config, model))
         pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
+        config = with_grid(config, algorithm, model)
         own = identity(config, algorithm, sources, given)
         saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
         baseline = borrowed_baseline(config, own, display.say) if saved is None else None
         judges = judges_of(config, rewards, sets)
         check_before_loading(config, algorithm, model, reward is None, world, display.say)
         prepare(*judges)
-        model = model or prepare_model(config, world, display.say)
+        model = on_grid(config, model) if model is not None else prepare_model(config, world, display.say)
         encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
         algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
         context, learners = context_of(
