@@ -1,0 +1,270 @@
+"""Few-step students of the `shapes` model, beside their teacher.
+
+    python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--jobs 1] [--table]
+
+A student takes four steps on σ = 1, .9, .75, .5, 0. Its stages are runs, each from the last weights of the one that it
+stands on (`STUDENTS`): all that share a stage share its run. Every run is tested on the same 1 008 pictures of the test
+split, in its own steps; diversity is the mean distance by hand-made features between nine pictures of a prompt, over
+`PROMPTS` test prompts. Teachers are the shipped model by stated grids and guidance, and the same model after reward
+training at the compute of the longest student.
+
+A finished run is boiled down to a small file under benchmarks/students, kept with the code: start it again to go on.
+`--table` prints the page's table: score with its interval over prompts, gain on the guided teacher, diversity, compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.runs import base_hash, boiled, gain, mismatch, packed, run_all, samples, table, tested, unpacked
+from tempflow import models
+from tempflow.config import Config, parse_config
+from tempflow.data.prompts import load_prompts
+from tempflow.evaluate.suite import Report, evaluate, fixed_prompts
+from tempflow.grid import Grid, as_stated
+from tempflow.media import Size
+from tempflow.models.protocol import Model, WalksGrids
+from tempflow.recipes.shapes import EVALUATION, REWARDS
+from tempflow.rewards import build
+from tempflow.rewards.safe import safe
+
+METRIC = "shapes_strict"
+GUIDANCE = 2.0
+"""The teacher's, the best of 1, 1.25, 1.5, 2 and 3 on validation."""
+
+STEPS, GRID = 4, "useful"
+PROMPTS, PICTURES = 60, 9
+"""For diversity."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run. `on`: the stage from whose last weights it starts; "" for the shipped model."""
+
+    on: str
+    algorithm: Mapping[str, Any]
+    iterations: int
+    prompts: int
+    rate: float
+    optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    steps: int = STEPS
+    grid: str = GRID
+
+
+def student(on: str, name: str, iterations: int, prompts: int, rate: float, **algorithm: Any) -> Stage:
+    return Stage(on, {"name": name, "steps": STEPS, **algorithm}, iterations, prompts, rate)
+
+
+TAUGHT = {"teacher_guidance": GUIDANCE, "noises": 2, "turns": 4}
+FAKE = {**TAUGHT, "fake_updates": 3, "fake_rate": 2.0}
+REWARD = {"name": "v_grpo", "group": 12, "pairs": 4, "eps": 0.1}
+
+STAGES: Mapping[str, Stage] = {
+    "match": student("", "segment_matching", 20, 12, 2e-4, **TAUGHT),
+    "dmd2": student("match", "dmd2", 20, 12, 1e-4, **FAKE),
+    "reward": Stage("match", {**REWARD, "steps": STEPS}, 40, 12, 1e-4),
+    "dmd2+reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 40, 12, 1e-4),
+}
+
+TEACHERS: Mapping[str, tuple[str, int, float]] = {
+    "untrained, 4 steps": (GRID, STEPS, 1.0),
+    "untrained, 4 steps, guided": (GRID, STEPS, GUIDANCE),
+    "teacher, 10 steps": ("scheduler", 10, 1.0),
+    "teacher, 10 steps, guided": ("scheduler", 10, GUIDANCE),
+    "teacher, 20 steps": ("scheduler", 20, 1.0),
+    "teacher, 20 steps, guided": ("scheduler", 20, GUIDANCE),
+}
+"""The shipped model: its grid, steps and guidance."""
+
+RIVAL = "teacher, 10 steps, guided"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs work and where results go."""
+
+    base: str
+    out: Path = Path("runs/students")
+    results: Path = Path("benchmarks/students")
+
+    def config(self, name: str, seed: int) -> Config:
+        stage = STAGES[name]
+        start = self.config(stage.on, seed).output if stage.on else ""
+        return parse_config(
+            {
+                "name": f"{name}-{seed}",
+                "seed": seed,
+                "iterations": stage.iterations,
+                "output": str(self.out / self.base[:8] / f"{name}-{seed}"),
+                "threads": 1,
+                "algorithm": dict(stage.algorithm),
+                "model": {"dtype": "float32", "grid": stage.grid, "start": start},
+                "data": {"prompts_per_iteration": stage.prompts},
+                "rollout_rows": 192,
+                "train_rows": 192,
+                "rewards": REWARDS,
+                "optimizer": {
+                    "learning_rate": stage.rate,
+                    "warmup_iterations": 5,
+                    "ema_decay": 0.9,
+                    **stage.optimizer,
+                },
+                "evaluation": {**EVALUATION, "steps": stage.steps},
+            }
+        )
+
+    def file(self, name: str, seed: int) -> Path:
+        return self.results / f"{name}-{seed}.json"
+
+    def chain(self, name: str) -> list[str]:
+        """The stages up to that one, first to last."""
+        on = STAGES[name].on
+        return [*(self.chain(on) if on else ()), name]
+
+
+def looked(model: Model, size: Size, steps: int, guidance: float, each: int) -> Report:
+    """Pictures of test prompts, with the test's noise: of all 1 008 one each, or `PROMPTS` prompts' `each`."""
+    pool = load_prompts(parse_config({}).data.test)
+    prompts = fixed_prompts(pool, EVALUATION["test_prompts"] if each == 1 else PROMPTS)
+    rewards = [safe(build(str(reward["name"]))) for reward in REWARDS]
+    how: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "rows": 192}
+    return evaluate(model, prompts, rewards, seed=EVALUATION["seed"], samples_per_prompt=each, **how)
+
+
+def diversity(model: Model, size: Size, steps: int, guidance: float) -> list[float]:
+    """Mean and 95 % interval over prompts."""
+    told = looked(model, size, steps, guidance, PICTURES).to_json()["diversity"]
+    return [round(x, 4) for x in (told["mean"], *told["interval"])]
+
+
+def trained(bench: Bench, name: str, seed: int) -> None:
+    """Runs the stages up to that one, and boils it down."""
+    for stage in bench.chain(name):
+        config, file = bench.config(stage, seed), bench.file(stage, seed)
+        if file.exists() and stage == name and not mismatch(json.loads(file.read_text()), config, bench.base):
+            return
+        run_all([config], resume=True)
+        if file.exists() and not mismatch(json.loads(file.read_text()), config, bench.base):
+            continue
+        result = boiled(config, bench.base, METRIC)
+        model = models.load(str(Path(config.output) / "model"))
+        result["spread"] = diversity(model, config.size, config.evaluation.steps, 1.0)
+        result["graded"] = round(float(samples(config.output, "shapes")[1].mean()), 6)
+        written(file, result)
+
+
+def taught(bench: Bench, name: str) -> None:
+    """The teacher in those steps."""
+    file, (grid, steps, guidance) = bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json", TEACHERS[name]
+    config = bench.config("match", 0)
+    if file.exists() and json.loads(file.read_text())["base_hash"] == bench.base:
+        return
+    model = models.load("shapes")
+    assert isinstance(model, WalksGrids)
+    model.state_grid(Grid(as_stated(grid)))
+    began = time.process_time()
+    report = looked(model, config.size, steps, guidance, 1)
+    seconds, scores = time.process_time() - began, report.scores
+    columns = {name: scores.value[:, place].double().numpy() for place, name in enumerate(scores.names)}
+    result = {
+        "base_hash": bench.base,
+        "after": round(float(columns[METRIC].mean()), 6),
+        "after_bits": packed(columns[METRIC]),
+        "graded": round(float(columns["shapes"].mean()), 6),
+        "pictures": len(columns[METRIC]),
+        "seconds": seconds,
+        "spread": diversity(model, config.size, steps, guidance),
+    }
+    written(file, result)
+
+
+def written(file: Path, result: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{file.stem}: {result['after']:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, "teachers"], default=[*STAGES, "teachers"])
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(base_hash())
+    if given.table:
+        print(page(bench, given.seeds))
+        return
+    for name in TEACHERS if "teachers" in given.only else ():
+        taught(bench, name)
+    for seed in given.seeds:
+        for name in STAGES:
+            if name in given.only:
+                trained(bench, name, seed)
+
+
+def page(bench: Bench, seeds: Sequence[int]) -> str:
+    """The table of all results that are there."""
+    config = bench.config("match", 0)
+    prompts, rows = tested(config), list[list[str]]()
+
+    def read(file: Path) -> dict[str, Any] | None:
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def bits(result: Mapping[str, Any]) -> np.ndarray:
+        return unpacked(result["after_bits"], result["pictures"])
+
+    teachers = {name: read(bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json") for name in TEACHERS}
+    rival = teachers[RIVAL]
+    for name, told in teachers.items():
+        if told is None:
+            continue
+        low, high = gain(bits(told)[None], np.zeros((1, told["pictures"])), prompts)[1:]
+        rows.append(
+            [name, "", f"{told['after']:.3f} [{low:.3f}, {high:.3f}]", f"{told['graded']:.3f}", "", spread(told), ""]
+        )
+    for name in STAGES:
+        found = [r for seed in seeds if (r := read(bench.file(name, seed))) is not None and r["stopped"] is None]
+        if not found:
+            continue
+        after = np.stack([bits(result) for result in found])
+        low, high = gain(after, np.zeros_like(after), prompts)[1:]
+        beside = ""
+        if rival is not None:
+            mean, a, b = gain(after, np.repeat(bits(rival)[None], len(after), 0), prompts)
+            beside = f"{mean:+.3f} [{a:+.3f}, {b:+.3f}]"
+        whole = [
+            sum(r["cost"]["forward_equivalents"] for r in chain if r)
+            for chain in ([read(bench.file(stage, seed)) for stage in bench.chain(name)] for seed in seeds)
+        ]
+        each = ", ".join(f"{result['after']:.3f}" for result in found)
+        rows.append(
+            [
+                name,
+                each,
+                f"{after.mean():.3f} [{low:.3f}, {high:.3f}]",
+                f"{np.mean([r['graded'] for r in found]):.3f}",
+                beside,
+                spread(*found),
+                f"{np.mean(whole):,.0f}",
+            ]
+        )
+    head = ["", "strict, each seed", "strict", "graded", f"strict − {RIVAL}", "diversity", "forward-equivalents"]
+    return table(head, rows)
+
+
+def spread(*results: Mapping[str, Any]) -> str:
+    return f"{np.mean([result['spread'][0] for result in results]):.3f}"
+
+
+if __name__ == "__main__":
+    main()
