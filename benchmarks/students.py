@@ -28,6 +28,7 @@ import torch
 from benchmarks.runs import base_hash, boiled, gain, mismatch, packed, run_all, samples, table, tested, unpacked
 from tempflow import models
 from tempflow.config import Config, parse_config
+from tempflow.config.parts import DataConfig
 from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import Report, evaluate, fixed_prompts
 from tempflow.grid import Grid, as_stated
@@ -133,7 +134,7 @@ class Bench:
 
 def looked(model: Model, size: Size, steps: int, guidance: float, each: int) -> Report:
     """Pictures of test prompts, with the test's noise: of all 1 008 one each, or `PROMPTS` prompts' `each`."""
-    pool = load_prompts(parse_config({}).data.test)
+    pool = load_prompts(DataConfig().test)
     prompts = fixed_prompts(pool, EVALUATION["test_prompts"] if each == 1 else PROMPTS)
     rewards = [safe(build(str(reward["name"]))) for reward in REWARDS]
     how: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "rows": 192}
