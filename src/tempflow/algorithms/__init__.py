@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.flow_grpo import flow_grpo as flow_grpo
     from tempflow.algorithms.flow_grpo_fast import flow_grpo_fast as flow_grpo_fast
     from tempflow.algorithms.gcpo import gcpo as gcpo
+    from tempflow.algorithms.gdmd import gdmd as gdmd
     from tempflow.algorithms.grpo_guard import grpo_guard as grpo_guard
     from tempflow.algorithms.gspo import gspo as gspo
     from tempflow.algorithms.mix_grpo import mix_grpo as mix_grpo

@@ -174,6 +174,7 @@ class Lesson:
     norms      whether to measure how large the policy's velocities are beside the reference's
     turn       how often the phases have had their turn in this iteration
     judge      scores samples of the slots; None: nobody does
+    spread     standard deviation of what losses had scored in the run before this phase; None: too little
     """
 
     grown: Grown | None
@@ -190,6 +191,7 @@ class Lesson:
     norms: bool = False
     turn: int = 0
     judge: Judge | None = None
+    spread: float | None = None
 
     @property
     def rollout(self) -> Grown:

@@ -398,7 +398,9 @@ class NoisePhase:
         return batch.where((slot >= lesson.slots.start) & (slot < lesson.slots.stop))
 
     def idle(self, lesson: Lesson) -> tuple[Lesson, int]:
-        return lesson, lesson.slots.start * self.count
+        """A row of the rank's own; nothing is decoded or scored for it."""
+        quiet = lesson if lesson.judge is None else replace(lesson, judge=_indifferent)
+        return quiet, lesson.slots.start * self.count
 
     def loss(
         self, models: Models, lesson: Lesson, batch: Batch, old: Old | None = None, drawn_by: str = POLICY
@@ -419,10 +421,15 @@ class NoisePhase:
         rows = slots.to(lesson.device)
         layout = lesson.layout.take(rows)
         x = layout.hold(lesson.schedule.start(noise).to(lesson.device, torch.float32))
-        return NoiseBatch(x, rows, tuple(ids), lesson.seed, lesson.schedule, layout, lesson.judge)
+        return NoiseBatch(x, rows, tuple(ids), lesson.seed, lesson.schedule, layout, lesson.judge, lesson.spread)
 
     def _slots(self, lesson: Lesson, row: Tensor) -> Tensor:
         return row % (lesson.prompts * self.count) // self.count
+
+
+def _indifferent(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A judge to whom all samples are worth 0."""
+    return x.new_zeros(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
 
 
 def _without_gradient(predict: Predict) -> Predict:

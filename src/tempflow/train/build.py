@@ -357,6 +357,8 @@ def rewards_of(config: Config, given: Reward | Callable | Sequence[Reward | Call
     if given is None:
         return [build_reward(reward) for reward in config.rewards]
     items = given if isinstance(given, Sequence) else [given]
+    if not items:
+        raise ValueError("reward: [] leaves nothing to learn from, or to choose weights by; nearest valid: None")
     return [safe(item) if isinstance(item, Reward) else from_function(item) for item in items]
 
 

@@ -47,6 +47,7 @@ class Counter:
     alone      of networks with a guidance of their own, where the negative prompts' rows are counted
     old        for old log-probs alone: by the policy before an iteration's first update, or by the set that rolled out
     latent     through a latent reward: no forwards of the network, but compute
+    scores     valid ones that losses asked for, with their sum and their squares' sum: what `spread` is of
     """
 
     guided: bool = False
@@ -59,6 +60,17 @@ class Counter:
     latent: int = 0
     decodes: int = 0
     reward_calls: int = 0
+    scores: int = 0
+    score_sum: float = 0.0
+    score_squares: float = 0.0
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of those scores; None of fewer than two."""
+        if self.scores < 2:
+            return None
+        mean = self.score_sum / self.scores
+        return max(0.0, self.score_squares / self.scores - mean * mean) ** 0.5
 
     @property
     def forwards(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Scorer:
     prompts: Sequence[Prompt]
     clock: Clock
     valid: bool = False
+    moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
     def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `core.objective.noises.Judge`."""
@@ -59,8 +60,20 @@ class Scorer:
             scores = scoring.submit(seen.media, texts, metadata, slots, seen.ok).scores()
         value, ok = scores.total(context.algorithm.credit.reward_weights)
         self.valid |= bool(ok.any())
+        good = value[ok].double().cpu()
+        self.moments += torch.stack([ok.sum().cpu().double(), good.sum(), good.square().sum()])
         self.clock.add("reward", started)
         return value.to(x.device), ok.to(x.device)
+
+    def tell(self, counter: Counter) -> None:
+        """Counts what all ranks had scored since the last time. All of them call it."""
+        world = self.context.world
+        figures = self.moments if world.size == 1 else self.moments.to(world.device)
+        world.sum_([figures])
+        count, total, squares = figures.tolist()
+        counter.scores, counter.score_sum = counter.scores + int(count), counter.score_sum + total
+        counter.score_squares += squares
+        self.moments = torch.zeros_like(self.moments)
 
     def check(self, iteration: int) -> None:
         """Raises GuardError when no score of any rank was valid."""
@@ -142,8 +155,11 @@ def learn(
     try:
         for turn in range(turns):
             for place, (phase, lesson) in enumerate(zip(phases, lessons, strict=True)):
-                learner, lesson = learners[phase.role], replace(lesson, turn=turn, judge=judge)
+                learner, decodes = learners[phase.role], counter.decodes
+                lesson = replace(lesson, turn=turn, judge=judge, spread=counter.spread)
                 told = update(context, phase, models[place], lesson, learner, counter, clock, guards, place, several)
+                if counter.decodes > decodes:
+                    judge.tell(counter)
                 found.setdefault(place, []).append(told)
         if counter.decodes > scored:
             judge.check(lessons[0].iteration + 1)

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import positive
 from tempflow.core.cost import Cost, rows_of
 from tempflow.core.distill import matching_gradient, surrogate, velocity_error
 from tempflow.core.dynamics import ODE, Dynamics
@@ -24,7 +25,7 @@ from tempflow.core.rng import Stream
 from tempflow.core.rollout import Noise
 from tempflow.core.state import WHOLE, StateLayout, upcast
 from tempflow.core.times import Times, UniformTimes
-from tempflow.core.unroll import stop_nodes, unroll
+from tempflow.core.unroll import Unrolled, stop_nodes, unroll
 
 Anchor = Literal["clean", "noisy", "none"]
 
@@ -53,6 +54,10 @@ class OwnSamples:
 
     def __call__(self, predict: Predict, batch: NoiseBatch, last: int | None) -> Tensor:
         """x, [B, *S], in at least float32, with gradients through the last so many predictions (None: all)."""
+        return self.walk(predict, batch, last).x0()
+
+    def walk(self, predict: Predict, batch: NoiseBatch, last: int | None) -> Unrolled:
+        """The same with the states on the way. The last visit is all rows', each where its x̂0 is the sample."""
         stop = stop_nodes(batch.seed, batch.ids, batch.schedule.steps) if self.stop == "random" else None
         return unroll(
             batch.x,
@@ -66,7 +71,7 @@ class OwnSamples:
             last=last,
             checkpointed=self.checkpointed,
             layout=batch.layout,
-        ).x0()
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class FlowMatching:
 
     times    of which the first is taken, of each row
     learner  the role that learns, by its name among the models
+    student  whose samples they are
 
     RTDMD draws logit-normal times here; DMD2 and DP-DMD those of `DistributionMatching`.
     """
@@ -82,10 +88,11 @@ class FlowMatching:
     times: Times = field(default_factory=UniformTimes)
     samples: OwnSamples = OwnSamples()
     learner: str = "fake"
+    student: str = "policy"
 
     @property
     def weight_sets(self) -> tuple[str, ...]:
-        return ("policy", self.learner)
+        return (self.student, self.learner)
 
     guidance = NONE
 
@@ -96,8 +103,8 @@ class FlowMatching:
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through the learner only."""
         check_models(models, self.weight_sets)
-        x = self.samples(models["policy"], batch, last=0)
-        at, noise, t = _noised(x, batch, self.times, "fake")
+        x = self.samples(models[self.student], batch, last=0)
+        at, noise, t = noised(x, batch, self.times, "fake")
         velocity = asked(models, self.learner, at, t, batch.rows, batch.layout)
         error = velocity_error(velocity, target_velocity(x, noise), batch.layout)
         return Loss(error.mean(), {"error": error.detach()})
@@ -112,6 +119,7 @@ class DistributionMatching:
     last     through how many of the student's last predictions gradients flow; 1 in DMD2, None: all
     teacher  the model of the data; `fake` the model of the student's samples
     strength the teacher's guidance; None: the run's
+    weight   what the loss is multiplied by, where other phases of the policy share its optimizer
 
     Raises ValueError for an unknown anchor or `last` below 1.
     """
@@ -123,8 +131,10 @@ class DistributionMatching:
     teacher: str = "reference"
     fake: str = "fake"
     strength: float | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
+        positive("weight", self.weight, 1.0)
         if self.anchor not in get_args(Anchor):
             raise ValueError(f"anchor: {self.anchor!r} is not one of {', '.join(get_args(Anchor))}")
         if self.last is not None and self.last < 1:
@@ -149,7 +159,7 @@ class DistributionMatching:
         check_models(models, self.weight_sets)
         x = self.samples(models["policy"], batch, self.last)
         with torch.no_grad():
-            at, _, t = _noised(x, batch, self.times, "matching")
+            at, _, t = noised(x, batch, self.times, "matching")
             real, fake = (
                 x0_of_velocity(at, asked(models, name, at, t, batch.rows, batch.layout), t)
                 for name in (self.teacher, self.fake)
@@ -160,10 +170,10 @@ class DistributionMatching:
                 "gradient": batch.layout.mean(gradient.square()).sqrt(),
                 "gap": batch.layout.mean((fake - real).square()).sqrt(),
             }
-        return Loss(surrogate(x, gradient, batch.layout).mean(), metrics)
+        return Loss(self.weight * surrogate(x, gradient, batch.layout).mean(), metrics)
 
 
-def _noised(x: Tensor, batch: NoiseBatch, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def noised(x: Tensor, batch: NoiseBatch, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """x_t with its noise [B, *S] and time [B], both functions of the rows' ids; held elements are clean."""
     x = x.detach()
     drawn = times(Stream(batch.seed, f"{name}.times"), batch.ids, batch.schedule)[:, 0]

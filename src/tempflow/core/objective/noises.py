@@ -36,6 +36,8 @@ class NoiseBatch:
     schedule  the grid to walk
     layout    of the B states
     judge     scores samples; None where there are no rewards to ask
+    spread    standard deviation of all scores that losses had asked for in the run before this phase, on all ranks: a
+              unit for differences of scores that depends on no batch. None: there were fewer than two
 
     Raises ValueError where the parts are not of one size.
     """
@@ -47,6 +49,7 @@ class NoiseBatch:
     schedule: Schedule
     layout: StateLayout = WHOLE
     judge: Judge | None = None
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         size = (len(self.x),)
