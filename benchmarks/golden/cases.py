@@ -260,6 +260,13 @@ CASES: dict[str, Case] = {
         for choice, std in (("mean_deviation", "group"), ("random", "global"), ("extremes_random", "global"))
     },
     "sol_rl, bfloat16": _case("sol_rl", pool=6, draft_steps=2, draft_precision="bfloat16"),
+    # --------------------------------------------------------------------------------------------- few-step students
+    "gdmd": _case("gdmd", turns=2),
+    "gdmd, signed": _case("gdmd", turns=2, head="signed", normaliser="none", spread=0.01),
+    "gdmd, failed scores": Case("gdmd", {"turns": 2, "mix": 0.5, "normaliser": "noisy"}, reward="patchy"),
+    "gdmd, to the end": Case(
+        "gdmd", {"turns": 1}, objective={"strength": None, "samples.stop": "end", "samples.checkpointed": True}
+    ),
     # ------------------------------------------------------------------------------------------------------- offline
     "diffusion_dpo": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0}, offline=True),
     "diffusion_dpo, kl": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0, "kl": 0.1}, offline=True),

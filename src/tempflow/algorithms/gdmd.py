@@ -43,7 +43,7 @@ from tempflow.algorithms.phase import NoisePhase
 from tempflow.algorithms.segment_matching import FEW
 from tempflow.core.checks import positive
 from tempflow.core.ema import Copy
-from tempflow.core.objective.distill import FlowMatching
+from tempflow.core.objective.distill import Anchor, FlowMatching
 from tempflow.core.objective.guided_targets import GuidedTargets, Head
 
 
@@ -52,10 +52,11 @@ def gdmd(
     steps: int = 4,
     noises: int = 2,
     teacher_guidance: float = 4.5,
-    matching: float = 1.0,
-    reward: float = 1.0,
+    matching_weight: float = 1.0,
+    reward_weight: float = 1.0,
     head: Head = "nft",
     mix: float = 1.0,
+    normaliser: Anchor = "clean",
     spread: float | None = None,
     fake_rate: float = 1.0,
     turns: int = 5,
@@ -63,10 +64,12 @@ def gdmd(
     """GDMD (arXiv 2604.19009): a few-step student by distribution matching towards targets that a reward has judged.
 
     Args:
-        matching: λ, weight of the plain regression to a target.
-        reward: γ, weight of the term that a target's score steers; 0 is distribution matching.
+        matching_weight: λ, weight of the plain regression to a target.
+        reward_weight: γ, weight of the term that a target's score steers; 0 is distribution matching.
         head: of that term: "nft", the paper's, or "signed", AdvantageFlow's (ours).
         mix: β of the "nft" head.
+        normaliser: g is divided by the mean distance of x̂_real from the sample ("clean", DMD's), from x_t ("noisy"), or
+            by nothing ("none").
         spread: Z, what a difference of scores is measured in; None: the standard deviation of all so far.
         turns: η, targets of an iteration, each behind one update of the fake score.
 
@@ -74,12 +77,14 @@ def gdmd(
     """
     at_least("steps", steps, 1)
     positive("fake_rate", fake_rate, 1.0)
-    for name, value in (("matching", matching), ("reward", reward)):
+    for name, value in (("matching_weight", matching_weight), ("reward_weight", reward_weight)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}: {value} must be finite and at least 0; nearest valid: 1.0")
-    if not matching + reward:
-        raise ValueError("matching, reward: 0 and 0 teach nothing; nearest valid: 1.0 and 1.0")
-    judged = GuidedTargets((matching, reward), head, mix, spread=spread, strength=teacher_guidance)
+    if not matching_weight + reward_weight:
+        raise ValueError("matching_weight, reward_weight: 0 and 0 teach nothing; nearest valid: 1.0 and 1.0")
+    judged = GuidedTargets(
+        (matching_weight, reward_weight), head, mix, normaliser=normaliser, spread=spread, strength=teacher_guidance
+    )
     follows = FlowMatching(times=judged.times, student="old")
     return Algorithm(
         name="gdmd",

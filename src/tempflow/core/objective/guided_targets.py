@@ -25,7 +25,7 @@ from tempflow.core.distill import (
     target_optimality,
 )
 from tempflow.core.likelihood_proxy import x0_of_velocity
-from tempflow.core.objective.distill import NONE, OwnSamples, asked, check_models, noised
+from tempflow.core.objective.distill import NONE, Anchor, OwnSamples, asked, check_models, noised
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.noises import NoiseBatch
 from tempflow.core.solver import predict_clean
@@ -51,6 +51,7 @@ class GuidedTargets:
     anchor    γ' > 1 of the "signed" head
     spread    Z; None: the standard deviation of all scores that the run's losses had asked for (`NoiseBatch.spread`)
     times     of x_t for g, of which the first is taken, of each row
+    normaliser  what g is divided by, as `DistributionMatching.anchor`: "none" moves y by x̂_fake − x̂_real itself
     strength  the teacher's guidance; None: the run's
 
     A row whose target or own sample has no score, and all rows while no spread is known, are left λ·½·mean (x − y)².
@@ -63,6 +64,7 @@ class GuidedTargets:
     anchor: float = 1.1
     spread: float | None = None
     times: Times = field(default_factory=lambda: UniformTimes(low=0.02, high=0.98))
+    normaliser: Anchor = "clean"
     samples: OwnSamples = field(default_factory=OwnSamples)
     strength: float | None = None
     teacher: str = "reference"
@@ -72,6 +74,8 @@ class GuidedTargets:
     def __post_init__(self) -> None:
         if self.head not in get_args(Head):
             raise ValueError(f"head: {self.head!r} is not one of {', '.join(get_args(Head))}; nearest valid: 'nft'")
+        if self.normaliser not in get_args(Anchor):
+            raise ValueError(f"normaliser: {self.normaliser!r} is not one of {', '.join(get_args(Anchor))}")
         for name, value in zip(("weights[0]", "weights[1]"), self.weights, strict=True):
             not_negative(name, value)
         positive("mix", self.mix, 1.0)
@@ -119,7 +123,8 @@ class GuidedTargets:
             x0_of_velocity(at, asked(models, name, at, t, batch.rows, batch.layout), t)
             for name in (self.teacher, self.fake)
         )
-        return matching_gradient(fake, real, own, batch.layout), fake - real
+        anchor = {"clean": own, "noisy": at, "none": None}[self.normaliser]
+        return matching_gradient(fake, real, anchor, batch.layout), fake - real
 
     def _judged(self, batch: NoiseBatch, own: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """r, NaN where it is not known, and what a user wants to see of the scores."""
