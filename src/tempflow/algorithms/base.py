@@ -208,6 +208,12 @@ class Algorithm:
         return tuple(name for name in self.networks if name not in others)
 
     @property
+    def starts_from_reference(self) -> bool:
+        """Whether a role starts from the run's reference, or the reference is asked and stays."""
+        asked = "reference" in self.sets and not self.rule("reference").moves
+        return asked or any(role.start == "reference" for role in self.roles)
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """The keys of a prompt that name samples of its own: those taken, and "image", for one file may serve several
         algorithms of offline samples."""

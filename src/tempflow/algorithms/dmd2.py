@@ -7,7 +7,8 @@ of the student's, which replaces DMD's regression on paired samples.
     student   walked from a fresh noise along its own states to a node drawn for each row; x = x̂0 there  (OwnSamples)
     gradient  g = (x̂_fake − x̂_real)/mean |x − x̂_real| at x_t, t ~ U[.02, .98]  (distill.matching_gradient)
     loss      ½·mean (x − sg[x − g])², through the student's last prediction  (DistributionMatching)
-    fake      `fake_updates` of flow matching on the student's own samples before each update of the student
+    fake      starts as the teacher does; `fake_updates` of flow matching on the student's own samples before each
+              update of the student
 
 Nothing is rolled out and no reward is asked; rewards only judge. Cost of a noise of the student at T = 4, at most: 3
 forwards, 1 trained, 1 of the fake and 2 of the guided teacher; of the fake: 4 forwards, 1 trained.
@@ -51,5 +52,5 @@ def dmd2(
     positive("fake_rate", fake_rate, 1.0)
     follows = NoisePhase(FlowMatching(times=DistributionMatching().times), noises, fake_updates, role="fake")
     matching = NoisePhase(DistributionMatching(strength=teacher_guidance), noises)
-    roles = (Role("fake", rate=fake_rate),)
+    roles = (Role("fake", rate=fake_rate, start="reference"),)
     return Algorithm(name="dmd2", steps=steps, phases=(follows, matching), roles=roles, turns=turns)

@@ -91,6 +91,6 @@ def gdmd(
         steps=steps,
         phases=(NoisePhase(follows, noises, role="fake"), NoisePhase(judged, noises)),
         turns=turns,
-        roles=(Role("fake", rate=fake_rate),),
+        roles=(Role("fake", rate=fake_rate, start="reference"),),
         weight_sets={"old": Copy()},
     )

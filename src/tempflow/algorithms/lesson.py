@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,23 +46,29 @@ class Seeded(Protocol):
 
 @dataclass(frozen=True)
 class Role:
-    """A network that learns beside the policy. It starts as the policy does and has the same kind of parameters: where
-    all of the policy is trained, it is a full copy; where a LoRA is, it is a second LoRA on the same base.
+    """A network that learns beside the policy and has the same kind of parameters: where all of the policy is trained,
+    it is a full copy; where a LoRA is, it is a second LoRA on the same base.
 
     name         what phases and objectives call it
     rate         its learning rate in units of the run's, whose warm-up and decay it shares
     betas        of its AdamW; None: the run's
     weight_sets  what follows it, by name, as `Algorithm.weight_sets` follow the policy
+    start        "policy": it starts as the policy does; "reference": as the run's reference (`model.reference`), which
+                 is another where the policy starts from trained weights
 
-    Raises ValueError for a name that is the policy's or empty, a rate that is not above 0, and betas outside [0, 1).
+    Raises ValueError for a name that is the policy's or empty, a rate that is not above 0, betas outside [0, 1), and an
+    unknown start.
     """
 
     name: str
     rate: float = 1.0
     betas: tuple[float, float] | None = None
     weight_sets: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    start: Literal["policy", "reference"] = "policy"
 
     def __post_init__(self) -> None:
+        if self.start not in (POLICY, "reference"):
+            raise ValueError(f"role {self.name}: start {self.start!r} is not one of policy, reference")
         if not self.name.isidentifier() or self.name in (POLICY, "reference"):
             raise ValueError(f"role: {self.name!r} is taken or no name; nearest valid: 'fake'")
         if not 0 < self.rate < float("inf"):

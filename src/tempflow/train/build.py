@@ -194,7 +194,7 @@ def context_of(
     trainable, shards = Trainable(model.network), None
     base = _start(config, model, trainable, say) if config.model.start else None  # without, a set copies the policy
     kept = None
-    if "reference" in algorithm.sets and not algorithm.rule("reference").moves:
+    if algorithm.starts_from_reference:
         say(f"reference: {config.model.reference}")
         kept = _reference(config.model.reference, model, trainable, base)
     if sharded(config, world):
@@ -208,7 +208,7 @@ def context_of(
         sets["reference"] = WeightSet(trainable, Frozen(), kept)
     networks: dict[str, nn.Module] = {n: weights.network(shards and shards.turn_of) for n, weights in sets.items()}
     learners = {POLICY: Learner(trainable, optimizer_of(config, trainable), weight_sets, average_of(config, trainable))}
-    learners |= {role.name: _learner(config, model, role) for role in algorithm.roles}
+    learners |= {role.name: _learner(config, model, role, kept) for role in algorithm.roles}
     networks |= {name: net for role in algorithm.roles for name, net in learners[role.name].networks(role.name).items()}
     context = Context(
         model=model,
@@ -239,9 +239,11 @@ def context_of(
     return context, learners
 
 
-def _learner(config: Config, model: Model, role: Role) -> Learner:
-    """A role beside the policy, which starts as the policy is."""
+def _learner(config: Config, model: Model, role: Role, reference: Mapping[str, Tensor] | None) -> Learner:
+    """A role beside the policy, which starts as the policy is, or as the reference (None: the two are one)."""
     own = Trainable(own_copy(model.network))
+    if role.start == "reference" and reference is not None:
+        own.load(reference)
     return Learner(own, optimizer_of(config, own, role), WeightSets.of_role(role, own))
 
 
