@@ -292,6 +292,34 @@ def test_a_rollout_is_asked_for_where_a_phase_learns_from_one() -> None:
         Algorithm("x", (flow().first,), 4)
 
 
+def test_a_role_starts_as_the_policy_does_or_as_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = dict(Fake().network.named_parameters())
+    first = train(
+        config(tmp_path / "first", iterations=2),
+        model=Fake(),
+        algorithm=two_roles(),
+        reward=brightness,
+        prompts=PROMPTS,
+        test_prompts=PROMPTS,
+    )
+    trained, begun = checkpoint.best_weights(first.folder), dict[str, dict[str, torch.Tensor]]()
+    step = trainer.Trainer.train_step
+
+    def watched(self: Any, *rest: Any) -> Any:
+        begun.update({name: learner.trainable.state() for name, learner in self.learners.items()})
+        return step(self, *rest)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", watched)
+    for start, want in (("policy", trained), ("reference", base)):
+        algorithm = replace(two_roles(), roles=(Role("fake", start=start),))  # pyright: ignore[reportArgumentType]
+        settings = config(tmp_path / start, iterations=1, model={"start": str(first.folder)})
+        train(settings, model=Fake(), algorithm=algorithm, reward=brightness, prompts=PROMPTS, test_prompts=PROMPTS)
+        assert same(begun["policy"], trained) and not same(trained, dict(base))
+        assert all(torch.equal(value, want[name]) for name, value in begun["fake"].items()), start
+    with pytest.raises(ValueError, match="role fake: start 'teacher' is not one of policy, reference"):
+        Role("fake", start="teacher")  # pyright: ignore[reportArgumentType]
+
+
 # --------------------------------------------------------------------------------------------- turns, guidance, scores
 @dataclass(frozen=True)
 class Scored:
