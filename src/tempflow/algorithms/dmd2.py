@@ -21,11 +21,13 @@ turn; the official code counts iterations and gives the student every sixth, whi
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, at_least, positive, texts_of
+from typing import Literal
+
+from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
 from tempflow.algorithms.lesson import Role
 from tempflow.algorithms.phase import NoisePhase
 from tempflow.algorithms.segment_matching import FEW
-from tempflow.core.objective.distill import DistributionMatching, FlowMatching
+from tempflow.core.objective.distill import DistributionMatching, FlowMatching, OwnSamples
 
 FAKE = {
     "fake_updates": "updates of the fake score for each of the student.",
@@ -41,16 +43,25 @@ def dmd2(
     teacher_guidance: float = 4.5,
     fake_updates: int = 5,
     fake_rate: float = 1.0,
+    stop: Literal["random", "end"] = "random",
+    through: int | None = 1,
     turns: int = 1,
 ) -> Algorithm:
     """DMD2 (arXiv 2405.14867): a few-step student by distribution matching against a guided teacher and a fake score.
+
+    Args:
+        stop: "random", DMD2's: a sample is x̂0 at a node drawn for each row; "end": the last state, which is what the
+            student's Euler steps draw.
+        through: gradients flow through so many of the last predictions; None: through all.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 1)
     at_least("fake_updates", fake_updates, 1)
     positive("fake_rate", fake_rate, 1.0)
-    follows = NoisePhase(FlowMatching(times=DistributionMatching().times), noises, fake_updates, role="fake")
-    matching = NoisePhase(DistributionMatching(strength=teacher_guidance), noises)
+    one_of("stop", stop, ("random", "end"))
+    matching = DistributionMatching(samples=OwnSamples(stop), last=through, strength=teacher_guidance)
+    follows = FlowMatching(matching.times, matching.samples)
+    phases = (NoisePhase(follows, noises, fake_updates, role="fake"), NoisePhase(matching, noises))
     roles = (Role("fake", rate=fake_rate, start="reference"),)
-    return Algorithm(name="dmd2", steps=steps, phases=(follows, matching), roles=roles, turns=turns)
+    return Algorithm(name="dmd2", steps=steps, phases=phases, roles=roles, turns=turns)
