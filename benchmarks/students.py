@@ -70,10 +70,11 @@ FAKE = {**TAUGHT, "fake_updates": 3, "fake_rate": 2.0}
 REWARD = {"name": "v_grpo", "group": 12, "pairs": 4, "eps": 0.1}
 
 STAGES: Mapping[str, Stage] = {
-    "match": student("", "segment_matching", 20, 12, 2e-4, **TAUGHT),
-    "dmd2": student("match", "dmd2", 20, 12, 1e-4, **FAKE),
-    "reward": Stage("match", {**REWARD, "steps": STEPS}, 40, 12, 1e-4),
-    "dmd2+reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 40, 12, 1e-4),
+    "match": student("", "segment_matching", 20, 18, 2e-4, **TAUGHT),
+    "dmd2": student("match", "dmd2", 16, 12, 1e-4, **FAKE, stop="end"),
+    "gdmd": student("match", "gdmd", 8, 12, 1e-4, teacher_guidance=GUIDANCE, noises=2, turns=8, fake_rate=2.0),
+    "reward": Stage("match", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
+    "dmd2+reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
 }
 
 TEACHERS: Mapping[str, tuple[str, int, float]] = {
@@ -119,7 +120,7 @@ class Bench:
                     "ema_decay": 0.9,
                     **stage.optimizer,
                 },
-                "evaluation": {**EVALUATION, "steps": stage.steps},
+                "evaluation": {**EVALUATION, "every": max(1, stage.iterations // 5), "steps": stage.steps},
             }
         )
 
