@@ -74,7 +74,7 @@ STAGES: Mapping[str, Stage] = {
     "dmd2": student("match", "dmd2", 16, 12, 1e-4, **FAKE, stop="end"),
     "gdmd": student("match", "gdmd", 8, 12, 1e-4, teacher_guidance=GUIDANCE, noises=2, turns=8, fake_rate=2.0),
     "reward": Stage("match", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
-    "dmd2+reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
+    "dmd2-reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
 }
 
 TEACHERS: Mapping[str, tuple[str, int, float]] = {
