@@ -55,8 +55,9 @@ from tempflow.models.sd3 import SD3
 from tempflow.request import Prompt, asked
 from tempflow.rewards import from_function
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import Experience, collect, credit
+from tempflow.train.experience import Experience, credit
 from tempflow.train.guards import Guards
+from tempflow.train.source import collect
 from tempflow.train.update import learn, lessons, predictors, shuffled
 from tempflow.train.weights import Learner, Trainable
 

@@ -29,8 +29,9 @@ from tempflow.models import load
 from tempflow.request import Prompt, asked
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import collect, credit
+from tempflow.train.experience import credit
 from tempflow.train.guards import Guards
+from tempflow.train.source import collect
 from tempflow.train.update import learn, lessons
 from tempflow.train.weights import Learner, Trainable
 

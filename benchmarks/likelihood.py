@@ -21,7 +21,8 @@ from tempflow.models.protocol import Model, Predict
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import collect, credit
+from tempflow.train.experience import credit
+from tempflow.train.source import collect
 from tempflow.train.update import predictors
 
 SIZE = Size(32, 32)

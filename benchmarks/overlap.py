@@ -33,8 +33,9 @@ from tempflow.models.guidance import Guidance
 from tempflow.rewards import Reward, build, from_function
 from tempflow.rewards.remote import remote
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import collect, credit
+from tempflow.train.experience import credit
 from tempflow.train.guards import Guards
+from tempflow.train.source import collect
 from tempflow.train.update import learn, lessons
 from tempflow.train.weights import Learner, Trainable
 

@@ -27,7 +27,8 @@ from tempflow.models import load
 from tempflow.recipes.shapes import REWARDS
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import Advantages, Experience, collect, credit
+from tempflow.train.experience import Advantages, Experience, credit
+from tempflow.train.source import collect
 from tempflow.train.update import lessons, predictors
 
 SIZE = Size(32, 32)

@@ -48,8 +48,9 @@ from tempflow.recipes.shapes import EVALUATION, OPTIMIZER, REWARDS
 from tempflow.request import Prompt, asked
 from tempflow.rewards import build, score_all
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import collect, credit
+from tempflow.train.experience import credit
 from tempflow.train.guards import Guards
+from tempflow.train.source import collect
 from tempflow.train.update import learn, lessons
 from tempflow.train.weights import Drafter, Learner, Trainable, WeightSets
 

@@ -226,9 +226,10 @@ def iteration(model: Any, shape: Shape, name: str, updates: int = 1) -> tuple[Fa
     from tempflow.request import Prompt
     from tempflow.train.build import context_of, rewards_of
     from tempflow.train.context import Clock, Counter
-    from tempflow.train.experience import collect, credit
+    from tempflow.train.experience import credit
     from tempflow.train.guards import Guards
     from tempflow.train.parallel import SINGLE
+    from tempflow.train.source import collect
     from tempflow.train.update import learn, lessons
 
     device, said = model.device, list[str]()

@@ -147,8 +147,7 @@ def run_cost(config: Config) -> RunCost:
     parts = [[Cost(0, 0, 0), Cost(0, 0, 0)] for _ in algorithm.phases]
     for iteration in range(config.iterations):
         here, nodes, trained = Cost(0, 0, 0), 0, [Cost(0, 0, 0) for _ in algorithm.phases]
-        plans = algorithm.plans(iteration, prompts) if algorithm.rolls_out else [None] * prompts
-        for plan in plans:
+        for plan in (algorithm.plan_of(iteration, slot) for slot in range(prompts)):
             here, nodes = here + algorithm.cost_of(plan), nodes + _kept_states(plan, algorithm.keeps)
             trained = [t + algorithm.taught_cost(p, plan) for t, p in zip(trained, algorithm.phases, strict=True)]
         again = algorithm.old_forwards(here.trained_edges, config.optimizer.updates_per_iteration)
@@ -162,7 +161,7 @@ def run_cost(config: Config) -> RunCost:
         first=first,
         total=total,
         rewards=len(config.rewards),
-        latent=total.trained_edges if algorithm.latent_reward else 0,
+        latent=total.trained_edges * len(algorithm.latent_rewards),
         phases=tuple(
             PhaseCost(
                 role=phase.role,
@@ -373,8 +372,7 @@ def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 
 
 
 def _draft_bits(config: Config) -> float:
-    draft = config.algorithm.build().draft
-    return 0 if draft is None else DRAFT_BITS.get(draft.precision, 0)
+    return DRAFT_BITS.get(config.algorithm.build().draft_precision, 0)
 
 
 def _bytes(size: float) -> str:

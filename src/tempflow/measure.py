@@ -252,7 +252,7 @@ def rows_that_fit(config: Config, ranks: int = 1) -> Rows:
     """
     cost, device = run_cost(config), torch.device(resolved_device(config.device))
     algorithm = config.algorithm.build()
-    pool = algorithm.pool
+    pool = algorithm.begins.pool
     widest = max(cost.first.leaves, pool * config.data.prompts_per_iteration)
     most = widest, -(-cost.first.trained_edges // config.optimizer.updates_per_iteration)
     if device.type == "cpu" or (config.parallel.mode == "fsdp" and ranks > 1):

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.scores import Scores
-from tempflow.models.protocol import Conditioning
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
-from tempflow.train.context import ScoreLatents
+from tempflow.train.judged import LatentJudge
 
 Images = list[Image.Image]
 
@@ -44,14 +43,14 @@ def two_rewards() -> list[Reward]:
     return [from_function(brightness), from_function(even)]
 
 
-def judging(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Conditioning], ScoreLatents]:
+def judging(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LatentJudge:
     """A latent reward for `Context.latent_reward`: (x, sigma, rows) -> a score each; what is not finite has failed."""
 
     def judge(x: Tensor, sigma: Tensor, rows: Tensor) -> Scores:
         value = score(x, sigma, rows).float()
         return Scores(value[:, None], value.isfinite()[:, None], ("latent",))
 
-    return lambda condition: judge
+    return LatentJudge(lambda condition: judge)
 
 
 def bench_of(algorithm: Algorithm, **options: Any) -> Bench:

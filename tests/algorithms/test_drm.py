@@ -182,7 +182,7 @@ def test_failed_scores_are_left_out_and_never_zero() -> None:
     b = bench(score)
     experience = b.collect()
     given = credit(b.context, experience)
-    failed = ~experience.latent_scores.ok[:, 0]  # type: ignore[union-attr]
+    failed = ~experience.judged.latent[0].ok[:, 0]
     assert int(failed.sum()) == len(failed) // 3
     assert bool((given.advantage.ok == ~failed).all()) and not bool(given.advantage.value[failed].any())
 

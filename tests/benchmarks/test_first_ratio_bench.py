@@ -14,7 +14,7 @@ from tempflow.models.sd3 import SD3
 from tempflow.recipes import RECIPES
 from tempflow.request import Prompt
 from tempflow.train.context import Clock, Counter
-from tempflow.train.experience import collect
+from tempflow.train.source import collect
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares")]
 HELD, LIMIT = 6.0, 12.0

@@ -15,7 +15,7 @@ from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance
 from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
 from tempflow.request import Prompt
-from tempflow.train.context import ScoreLatents
+from tempflow.train.judged import ScoreLatents
 
 PROMPTS = ("up", "down")
 SPREAD = 0.5

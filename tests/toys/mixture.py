@@ -26,7 +26,7 @@ from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance
 from tempflow.models.protocol import Conditioning, Encoded, Predict, TextInputs
 from tempflow.request import Prompt, asked
-from tempflow.train.context import ScoreLatents
+from tempflow.train.judged import LatentJudge, ScoreLatents, by_pictures
 
 SHAPE = (1, 1, 2)  # one row of two latent cells, so that maps over positions have something to tell apart
 SIDE = 8  # pixels along the square that shows a coordinate
@@ -263,7 +263,7 @@ def bench(
     """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1. What an algorithm
     asks for beside rewards, it gets: a judge of latents, or pictures of what the untrained model draws."""
     context = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **context}
-    asked = None if algorithm.latent_reward is None else judge
+    asked = by_pictures if algorithm.latent_reward is None else LatentJudge(judge)
     reward = reward or Closeness()
     if algorithm.offline is not None:
         keys = len(algorithm.offline.keys)

@@ -31,9 +31,10 @@ from tempflow.request import Prompt
 from tempflow.rewards import from_function
 from tempflow.rewards.protocol import Reward
 from tempflow.train.context import Clock, Context, Counter
-from tempflow.train.experience import Advantages, Experience, collect, credit, rollout_metrics
+from tempflow.train.experience import Advantages, Experience, credit, rollout_metrics
 from tempflow.train.guards import Guards
 from tempflow.train.parallel import Shards
+from tempflow.train.source import collect
 from tempflow.train.update import learn, lessons, shuffled
 from tempflow.train.weights import Drafter, Learner, Trainable, WeightSet, WeightSets, own_copy
 

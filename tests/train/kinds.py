@@ -26,8 +26,9 @@ from tempflow.algorithms import (
 from tempflow.core.scores import Scores
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import Prompt, load_prompts
-from tempflow.train.experience import chunks_of, roll_out
+from tempflow.train.judged import LatentJudge
 from tempflow.train.rollouts import Rollouts
+from tempflow.train.source import chunks_of, source_of
 
 KINDS: dict[str, Callable[[], Algorithm]] = {
     "edges": lambda: tempflow(kl=0.1),
@@ -70,7 +71,7 @@ def bench_of(kind: str, folder: Path, **options: Any) -> tuple[Bench, list[Promp
     algorithm = KINDS[kind]()
     given: dict[str, Any] = {"rollout_leaves": LEAVES.get(kind, 12), "reward": patchy, "updates": 2, **options}
     if algorithm.latent_reward is not None:
-        given["latent_reward"] = judged
+        given["latent_reward"] = LatentJudge(judged)
     bench, prompts = Bench(algorithm=algorithm, **given), [Prompt(p) for p in PROMPTS]
     if algorithm.offline is not None:
         file = folder / "album" / "pairs.jsonl"
@@ -84,7 +85,7 @@ def parts_of(bench: Bench, prompts: list[Prompt], order: Callable[[list], list] 
     """The first iteration's chunks, computed in that order."""
     plans = bench.context.algorithm.plans(0, len(prompts))
     chunks = order(chunks_of(plans, bench.context.rollout_leaves, range(len(prompts))))
-    return roll_out(bench.context, prompts, plans, 0, chunks, bench.clock)
+    return source_of(bench.context, prompts, 0, bench.clock).roll_out(chunks)
 
 
 def parts(item: Any, name: str = "") -> dict[str, Any]:

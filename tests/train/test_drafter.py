@@ -14,19 +14,19 @@ from torch import nn
 from tempflow.algorithms import sol_rl
 from tempflow.media import Size
 from tempflow.models import load
-from tempflow.models.precision import cheap_copy
+from tempflow.models.precision import cheap_copy, check_precision
 from tempflow.request import asked
 from tempflow.train.trainer import train
 from tempflow.train.update import predictors
-from tempflow.train.weights import Drafter, Trainable, WeightSets, check_draft
+from tempflow.train.weights import CopyDrafter, Drafter, Trainable, WeightSets
 
 SIZE = Size(32, 32)
 
 SMALL: dict[str, Any] = {"steps": 4, "group": 4, "pool": 8, "draft_steps": 2, "kl": 0.0, "draft_precision": "bfloat16"}
 
 
-def drafter(bench: Bench) -> Drafter:
-    assert bench.context.drafter is not None
+def drafter(bench: Bench) -> CopyDrafter:
+    assert isinstance(bench.context.drafter, CopyDrafter)
     return bench.context.drafter
 
 
@@ -71,19 +71,19 @@ def test_a_lora_is_drafted_with_and_follows() -> None:
     algorithm = sol_rl(**{**SMALL, "draft_precision": "int8"})
     sets = WeightSets.of(algorithm, trainable).sets
     made = Drafter.of(algorithm, model, trainable, sets)
-    assert made is not None and all(".lora_" in name for name in trainable.names)
+    assert made.precision == "int8" and all(".lora_" in name for name in trainable.names)
     x, sigma, rows = torch.randn(3, 8, 8, 8), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
     condition = model.encode(asked(["a red circle"]), SIZE)
 
     @torch.no_grad()
-    def velocity(network: nn.Module) -> torch.Tensor:
+    def velocity(network: nn.Module | None) -> torch.Tensor:
         return model.predictor(condition, 1.0, network=network)(x, sigma, rows)
 
-    before = velocity(made.fresh()).clone()
+    before = velocity(made.fresh(None)).clone()
     with torch.no_grad():
         for value in sets["old"].values:
             value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-    after, want = velocity(made.fresh()), velocity(sets["old"].network())
+    after, want = velocity(made.fresh(None)), velocity(sets["old"].network())
     moved = float((want - before).norm())
     assert float((after - want).norm()) < 0.2 * moved and moved > 0.1 * float(before.norm())
     trainable.load(sets["old"].named())
@@ -95,7 +95,7 @@ def test_the_sampler_may_be_the_policy() -> None:
     algorithm = sol_rl(**SMALL)
     bench = Bench(algorithm=replace(algorithm, sampler="policy"))
     bench.iterate()
-    drafter(bench).fresh()
+    drafter(bench).fresh(None)
     for name, p in drafter(bench).copy.inner.named_parameters():
         assert torch.equal(p, bench.trainable.named()[name].bfloat16())
 
@@ -112,8 +112,8 @@ def test_replay_is_bit_exact_and_precision_only_touches_drafts() -> None:
 
 def test_a_setting_without_its_drafter_is_refused() -> None:
     context = Bench(algorithm=sol_rl(**SMALL)).context
-    with pytest.raises(ValueError, match=r"drafter: None, but Draft\(.*bfloat16"):
-        replace(context, drafter=None)
+    with pytest.raises(ValueError, match=r"drafter: 'full', but Draft\(.*bfloat16"):
+        replace(context, drafter=Drafter("full"))
 
 
 def test_a_run_with_low_precision_drafts_resumes_bitwise(tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_what_the_device_lacks_is_said_before_the_model_is_loaded(
 def test_a_sharded_run_is_refused() -> None:
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match=r"draft_precision: 'bfloat16' copies .* 'fsdp' .*nearest valid: 'full'"):
-        check_draft(sol_rl(**SMALL), cpu, sharded=True)
-    check_draft(sol_rl(**SMALL), cpu, sharded=False)
-    check_draft(sol_rl(**{**SMALL, "draft_precision": "full"}), cpu, sharded=True)
+        check_precision("bfloat16", cpu, sharded=True)
+    check_precision("bfloat16", cpu, sharded=False)
+    check_precision("full", cpu, sharded=True)
 
 
 def test_drafts_do_not_depend_on_chunks() -> None:

@@ -176,7 +176,6 @@ def test_a_run_says_it_by_name(place: str, tmp_path: Path, capsys: pytest.Captur
 @VALUES
 def test_broken_drafts_are_told_of(value: float) -> None:
     seen = Bench(Broken("network", value), sol_rl(steps=4, group=3, pool=6, draft_steps=2)).collect()
-    assert seen.drafts is not None
     slot = PROMPTS.index(BAD)
     assert seen.drafts.view(6, 6)[slot].tolist() == [LATENT] * 6 and int((seen.drafts != WHOLE).sum()) == 6
     assert seen.broken.view(6, 3)[slot].tolist() == [LATENT] * 3 and int((seen.broken != WHOLE).sum()) == 3

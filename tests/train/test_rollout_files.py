@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep": (lambda f: (f / FACTS).write_text("[" * 200_000), r"recursion"),
     "a list": (lambda f: (f / FACTS).write_text("[1, 2]"), r"kind is 'None'; nearest valid: 'tempflow rollouts'"),
     "foreign": (changed("kind", "something else"), r"kind is 'something else'; nearest valid: 'tempflow rollouts'"),
-    "newer": (changed("format", 3), r"format is 3; nearest valid: 2"),
+    "newer": (changed("format", 4), r"format is 4; nearest valid: 3"),
     "no slots": (without("slots"), r"'slots' is missing"),
     "slots that are none": (changed("slots", ["../x"]), r"slots has '../x'; nearest valid: 0"),
     "other slots": (changed("slots", [4, 5]), r"prompt: names a slot that is none of \[4, 5\]"),

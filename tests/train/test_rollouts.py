@@ -13,9 +13,11 @@ from kinds import KINDS, bench_of, parts, parts_of, same_bits
 from torch import Tensor
 
 from tempflow.core.plan import ode
-from tempflow.train.experience import chunks_of, experience_of, roll_out
+from tempflow.train.experience import experience_of
+from tempflow.train.judged import ByLatents
 from tempflow.train.parallel import World
 from tempflow.train.rollouts import Rollouts
+from tempflow.train.source import chunks_of, source_of
 from tempflow.train.trainer import train
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -49,8 +51,8 @@ def test_what_a_kind_is_meant_to_show_is_there(kind: str, tmp_path: Path) -> Non
     assert bool(one.forest.edges.traits) == (kind == "edge traits")
     assert bool(one.forest.leaves.traits) == (kind == "leaf traits")
     assert (one.forest.edges.mean is not None) == (kind == "means")
-    assert (one.drafts is not None) == (one.fidelity is not None) == (kind == "drafts")
-    assert (one.latent_scores is not None) == (kind == "latent scores")
+    assert bool(len(one.drafts)) == bool(one.fidelity.isfinite().any()) == (kind == "drafts")
+    assert bool(one.judged.latent) == isinstance(one.judged, ByLatents) == (kind == "latent scores")
     if kind != "offline":
         assert not all(bool(part.scores.ok.all()) for part in some), "some scores fail"
 
@@ -62,8 +64,8 @@ def test_chunks_in_another_order_joined_by_slot_are_the_same_bits(kind: str, tmp
     again, _ = bench_of(kind, tmp_path)
     backwards = parts_of(again, prompts, lambda chunks: chunks[::-1])
     same_bits(joined(again, prompts, backwards), want)
-    plans = again.context.algorithm.plans(0, len(prompts))
-    alone = [roll_out(again.context, prompts, plans, 0, [part.slots], again.clock)[0] for part in backwards]
+    source = source_of(again.context, prompts, 0, again.clock)
+    alone = [source.roll_out([part.slots])[0] for part in backwards]
     same_bits(joined(again, prompts, alone[1:] + alone[:1]), want)
 
 
@@ -147,7 +149,7 @@ def test_what_cannot_be_joined_is_refused() -> None:
     other = replace(b.schedule, sigmas=b.schedule.sigmas * 0.5)
     with pytest.raises(ValueError, match=r"schedule: parts walked different grids"):
         Rollouts.join([a, replace(b, schedule=other)])
-    with pytest.raises(ValueError, match=r"drafts: 1 of 2 parts have it"):
+    with pytest.raises(ValueError, match=r"drafts: parts have pools of several sizes"):
         Rollouts.join([a, replace(b, drafts=torch.zeros(4, dtype=torch.long))])
     with pytest.raises(ValueError, match=r"scores: 18 rows; nearest valid: 36"):
         replace(a, scores=a.scores.select(torch.arange(18)))

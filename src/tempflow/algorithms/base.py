@@ -15,12 +15,12 @@ from torch import Tensor
 from tempflow.algorithms.lesson import POLICY, Phase, Role, Seeded
 from tempflow.core.checks import positive
 from tempflow.core.credit import AsScored, CreditRule
-from tempflow.core.draft import Draft, Precision
+from tempflow.core.draft import Draft, NoDraft, Precision
 from tempflow.core.dynamics import Dynamics
 from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
 from tempflow.core.offline import OfflineSamples
-from tempflow.core.perturb import Perturbation
+from tempflow.core.perturb import OwnCondition, Perturbation
 from tempflow.core.plan import Cost, Plan
 from tempflow.core.rng import Stream
 from tempflow.core.schedule import Schedule, linear
@@ -125,7 +125,7 @@ class Algorithm:
     def __post_init__(self) -> None:
         _check_roles(self)
         grid = self.schedule(0, linear(self.steps))
-        plan = None if self.plan is None else self.plan(0, 0)
+        plan = self.plan_of(0, 0)
         if plan is None:
             _check_alone(self)
         elif self.offline is not None:
@@ -165,19 +165,24 @@ class Algorithm:
         return self.plan is not None
 
     @property
+    def begins(self) -> Draft | NoDraft:
+        """What says which noises the plan's roots start from."""
+        return self.draft or NoDraft()
+
+    @property
+    def sampled(self) -> Perturbation | OwnCondition:
+        """The conditions that a prompt is sampled with."""
+        return self.conditions or OwnCondition()
+
+    @property
+    def latent_rewards(self) -> tuple[str, ...]:
+        """Folders of the latent rewards that score every trained edge's end: none, or one."""
+        return () if self.latent_reward is None else (self.latent_reward,)
+
+    @property
     def draft_precision(self) -> Precision:
         """Of the network that drafts: a copy of the sampler's where it is not "full", as without a draft."""
-        return "full" if self.draft is None else self.draft.precision
-
-    @property
-    def pool(self) -> int:
-        """Noises that are drafted for a prompt; 0 without a draft."""
-        return 0 if self.draft is None else self.draft.pool
-
-    @property
-    def draft_cost(self) -> Cost:
-        """Of a prompt's draft; nothing without one."""
-        return Cost(0, 0, 0) if self.draft is None else self.draft.cost()
+        return self.begins.precision
 
     @property
     def keeps(self) -> frozenset[str]:
@@ -186,8 +191,12 @@ class Algorithm:
 
     def kept(self, forest: Forest) -> Forest:
         """The forest without the states that no phase needs once the leaves are decoded."""
-        whole = forest if "edges" in self.keeps else forest.select(NO_EDGES)
+        whole = self.with_edges(forest)
         return whole if "leaves" in self.keeps else whole.drop_leaf_states()
+
+    def with_edges(self, forest: Forest) -> Forest:
+        """The forest with its edges where some phase needs these, else with none."""
+        return forest if "edges" in self.keeps else forest.select(NO_EDGES)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -214,15 +223,20 @@ class Algorithm:
         return asked or any(role.start == "reference" for role in self.roles)
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """The keys of a prompt whose samples stand in the rollout's place; none with a rollout."""
+        return () if self.offline is None else self.offline.keys
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """The keys of a prompt that name samples of its own: those taken, and "image", for one file may serve several
         algorithms of offline samples."""
-        return () if self.offline is None else (*self.offline.keys, "image")
+        return (*self.takes, "image") if self.takes else ()
 
     @property
     def variants(self) -> int:
         """How many conditions a prompt has when it is sampled."""
-        return 1 if self.conditions is None else self.conditions.count
+        return self.sampled.count
 
     def seeded(self, seed: int) -> Algorithm:
         """The same, whose plan, grid and phases draw from the run's seed; until then they draw from 0."""
@@ -243,6 +257,10 @@ class Algorithm:
         """Whether rewards' scores are what its credit sees."""
         return self.latent_reward is None and self.offline is None
 
+    def plan_of(self, iteration: int, slot: int) -> Plan | None:
+        """The plan of a prompt slot; None where nothing is rolled out."""
+        return None if self.plan is None else self.plan(iteration, slot)
+
     def plans(self, iteration: int, count: int) -> list[Plan]:
         """The plans of an iteration's prompt slots. Raises ValueError where nothing is rolled out."""
         if self.plan is None:
@@ -262,7 +280,7 @@ class Algorithm:
         """What an iteration of that many prompts costs: its rollout exactly, what phases train at most."""
         total = Cost(0, 0, 0)
         for slot in range(prompts):
-            total = total + self.cost_of(None if self.plan is None else self.plan(iteration, slot))
+            total = total + self.cost_of(self.plan_of(iteration, slot))
         return total
 
     def cost_of(self, plan: Plan | None) -> Cost:
@@ -270,7 +288,7 @@ class Algorithm:
         are those of the rollout."""
         drawn = Cost(0, 0, 0)
         if plan is not None and self.offline is None:
-            drawn = plan.cost() + self.draft_cost
+            drawn = plan.cost() + self.begins.cost()
         trained = sum(self.taught_cost(phase, plan).trained_edges for phase in self.phases)
         return Cost(drawn.forwards, drawn.leaves, trained)
 

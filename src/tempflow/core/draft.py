@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +17,44 @@ Choice = Literal["best_worst", "mean_deviation", "random", "extremes_random"]
 
 Precision = Literal["full", "bfloat16", "int8", "float8", "nvfp4"]
 """What a draft's network computes in, from dear to cheap; "full" is the sampler's own."""
+
+Drawn = Callable[[Plan, int], tuple[Tensor, Tensor, Tensor]]
+"""(a prompt's plan of drafts, their steps) -> of the drafts of all prompts, one after the other: float scores, whether
+these are valid, and LongTensor which drafts are no pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Plans of some prompts whose roots start from noises that are chosen.
+
+    scores  float, the drafts' scores of these noises, root by root; none without a draft
+    broken  LongTensor [P·pool], which drafts are no pictures; none without a draft
+    """
+
+    plans: Sequence[Plan]
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+    broken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def fidelity(self, total: Tensor, prompt: Tensor, slots: Sequence[int]) -> Tensor:
+        """[len(slots)] how the drafts ranked the noises beside the scores of the leaves grown from them; NaN without a
+        draft, and where a root has several leaves."""
+        if len(self.scores) != len(total):
+            return torch.full((len(slots),), math.nan, dtype=torch.float64)
+        return agreement(self.scores, total, prompt, slots)
+
+
+@dataclass(frozen=True)
+class NoDraft:
+    """Roots start from the noises that their plans say."""
+
+    pool: int = 0
+    precision: Precision = "full"
+
+    def cost(self) -> Cost:
+        return Cost(0, 0, 0)
+
+    def begin(self, plans: Sequence[Plan], slots: Sequence[int], stream: Stream, iteration: int, drawn: Drawn) -> Begun:
+        return Begun(plans)
 
 
 @dataclass(frozen=True)
@@ -55,6 +93,17 @@ class Draft:
     def cost(self) -> Cost:
         """What a prompt's draft costs; its pictures are decoded and scored too."""
         return Cost(self.steps * self.pool, self.pool, 0)
+
+    def begin(self, plans: Sequence[Plan], slots: Sequence[int], stream: Stream, iteration: int, drawn: Drawn) -> Begun:
+        """Those slots' plans from the noises that the drafts chose. What is grown depends on all drafts' scores."""
+        value, ok, broken = drawn(self.plan, self.steps)
+        value, ok = (t.view(len(plans), self.pool) for t in (value, ok))
+        starts = [
+            self.choose(v, o, plan.roots, stream, (iteration, slot))
+            for v, o, plan, slot in zip(value, ok, plans, slots, strict=True)
+        ]
+        chosen = torch.cat([v[list(start)] for v, start in zip(value, starts, strict=True)])
+        return Begun([from_noises(plan, start) for plan, start in zip(plans, starts, strict=True)], chosen, broken)
 
     def choose(self, value: Tensor, ok: Tensor, keep: int, stream: Stream, id: tuple[int, ...]) -> tuple[int, ...]:
         """`keep` distinct indices of one prompt's pool, ascending. value float [pool], ok bool [pool]."""

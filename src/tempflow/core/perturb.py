@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ from tempflow.core.state import upcast
 
 Encode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Content tokens [M, n, d] by encoder -> what each encoder makes of the prompt, [M, g]."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OwnCondition:
+    """A prompt's own condition, and no other."""
+
+    count: int = 1
+
+    def sampler(self, own: Callable[[], T], perturbed: Callable[[Perturbation], T]) -> T:
+        """What samples with it: `own`()."""
+        return own()
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,10 @@ class Perturbation:
             )
         if not (math.isfinite(self.embed_rate) and self.embed_rate > 0):
             raise ValueError(f"embed_rate: {self.embed_rate} must be finite and above 0; 0.03 is usual")
+
+    def sampler(self, own: Callable[[], T], perturbed: Callable[[Perturbation], T]) -> T:
+        """What samples with these conditions: `perturbed`(these)."""
+        return perturbed(self)
 
     def strength(self, sigma: float) -> float:
         """γ(σ) = clip((σ − (1 − ρ))/ρ, 0, 1), written so that γ(1) is exactly 1; 0 everywhere at ρ = 0."""

@@ -60,8 +60,14 @@ def needs_torchao(precision: Precision, device: torch.device) -> bool:
     return precision in ("float8", "nvfp4") or (precision == "int8" and device.type != "cpu")
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
-    """Raises ValueError naming the nearest precision that `device` has, ImportError where torchao is missing."""
+def check_precision(precision: Precision, device: torch.device, sharded: bool = False) -> None:
+    """Raises ValueError naming the nearest precision that `device` or a sharded network has, ImportError where torchao
+    is missing."""
+    if sharded and precision != "full":
+        raise ValueError(
+            f"draft_precision: {precision!r} copies the network in one piece, and parallel.mode 'fsdp' has it in "
+            "parts; nearest valid: 'full', or parallel.mode 'ddp'"
+        )
     missing = lack(precision, device)
     if missing:
         raise ValueError(f"draft_precision: {precision!r} {missing}; nearest valid: {nearest(precision, device)!r}")

@@ -29,16 +29,18 @@ from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ranks_of
 from tempflow.models.lora_files import TakesLora
 from tempflow.models.pipeline_folder import licence_of, settings_in
-from tempflow.models.protocol import Conditioning, Model, layout_of
+from tempflow.models.precision import check_precision
+from tempflow.models.protocol import Model, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.compose import COLUMN
 from tempflow.rewards.protocol import Reward, check_prompts
 from tempflow.strict import nearest, shown
-from tempflow.train.context import Context, ScoreLatents
+from tempflow.train.context import Context
 from tempflow.train.grids import grid_of, on_grid
 from tempflow.train.identity import Identity
+from tempflow.train.judged import LatentJudge, by_pictures
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import asked
 from tempflow.train.state import (
@@ -51,7 +53,7 @@ from tempflow.train.state import (
     start_summary,
     starting_state,
 )
-from tempflow.train.weights import Drafter, Learner, Trainable, WeightSet, WeightSets, check_draft, own_copy
+from tempflow.train.weights import Drafter, Learner, Trainable, WeightSet, WeightSets, own_copy
 
 PromptsLike = Sequence[str | Prompt | Mapping[str, object]]
 """Prompts as objects: `data.prompts.as_prompts` reads them."""
@@ -181,7 +183,7 @@ def context_of(
     algorithm: Algorithm,
     rewards: Sequence[Reward],
     given: bool,
-    pictures: Pictures | None,
+    pictures: Pictures,
     world: World,
     say: Callable[[str], None],
 ) -> tuple[Context, dict[str, Learner]]:
@@ -227,7 +229,7 @@ def context_of(
         sets=networks,
         world=world,
         shards=shards,
-        latent_reward=_latent_reward(algorithm.latent_reward, model, config.rollout_rows),
+        latent_reward=next((_latent(f, model, config.rollout_rows) for f in algorithm.latent_rewards), by_pictures),
         figures=asked(config.guards),
         norms=config.guards.velocity_norm.action != "off",
         drafter=Drafter.of(algorithm, model, trainable, sets),
@@ -258,8 +260,7 @@ def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
         model.schedule(config.evaluation.steps, size)
     with config.naming("algorithm"):
         algorithm.schedule(0, model.schedule(algorithm.steps, size))
-        if algorithm.variants > 1:
-            check_encodes(model)
+        algorithm.sampled.sampler(lambda: None, lambda several: check_encodes(model))
     return guidance
 
 
@@ -284,11 +285,8 @@ def _shards(model: Model, world: World) -> Shards:
     return Shards(model.network, model.blocks(model.network), world)
 
 
-def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Conditioning], ScoreLatents] | None:
-    """A latent reward from disk, to be given the prompts' conditions; None without one. Raises ValueError for
-    one that does not fit."""
-    if folder is None:
-        return None
+def _latent(folder: str, model: Model, rows: int) -> LatentJudge:
+    """A latent reward from disk. Raises ValueError for one that does not fit."""
     from tempflow.latent_reward import EMBEDDED, LatentReward, LatentScorer, bind
 
     if folder != EMBEDDED and not Path(folder).is_dir():
@@ -301,7 +299,7 @@ def _latent_reward(folder: str | None, model: Model, rows: int) -> Callable[[Con
         reward.check_fits(model.network)
     except ValueError as error:
         raise ValueError(f"algorithm.reward: {folder!r}: {error}") from error
-    return lambda condition: LatentScorer(bind(model, reward, condition), rows=rows)
+    return LatentJudge(lambda condition: LatentScorer(bind(model, reward, condition), rows=rows))
 
 
 def _reference(
@@ -485,15 +483,12 @@ def _say_of_training(prompts: Sequence[Prompt], config: Config, say: Callable[[s
         say(f"data.train: {kinds.count('')} of {size} prompts have no kind, so draws are not balanced by it")
 
 
-def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures | None:
-    """The pictures of the training prompts, where the algorithm takes such; every one has been looked at.
+def pictures_of(config: Config, algorithm: Algorithm, prompts: Sequence[Prompt], own: bool) -> Pictures:
+    """The pictures of the training prompts that the algorithm takes; every one has been looked at.
 
     `own`: the prompts were given as objects. Raises ValueError for the first picture that will not do.
     """
-    if not algorithm.reads:
-        return None
-    assert algorithm.offline is not None
-    keys, source = algorithm.offline.keys, config.data.train
+    keys, source = algorithm.takes, config.data.train
     found = Pictures(Path(), keys, config.size) if own else Pictures.beside(source, keys, config.size)
     try:
         found.check(prompts)
@@ -513,7 +508,7 @@ def check_before_loading(
     warn_of_warmup(config, say)
     say_old_forwards(config, algorithm, say)
     with config.naming("algorithm"):
-        check_draft(algorithm, device_of(config, model, world), sharded(config, world))
+        check_precision(algorithm.draft_precision, device_of(config, model, world), sharded(config, world))
     if own:
         check_streams(config, algorithm, _family(config).streams if model is None else None, config.model.path)
 

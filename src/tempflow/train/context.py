@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.core.cost import equivalents
 from tempflow.core.objective.old import rounding_of
 from tempflow.core.schedule import Schedule
-from tempflow.core.scores import Scores
 from tempflow.media import Media, Size
 from tempflow.models.conditions import Learned
 from tempflow.models.guidance import Guidance, guided
-from tempflow.models.protocol import Conditioning, Model
+from tempflow.models.protocol import Model
 from tempflow.request import Prompt
 from tempflow.rewards.compose import Composition
 from tempflow.rewards.protocol import Reward
+from tempflow.train.judged import Judge, by_pictures
 from tempflow.train.parallel import SINGLE, Shards, World
 from tempflow.train.signals import FIGURES
 from tempflow.train.weights import Drafter
@@ -30,11 +30,13 @@ from tempflow.train.weights import Drafter
 TF32_EPS = 2.0**-10
 """Of the format in which NVIDIA's tensor cores take float32 where torch lets them."""
 
-ScoreLatents = Callable[[Tensor, Tensor, Tensor], Scores]
-"""score_latents(x [B, *S], sigma [B], rows long[B]) -> one score for each noisy latent."""
-
 ReadPictures = Callable[[Sequence[Prompt]], Media]
 """read(prompts) -> N·keys media, a prompt's in the order of the algorithm's keys."""
+
+
+def no_pictures(prompts: Sequence[Prompt]) -> Media:
+    """Raises ValueError: the prompts' own pictures are not read."""
+    raise ValueError("pictures: nothing reads them; nearest valid: data.pictures.Pictures")
 
 
 @dataclass
@@ -102,10 +104,10 @@ class Context:
     sets            the networks beside the policy by name: other roles, and the weight sets that the algorithm asks for
     world           the ranks that share the run; each needs a prompt of every iteration
     shards          what keeps ranks of a sharded network in step; None where every rank has all of it
-    latent_reward   prompts' conditions -> scores of noisy latents, where the algorithm asks for a latent reward
+    latent_reward   whose scores credit sees (`judged`)
     figures         what to measure of leaves and their pictures (`signals.FIGURES`)
     norms           whether to measure how large the policy's velocities are beside the reference's
-    drafter         the low-precision network that drafts; None: the sampler does, or there is no draft
+    drafter         the network that drafts, in the precision that the algorithm asks for
     pictures        reads the prompts' own pictures, where the algorithm takes offline samples
     reward_weights  weights of the rewards in their sum, by which evaluations judge; None: 1 each
     compose         what several rewards become, beside a sum by weight; None: nothing else
@@ -128,11 +130,11 @@ class Context:
     sets: Mapping[str, nn.Module]
     world: World = SINGLE
     shards: Shards | None = None
-    latent_reward: Callable[[Conditioning], ScoreLatents] | None = None
+    latent_reward: Judge = by_pictures
     figures: Collection[str] = FIGURES
     norms: bool = False
-    drafter: Drafter | None = None
-    pictures: ReadPictures | None = None
+    drafter: Drafter = field(default_factory=lambda: Drafter("full"))
+    pictures: ReadPictures = no_pictures
     reward_weights: Mapping[str, float] | None = None
     compose: Composition | None = None
     scheduled: Callable[[int], Mapping[str, float]] | None = None
@@ -144,8 +146,9 @@ class Context:
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", self.algorithm.seeded(self.seed))
         object.__setattr__(self, "guidance", guided(self.guidance, self.model.guidance))
-        if (self.algorithm.draft_precision == "full") != (self.drafter is None):
-            raise ValueError(f"drafter: {self.drafter}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
+        if self.drafter.precision != self.algorithm.draft_precision:
+            given = self.drafter.precision
+            raise ValueError(f"drafter: {given!r}, but {self.algorithm.draft}; nearest valid: Drafter.of(…)")
 
     def at(self, iteration: int) -> Context:
         """The same with the iteration's weights of the rewards."""

@@ -205,11 +205,11 @@ def identity(
         place = Path(where).expanduser()
         if where and place.exists():
             contents[name] = {**_any(place), **_beside(place)}
-    if algorithm.latent_reward is not None:
-        contents["algorithm.reward"] = _any(_latent_reward(algorithm.latent_reward))
+    for folder in algorithm.latent_rewards:
+        contents["algorithm.reward"] = _any(_latent_reward(folder))
     if "algorithm" not in given:
         for name, value in config.algorithm.model_dump().items():
-            if not isinstance(value, str) or value == algorithm.latent_reward:
+            if not isinstance(value, str) or value in algorithm.latent_rewards:
                 continue
             if _there(Path(value), Path.is_dir):
                 contents[f"algorithm.{name}"] = _any(Path(value))

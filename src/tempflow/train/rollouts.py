@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,12 +23,11 @@ from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
 from tempflow.models.finite import WHOLE, WHY
 from tempflow.train.checkpoint import sha256
+from tempflow.train.judged import ByLatents, ByPictures
 from tempflow.train.signals import Signals
 
-T = TypeVar("T")
-
 FACTS, TENSORS = "rollouts.json", "rollouts.safetensors"
-KIND, FORMAT = "tempflow rollouts", 2
+KIND, FORMAT = "tempflow rollouts", 3
 MAX_FACTS, MAX_TENSORS = 2**24, 2**36
 """Bytes that are read at most, unless more is asked for."""
 
@@ -62,9 +61,9 @@ class Rollouts:
     scores         of the leaves
     signals        by slot
     broken         LongTensor [N], which leaves are no pictures, and why (`models.finite`)
-    fidelity       [P] how the draft ranked the chosen noises beside the regenerated pictures; None without a draft
-    drafts         LongTensor [P·pool], as `broken`, of the drafts; None without a draft
-    latent_scores  a latent reward's scores of the trained edges (or leaves); None without one
+    fidelity       float64 [P], how the draft ranked the chosen noises beside the regenerated pictures; NaN without one
+    drafts         LongTensor [P·pool], as `broken`, of the drafts; none without a draft
+    judged         whose scores credit sees: the leaves', or a latent reward's of the trained edges (or leaves)
 
     Raises ValueError where the parts are not of one size.
     """
@@ -76,25 +75,21 @@ class Rollouts:
     scores: Scores
     signals: Signals
     broken: Tensor
-    fidelity: Tensor | None = None
-    drafts: Tensor | None = None
-    latent_scores: Scores | None = None
+    fidelity: Tensor
+    drafts: Tensor
+    judged: ByPictures
 
     def __post_init__(self) -> None:
         if not self.slots or self.slots[0] < 0 or any(b <= a for a, b in pairwise(self.slots)):
             raise ValueError(f"slots: {list(self.slots)[:8]} must ascend from 0 or more; nearest valid: [0]")
         leaves, prompts = len(self.forest.leaves), len(self.slots)
         sizes = [("scores", len(self.scores), leaves), ("broken", len(self.broken), leaves)]
-        sizes += [("signals", len(self.signals.prompt), prompts)]
-        if self.fidelity is not None:
-            sizes.append(("fidelity", len(self.fidelity), prompts))
-        if self.latent_scores is not None:
-            edges = len(self.forest.edges)
-            sizes.append(("latent_scores", len(self.latent_scores), edges if edges else leaves))
+        sizes += [("signals", len(self.signals.prompt), prompts), ("fidelity", len(self.fidelity), prompts)]
+        sizes += [("latent_scores", len(said), len(self.forest.edges) or leaves) for said in self.judged.latent]
         for name, rows, wanted in sizes:
             if rows != wanted:
                 raise ValueError(f"{name}: {rows} rows; nearest valid: {wanted}, one for each that was grown")
-        if self.drafts is not None and (not len(self.drafts) or len(self.drafts) % prompts):
+        if len(self.drafts) % prompts:
             raise ValueError(f"drafts: {len(self.drafts)} for {prompts} prompts; nearest valid: {prompts}, a pool each")
 
     def to(self, device: torch.device | str) -> Rollouts:
@@ -122,7 +117,12 @@ class Rollouts:
         for before, after in pairwise(slots):
             if after <= before:
                 raise ValueError(f"slots: {after} comes after {before}; nearest valid: parts of neighbouring slots")
-        latent = _all_or_none("latent_scores", [part.latent_scores for part in ordered])
+        for part in ordered[1:]:
+            if len(part.judged.latent) != len(first.judged.latent):
+                raise ValueError("latent_scores: some parts have none; nearest valid: parts of one algorithm")
+            if len(part.drafts) * len(first.slots) != len(first.drafts) * len(part.slots):
+                raise ValueError("drafts: parts have pools of several sizes; nearest valid: parts of one algorithm")
+        latent = zip(*(part.judged.latent for part in ordered), strict=True)
         return Rollouts(
             slots=slots,
             iteration=first.iteration,
@@ -131,23 +131,10 @@ class Rollouts:
             scores=Scores.cat([part.scores for part in ordered]),
             signals=Signals.cat([part.signals for part in ordered]),
             broken=torch.cat([part.broken for part in ordered]),
-            fidelity=_joined("fidelity", [part.fidelity for part in ordered]),
-            drafts=_joined("drafts", [part.drafts for part in ordered]),
-            latent_scores=Scores.cat(latent) if latent else None,
+            fidelity=torch.cat([part.fidelity for part in ordered]),
+            drafts=torch.cat([part.drafts for part in ordered]),
+            judged=replace(first.judged, latent=tuple(map(Scores.cat, latent))),
         )
-
-
-def _joined(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = _all_or_none(name, parts)
-    return torch.cat(there) if there else None
-
-
-def _all_or_none(name: str, parts: Sequence[T | None]) -> list[T]:
-    """All parts, or none where none is there."""
-    there = [part for part in parts if part is not None]
-    if there and len(there) < len(parts):
-        raise ValueError(f"{name}: {len(there)} of {len(parts)} parts have it; nearest valid: all of them, or none")
-    return there
 
 
 # --------------------------------------------------------------------------------------------------------- on disk
@@ -166,7 +153,6 @@ def write(rollouts: Rollouts, folder: Path) -> None:
     if there is not None:
         raise ValueError(f"folder: {str(folder)!r} has {there.name!r}; nearest valid: a new or empty folder")
     save_file(_apart(_tensors(rollouts)), folder / TENSORS)
-    latent = rollouts.latent_scores
     facts = {
         "kind": KIND,
         "format": FORMAT,
@@ -176,7 +162,7 @@ def write(rollouts: Rollouts, folder: Path) -> None:
         "spread": rollouts.schedule.spread,
         "gain": rollouts.schedule.gain,
         "rewards": list(rollouts.scores.names),
-        "latent_rewards": None if latent is None else list(latent.names),
+        "latent_rewards": [list(said.names) for said in rollouts.judged.latent],
         "bytes": (folder / TENSORS).stat().st_size,
         "sha256": sha256(folder / TENSORS),
     }
@@ -228,7 +214,7 @@ def _facts(file: Path) -> Mapping[str, Any]:
 def _tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     """By name; what is None is not there."""
     forest = rollouts.forest
-    edges, leaves, latent = forest.edges, forest.leaves, rollouts.latent_scores
+    edges, leaves = forest.edges, forest.leaves
     found: dict[str, Tensor | None] = {"schedule/sigmas": rollouts.schedule.sigmas, "forest/nodes": forest.nodes}
     found |= {f"forest/edges/{name}": getattr(edges, name) for name in (*_EDGES, "mean")}
     found |= {f"forest/leaves/{name}": getattr(leaves, name) for name in _LEAVES}
@@ -238,8 +224,8 @@ def _tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     found |= {"scores/value": rollouts.scores.value, "scores/ok": rollouts.scores.ok}
     found |= {f"signals/{name}": getattr(rollouts.signals, name) for name in _SIGNALS}
     found |= {"broken": rollouts.broken, "fidelity": rollouts.fidelity, "drafts": rollouts.drafts}
-    if latent is not None:
-        found |= {"latent_scores/value": latent.value, "latent_scores/ok": latent.ok}
+    for said in rollouts.judged.latent:
+        found |= {"latent_scores/value": said.value, "latent_scores/ok": said.ok}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -259,7 +245,7 @@ def _rollouts(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Rollouts:
     of the forest."""
     _check_kinds(tensors)
     take = tensors.pop
-    latent = facts["latent_rewards"]
+    latent = [Scores(take("latent_scores/value"), take("latent_scores/ok"), tuple(n)) for n in facts["latent_rewards"]]
     rollouts = Rollouts(
         slots=tuple(facts["slots"]),
         iteration=facts["iteration"],
@@ -268,11 +254,9 @@ def _rollouts(facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Rollouts:
         scores=Scores(take("scores/value"), take("scores/ok"), tuple(facts["rewards"])),
         signals=Signals(*(take(f"signals/{name}") for name in _SIGNALS)),
         broken=take("broken"),
-        fidelity=tensors.pop("fidelity", None),
-        drafts=tensors.pop("drafts", None),
-        latent_scores=None
-        if latent is None
-        else Scores(take("latent_scores/value"), take("latent_scores/ok"), tuple(latent)),
+        fidelity=take("fidelity"),
+        drafts=take("drafts"),
+        judged=ByLatents(tuple(latent)) if latent else ByPictures(),
     )
     if tensors:
         raise ValueError(f"{TENSORS} has {min(tensors)[:60]!r}, which is no part of rollouts")
@@ -346,7 +330,7 @@ def _check_places(rollouts: Rollouts) -> None:
         ("leaves.node", leaves.node, -1, nodes),
         ("edges.step", edges.step, 0, grid),
         ("broken", rollouts.broken, WHOLE, max(WHY) + 1),
-        *([] if rollouts.drafts is None else [("drafts", rollouts.drafts, WHOLE, max(WHY) + 1)]),
+        ("drafts", rollouts.drafts, WHOLE, max(WHY) + 1),
         ("descent", forest.descent[0], 0, len(edges)),
         ("descent", forest.descent[1], 0, len(leaves)),
     ):

@@ -9,10 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -51,11 +50,8 @@ from tempflow.train.context import Clock, Context, Counter
 from tempflow.train.display import Display, Interrupt, Interrupted
 from tempflow.train.evaluator import Evaluator
 from tempflow.train.experience import (
-    Advantages,
-    Experience,
     check_advantages,
     check_scored,
-    collect,
     credit,
     rollout_metrics,
     tell_broken,
@@ -65,6 +61,7 @@ from tempflow.train.guards import GuardError, Guards
 from tempflow.train.identity import check_new, identity
 from tempflow.train.parallel import join, leave
 from tempflow.train.records import Records, Run, cost, steps_of, summary_table
+from tempflow.train.source import Collected, collect, source_of
 from tempflow.train.state import (
     Baseline,
     baseline_facts,
@@ -88,17 +85,6 @@ SHOWN = 8
 
 DISK = (OSError, SafetensorError)
 """What a full or broken disk raises."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Collected:
-    """What came of an iteration's rollout, with what records tell of it; nothing where there is none."""
-
-    experience: Experience | None = None
-    advantages: Sequence[Advantages] = ()
-    skip: frozenset[int] = frozenset()
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    steps: Sequence[Mapping[str, Any]] = ()
 
 
 class Trainer:
@@ -239,7 +225,9 @@ class Trainer:
         """One iteration: roll out and score, give credit, all phases' updates and what follows roles; its metrics."""
         context, number = self.context.at(iteration), iteration + 1  # as records count
         prompts = self._prompts(iteration)
-        found = self._rollout(context, prompts, iteration, clock) if context.algorithm.rolls_out else _Collected()
+        found = source_of(context, prompts, iteration, clock).collected(
+            lambda: self._credited(context, prompts, iteration, clock)
+        )
         given = lessons(context, prompts, iteration, found.experience, found.advantages, found.skip)
         try:
             learned = learn(context, prompts, given, self.learners, self.counter, clock, self.guards)
@@ -253,8 +241,8 @@ class Trainer:
         self.records.steps(number, found.steps)
         return metrics
 
-    def _rollout(self, context: Context, prompts: Sequence[Prompt], iteration: int, clock: Clock) -> _Collected:
-        """The iteration's rollout (or offline samples), scored and credited."""
+    def _credited(self, context: Context, prompts: Sequence[Prompt], iteration: int, clock: Clock) -> Collected:
+        """The iteration's experience, scored and credited."""
         with self._untouched():
             experience = collect(context, prompts, iteration, self.counter, clock)
             tell_broken(experience, prompts, self._say, self.told)
@@ -264,7 +252,7 @@ class Trainer:
                 check_advantages(given, iteration + 1)
         first, own = experience.of(context.algorithm.first), advantages[context.algorithm.place]
         rule = first.rule(context.algorithm.credit)
-        return _Collected(
+        return Collected(
             experience=experience,
             advantages=advantages,
             skip=self.guards.rollout(iteration + 1, experience.signals),

@@ -21,8 +21,9 @@ from torch.func import functional_call
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.lesson import POLICY, Role
+from tempflow.core.draft import Precision
 from tempflow.core.ema import Rule
-from tempflow.models.precision import CheapCopy, cheap_copy, check_precision
+from tempflow.models.precision import CheapCopy, cheap_copy
 from tempflow.models.protocol import Model
 
 FIRST_SCALE, LARGEST_SCALE, GROWS = 2.0**16, 2.0**24, 2000
@@ -349,6 +350,30 @@ class Learner:
 
 @dataclass(frozen=True, eq=False)
 class Drafter:
+    """The sampler's network drafts too."""
+
+    precision: Precision
+
+    @staticmethod
+    def of(algorithm: Algorithm, model: Model, trainable: Trainable, sets: Mapping[str, WeightSet]) -> Drafter:
+        """What the algorithm's drafts are drawn with.
+
+        sets: by name, the sampler's among them unless that is the policy. Raises ValueError for a device without that
+        precision or a network that has no use for it; ImportError where torchao is missing.
+        """
+        if algorithm.draft_precision == "full":
+            return Drafter("full")
+        source = trainable if algorithm.sampler == "policy" else sets[algorithm.sampler]
+        copy = cheap_copy(model.network, model.blocks(model.network), algorithm.draft_precision)
+        return CopyDrafter(algorithm.draft_precision, copy, model.network, source)
+
+    def fresh(self, sampler: nn.Module | None) -> nn.Module | None:
+        """The network that drafts, as it is now, where `sampler` (None: the policy's) rolls out."""
+        return sampler
+
+
+@dataclass(frozen=True, eq=False)
+class CopyDrafter(Drafter):
     """`copy` holds the weights that `source` had when `fresh` was last called; nothing of it is trained or kept.
 
     network: the policy's, whose untrained weights the copy shares in value.
@@ -358,33 +383,7 @@ class Drafter:
     network: nn.Module
     source: Trainable | WeightSet
 
-    @staticmethod
-    def of(algorithm: Algorithm, model: Model, trainable: Trainable, sets: Mapping[str, WeightSet]) -> Drafter | None:
-        """None where nothing is drafted, or by the sampler itself.
-
-        sets: by name, the sampler's among them unless that is the policy. Raises ValueError for a device without that
-        precision or a network that has no use for it; ImportError where torchao is missing.
-        """
-        if algorithm.draft_precision == "full":
-            return None
-        source = trainable if algorithm.sampler == "policy" else sets[algorithm.sampler]
-        copy = cheap_copy(model.network, model.blocks(model.network), algorithm.draft_precision)
-        return Drafter(copy, model.network, source)
-
-    def fresh(self) -> nn.Module:
+    def fresh(self, sampler: nn.Module | None) -> nn.Module | None:
         """The copy, with the source's weights as they are now."""
         self.copy.refresh(self.network, self.source.named())
         return self.copy
-
-
-def check_draft(algorithm: Algorithm, device: torch.device, sharded: bool) -> None:
-    """Before a model is loaded. Raises ValueError for a precision that `device` or a sharded network cannot have,
-    ImportError where torchao is missing."""
-    if algorithm.draft_precision == "full":
-        return
-    if sharded:
-        raise ValueError(
-            f"draft_precision: {algorithm.draft_precision!r} copies the network in one piece, and parallel.mode 'fsdp' "
-            "has it in parts; nearest valid: 'full', or parallel.mode 'ddp'"
-        )
-    check_precision(algorithm.draft_precision, device)
