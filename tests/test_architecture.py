@@ -58,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "stats": set(),
     "report": {"stats", "folder"},
     "export": {"config", "models", "train", "folder", "grid"},
-    "doctor": {"config", "data", "models", "rewards", "train", "core", "shapes", "media", "request"},
+    "doctor": {"config", "data", "models", "rewards", "train", "core", "shapes", "media", "request", "folder"},
+    "stages": {"config", "models", "rewards", "train", "folder", "algorithms", "grid"},
     "train": {
         "core",
         "data",
@@ -92,6 +93,7 @@ ROOMS: dict[str, set[str]] = {
         "measure",
         "evaluate",
         "train",
+        "stages",
         "report",
         "export",
         "doctor",

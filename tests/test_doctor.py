@@ -296,7 +296,7 @@ Usage = namedtuple("Usage", "total used free")
 def test_free_space_is_compared(monkeypatch: pytest.MonkeyPatch, share: float, state: str) -> None:
     need = run.written_bytes(small(), shapes_folder(), small().checkpoint.keep + 2)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: Usage(0, 0, int(share * need)))
-    assert run.disk_check(small(), shapes_folder()).state == state
+    assert run.disk_check(small()).state == state
 
 
 # -------------------------------------------------------------------------------------------------------- command line

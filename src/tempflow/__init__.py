@@ -22,7 +22,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
 if TYPE_CHECKING:
     from tempflow import algorithms, core, data, evaluate, models, recipes, rewards, shapes
     from tempflow.algorithms import Algorithm
-    from tempflow.config import Config, load_config, to_yaml
+    from tempflow.config import Config, Stages, load_config, load_stages, to_yaml
     from tempflow.core.forest import Forest
     from tempflow.core.plan import Cost, Plan
     from tempflow.core.rollout import Noise, rollout
@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from tempflow.data.prompts import load_prompts
     from tempflow.media import Media, Size
     from tempflow.request import Prompt
-    from tempflow.train.trainer import Run, train
+    from tempflow.stages import train
+    from tempflow.train.trainer import Run
 
 _HOMES = {
     "Algorithm": "tempflow.algorithms",
     "Config": "tempflow.config",
+    "Stages": "tempflow.config",
     "load_config": "tempflow.config",
+    "load_stages": "tempflow.config",
     "to_yaml": "tempflow.config",
     "Forest": "tempflow.core.forest",
     "Cost": "tempflow.core.plan",
@@ -66,12 +69,14 @@ __all__ = [
     "Schedule",
     "Scores",
     "Size",
+    "Stages",
     "algorithms",
     "core",
     "data",
     "evaluate",
     "load_config",
     "load_prompts",
+    "load_stages",
     "models",
     "recipes",
     "rewards",
@@ -83,10 +88,10 @@ __all__ = [
 
 
 class _TrainRoom(ModuleType):
-    """`tempflow.train` is a room and, by its public name, the function in it: the room can be called."""
+    """`tempflow.train` is a room and, by its public name, the function that trains: the room can be called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module("tempflow.train.trainer").train(*args, **kwargs)
+        return importlib.import_module("tempflow.stages").train(*args, **kwargs)
 
 
 # The room's own file is empty: this imports nothing more.

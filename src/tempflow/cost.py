@@ -4,7 +4,7 @@ memory that a rank takes, estimated."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -137,6 +137,19 @@ class RunCost:
         if self.state_bytes is None:
             return "? (the model's folder is not here)"
         return _bytes(self.stored_nodes * self.state_bytes)
+
+
+def stages_table(names: Sequence[str], costs: Sequence[RunCost]) -> Table:
+    """What each of several runs takes, one after the other, and all together."""
+    table = Table(title="all stages")
+    for column in ("", "iterations", "decodes", "reward calls", "forwards, at most", "forward-equivalents"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [(c.iterations, c.total.leaves, c.total.leaves * c.rewards, c.forwards, c.equivalents) for c in costs]
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(name, *(f"{value:,}" for value in row))
+    table.add_section()
+    table.add_row("together", *(f"{sum(column):,}" for column in zip(*rows, strict=True)))
+    return table
 
 
 def run_cost(config: Config) -> RunCost:

@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "Place",
     "Strict",
+    "check_bounds",
     "cut",
     "leaves",
     "nearest",
@@ -97,9 +98,7 @@ def validated(model: type[Model], given: Mapping[str, Any]) -> Model:
 
     `given` may be anything that YAML or JSON can say: what is too large or too deep is refused before it is read.
     """
-    large = _too_large(given)
-    if large:
-        raise ConfigError(large)
+    check_bounds(given)
     fields = leaves(model, given)
     unknown = list(_unknown(model, given))
     lines = [_unknown_line(path[:-1], path[-1], inner, fields) for path, inner in unknown[:MAX_FAULTS]]
@@ -112,6 +111,13 @@ def validated(model: type[Model], given: Mapping[str, Any]) -> Model:
             return made
     over = len(lines) + max(0, len(unknown) - MAX_FAULTS) - MAX_FAULTS
     raise ConfigError("\n".join(lines[:MAX_FAULTS] + [f"… and {over} more"] * (over > 0)))
+
+
+def check_bounds(given: object) -> None:
+    """Raises ConfigError for a tree that is larger or deeper than any configuration."""
+    large = _too_large(given)
+    if large:
+        raise ConfigError(large)
 
 
 def leaves(model: type[BaseModel], given: object = None) -> dict[str, FieldInfo]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tempflow.cli import fail
-from tempflow.doctor.check import Check, failed, table, to_json
+from tempflow.doctor.check import Check, by_stage, failed, table, to_json
 from tempflow.doctor.libraries import library_checks
 from tempflow.folder import check_file, write_json
 from tempflow.names import cut
@@ -52,17 +52,26 @@ def _checks(words: Sequence[str]) -> list[Check]:
 
     if not words:
         return [*library_checks(), *machine_checks(_device("auto"), None, None)]
-    from tempflow.cli.parse import configured
+    from tempflow.cli.parse import configured, runs_of
     from tempflow.doctor.run import draft_checks, needed_extras, run_checks
     from tempflow.models import resolved_dtype
     from tempflow.rewards import notes
 
     config, known = configured("doctor", words), notes()
-    device = _device(config.device)
+    needs, drafts = dict[str, list[str]](), list[list[Check]]()
+    machine: dict[tuple[str, str, int | None], list[Check]] = {}  # it measures, so once for what is alike
+    for _, run in runs_of(config):
+        device = _device(run.device)
+        for extra, users in needed_extras(run, known, device).items():
+            needs[extra] = list(dict.fromkeys([*needs.get(extra, []), *users]))
+        settings = (device, resolved_dtype(run.model.dtype, device), run.threads)
+        machine[settings] = machine.get(settings) or machine_checks(*settings)
+        drafts.append(draft_checks(run, device))
+    looked = [check for checks in machine.values() for check in checks]
     return [
-        *library_checks(needed_extras(config, known, device)),
-        *machine_checks(device, resolved_dtype(config.model.dtype, device), config.threads),
-        *draft_checks(config, device),
+        *library_checks(needs),
+        *dict.fromkeys(looked),
+        *by_stage(drafts),
         *run_checks(config, known, os.environ),
     ]
 

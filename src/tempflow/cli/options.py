@@ -6,6 +6,7 @@ configuration from a file goes through as well.
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -110,13 +111,21 @@ def _field_of(verb: str, name: str, fields: Fields) -> str:
     around, dot, inside = name.rpartition(".")  # a setting of a field that takes any by name
     if dot and inside and around in by_flag and _is_mapping(fields[by_flag[around]]):
         return f"{by_flag[around]}.{inside.replace('-', '_')}"
-    meant = likeliest(name, list(fields))
+    meant = _meant(name, fields)
     if meant is None:
         raise ConfigError(f"{cut(name)}: no such option; nearest valid: those that `tempflow {verb} --help` lists")
     alone = POSITIONAL in fields[meant].metadata
     hint = f"without a name: tempflow {verb} {meant.upper()}" if alone else flag(meant)
     why = "options are spelled with hyphens" if "_" in name and hint == name.replace("_", "-") else "no such option"
     raise ConfigError(f"{cut(name)}: {why}; nearest valid: {hint}")
+
+
+def _meant(name: str, fields: Fields) -> str | None:
+    """The field that an option most likely means: of the item of a list that it names, if it names one."""
+    item = re.match(r"--(\w+\.\d+\.)(.+)", name)
+    inside = [path.removeprefix(item[1]) for path in fields if path.startswith(item[1])] if item else []
+    found = likeliest(item[2], inside) if item and inside else None
+    return likeliest(name, list(fields)) if item is None or found is None else item[1] + found
 
 
 def _values(words: list[str], field: FieldInfo) -> list[str]:

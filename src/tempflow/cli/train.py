@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from tempflow.cli import fail
-from tempflow.cli.parse import configured_with, value_of, writing
+from tempflow.cli.parse import configured_with, runs_of, value_of, writing
 from tempflow.folder import check_file, write_file
 from tempflow.strict import ConfigError, Place, Strict, shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tempflow.config import Config
+    from tempflow.cost import RunCost
 
 
 class TrainOptions(Strict):
@@ -52,12 +55,11 @@ def train_verb(args: Sequence[str]) -> int:
         return fail("allow_changes: nothing is resumed; nearest valid: --resume RUN --allow-changes")
     if options.resume is not None:
         config = config.replace(output=options.resume)
-    elif config.evaluation.before and not Path(config.evaluation.before).is_dir():
-        raise ConfigError(f"evaluation.before: {shown(config.evaluation.before)} is no folder; nearest valid: a run's")
-    _check_prompts(config)
+    for above, run_config in runs_of(config):
+        _check_places(run_config, above, new=options.resume is None)
+    from tempflow.stages import train
     from tempflow.train.display import Interrupted
     from tempflow.train.guards import GuardError
-    from tempflow.train.trainer import train
 
     try:
         train(config, resume=options.resume is not None, allow_changes=options.allow_changes)
@@ -68,14 +70,18 @@ def train_verb(args: Sequence[str]) -> int:
     return 0
 
 
-def _check_prompts(config: Config) -> None:
-    """Raises ConfigError, naming the field, for a prompt file that is missing or broken."""
+def _check_places(config: Config, above: str, new: bool) -> None:
+    """Raises ConfigError, naming the field, for a prompt file that is missing or broken; of a `new` run also where
+    another's baseline is not there. `above`: what stands in front of its fields."""
     from tempflow.train.build import prompt_sources, takes_sources
 
+    before = config.evaluation.before
+    if new and before and not Path(before).is_dir():
+        raise ConfigError(f"{above}evaluation.before: {shown(before)} is no folder; nearest valid: a run's")
     try:
         prompt_sources(config, None, None, config.algorithm.build().reads, partial(takes_sources, config, None))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{above}{error}") from error
 
 
 def cost_verb(args: Sequence[str]) -> int:
@@ -84,19 +90,48 @@ def cost_verb(args: Sequence[str]) -> int:
         check_file(options.find_rows, "find_rows")
     from rich.console import Console
 
+    from tempflow.config import Config
+    from tempflow.cost import stages_table
+
+    console = Console()
+    if isinstance(config, Config):
+        _show_cost(console, config, options)
+        return 0
+    if options.find_rows is not None:
+        raise ConfigError(
+            "find_rows: is for one run, and these are stages; nearest valid: a stage as a file of its own"
+        )
+    seconds, costs = 0.0, []
+    for title, run in zip(config.titles, config.runs, strict=True):
+        console.print(f"\n{title}: {run.algorithm.name}")
+        here = run.replace(model=run.model.model_copy(update={"start": ""}))  # is not there yet, and costs nothing
+        cost, took = _show_cost(console, here, options)
+        seconds, costs = seconds + took, [*costs, cost]
+    console.print(stages_table(config.titles, costs))
+    if options.measure:
+        from tempflow.measure import clock
+
+        console.print(f"all stages: {clock(seconds)}")
+    return 0
+
+
+def _show_cost(console: Console, config: Config, options: CostOptions) -> tuple[RunCost, float]:
+    """Prints what one run takes; its counts, and the seconds where they are measured."""
     from tempflow.cost import memory_of, run_cost
 
-    console, cost = Console(), run_cost(config)
+    cost = run_cost(config)
     if options.find_rows is not None:
         config = _with_rows(config, options.find_rows, options.ranks)
     console.print(cost.table())
     memory = memory_of(config, cost, options.ranks)
     console.print(f"memory of a rank: ? ({memory})" if isinstance(memory, str) else memory.table())
-    if options.measure:
-        from tempflow.measure import measured
+    if not options.measure:
+        return cost, 0.0
+    from tempflow.measure import measured
 
-        console.print(measured(config).table(cost))
-    return 0
+    found = measured(config)
+    console.print(found.table(cost))
+    return cost, sum(found.parts(cost).values())
 
 
 def _with_rows(config: Config, file: str, ranks: int) -> Config:

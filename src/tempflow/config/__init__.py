@@ -18,6 +18,7 @@ from tempflow.config.parts import (
     RewardConfig,
     ScorerConfig,
 )
+from tempflow.config.stages import Stages, load_stages, parse_recipe, parse_stages, stages_to_yaml
 from tempflow.config.track import TrackConfig
 from tempflow.config.tree import Config
 from tempflow.strict import ConfigError
@@ -38,10 +39,15 @@ __all__ = [
     "ParallelConfig",
     "RewardConfig",
     "ScorerConfig",
+    "Stages",
     "TrackConfig",
     "algorithm_config",
     "load_config",
+    "load_stages",
     "parse_config",
+    "parse_recipe",
+    "parse_stages",
     "read_config",
+    "stages_to_yaml",
     "to_yaml",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -15,6 +15,8 @@ from tempflow.names import PATH
 from tempflow.strict import MAX_DEPTH, MAX_VALUES, ConfigError, cut, shown, validated
 
 MAX_YAML_BYTES = 2**20
+
+Made = TypeVar("Made")
 TOO_MANY = f"holds more than {MAX_VALUES:,} values; a configuration has about a hundred"
 
 
@@ -89,6 +91,10 @@ def parse_config(given: Any) -> Config:
     """A mapping, as YAML has it, to a `Config`. Raises ConfigError, a line for each fault."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"a configuration is a mapping of fields, not {type(given).__name__}; start with 'name: …'")
+    if "stages" in given:
+        raise ConfigError(
+            "stages: this is one run's place, and stages are several; nearest valid: load_stages reads them"
+        )
     return validated(Config, given)
 
 
@@ -122,13 +128,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path) -> Config:
-    """The configuration in a YAML file of at most 1 MiB, read as data only.
+    """The configuration in a YAML file of at most 1 MiB, read as data only; `load_stages` reads one of stages.
 
     Raises ConfigError for what `read_config` refuses, and for fields that are not valid.
     """
+    return from_file(path, parse_config)
+
+
+def from_file(path: str | Path, parse: Callable[[dict[str, Any]], Made]) -> Made:
+    """What `parse` makes of a file. Raises ConfigError, each line with the file in front."""
     given = read_config(path)
     try:
-        return parse_config(given)
+        return parse(given)
     except ConfigError as error:
         name = cut(str(Path(path).expanduser()), PATH)
         raise ConfigError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error

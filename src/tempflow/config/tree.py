@@ -32,6 +32,15 @@ from tempflow.rewards.compose import Composition
 from tempflow.strict import Place, Strict, nearest, shown
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for what cannot be a part of a folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
+        raise ValueError(
+            f"{shown(name)} names a folder too: letters, digits, '.', '_', '-'; nearest valid: {shown(plain)}"
+        )
+
+
 class Config(Strict):
     """A run. `iterations` bounds it (never the clock), so that two runs with one seed write the same files."""
 
@@ -150,11 +159,7 @@ class Config(Strict):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "run"
-            raise ValueError(
-                f"{shown(name)} names a folder too: letters, digits, '.', '_', '-'; nearest valid: {shown(plain)}"
-            )
+        check_name(name)
         return name
 
     @field_validator("device")

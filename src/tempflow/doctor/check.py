@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ class Check:
 def failed(checks: Sequence[Check]) -> bool:
     """Whether any check fails."""
     return any(check.state == "fails" for check in checks)
+
+
+def by_stage(found: Sequence[Sequence[Check]]) -> list[Check]:
+    """The checks of several stages as one list: those that are alike in all once, the others with the stage in
+    front."""
+    if len(found) == 1:
+        return list(found[0])
+    alike = [check for check in found[0] if all(check in other for other in found)]
+    own = [(n, check) for n, checks in enumerate(found) for check in checks if check not in alike]
+    return [*alike, *(replace(check, name=f"stages.{n}: {check.name}") for n, check in own)]
 
 
 def to_json(checks: Sequence[Check]) -> dict[str, Any]:

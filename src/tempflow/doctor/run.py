@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from tempflow.config import Config
+from tempflow.config import Config, Stages
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts, with_sources
-from tempflow.doctor.check import Check
+from tempflow.doctor.check import Check, by_stage
 from tempflow.doctor.machine import gigabytes, is_offline
+from tempflow.folder import check
 from tempflow.models import HUB_ID, adapter_of, shapes_folder
 from tempflow.models.family import check_asked
 from tempflow.models.pipeline_folder import check_folder, licence_of, read_index, settings_in
 from tempflow.models.precision import lack, nearest, needs_torchao
 from tempflow.rewards import Note, check_takes
-from tempflow.train.identity import check_new
+from tempflow.train.identity import RUN, STAGED, check_new
 
 Notes = Mapping[str, Note]
 
@@ -32,8 +33,21 @@ OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4
 """Licences without conditions on use."""
 
 
-def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> list[Check]:
-    """Every check of a configuration. `environment`: the process's, for the hub's settings."""
+def run_checks(config: Config | Stages, notes: Notes, environment: Mapping[str, str]) -> list[Check]:
+    """Every check of a configuration; of stages those that find the same in each once, the others with the stage in
+    front. `environment`: the process's, for the hub's settings."""
+    if isinstance(config, Config):
+        return [*_checks(config, notes, environment), output_check(Path(config.output)), disk_check(config)]
+    starts = [run.model.start if number == 0 else "" for number, run in enumerate(config.runs)]  # others not yet there
+    runs = [
+        run.replace(model=run.model.model_copy(update={"start": s})) for run, s in zip(config.runs, starts, strict=True)
+    ]
+    found = by_stage([_checks(run, notes, environment) for run in runs])
+    return [*found, output_check(Path(config.output), STAGED), disk_check(config)]
+
+
+def _checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> list[Check]:
+    """Those of a run that do not look at where it writes."""
     folder = model_folder(config)
     checks = [model_check(config, folder, offline=is_offline(environment)), *asked_check(config, folder)]
     checks += start_check(config)
@@ -41,7 +55,7 @@ def run_checks(config: Config, notes: Notes, environment: Mapping[str, str]) -> 
     for reward in (*config.rewards, *config.judges):
         kind = reward.kind or reward.name
         checks.append(licence_check("reward", reward.name, notes[kind].licence if kind in notes else "unknown"))
-    return [*checks, *prompts_checks(config), output_check(Path(config.output)), disk_check(config, folder)]
+    return [*checks, *prompts_checks(config)]
 
 
 def needed_extras(config: Config, notes: Notes, device: str = "cpu") -> dict[str, list[str]]:
@@ -184,10 +198,11 @@ def _prompts_check(config: Config, field: str, reads: tuple[str, ...]) -> Check:
 
 
 # --------------------------------------------------------------------------------------------------------------- output
-def output_check(output: Path) -> Check:
-    """Whether a new run may take the folder, and can write there. Writes one temporary file, and removes it."""
+def output_check(output: Path, kind: str = RUN) -> Check:
+    """Whether a new run, or stages, new or gone on with, may take the folder, and can write there. Writes one temporary
+    file, and removes it."""
     try:
-        check_new(output)
+        check_new(output) if kind == RUN else check(output, kind)
     except ValueError as error:
         return Check("output", "fails", str(error).removeprefix("output: "), "another --output or --name")
     place = existing(output)
@@ -207,15 +222,18 @@ def existing(path: Path) -> Path:
     return path
 
 
-def disk_check(config: Config, folder: Path | None) -> Check:
-    """Free space against what the run will write at most at a time."""
-    free = shutil.disk_usage(existing(Path(config.output))).free
+def disk_check(config: Config | Stages) -> Check:
+    """Free space against what the run, or all stages, will write at most at a time."""
+    runs = [config] if isinstance(config, Config) else config.runs
+    folder = model_folder(runs[0])  # stages train one model
+    free = shutil.disk_usage(existing(Path(runs[0].output))).free
     if folder is None:
         found = f"{gigabytes(free)} free; what the run writes is unknown without the model's folder"
         return Check("disk", "warning", found)
-    kept = config.checkpoint.keep + 2  # the newest, the best, and one while it is written
+    counts = [config.checkpoint.keep + 2 for config in runs]  # the newest, the best, and one while it is written
+    kept = sum(counts)
     try:
-        need = written_bytes(config, folder, kept)
+        need = sum(written_bytes(config, folder, count) for config, count in zip(runs, counts, strict=True))
     except ValueError:  # `model_check` says why
         found = f"{gigabytes(free)} free; what the run writes is unknown for a model without an adapter"
         return Check("disk", "warning", found)

@@ -189,7 +189,7 @@ def context_of(
 ) -> tuple[Context, dict[str, Learner]]:
     """What stays the same over the run, and the roles as training starts, by name. `given`: the rewards were given as
     objects."""
-    guidance = _asked(config, algorithm, model)
+    guidance = asked_of(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
     if sharded(config, world):
         model.network.cpu()  # until it is in parts
@@ -249,7 +249,7 @@ def _learner(config: Config, model: Model, role: Role, reference: Mapping[str, T
     return Learner(own, optimizer_of(config, own, role), WeightSets.of_role(role, own))
 
 
-def _asked(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
+def asked_of(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
     """What is asked of a model that is loaded: its size, guidance, grids. Raises ValueError, naming the field."""
     size = config.size
     with config.naming("model"):

@@ -54,8 +54,11 @@ SHOWN = 12
 Digests = Mapping[str, str]
 """What → sha256."""
 
-RUN = "run"
-"""What a run's folder is marked as."""
+RUN, STAGED = "run", "stages"
+"""What a run's folder is marked as, and one that holds the runs of stages."""
+
+SUMMARY = "summary.json"
+"""Of a run that is finished; gone while it is gone on with."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,16 @@ def check_given(folder: Path, was: Identity, given: Iterable[str]) -> None:
 
 
 def go_on(folder: Path, identity: Identity | None) -> str:
-    """The command that goes on with a run; or, where it was given objects, the Python call."""
+    """The command that goes on with a run, and with the stages after it; or, where it was given objects, the Python
+    call."""
+    staged = kind_of(folder.absolute().parent) == STAGED
+    folder = folder.parent if staged else folder
     if identity is None or not identity.objects:
         return f"tempflow train --resume {shlex.quote(str(folder))}"
     given = "".join(f"{name}={_short(what)}, " for name, what in identity.objects.items())
     file, output = str(folder / "config.yaml"), str(folder)
-    return f"tempflow.train(tempflow.load_config({file!r}).replace(output={output!r}), {given}resume=True)"
+    load = "load_stages" if staged else "load_config"
+    return f"tempflow.train(tempflow.{load}({file!r}).replace(output={output!r}), {given}resume=True)"
 
 
 def _short(what: str) -> str:
@@ -162,12 +169,17 @@ def _short(what: str) -> str:
     return last if kind == "function" and last.isidentifier() else "…"
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run has written there."""
+    marked = kind_of(folder) == RUN and any(name != LOCK for name in contents(folder))
+    return marked or (folder / "metrics.jsonl").is_file()
+
+
 def check_new(folder: Path, write: bool = True) -> None:
     """Raises ValueError unless a new run may take the folder. `write`: whether this rank is the one that will."""
     if not write:
         return
-    begun = kind_of(folder) == RUN and [name for name in contents(folder) if name != LOCK]
-    if begun or (folder / "metrics.jsonl").is_file():
+    if begun(folder):
         raise ValueError(
             f"output: {str(folder)!r} already holds a run; choose another folder, remove it, or go on with it: "
             f"{go_on(folder, read_identity(folder))}"

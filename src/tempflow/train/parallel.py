@@ -136,6 +136,18 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """`join`, and `leave` afterwards; within another one the process stays in the group."""
+    already = dist.is_initialized()
+    world = join(device)
+    try:
+        yield world
+    finally:
+        if not already:
+            leave(world)
+
+
 Exchange = Callable[[], AbstractContextManager[None]]
 """What a forward runs in."""
 

@@ -32,7 +32,7 @@ from tempflow.models.protocol import Model
 from tempflow.train.context import Clock, Counter
 from tempflow.train.experience import Advantages
 from tempflow.train.guards import Alarm
-from tempflow.train.identity import FILE, RUN, Identity, check_new, go_on
+from tempflow.train.identity import FILE, RUN, SUMMARY, Identity, check_new, go_on
 
 LINES = ("metrics.jsonl", "evaluation.jsonl", "steps.jsonl", "alarms.jsonl")
 """Written line by line; equal between two runs of one seed, however often they were resumed."""
@@ -110,11 +110,13 @@ class Records:
         return {name: (self.folder / name).stat().st_size for name in LINES} if self._write else {}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        """Takes back the lines written after a checkpoint with those sizes; without any, all of them.
+        """Takes back the lines written after a checkpoint with those sizes (without any, all of them), and that the run
+        is finished.
 
         Raises ValueError when a file is shorter than it was.
         """
         if self._write:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
             for name in LINES:
                 file = self.folder / name
                 size = sizes.get(name, 0)
@@ -137,12 +139,14 @@ class Records:
             "cost": cost(run.counter),
             "seconds": run.seconds,
         }
-        (self.folder / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n")
         samples = {n: [run.before.values(n).tolist(), run.after.values(n).tolist()] for n in run.before.scores.names}
         (self.folder / "samples.json").write_text(json.dumps(plain(samples)) + "\n")
         tested = zip(run.before.prompts, run.before.kinds, strict=True)
         told = [json.dumps({"prompt": prompt, "kind": kind}, ensure_ascii=False) + "\n" for prompt, kind in tested]
         (self.folder / "test_prompts.jsonl").write_text("".join(told), encoding="utf-8")
+        whole = self.folder / f".{SUMMARY}.new"  # the last, and never half of it: by this file a run is finished
+        whole.write_text(json.dumps(plain(summary), indent=1) + "\n")
+        whole.replace(self.folder / SUMMARY)
 
     def _elapsed(self) -> float:
         return round(time.perf_counter() - self._began, 3)

@@ -24,7 +24,7 @@ from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_o
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
 from tempflow.train import checkpoint
-from tempflow.train.identity import RUN, Identity, changed_contents, check_given, read_identity, same_contents
+from tempflow.train.identity import RUN, SUMMARY, Identity, changed_contents, check_given, read_identity, same_contents
 from tempflow.train.weights import Learner, Trainable, WeightSet, check_names, laid_out
 
 Yardstick = tuple[float, Report]
@@ -234,17 +234,9 @@ def resumable(
         saved = checkpoint.read_newest(folder, say)
     config_was = load_config(file) if saved is None else parse_config(yaml.safe_load(saved.state["config"]))
     was = read_identity(folder) if saved is None else read_identity(saved.state)
-    free, changes = FREE, list[str]()
-    if was is not None:
-        check_given(folder, was, now.objects)
-        free, changes = (*FREE, *same_contents(was, now)), changed_contents(was, now)
-    changes = changed_fields(config_was, config, free) + changes
+    changes = _changes(folder, config_was, was, config, now)
     if changes and not allow_changes:
-        raise ValueError(
-            "the configuration is not the run's own: "
-            + "; ".join(changes)
-            + ". Take back the changes, or allow them: --allow-changes (in Python: allow_changes=True)"
-        )
+        raise ValueError(_refused(changes))
     for change in changes:
         say(f"changed on resuming: {change}")
     if saved is None:
@@ -252,6 +244,33 @@ def resumable(
     else:
         say(f"going on from {saved.path}")
     return saved
+
+
+def finished(folder: Path, config: Config, now: Identity, allow_changes: bool) -> bool:
+    """Whether the run in `folder` is finished as `config` has it; by its records, no weights are read.
+
+    Raises ValueError, naming all that differs, where it is another's and changes are not allowed.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return False
+    changes = _changes(folder, load_config(folder / CONFIG_FILE), read_identity(folder), config, now)
+    if changes and not allow_changes:
+        raise ValueError(_refused(changes))
+    return not changes and (folder / SUMMARY).is_file()
+
+
+def _changes(folder: Path, config_was: Config, was: Identity | None, config: Config, now: Identity) -> list[str]:
+    """What is not as the run was started. Raises ValueError where objects are not given that it was given."""
+    if was is None:
+        return changed_fields(config_was, config)
+    check_given(folder, was, now.objects)
+    return changed_fields(config_was, config, (*FREE, *same_contents(was, now))) + changed_contents(was, now)
+
+
+def _refused(changes: Sequence[str]) -> str:
+    listed = "; ".join(changes)
+    how = "Take back the changes, or allow them: --allow-changes (in Python: allow_changes=True)"
+    return f"the configuration is not the run's own: {listed}. {how}"
 
 
 def changed_fields(was: Config, now: Config, free: Sequence[str] = FREE) -> list[str]:

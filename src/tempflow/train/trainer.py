@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.lesson import POLICY
 from tempflow.config import OWN_REWARD, Config, to_yaml
+from tempflow.data.pictures import Pictures
 from tempflow.data.sampler import prompts_for
 from tempflow.evaluate import pictures
 from tempflow.folder import put, seal
 from tempflow.models import resolved_device
 from tempflow.models.protocol import Model
 from tempflow.request import Prompt
+from tempflow.rewards import SafeReward
 from tempflow.rewards.protocol import Reward, prepare
 from tempflow.train import checkpoint
 from tempflow.train.build import (
@@ -58,8 +60,8 @@ from tempflow.train.experience import (
 )
 from tempflow.train.grids import on_grid, with_grid
 from tempflow.train.guards import GuardError, Guards
-from tempflow.train.identity import check_new, identity
-from tempflow.train.parallel import join, leave
+from tempflow.train.identity import Identity, check_new, identity
+from tempflow.train.parallel import World, joined
 from tempflow.train.records import Records, Run, cost, steps_of, summary_table
 from tempflow.train.source import Collected, collect, source_of
 from tempflow.train.state import (
@@ -430,6 +432,62 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Objects that take the place of what a configuration names: the arguments of `train` of the same names."""
+
+    model: Model | None = None
+    reward: Reward | Callable | Sequence[Reward | Callable] | None = None
+    prompts: PromptsLike | None = None
+    test_prompts: PromptsLike | None = None
+    algorithm: Algorithm | None = None
+
+    @property
+    def named(self) -> dict[str, object]:
+        """Those that are there, by name."""
+        listed = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: item for name, item in listed.items() if item is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class LookedAt:
+    """A run as far as it can be told without its model: what was found, and nothing that stands in its way."""
+
+    config: Config
+    algorithm: Algorithm
+    rewards: Sequence[SafeReward]
+    judges: Sequence[SafeReward]
+    prompts: Mapping[str, Sequence[Prompt]]
+    pictures: Pictures | None
+    identity: Identity
+
+
+def looked_at(
+    config: Config, given: Given, world: World, resume: bool, say: Callable[[str], None] = lambda line: None
+) -> LookedAt:
+    """Looks up and checks all that a run needs beside its model; loads no weights.
+
+    Raises ValueError and ImportError, naming the field, for what would stop it.
+    """
+    config, folder, own = settled(config), Path(config.output), given.reward is None
+    check_resumable(folder, config, [*given.named]) if resume else check_new(folder, world.first)
+    algorithm = given.algorithm or config.algorithm.build()
+    config.guards.check(algorithm.name, algorithm.compared)
+    rewards = rewards_of(config, given.reward)
+    if not own and config.evaluation.metric not in {*config.evaluation.gold, *(r.name for r in rewards)}:
+        config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
+    algorithm = composed(config, algorithm, own, [r.name for r in rewards])
+    draws = partial(takes_sources, config, given.model)
+    sources = prompt_sources(config, given.prompts, given.test_prompts, algorithm.reads, draws)
+    sets = prompt_sets(config, sources, say, partial(guidance_kind, config, given.model))
+    pictures = pictures_of(config, algorithm, sets["train"], own=given.prompts is not None)
+    config = with_grid(config, algorithm, given.model)
+    depends = identity(config, algorithm, sources, given.named)
+    judges = judges_of(config, rewards, sets)
+    check_before_loading(config, algorithm, given.model, own, world, say)
+    return LookedAt(config, algorithm, rewards, judges, sets, pictures, depends)
+
+
 def train(
     config: Config,
     *,
@@ -462,49 +520,41 @@ def train(
     SIGTERM, SIGHUP or Ctrl-C, when the run's state has been kept. Interrupted is a SystemExit: a script that does not
     catch it ends without a traceback, with status 143, 129 or 130.
     """
+    return train_run(config, Given(model, reward, prompts, test_prompts, algorithm), quiet, resume, allow_changes)
+
+
+def train_run(config: Config, given: Given, quiet: bool, resume: bool, allow_changes: bool) -> Run:
+    """`train` with the objects as one."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    world = join(resolved_device(config.device))
-    objects = {"model": model, "reward": reward, "prompts": prompts, "test_prompts": test_prompts}
-    given = {name: item for name, item in {**objects, "algorithm": algorithm}.items() if item is not None}
     try:
-        config = settled(config)
-        display = Display(config.name, config.iterations, quiet or not world.first)
-        folder = Path(config.output)
-        check_resumable(folder, config, [*given]) if resume else check_new(folder, world.first)
-        algorithm = algorithm or config.algorithm.build()
-        config.guards.check(algorithm.name, algorithm.compared)
-        rewards = rewards_of(config, reward)
-        if reward is not None and config.evaluation.metric not in {*config.evaluation.gold, *(r.name for r in rewards)}:
-            config = config.replace(evaluation=config.evaluation.model_copy(update={"metric": OWN_REWARD}))
-        algorithm = composed(config, algorithm, reward is None, [r.name for r in rewards])
-        sources = prompt_sources(config, prompts, test_prompts, algorithm.reads, partial(takes_sources, config, model))
-        sets = prompt_sets(config, sources, display.say, partial(guidance_kind, config, model))
-        pictures = pictures_of(config, algorithm, sets["train"], own=prompts is not None)
-        config = with_grid(config, algorithm, model)
-        own = identity(config, algorithm, sources, given)
-        saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
-        baseline = borrowed_baseline(config, own, display.say) if saved is None else None
-        judges = judges_of(config, rewards, sets)
-        check_before_loading(config, algorithm, model, reward is None, world, display.say)
-        prepare(*judges)
-        model = on_grid(config, model) if model is not None else prepare_model(config, world, display.say)
-        encode_ahead(config, model, [prompt for part in sets.values() for prompt in part], world)
-        algorithm = by_stream(config, algorithm, model, sets["train"][0]) if reward is None else algorithm
-        context, learners = context_of(
-            config, model, algorithm, rewards, reward is not None, pictures, world, display.say
-        )
-        world.wait()  # all have read what the records will write over
-        with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
-            dumped = config.model_dump(mode="json")
-            trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
-            trainer = Trainer(config, context, learners, judges, sets, records, display, trackers, baseline)
-            if saved is not None:
-                trainer.restore(saved)
-            elif resume:
-                records.cut({})
-            return trainer.run()
+        with joined(resolved_device(config.device)) as world:
+            return _train(config, given, world, quiet, resume, allow_changes)
     except KeyboardInterrupt:  # before the run could keep anything, or a second Ctrl-C: at once
         print("tempflow: interrupted", file=sys.stderr)
         raise Interrupted(signal.SIGINT) from None
-    finally:
-        leave(world)
+
+
+def _train(config: Config, given: Given, world: World, quiet: bool, resume: bool, allow_changes: bool) -> Run:
+    display, folder = Display(config.name, config.iterations, quiet or not world.first), Path(config.output)
+    ready = looked_at(config, given, world, resume, display.say)
+    config, algorithm, own = ready.config, ready.algorithm, ready.identity
+    saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
+    baseline = borrowed_baseline(config, own, display.say) if saved is None else None
+    prepare(*ready.judges)
+    model = prepare_model(config, world, display.say) if given.model is None else on_grid(config, given.model)
+    encode_ahead(config, model, [prompt for part in ready.prompts.values() for prompt in part], world)
+    by_config = given.reward is None
+    algorithm = by_stream(config, algorithm, model, ready.prompts["train"][0]) if by_config else algorithm
+    context, learners = context_of(
+        config, model, algorithm, ready.rewards, not by_config, ready.pictures, world, display.say
+    )
+    world.wait()  # all have read what the records will write over
+    with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
+        dumped = config.model_dump(mode="json")
+        trackers = open_trackers(config.track, config.name, folder, dumped) if world.first else []
+        trainer = Trainer(config, context, learners, ready.judges, ready.prompts, records, display, trackers, baseline)
+        if saved is not None:
+            trainer.restore(saved)
+        elif resume:
+            records.cut({})
+        return trainer.run()
