@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempflow.config import Config, Stages, stages_to_yaml
+from tempflow.config import Config, Stages, to_yaml
 from tempflow.folder import check, check_idle, claim, held, kind_of, write_file
 from tempflow.models import resolved_device
 from tempflow.rewards import check_takes
@@ -194,5 +194,5 @@ def _home(stages: Stages, write: bool) -> Iterator[None]:
         yield
         return
     with held(claim(stages.output, STAGED)) as home:
-        write_file(home / FILE, f"# generator: tempflow train\n{stages_to_yaml(stages)}")
+        write_file(home / FILE, f"# generator: tempflow train\n{to_yaml(stages)}")
         yield

@@ -28,6 +28,7 @@ Reinforcement learning for flow-matching image generators.
   check-reward NAME [--pictures FILE]              what a reward does, before a run leans on it
   algorithms | models | rewards | recipes          what there is
 
+A configuration may have stages, runs one after the other (docs/stages.md).
 `tempflow VERB --help` lists a verb's options, `tempflow train RECIPE --help` that recipe's. `tempflow --version` says
 which version this is. --traceback, or TEMPFLOW_TRACEBACK=1, shows where an error came from."""
 

@@ -14,7 +14,8 @@ from tempflow.strict import Place, Strict
 
 
 class ReportOptions(Strict):
-    """Write one self-contained HTML page about one run, or about several side by side."""
+    """Write one self-contained HTML page about one run, or about several side by side. Of stages each gets a page in
+    its folder, and one page lists them; among other runs they stand side by side."""
 
     runs: Annotated[tuple[Place, ...], POSITIONAL, Field(strict=False)] = Field(
         default=(), description="folders that `tempflow train` wrote"
@@ -32,10 +33,14 @@ def report_verb(args: Sequence[str]) -> int:
 
 def run_report(options: ReportOptions) -> Path:
     """Writes the page. Raises ValueError for a folder without a run, or a page not named .html."""
-    from tempflow.report import write_report
+    from tempflow.report import stage_folders, write_report, write_stages
 
     folders = [Path(run) for run in options.runs]
+    stages = {folder: [stage for stage in stage_folders(folder) if stage.is_dir()] for folder in folders}
     usual = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     output = Path(options.output) if options.output else usual
+    suites = [Path(suite) for suite in options.suites]
     with writing("output", output):
-        return write_report(folders, output, [Path(suite) for suite in options.suites])
+        if len(folders) == 1 and stages[folders[0]]:
+            return write_stages(folders[0], output, suites)
+        return write_report([run for folder in folders for run in stages[folder] or [folder]], output, suites)

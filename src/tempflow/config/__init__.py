@@ -4,7 +4,7 @@ Every message names the field, the value and the nearest valid one.
 """
 
 from tempflow.config.algorithm import AlgorithmConfig, algorithm_config
-from tempflow.config.files import MAX_YAML_BYTES, load_config, parse_config, read_config, to_yaml
+from tempflow.config.files import MAX_YAML_BYTES, load_config, parse_config, read_config
 from tempflow.config.guards import GuardsConfig
 from tempflow.config.parts import (
     OWN_REWARD,
@@ -18,7 +18,7 @@ from tempflow.config.parts import (
     RewardConfig,
     ScorerConfig,
 )
-from tempflow.config.stages import Stages, load_stages, parse_recipe, parse_stages, stages_to_yaml
+from tempflow.config.stages import Stages, load_stages, parse_recipe, parse_stages, to_yaml
 from tempflow.config.track import TrackConfig
 from tempflow.config.tree import Config
 from tempflow.strict import ConfigError
@@ -48,6 +48,5 @@ __all__ = [
     "parse_recipe",
     "parse_stages",
     "read_config",
-    "stages_to_yaml",
     "to_yaml",
 ]

@@ -92,9 +92,7 @@ def parse_config(given: Any) -> Config:
     if not isinstance(given, Mapping):
         raise ConfigError(f"a configuration is a mapping of fields, not {type(given).__name__}; start with 'name: …'")
     if "stages" in given:
-        raise ConfigError(
-            "stages: this is one run's place, and stages are several; nearest valid: load_stages reads them"
-        )
+        raise ConfigError("stages: several runs, and one is meant; nearest valid: one of them (load_stages reads all)")
     return validated(Config, given)
 
 
@@ -132,7 +130,16 @@ def load_config(path: str | Path) -> Config:
 
     Raises ConfigError for what `read_config` refuses, and for fields that are not valid.
     """
-    return from_file(path, parse_config)
+    return from_file(path, lambda given: parse_config(_one_run(given, Path(path).parent)))
+
+
+def _one_run(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`given`. Raises ConfigError, with the last stage's folder, for stages whose runs lie in `folder`."""
+    begun = [file.parent for file in folder.glob("[1-9]*-*/config.yaml")] if "stages" in given else []
+    if begun:
+        last = max(begun, key=lambda stage: (len(stage.name.partition("-")[0]), stage.name))
+        raise ConfigError(f"stages: several runs, and one is meant; nearest valid: {cut(str(last), PATH)}")
+    return given
 
 
 def from_file(path: str | Path, parse: Callable[[dict[str, Any]], Made]) -> Made:
@@ -143,8 +150,3 @@ def from_file(path: str | Path, parse: Callable[[dict[str, Any]], Made]) -> Made
     except ConfigError as error:
         name = cut(str(Path(path).expanduser()), PATH)
         raise ConfigError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error
-
-
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

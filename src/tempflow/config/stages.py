@@ -70,9 +70,10 @@ def load_stages(path: str | Path) -> Stages:
     return from_file(path, parse_stages)
 
 
-def stages_to_yaml(stages: Stages) -> str:
-    """As YAML that `load_stages` reads back to an equal one."""
-    return yaml.safe_dump(dict(stages.tree), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config | Stages) -> str:
+    """The configuration as YAML that `load_config`, or `load_stages`, reads back to an equal one."""
+    tree = dict(config.tree) if isinstance(config, Stages) else config.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- merging

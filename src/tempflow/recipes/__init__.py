@@ -1,11 +1,11 @@
-"""Recipes: functions that return a `Config`; `tempflow train NAME` runs one."""
+"""Recipes: functions that return a `Config`, or `Stages` of several; `tempflow train NAME` runs one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
-from tempflow.config import Config
+from tempflow.config import Config, Stages
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
@@ -31,7 +31,7 @@ def _named(entry: Entry) -> Callable[[], Config]:
     return build
 
 
-RECIPES: dict[str, Callable[[], Config]] = {
+RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "demo": demo,
     "shapes_tempflow": shapes_tempflow,
     "shapes_flow": shapes_flow,

@@ -94,6 +94,14 @@ def against(first: RunData, run: RunData, score: str) -> Change | None:
     return paired("against", theirs, mine, _prompts(run, score)) if len(mine) == len(theirs) else None
 
 
+def across(first: RunData, last: RunData, score: str) -> Change | None:
+    """From before `first` to after `last`, in pairs; None where their test pictures are not the same."""
+    if score not in first.samples or score not in last.samples or not same_test(first, last):
+        return None
+    before, after = first.samples[score][0], last.samples[score][1]
+    return paired("all", before, after, _prompts(last, score)) if len(before) == len(after) else None
+
+
 def by_task(run: RunData, score: str) -> list[Change]:
     """A row for each task kind, empty where there is only one."""
     if run.summary is None:

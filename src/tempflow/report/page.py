@@ -73,12 +73,17 @@ def write_report(folders: Sequence[Path], out: Path, suites: Sequence[Path] = ()
     Raises ValueError for a folder without a run or a suite, a broken file, or an `out` that is not named .html or is
     there and no page of ours; ImportError with the command to run where jinja2 is missing.
     """
-    if out.suffix not in (".html", ".htm"):
-        raise ValueError(f"output: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
-    check_file(out, "output")
+    check_page(out)
     return write_file(
         out, render(read_runs(folders), datetime.now().astimezone(), [read_suite(s) for s in suites]), "output"
     )
+
+
+def check_page(out: Path) -> None:
+    """Raises ValueError for what is not named .html, or is there and no page of ours."""
+    if out.suffix not in (".html", ".htm"):
+        raise ValueError(f"output: {str(out)!r} is a page; nearest valid: {str(out.with_suffix('.html'))!r}")
+    check_file(out, "output")
 
 
 def environment() -> Environment:
@@ -109,7 +114,7 @@ def render(runs: Sequence[RunData], now: datetime, suites: Sequence[Mapping[str,
             title=" · ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
             now=now.strftime("%Y-%m-%d %H:%M %Z"),
             metric=runs[0].metric,
-            runs=[_run(run, i) for i, run in enumerate(runs)],
+            runs=[told_of(run, i) for i, run in enumerate(runs)],
             learning=_learning(runs),
             training=_training(runs),
             run_legend=[(run.label, place, True) for place, run in enumerate(runs)],
@@ -126,7 +131,8 @@ def _legend(strokes: Sequence[charts.Stroke]) -> list[tuple[str, int, bool]]:
     return [(s.label, s.colour, not s.faint) for s in sorted(strokes, key=lambda stroke: stroke.faint)]
 
 
-def _run(run: RunData, place: int) -> dict[str, Any]:
+def told_of(run: RunData, place: int = 0) -> dict[str, Any]:
+    """What templates are told of a run. `place`: its colour among several."""
     done, planned = run.iterations
     gained, lost = figures.moved(run, run.metric)
     scores = list(run.summary["before"]["mean"]) if run.summary else []

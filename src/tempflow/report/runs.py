@@ -91,7 +91,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"runs: {str(folder)!r} is given twice; nearest valid: once")
-    configs = [_config(folder) for folder in folders]
+    configs = [read_config(folder) for folder in folders]
     names = [str(config.get("name", folder.name)) for config, folder in zip(configs, folders, strict=True)]
     labels = [str(f) if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
     return [_read(f, label, c) for f, label, c in zip(folders, labels, configs, strict=True)]
@@ -111,7 +111,8 @@ def read_suite(folder: Path) -> Line:
     return {**told, "folder": str(folder), "source": " against ".join(words)}
 
 
-def _config(folder: Path) -> Line:
+def read_config(folder: Path) -> Line:
+    """The config.yaml of a run, or of stages, as a mapping. Raises ValueError where there is none."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise ValueError(f"runs: {str(folder)!r} holds no run (no config.yaml); nearest valid: {_nearest(folder)}")

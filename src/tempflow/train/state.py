@@ -24,7 +24,16 @@ from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_o
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
 from tempflow.train import checkpoint
-from tempflow.train.identity import RUN, SUMMARY, Identity, changed_contents, check_given, read_identity, same_contents
+from tempflow.train.identity import (
+    RUN,
+    STAGED,
+    SUMMARY,
+    Identity,
+    changed_contents,
+    check_given,
+    read_identity,
+    same_contents,
+)
 from tempflow.train.weights import Learner, Trainable, WeightSet, check_names, laid_out
 
 Yardstick = tuple[float, Report]
@@ -376,6 +385,8 @@ def read_start(path: str, field: str) -> StartingWeights:
 
 
 def _of_run(run: Path, path: str, field: str) -> StartingWeights:
+    if kind_of(run) == STAGED:
+        load_config(run / CONFIG_FILE)  # raises, with the last stage's folder
     weights = checkpoint.best_weights(run)
     if not any(".lora_A." in name for name in weights):
         return StartingWeights(field, path, weights=weights)
