@@ -108,33 +108,33 @@ def test_another_name_gives_another_folder_unless_one_is_chosen():
 
 
 def test_train_hands_the_configuration_to_the_loop(monkeypatch, capsys):
-    from tempflow.train import trainer
+    from tempflow import stages
 
     seen = []
-    monkeypatch.setattr(trainer, "train", lambda config, **how: seen.append(config))
+    monkeypatch.setattr(stages, "train", lambda config, **how: seen.append(config))
     assert run(capsys, "train", "shapes_lora", "--iterations", "2") == (0, "", "")
     assert seen[0].iterations == 2 and seen[0].model.training == "lora"
 
 
 def test_a_guard_that_stops_a_run_gives_status_one(monkeypatch, capsys):
-    from tempflow.train import trainer
+    from tempflow import stages
     from tempflow.train.guards import GuardError
 
     def stopped(config, **how):
         raise GuardError("the loss is nan")
 
-    monkeypatch.setattr(trainer, "train", stopped)
+    monkeypatch.setattr(stages, "train", stopped)
     status, out, err = run(capsys, "train", "demo")
     assert (status, out, err) == (1, "", "tempflow: the loss is nan")
 
 
 def test_an_interrupted_run(monkeypatch, capsys):
-    from tempflow.train import trainer
+    from tempflow import stages
 
     def stopped(config, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "train", stopped)
+    monkeypatch.setattr(stages, "train", stopped)
     assert run(capsys, "train", "demo")[0] == 130
 
 
@@ -301,8 +301,8 @@ def test_public_names_are_there_and_lazy():
 @pytest.mark.parametrize("first", ["import tempflow", "import tempflow.train.trainer"])
 def test_train_is_a_room_and_a_function_whatever_was_imported_first(first):
     code = f"""{first}
-import tempflow, tempflow.train.trainer as trainer
-trainer.train = lambda config, reward=None: (config, reward)
+import tempflow, tempflow.stages as stages
+stages.train = lambda config, reward=None: (config, reward)
 assert tempflow.train("c", reward=1) == ("c", 1)
 from tempflow import train
 from tempflow.media import Size
