@@ -95,6 +95,15 @@ def test_what_looks_at_the_untrained_model_is_the_first_stages(tmp_path: Path) -
     assert (warm.model.start, nft.model.start) == ("lora.safetensors", "runs/two/1-warm")
 
 
+def test_a_stages_weights_carry_the_grid_of_the_one_before() -> None:
+    grids = [run.model.grid for run in parse_stages(tree(stages__0__model={"grid": "useful"})).runs]
+    assert grids == ["useful", "useful"]
+    own = tree(stages__0__model={"grid": "useful"}, stages__1__model={"grid": "scheduler"})
+    assert [run.model.grid for run in parse_stages(own).runs] == ["useful", "scheduler"]
+    points = told(tree(stages__0__model={"grid": [1.0, 0.75, 0.5, 0.25]}, stages__1__algorithm__steps=3))
+    assert points[0].startswith("stages.1.") and "3" in points[0]
+
+
 def test_yaml_and_replacing(tmp_path: Path) -> None:
     made = parse_stages(tree())
     file = tmp_path / "two.yaml"

@@ -10,20 +10,25 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from tempflow.config import Config, Stages, to_yaml
 from tempflow.folder import check, check_idle, claim, held, kind_of, write_file
+from tempflow.grid import OWN, Grid
 from tempflow.models import resolved_device
+from tempflow.models.protocol import Model, WalksGrids
 from tempflow.rewards import check_takes
 from tempflow.rewards.protocol import prepare
 from tempflow.train.build import asked_of, by_stream, check_model, prepare_model, sharded
 from tempflow.train.checkpoint import CheckpointError
 from tempflow.train.display import Display, Interrupted
+from tempflow.train.grids import on_grid
 from tempflow.train.identity import RUN, STAGED, begun
 from tempflow.train.parallel import World, joined
 from tempflow.train.state import finished
@@ -32,7 +37,6 @@ from tempflow.train.weights import Trainable
 
 if TYPE_CHECKING:
     from tempflow.algorithms import Algorithm
-    from tempflow.models.protocol import Model
     from tempflow.rewards.protocol import Reward
     from tempflow.train.build import PromptsLike
 
@@ -97,7 +101,7 @@ def _train(
     allow_changes: bool,
     say: Callable[[str], None],
 ) -> Run:
-    untrained = None if given.model is None else Trainable(given.model.network).state()
+    untrained = None if given.model is None else _Untrained.of(given.model)
     last, run = len(stages.runs) - 1, None
     for number, (config, place) in enumerate(zip(stages.runs, places, strict=True)):
         run = None  # lets go of the model before the next is loaded
@@ -106,12 +110,39 @@ def _train(
             say(f"{what}, is finished")
             continue
         say(what)
-        if given.model is not None and untrained is not None:
-            Trainable(given.model.network).load(untrained)
+        if untrained is not None:
+            untrained.put_back()
         with _naming(number):
             run = train_run(config, given, quiet, place.begun, allow_changes)
     assert run is not None
     return run
+
+
+@dataclass(frozen=True, eq=False)
+class _Untrained:
+    """A model as it was given: copies of what is trained, and its σ grid."""
+
+    model: Model
+    weights: Mapping[str, Tensor]
+    grid: Grid | None
+
+    @staticmethod
+    def of(model: Model) -> _Untrained:
+        return _Untrained(model, Trainable(model.network).state(), _grid(model))
+
+    def put_back(self) -> None:
+        Trainable(self.model.network).load(self.weights)
+        _walk(self.model, self.grid)
+
+
+def _grid(model: Model) -> Grid | None:
+    """The grid that a model was put on; None where none can be stated."""
+    return model.stated_grid() if isinstance(model, WalksGrids) else None
+
+
+def _walk(model: Model, grid: Grid | None) -> None:
+    if isinstance(model, WalksGrids) and grid is not None:
+        model.state_grid(grid)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
@@ -161,14 +192,17 @@ def _check_loaded(waiting: Sequence[tuple[int, LookedAt]], given: Given, world: 
             prepare(*found.judges)
             if given.model is None:
                 check_model(found.config)
-    begin = waiting[0][1].config
-    model = given.model or prepare_model(begin.replace(model=begin.model.model_copy(update={"start": ""})), world)
+    plain = waiting[0][1].config.with_model(start="", grid=OWN)
+    model = prepare_model(plain, world) if given.model is None else given.model
+    grid = _grid(model)
     for number, found in waiting:
         with _naming(number):
+            on_grid(found.config, model)
             asked_of(found.config, found.algorithm, model)
             check_takes(found.rewards, model.makes, model.name)
             if given.reward is None:
                 by_stream(found.config, found.algorithm, model, found.prompts["train"][0])
+        _walk(model, grid)
 
 
 @contextmanager

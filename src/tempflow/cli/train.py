@@ -104,7 +104,7 @@ def cost_verb(args: Sequence[str]) -> int:
     seconds, costs = 0.0, []
     for title, run in zip(config.titles, config.runs, strict=True):
         console.print(f"\n{title}: {run.algorithm.name}")
-        here = run.replace(model=run.model.model_copy(update={"start": ""}))  # is not there yet, and costs nothing
+        here = run.with_model(start="")  # is not there yet, and costs nothing
         cost, took = _show_cost(console, here, options)
         seconds, costs = seconds + took, [*costs, cost]
     console.print(stages_table(config.titles, costs))

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from tempflow.config.files import from_file, parse_config
 from tempflow.config.tree import Config, check_name
+from tempflow.grid import OWN
 from tempflow.strict import MAX_FAULTS, ConfigError, check_bounds, leaves, shown
 
 STAGES = "stages"
@@ -213,8 +214,9 @@ def _misnamed(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _completed(shared: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each stage's whole tree: named, with its folder, and started from the one before."""
-    name, output, start = shared.get("name"), _output(shared), ""
+    """Each stage's whole tree: named, with its folder, and started from the one before, whose σ grid its weights
+    carry."""
+    name, output, start, grid = shared.get("name"), _output(shared), "", OWN
     for number, stage in enumerate(stages):
         below, title = dict(shared), stage.get("name") if _is_name(stage.get("name")) else f"stage-{number}"
         if number and isinstance(below.get("evaluation"), Mapping):
@@ -224,8 +226,9 @@ def _completed(shared: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -
             whole["name"] = f"{name}-{title}"
         if isinstance(output, str):
             whole["output"] = str(Path(output) / f"{number + 1}-{title}")
-        if number and isinstance(whole.get("model", {}), Mapping):
-            whole["model"] = {**whole.get("model", {}), "start": start}
+        if isinstance(model := whole.get("model", {}), Mapping):
+            grid = grid if model.get("grid", OWN) == OWN else model["grid"]
+            whole["model"] = {**model, "grid": grid, **({"start": start} if number else {})}
         start = str(whole.get("output"))
         yield whole
 

@@ -38,10 +38,8 @@ def run_checks(config: Config | Stages, notes: Notes, environment: Mapping[str, 
     front. `environment`: the process's, for the hub's settings."""
     if isinstance(config, Config):
         return [*_checks(config, notes, environment), output_check(Path(config.output)), disk_check(config)]
-    starts = [run.model.start if number == 0 else "" for number, run in enumerate(config.runs)]  # others not yet there
-    runs = [
-        run.replace(model=run.model.model_copy(update={"start": s})) for run, s in zip(config.runs, starts, strict=True)
-    ]
+    first, *later = config.runs
+    runs = [first, *(run.with_model(start="") for run in later)]  # what these start from is not there yet
     found = by_stage([_checks(run, notes, environment) for run in runs])
     return [*found, output_check(Path(config.output), STAGED), disk_check(config)]
 
