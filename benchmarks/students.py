@@ -1,12 +1,11 @@
 """Few-step students of the `shapes` model, beside their teacher.
 
-    python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--jobs 1] [--table]
+    python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--table]
 
-A student takes four steps on σ = 1, .9, .75, .5, 0. Its stages are runs, each from the last weights of the one that it
-stands on (`STUDENTS`): all that share a stage share its run. Every run is tested on the same 1 008 pictures of the test
-split, in its own steps; diversity is the mean distance by hand-made features between nine pictures of a prompt, over
-`PROMPTS` test prompts. Teachers are the shipped model by stated grids and guidance, and the same model after reward
-training at the compute of the longest student.
+A student takes four steps on σ = 1, .9, .75, .5, 0. Its stages are those of `recipes.shapes_students`, each a run from
+the best weights of the one that it stands on (`RUNS`): all that stand on one share it. Every run is tested on the same
+1 008 pictures of the test split, in its own steps; diversity is the mean distance by hand-made features between nine
+pictures of a prompt, over `PROMPTS` test prompts. Teachers are the shipped model by stated grids and guidance.
 
 A finished run is boiled down to a small file under benchmarks/students, kept with the code: start it again to go on.
 `--table` prints the page's table: score with its interval over prompts, gain on the guided teacher, diversity, compute.
@@ -18,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,57 +28,33 @@ from benchmarks.runs import base_hash, boiled, gain, mismatch, packed, run_all, 
 from tempflow import models
 from tempflow.config import Config, parse_config
 from tempflow.config.parts import DataConfig
+from tempflow.config.stages import stage_tree
 from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import Report, evaluate, fixed_prompts
 from tempflow.grid import Grid, as_stated
 from tempflow.media import Size
 from tempflow.models.protocol import Model, WalksGrids
 from tempflow.recipes.shapes import EVALUATION, REWARDS
+from tempflow.recipes.shapes_students import GUIDANCE, SHARED, STAGES, STEPS
 from tempflow.rewards import build
 from tempflow.rewards.safe import safe
 
 METRIC = "shapes_strict"
-GUIDANCE = 2.0
-"""The teacher's, the best of 1, 1.25, 1.5, 2 and 3 on validation."""
-
-STEPS, GRID = 4, "useful"
 PROMPTS, PICTURES = 60, 9
 """For diversity."""
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A run. `on`: the stage from whose last weights it starts; "" for the shipped model."""
-
-    on: str
-    algorithm: Mapping[str, Any]
-    iterations: int
-    prompts: int
-    rate: float
-    optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    steps: int = STEPS
-    grid: str = GRID
-
-
-def student(on: str, name: str, iterations: int, prompts: int, rate: float, **algorithm: Any) -> Stage:
-    return Stage(on, {"name": name, "steps": STEPS, **algorithm}, iterations, prompts, rate)
-
-
-TAUGHT = {"teacher_guidance": GUIDANCE, "noises": 2, "turns": 4}
-FAKE = {**TAUGHT, "fake_updates": 3, "fake_rate": 2.0}
-REWARD = {"name": "v_grpo", "group": 12, "pairs": 4, "eps": 0.1}
-
-STAGES: Mapping[str, Stage] = {
-    "match": student("", "segment_matching", 20, 18, 2e-4, **TAUGHT),
-    "dmd2": student("match", "dmd2", 16, 12, 1e-4, **FAKE, stop="end"),
-    "gdmd": student("match", "gdmd", 8, 12, 1e-4, teacher_guidance=GUIDANCE, noises=2, turns=8, fake_rate=2.0),
-    "reward": Stage("match", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
-    "dmd2-reward": Stage("dmd2", {**REWARD, "steps": STEPS}, 100, 12, 1e-4),
+RUNS: Mapping[str, tuple[str, str]] = {
+    "match": ("", "match"),
+    "dmd2": ("match", "dmd2"),
+    "gdmd": ("match", "gdmd"),
+    "reward": ("match", "reward"),
+    "dmd2-reward": ("dmd2", "reward"),
 }
+"""Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
 
 TEACHERS: Mapping[str, tuple[str, int, float]] = {
-    "untrained, 4 steps": (GRID, STEPS, 1.0),
-    "untrained, 4 steps, guided": (GRID, STEPS, GUIDANCE),
+    "untrained, 4 steps": ("useful", STEPS, 1.0),
+    "untrained, 4 steps, guided": ("useful", STEPS, GUIDANCE),
     "teacher, 10 steps": ("scheduler", 10, 1.0),
     "teacher, 10 steps, guided": ("scheduler", 10, GUIDANCE),
     "teacher, 20 steps": ("scheduler", 20, 1.0),
@@ -99,28 +74,21 @@ class Bench:
     results: Path = Path("benchmarks/students")
 
     def config(self, name: str, seed: int) -> Config:
-        stage = STAGES[name]
-        start = self.config(stage.on, seed).output if stage.on else ""
+        on, stage = RUNS[name]
+        tree = stage_tree(SHARED, STAGES[stage])
         return parse_config(
             {
+                **tree,
                 "name": f"{name}-{seed}",
                 "seed": seed,
-                "iterations": stage.iterations,
                 "output": str(self.out / self.base[:8] / f"{name}-{seed}"),
                 "threads": 1,
-                "algorithm": dict(stage.algorithm),
-                "model": {"dtype": "float32", "grid": stage.grid, "start": start},
-                "data": {"prompts_per_iteration": stage.prompts},
-                "rollout_rows": 192,
-                "train_rows": 192,
-                "rewards": REWARDS,
-                "optimizer": {
-                    "learning_rate": stage.rate,
-                    "warmup_iterations": 5,
-                    "ema_decay": 0.9,
-                    **stage.optimizer,
+                "model": {
+                    **tree["model"],
+                    "dtype": "float32",
+                    "start": self.config(on, seed).output if on else "",
                 },
-                "evaluation": {**EVALUATION, "every": max(1, stage.iterations // 5), "steps": stage.steps},
+                "evaluation": {**tree["evaluation"], "every": tree["iterations"] // 5},
             }
         )
 
@@ -129,7 +97,7 @@ class Bench:
 
     def chain(self, name: str) -> list[str]:
         """The stages up to that one, first to last."""
-        on = STAGES[name].on
+        on = RUNS[name][0]
         return [*(self.chain(on) if on else ()), name]
 
 
@@ -198,7 +166,7 @@ def written(file: Path, result: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=[*STAGES, "teachers"], default=[*STAGES, "teachers"])
+    parser.add_argument("--only", nargs="+", choices=[*RUNS, "teachers"], default=[*RUNS, "teachers"])
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -209,7 +177,7 @@ def main() -> None:
     for name in TEACHERS if "teachers" in given.only else ():
         taught(bench, name)
     for seed in given.seeds:
-        for name in STAGES:
+        for name in RUNS:
             if name in given.only:
                 trained(bench, name, seed)
 
@@ -234,7 +202,7 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
         rows.append(
             [name, "", f"{told['after']:.3f} [{low:.3f}, {high:.3f}]", f"{told['graded']:.3f}", "", spread(told), ""]
         )
-    for name in STAGES:
+    for name in RUNS:
         found = [r for seed in seeds if (r := read(bench.file(name, seed))) is not None and r["stopped"] is None]
         if not found:
             continue

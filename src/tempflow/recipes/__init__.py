@@ -10,6 +10,7 @@ from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.shapes_students import shapes_dmd2, shapes_gdmd, shapes_student
 from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
 from tempflow.recipes.text_to_image import (
     flux1_dev_flow_grpo,
@@ -36,6 +37,9 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "shapes_tempflow": shapes_tempflow,
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
+    "shapes_student": shapes_student,
+    "shapes_dmd2": shapes_dmd2,
+    "shapes_gdmd": shapes_gdmd,
     "sd35_medium_tempflow": sd35_medium_tempflow,
     "flux1_dev_flow_grpo": flux1_dev_flow_grpo,
     "qwen_image_flow_grpo": qwen_image_flow_grpo,
@@ -66,9 +70,12 @@ __all__ = [
     "sd35_medium_tempflow",
     "sdxl_ddpo",
     "shapes_diffusion_dpo",
+    "shapes_dmd2",
     "shapes_flow",
+    "shapes_gdmd",
     "shapes_lora",
     "shapes_sft",
+    "shapes_student",
     "shapes_tempflow",
     "z_image_flow_grpo",
 ]

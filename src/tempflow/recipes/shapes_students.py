@@ -1,0 +1,71 @@
+"""Few-step students of the embedded `shapes` model: stages from one recipe, minutes on a laptop's CPU, offline.
+
+A student takes four steps, all useful: σ = 1, .9, .75, .5, 0, without guidance. Every recipe starts with segment
+matching, which takes the guided teacher's path into these steps; the base model stays the teacher of all stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tempflow.config import Stages
+from tempflow.config.stages import parse_stages
+from tempflow.recipes.shapes import EVALUATION, REWARDS
+
+STEPS, GUIDANCE = 4, 2.0
+"""The student's steps, and the teacher's guidance."""
+
+TAUGHT = {"steps": STEPS, "teacher_guidance": GUIDANCE, "noises": 2}
+FAKE = {**TAUGHT, "fake_rate": 2.0}
+
+STAGES: Mapping[str, Mapping[str, Any]] = {
+    "match": {
+        "algorithm": {"name": "segment_matching", **TAUGHT, "turns": 4},
+        "iterations": 20,
+        "data": {"prompts_per_iteration": 18},
+        "optimizer": {"learning_rate": 2e-4},
+    },
+    "dmd2": {
+        "algorithm": {"name": "dmd2", **FAKE, "fake_updates": 3, "stop": "end", "turns": 4},
+        "iterations": 16,
+    },
+    "gdmd": {"algorithm": {"name": "gdmd", **FAKE, "turns": 8}, "iterations": 8},
+    "reward": {
+        "algorithm": {"name": "v_grpo", "steps": STEPS, "group": 12, "pairs": 4, "eps": 0.1},
+        "iterations": 100,
+    },
+}
+"""Stages by name, as `docs/students.md` compares them; each also stands behind "match" alone."""
+
+SHARED: Mapping[str, Any] = {
+    "rollout_rows": 192,
+    "train_rows": 192,
+    "model": {"dtype": "auto", "grid": "useful"},
+    "data": {"prompts_per_iteration": 12},
+    "rewards": REWARDS,
+    "optimizer": {"learning_rate": 1e-4, "warmup_iterations": 5, "ema_decay": 0.9},
+    "evaluation": {**EVALUATION, "every": 4, "steps": STEPS},
+}
+
+
+def shapes_student() -> Stages:
+    """A four-step student of the shapes model: its guided teacher's path, its teacher's law, then a reward."""
+    return _student("shapes-student", "match", "dmd2", "reward")
+
+
+def shapes_dmd2() -> Stages:
+    """A four-step student of the shapes model by DMD2."""
+    return _student("shapes-dmd2", "match", "dmd2")
+
+
+def shapes_gdmd() -> Stages:
+    """A four-step student of the shapes model by GDMD, whose targets the verifier judges."""
+    return _student("shapes-gdmd", "match", "gdmd")
+
+
+def _student(name: str, *stages: str) -> Stages:
+    listed = [{"name": stage, **STAGES[stage]} for stage in stages]
+    for stage in listed:
+        stage["evaluation"] = {"every": max(1, stage["iterations"] // 5)}
+    return parse_stages({"name": name, **SHARED, "stages": listed})
