@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.reinforce_pp import reinforce_pp as reinforce_pp
     from tempflow.algorithms.rejection_sft import rejection_sft as rejection_sft
     from tempflow.algorithms.rloo import rloo as rloo
+    from tempflow.algorithms.rtdmd import rtdmd as rtdmd
     from tempflow.algorithms.sapo import sapo as sapo
     from tempflow.algorithms.segment_matching import segment_matching as segment_matching
     from tempflow.algorithms.sft import sft as sft
