@@ -38,7 +38,8 @@ from tempflow.core.forest import Forest
 from tempflow.train.experience import credit
 
 FOLDER = Path(algorithms.__file__).parent
-EDGES = {name for name, make in ALGORITHMS.items() if "edges" in make().first.keeps}
+EDGES = {name for name, make in ALGORITHMS.items() if "edges" in make().first.keeps and not make().roles}
+"""What learns from edges alone. One with a second role has phases of other kinds too, and tests of its own."""
 PICTURES_ALONE = {
     "vipo": "a ratio at every position needs the latent's rows and columns",
     "vipo, region": "its map has the latent's rows and columns",

@@ -184,7 +184,7 @@ def test_a_run_says_what_it_scored_and_is_resumed_bitwise(tmp_path: Path) -> Non
     ("fields", "message"),
     [
         ({"steps": 0}, "steps: 0 must be at least 1; nearest valid: 1"),
-        ({"noises": 0}, "count: 0 must be at least 1"),
+        ({"noises": 0}, "noises: 0 must be at least 1"),
         ({"turns": 0}, "turns: 0 must be at least 1"),
         ({"fake_rate": 0.0}, "fake_rate: 0.0 must be finite and above 0"),
         ({"matching_weight": -1.0}, "matching_weight: -1.0 must be finite and at least 0; nearest valid: 1.0"),

@@ -76,6 +76,7 @@ def gdmd(
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 1)
+    at_least("noises", noises, 1)
     positive("fake_rate", fake_rate, 1.0)
     for name, value in (("matching_weight", matching_weight), ("reward_weight", reward_weight)):
         if not 0 <= value < float("inf"):

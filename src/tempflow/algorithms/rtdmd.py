@@ -71,12 +71,12 @@ def rtdmd(
 
     Args:
         stage: "reinforce", or "cold_start", which makes the student: no rollout, no reward.
-        noise_level: of the CPS step, in (0, 1].
         matching_weight: of DMD's loss beside the reward's; a cold start has 1.
         train_steps: n trains n of the first T − 1 steps, drawn anew each iteration; None: all.
 
     Raises ValueError naming the argument, its value and a valid one.
     """
+    at_least("noises", noises, 1)
     at_least("fake_updates", fake_updates, 1)
     positive("fake_rate", fake_rate, 1.0)
     positive("noise_level", noise_level, 0.9)
