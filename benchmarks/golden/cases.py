@@ -267,6 +267,18 @@ CASES: dict[str, Case] = {
     "gdmd, to the end": Case(
         "gdmd", {"turns": 1}, objective={"strength": None, "samples.stop": "end", "samples.checkpointed": True}
     ),
+    "rtdmd": _case("rtdmd", clip=0.002, fake_updates=2, matching_weight=0.5),
+    "rtdmd, its other knobs": _case(
+        "rtdmd",
+        log_prob="density",
+        train_steps=None,
+        fake_updates=2,
+        noise_level=0.5,
+        std="group",
+        advantage_clip=None,
+        matching_weight=1.0,
+    ),
+    "rtdmd, cold start": _case("rtdmd", stage="cold_start", fake_updates=2, teacher_guidance=1.5, turns=2),
     # ------------------------------------------------------------------------------------------------------- offline
     "diffusion_dpo": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0}, offline=True),
     "diffusion_dpo, kl": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0, "kl": 0.1}, offline=True),

@@ -16,7 +16,8 @@ log_prob, clip, std, eps, advantage_clip and matching_weight; `turns` above 1 is
 Where it differs from the code. One loss there, two phases here: the policy's optimizer steps twice in an iteration, for
 the reward and for matching, with moments that both share, so a small weight stays small. Matching takes samples of its
 own, where the code takes the rollout's. Back-propagation of a differentiable reward through the last step is not here.
-A run is evaluated by plain Euler steps, the code's student draws by CPS.
+A run is evaluated by plain Euler steps, the code's student draws by CPS. In either run the fake begins as the teacher;
+the code goes on with that of the cold start.
 
 Cost for a prompt at the defaults, at most: 96 forwards, 24 leaves and 48 trained edges of the rollout; for each of its
 noises of matching 4 forwards, 2 of the guided teacher and 1 trained, and of the fake ten times 4 and 1.
@@ -93,7 +94,7 @@ def rtdmd(
     weight = 1.0 if cold else matching_weight
     fake = NoisePhase(FlowMatching(LogitNormalTimes(), samples), noises, fake_updates, role="fake")
     matching = NoisePhase(DistributionMatching(samples=samples, strength=teacher_guidance, weight=weight), noises)
-    roles = (Role("fake", rate=fake_rate),)
+    roles = (Role("fake", rate=fake_rate, start="reference"),)
     if cold:
         return Algorithm(name="rtdmd", steps=steps, phases=(fake, matching), roles=roles, turns=turns)
     ratio = UnscaledRatio() if log_prob == "unscaled" else None

@@ -6,6 +6,13 @@ from collections.abc import Callable
 
 from tempflow.algorithms import ALGORITHMS
 from tempflow.config import Config, Stages
+from tempflow.recipes.guided_students import (
+    sd35_medium_gdmd,
+    sd35_medium_rtdmd,
+    sd35_medium_rtdmd_cold_start,
+    shapes_rtdmd,
+    shapes_rtdmd_cold_start,
+)
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
@@ -54,6 +61,11 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
+    "shapes_rtdmd_cold_start": shapes_rtdmd_cold_start,
+    "shapes_rtdmd": shapes_rtdmd,
+    "sd35_medium_gdmd": sd35_medium_gdmd,
+    "sd35_medium_rtdmd_cold_start": sd35_medium_rtdmd_cold_start,
+    "sd35_medium_rtdmd": sd35_medium_rtdmd,
 }
 
 __all__ = [
@@ -67,6 +79,9 @@ __all__ = [
     "qwen_image_flow_grpo",
     "sana_sol_rl",
     "sd15_ddpo",
+    "sd35_medium_gdmd",
+    "sd35_medium_rtdmd",
+    "sd35_medium_rtdmd_cold_start",
     "sd35_medium_tempflow",
     "sdxl_ddpo",
     "shapes_diffusion_dpo",
@@ -74,6 +89,8 @@ __all__ = [
     "shapes_flow",
     "shapes_gdmd",
     "shapes_lora",
+    "shapes_rtdmd",
+    "shapes_rtdmd_cold_start",
     "shapes_sft",
     "shapes_student",
     "shapes_tempflow",
