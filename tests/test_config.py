@@ -209,7 +209,7 @@ def test_algorithm_fields_are_the_function_s_parameters(name):
     made = parse_config(LEAST | {"algorithm": {"name": name}}).algorithm
     built, direct = made.build(), ALGORITHMS[name]()
     assert (built.credit, built.objective, built.dynamics) == (direct.credit, direct.objective, direct.dynamics)
-    assert built.plan(0, 0) is direct.plan(0, 0)
+    assert built.plan(0, 0) is direct.plan(0, 0) if built.rolls_out else built.phases == direct.phases
     for field, info in algorithm_config(name).model_fields.items():
         assert info.description, f"{field} is not described in the docstring's Args"
 

@@ -279,6 +279,18 @@ CASES: dict[str, Case] = {
         matching_weight=1.0,
     ),
     "rtdmd, cold start": _case("rtdmd", stage="cold_start", fake_updates=2, teacher_guidance=1.5, turns=2),
+    "segment_matching": _case("segment_matching", parts=3, teacher_guidance=1.5),
+    "segment_matching, the run's guidance": Case("segment_matching", objective={"strength": None}, guidance=1.5),
+    "dmd2": _case("dmd2", teacher_guidance=1.5, fake_updates=2, turns=2),
+    "dmd2, its other forms": Case(
+        "dmd2",
+        {"fake_updates": 2, "fake_rate": 2.0},
+        objective={"anchor": "none", "last": None, "strength": None, "samples.checkpointed": True},
+        guidance=1.5,
+    ),
+    "dp_dmd": _case("dp_dmd", teacher_guidance=1.5, fake_updates=2, weight=0.5),
+    "opd": _case("opd", teacher_guidance=1.5, turns=2),
+    "opd, its other knobs": _case("opd", teacher_guidance=0.0, power=2.0),
     # ------------------------------------------------------------------------------------------------------- offline
     "diffusion_dpo": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0}, offline=True),
     "diffusion_dpo, kl": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0, "kl": 0.1}, offline=True),

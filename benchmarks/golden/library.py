@@ -34,8 +34,15 @@ LOSSES = ("tempflow.core.objective",)
 FIELDS = {"regularizers": "penalties"}
 """Fields of losses, and what an older revision calls them."""
 
-SETS = {"policy": "weights", "average": "ema", "old": "set.old", "sampling": "set.sampling", "moving": "set.ema"}
-"""Weight sets, and their files in a checkpoint's folder `policy`."""
+SETS = {
+    "policy": "weights",
+    "average": "ema",
+    "old": "set.old",
+    "sampling": "set.sampling",
+    "moving": "set.ema",
+    "teacher": "set.teacher",
+}
+"""Weight sets, and their files in a checkpoint's folder of a role."""
 
 
 def home(name: str) -> Any:
@@ -96,16 +103,19 @@ def __getattr__(name: str) -> Any:
 
 
 def weight_sets(run: Path, iteration: int) -> dict[str, dict[str, Tensor]]:
-    """The policy's weights after that iteration and those of all sets that move, by set and parameter.
+    """The weights after that iteration of the policy, of every other role and of all sets that move, by set and
+    parameter. A role is called by its name, and a set that follows one by both.
 
     Raises ValueError for a file that is not known, so that no set is forgotten.
     """
     names = {file: name for name, file in SETS.items()}
     found: dict[str, dict[str, Tensor]] = {}
-    for file in sorted((run / "checkpoints" / f"{iteration:06d}" / "policy").glob("*.safetensors")):
+    for file in sorted((run / "checkpoints" / f"{iteration:06d}").glob("*/*.safetensors")):
+        role, of_policy = file.parent.name, file.parent.name == "policy"
         if file.stem == "optimizer":
             continue
         if file.stem not in names:
             raise ValueError(f"{file.name}: is no weight set of {__name__}.SETS; nearest valid: add it there")
-        found[names[file.stem]] = load_file(file)
+        name = names[file.stem]
+        found[name if of_policy else role if name == "policy" else f"{role}/{name}"] = load_file(file)
     return found

@@ -37,9 +37,6 @@ CARRIERS = {
 }
 """Classes of the losses' files that carry a batch or a result; losses are composed of all the rest."""
 
-UNUSED = {"DistributionMatching"}
-"""Losses from starting noises, which no algorithm of the package has yet: tests/core/objective has their numbers."""
-
 ELSEWHERE = {"draft_precision": {"int8", "float8", "nvfp4"}}
 """Options that the golden model cannot have: they need layers of 128 inputs and outputs, or a GPU."""
 
@@ -165,13 +162,13 @@ def all_parts() -> tuple[Any, ...]:
 def test_every_class_of_a_loss_has_a_case() -> None:
     known = {kind.__name__ for kind in losses()}
     assert known >= CARRIERS and len(known) > 30
-    assert known - CARRIERS - UNUSED - {type(part).__name__ for part in all_parts()} == set()
+    assert known - CARRIERS - {type(part).__name__ for part in all_parts()} == set()
 
 
 def test_every_option_of_a_loss_is_taken() -> None:
     left: dict[str, set[object]] = {}
     for kind in losses():
-        if kind.__name__ in CARRIERS | UNUSED:
+        if kind.__name__ in CARRIERS:
             continue
         hints = get_type_hints(kind)
         for field in dataclasses.fields(kind):

@@ -12,7 +12,9 @@ from benchmarks.golden import model
 from benchmarks.golden.cases import CASES
 from benchmarks.golden.drive import drive
 from tempflow.algorithms import ALGORITHMS, Algorithm, find
+from tempflow.config import Config
 from tempflow.core.credit import normalised
+from tempflow.train.build import composed
 
 RATE = 2.0**-6
 
@@ -21,7 +23,10 @@ def summed(algorithm: Algorithm) -> Algorithm:
     return replace(algorithm, credit=normalised(algorithm.credit))
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"otca"}))
+WITH_CREDIT = {name for name, make in ALGORITHMS.items() if make().rolls_out}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_CREDIT - {"otca"}))
 def test_every_algorithm_trains_by_normalised_rewards(name: str) -> None:
     weights = drive(replace(CASES[name], reward="both"), RATE, change=summed).weights["policy"]
     assert weights.isfinite().all() and not torch.equal(weights[0], weights[-1])
@@ -30,6 +35,20 @@ def test_every_algorithm_trains_by_normalised_rewards(name: str) -> None:
 def test_the_min_norm_point_joins_rewards_already() -> None:
     with pytest.raises(ValueError, match="min-norm point joins the rewards already"):
         summed(find("otca")())
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - WITH_CREDIT))
+def test_where_no_credit_is_taken_there_is_nothing_to_normalise(name: str) -> None:
+    config = Config.model_validate(
+        {
+            "algorithm": {"name": name},
+            "rewards": [{"name": "shapes"}, {"name": "shapes_strict"}],
+            "composition": {"how": "normalised"},
+            "evaluation": {"metric": "shapes"},
+        }
+    )
+    with pytest.raises(ValueError, match=f"composition.how: 'normalised', but {name} takes no credit from a rollout's"):
+        composed(config, config.algorithm.build(), True, ["shapes", "shapes_strict"])
 
 
 @pytest.mark.parametrize("change", [summed, None])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from mixture import SIDE, painted, seen
+from mixture import SIDE, painted, seen, toward
 from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
@@ -30,9 +30,7 @@ class Velocity(nn.Module):
         nn.init.zeros_(self.mean.weight)
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        s, m = sigma.to(x).view(-1, 1, 1, 1), self.mean(condition).view(-1, 1, 1, 1)
-        gain = (1 - s) * SPREAD**2 / ((1 - s).square() * SPREAD**2 + s.square())
-        return (x - m - gain * (x - (1 - s) * m)) / s
+        return toward(self.mean(condition).view(-1, 1, 1, 1), SPREAD, x, sigma)
 
 
 class Line:
@@ -53,6 +51,13 @@ class Line:
     def means(self) -> list[float]:
         """Of "up" and of "down"."""
         return self.network.mean.weight.detach()[0].tolist()
+
+    def teacher(self) -> nn.Module:
+        """One that knows where the prompt points, a unit away."""
+        knows = Velocity()
+        with torch.no_grad():
+            knows.mean.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        return knows
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("mean")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -112,6 +112,20 @@ def pretrained(steps: int = 1500, rows: int = 512) -> Net:
     return net
 
 
+class Corner(nn.Module):
+    """The exact velocity of N(the prompt's corner, SPREAD²): what a teacher knows that the untrained model does not."""
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        return toward((condition.to(x) @ MEANS.to(x)).view(-1, *SHAPE), SPREAD, x, sigma)
+
+
+def toward(mean: Tensor, spread: float, x: Tensor, sigma: Tensor) -> Tensor:
+    """E[ε − x0 | x_σ = x] of N(mean, spread²), exactly; x [B, 1, 1, N]."""
+    s = sigma.to(x).view(-1, 1, 1, 1)
+    gain = (1 - s) * spread**2 / ((1 - s).square() * spread**2 + s.square())
+    return (x - mean - gain * (x - (1 - s) * mean)) / s
+
+
 class Mixture:
     """Implements `models.protocol.Model`; each has a pretrained network of its own."""
 
@@ -125,6 +139,9 @@ class Mixture:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    def teacher(self) -> nn.Module:
+        return Corner()
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         return [network.get_submodule("body")]
@@ -261,7 +278,8 @@ def bench(
     **context: Any,
 ) -> Bench:
     """The real loop's parts on the mixture, two updates an iteration, so that ratios differ from 1. What an algorithm
-    asks for beside rewards, it gets: a judge of latents, or pictures of what the untrained model draws."""
+    asks for beside rewards, it gets: a judge of latents, pictures of what the untrained model draws, or a teacher that
+    knows where the prompt points."""
     context = {"rollout_rows": 4096, "train_rows": 4096, "updates": 2, **context}
     asked = by_pictures if algorithm.latent_reward is None else LatentJudge(judge)
     reward = reward or Closeness()
@@ -269,12 +287,17 @@ def bench(
         keys = len(algorithm.offline.keys)
         context["pictures"] = Album(lambda n, generator: painted(drawn(n, generator)), reward, keys)
     model = model or Mixture()
-    return Bench(model, algorithm, reward, latent_reward=asked, size=model.size, **context)
+    run = Bench(model, algorithm, reward, latent_reward=asked, size=model.size, **context)
+    if not algorithm.rolls_out and "reference" in algorithm.sets:
+        run.context = replace(run.context, sets={**run.context.sets, "reference": model.teacher()})
+    return run
 
 
 def train(run: Bench, iterations: int, repeat: int = 1, rate: float = 1e-2) -> None:
     """Iterations over all prompts, each `repeat` times; the learning rate falls from `rate` to 0 on a straight line."""
+    of_role = {"policy": 1.0} | {role.name: role.rate for role in run.context.algorithm.roles}
     for iteration in range(iterations):
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate * (1 - iteration / iterations)
-        run.update(run.collect(iteration, PROMPTS * repeat), iteration)
+        for name, learner in run.learners.items():
+            for group in learner.optimizer.param_groups:
+                group["lr"] = of_role[name] * rate * (1 - iteration / iterations)
+        run.iterate(iteration, PROMPTS * repeat)

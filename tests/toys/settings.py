@@ -37,6 +37,9 @@ COMMON: dict[str, Any] = {
 
 CHAIN = {"steps": 4}  # one reward for all steps of a path: the fewer, the less noise in each one's share
 
+PAIR = {"steps": 4, "fake_updates": 2, "fake_rate": 2.0, "turns": 2}
+"""A student of four steps and its fake score."""
+
 TOYS: dict[str, Toy] = {
     "flow_grpo": Toy(CHAIN, iterations=60),
     "flow_grpo_fast": Toy({"noise_level": 0.8}),
@@ -85,6 +88,11 @@ TOYS: dict[str, Toy] = {
     # pictures of what the untrained model draws
     "diffusion_dpo": Toy({"beta": 1.0}),
     "sft": Toy(rate=1e-2),
+    # students of a teacher that knows the corner
+    "segment_matching": Toy({"steps": 4, "noises": 12}, iterations=40, repeat=1, rate=1e-2),
+    "dmd2": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
+    "dp_dmd": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
+    "opd": Toy({"noises": 12}, iterations=40, repeat=1, rate=1e-2),
 }
 
 

@@ -293,8 +293,17 @@ class Bench:
             learner.sets.update()
         return metrics
 
-    def iterate(self, iteration: int = 0) -> dict[str, float]:
-        return self.update(self.collect(iteration), iteration)
+    def iterate(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> dict[str, float]:
+        """A whole iteration, with a rollout where the algorithm has one."""
+        if self.context.algorithm.rolls_out:
+            return self.update(self.collect(iteration, prompts), iteration)
+        given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        guards = Guards(GuardsConfig(), lambda iteration, alarms: None, self.said.append)
+        of_phases = lessons(self.context, given, iteration, None, ())
+        metrics = learn(self.context, given, of_phases, self.learners, self.counter, self.clock, guards)
+        for learner in self.learners.values():
+            learner.sets.update()
+        return metrics
 
 
 def config(output: Path, **changes: Any) -> Config:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.diffusion_dpo import diffusion_dpo as diffusion_dpo
     from tempflow.algorithms.diffusion_nft import diffusion_nft as diffusion_nft
     from tempflow.algorithms.dmd2 import dmd2 as dmd2
+    from tempflow.algorithms.dp_dmd import dp_dmd as dp_dmd
     from tempflow.algorithms.dr_grpo import dr_grpo as dr_grpo
     from tempflow.algorithms.drm_grpo import drm_grpo as drm_grpo
     from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo as dynamic_treerpo
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.mix_grpo import mix_grpo as mix_grpo
     from tempflow.algorithms.mix_grpo_flash import mix_grpo_flash as mix_grpo_flash
     from tempflow.algorithms.online_dpo import online_dpo as online_dpo
+    from tempflow.algorithms.opd import opd as opd
     from tempflow.algorithms.otca import otca as otca
     from tempflow.algorithms.perceptual_entropy import perceptual_entropy as perceptual_entropy
     from tempflow.algorithms.pref_grpo import pref_grpo as pref_grpo

@@ -13,20 +13,22 @@ of the student's, which replaces DMD's regression on paired samples.
 Nothing is rolled out and no reward is asked; rewards only judge. Cost of a noise of the student at T = 4, at most: 3
 forwards, 1 trained, 1 of the fake and 2 of the guided teacher; of the fake: 4 forwards, 1 trained.
 
-Defaults: 5 fake updates, t and the normaliser are the paper's (sure). Guidance 4.5 and the same learning rate for both
-are RTDMD's on SD3.5-M (read in its configuration); DMD2 itself was tuned on SDXL. Its GAN term, which
-needs real pictures, is not here. The fake learns before the student here, in every
-turn; the official code counts iterations and gives the student every sixth, which is the same order.
+Defaults: 5 fake updates, t and the normaliser are the paper's (sure), which was tuned on SDXL. Guidance 4.5 and one
+learning rate for both are RTDMD's on SD3.5-M (read in its configuration). Ours: the student steps by Euler, as plain
+samplers do (the paper's noises x̂0 anew), and the fake learns at the student's times. DMD2's GAN term, which needs real
+pictures, is not here. In a turn the fake learns first; the codes let one counter run, and every fifth (DMD2, from
+memory) or sixth iteration (DP-DMD's code) is the student's, which is that order.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, positive, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of
 from tempflow.algorithms.lesson import Role
 from tempflow.algorithms.phase import NoisePhase
-from tempflow.algorithms.segment_matching import FEW
+from tempflow.algorithms.segment_matching import FEW, check_few
+from tempflow.core.checks import positive
 from tempflow.core.objective.distill import DistributionMatching, FlowMatching, OwnSamples
 
 FAKE = {
@@ -34,6 +36,12 @@ FAKE = {
     "fake_rate": "the fake's learning rate in units of the run's.",
 }
 """Arguments of algorithms with a fake score."""
+
+
+def check_fake(fake_updates: int, fake_rate: float) -> None:
+    """Raises ValueError, naming the argument, its value and a valid one."""
+    at_least("fake_updates", fake_updates, 1)
+    positive("fake_rate", fake_rate, 1.0)
 
 
 @texts_of(FEW, FAKE)
@@ -57,9 +65,11 @@ def dmd2(
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 1)
-    at_least("fake_updates", fake_updates, 1)
-    positive("fake_rate", fake_rate, 1.0)
+    check_few(noises, teacher_guidance)
+    check_fake(fake_updates, fake_rate)
     one_of("stop", stop, ("random", "end"))
+    if through is not None:
+        at_least("through", through, 1)
     matching = DistributionMatching(samples=OwnSamples(stop), last=through, strength=teacher_guidance)
     follows = FlowMatching(matching.times, matching.samples)
     phases = (NoisePhase(follows, noises, fake_updates, role="fake"), NoisePhase(matching, noises))

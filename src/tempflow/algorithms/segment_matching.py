@@ -11,15 +11,15 @@ velocity of each segment of the teacher's path takes it most of the way first, a
 Nothing is rolled out and no reward is asked; rewards only judge. Cost of a noise: `parts`·T forwards of the teacher,
 twice that with guidance, and T trained.
 
-Defaults: ours, as measured on `shapes` (docs/evidence.md). It is the loss of DP-DMD's first step (arXiv 2602.03139) on
-every step, and progressive distillation (arXiv 2202.00512) without its halvings.
+Defaults: ours. It is the loss of DP-DMD's first step (arXiv 2602.03139) on every step, and progressive distillation
+(arXiv 2202.00512) without its halvings.
 """
 
 from __future__ import annotations
 
 from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.phase import NoisePhase
-from tempflow.core.checks import positive
+from tempflow.core.checks import not_negative, positive
 from tempflow.core.objective.imitation import SegmentMatching
 
 FEW = {
@@ -29,6 +29,12 @@ FEW = {
     "turns": "rounds of updates in an iteration, each from noises of its own.",
 }
 """Arguments that algorithms of few-step students share."""
+
+
+def check_few(noises: int, teacher_guidance: float) -> None:
+    """Raises ValueError, naming the argument, its value and a valid one."""
+    at_least("noises", noises, 1)
+    not_negative("teacher_guidance", teacher_guidance, "1 is no guidance")
 
 
 @texts_of(FEW)
@@ -49,6 +55,7 @@ def segment_matching(
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 1)
+    check_few(noises, teacher_guidance)
     at_least("parts", parts, 1)
     positive("shift", shift, 3.0)
     matching = SegmentMatching(parts, shift, strength=teacher_guidance)

@@ -366,6 +366,11 @@ def composed(config: Config, algorithm: Algorithm, own: bool, names: Sequence[st
     """The algorithm, whose credit joins the rewards as the configuration says. Raises ValueError, naming the field."""
     found, credit = config.compose(None if own else names), algorithm.credit
     if config.composition.how == "normalised":
+        if not algorithm.rolls_out:
+            raise ValueError(
+                f"composition.how: 'normalised', but {algorithm.name[:40]} takes no credit from a rollout's rewards; "
+                "nearest valid: 'sum'"
+            )
         try:
             credit = normalised(credit)
         except ValueError as error:

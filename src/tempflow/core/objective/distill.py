@@ -157,7 +157,11 @@ class DistributionMatching:
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
         check_models(models, self.weight_sets)
-        x = self.samples(models["policy"], batch, self.last)
+        matched, metrics = self.matched(models, self.samples(models["policy"], batch, self.last), batch)
+        return Loss(matched.mean(), metrics)
+
+    def matched(self, models: Mapping[str, Predict], x: Tensor, batch: NoiseBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of samples x [B, *S] that the batch's noises were walked to, [B], and its metrics."""
         with torch.no_grad():
             at, _, t = noised(x, batch, self.times, "matching")
             real, fake = (
@@ -170,7 +174,7 @@ class DistributionMatching:
                 "gradient": batch.layout.mean(gradient.square()).sqrt(),
                 "gap": batch.layout.mean((fake - real).square()).sqrt(),
             }
-        return Loss(self.weight * surrogate(x, gradient, batch.layout).mean(), metrics)
+        return self.weight * surrogate(x, gradient, batch.layout), metrics
 
 
 def noised(x: Tensor, batch: NoiseBatch, times: Times, name: str) -> tuple[Tensor, Tensor, Tensor]:

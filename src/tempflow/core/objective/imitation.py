@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempflow.core.checks import not_negative
 from tempflow.core.cost import Cost, rows_of
 from tempflow.core.distill import segment_targets, teacher_path, velocity_error
 from tempflow.core.objective.distill import NONE, asked, check_models
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.noises import NoiseBatch
+from tempflow.core.unroll import Visit, unroll
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,59 @@ class SegmentMatching:
         said = asked(models, "policy", path[:-1].flatten(0, 1), grid.at(step), rows.repeat(steps), of_all)
         error = velocity_error(said, target.flatten(0, 1), of_all).view(steps, size)
         return Loss(error.mean(), {"error": error.detach().mean(0), **_ends(error)})
+
+
+@dataclass(frozen=True)
+class OnPolicyMatching:
+    """mean over the student's steps of w_k·mean (v_θ(x_k, σ_k) − v_teacher(x_k, σ_k))² at the states x_k of the student's
+    own walk, through which no gradient flows: on-policy distillation.
+
+    power     w_k = σ_k^power, divided by its mean over the steps: 0 weighs velocities alike, 2 predicted clean samples
+    strength  the teacher's guidance
+    teacher   the network that is asked
+
+    Raises ValueError for a power that is negative or not finite.
+    """
+
+    power: float = 0.0
+    strength: float = 1.0
+    teacher: str = "reference"
+
+    def __post_init__(self) -> None:
+        not_negative("power", self.power, "0 weighs all steps alike")
+
+    @property
+    def weight_sets(self) -> tuple[str, ...]:
+        return ("policy", self.teacher)
+
+    @property
+    def guidance(self) -> Mapping[str, float]:
+        return {self.teacher: self.strength}
+
+    def cost(self, steps: int) -> Cost:
+        """Of one noise on a grid of so many steps: the walk itself is what is trained."""
+        return Cost(0, 0, steps, steps * rows_of(self.strength))
+
+    def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
+        """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
+        check_models(models, self.weight_sets)
+        visits = own_steps(models["policy"], batch)
+        errors = list[Tensor]()
+        for visit in visits:
+            t = batch.schedule.at(visit.step).to(batch.x.device)
+            with torch.no_grad():
+                target = asked(models, self.teacher, visit.x, t, batch.rows, batch.layout)
+            errors.append(velocity_error(visit.velocity, target, batch.layout))
+        error = torch.stack(errors)
+        weight = batch.schedule.sigmas[:-1].to(error).pow(self.power)
+        loss = (weight / weight.mean()) @ error / len(visits)
+        return Loss(loss.mean(), {"error": error.detach().mean(0), **_ends(error)})
+
+
+def own_steps(predict: Predict, batch: NoiseBatch) -> tuple[Visit, ...]:
+    """The student's predictions at every node of its own walk, each with a gradient of its own: states have none."""
+    cuts = range(1, batch.schedule.steps)
+    return unroll(batch.x, batch.schedule, predict, batch.rows, cuts=cuts, layout=batch.layout).visits
 
 
 def _ends(error: Tensor) -> dict[str, Tensor]:
