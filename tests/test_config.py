@@ -14,6 +14,7 @@ from tempflow import algorithms
 from tempflow.algorithms import ALGORITHMS, tempflow_grpo
 from tempflow.cli.options import assign
 from tempflow.config import Config, ModelConfig, algorithm_config, load_config, parse_config, to_yaml
+from tempflow.core.cost import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
 from tempflow.cost import latent_shape, run_cost
@@ -328,8 +329,9 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
 
 
 def test_every_algorithm_has_a_recipe_on_shapes():
-    """Those that start from pictures on disk have no row on the leaderboard."""
-    assert {entry.algorithm["name"] for entry in ENTRIES} == ALGORITHMS.keys() - {"diffusion_dpo", "sft"}
+    """Those that start from pictures on disk, or from noises alone, have no row on the leaderboard."""
+    rolls_out = {name for name, make in ALGORITHMS.items() if make().rolls_out}
+    assert {entry.algorithm["name"] for entry in ENTRIES} == rolls_out - {"diffusion_dpo", "sft"}
     ours = [recipe for name, recipe in RECIPES.items() if name.startswith(("leaderboard_", "shapes_"))]
     named = {recipe().algorithm.name for recipe in ours}
     assert named == ALGORITHMS.keys()
@@ -351,6 +353,26 @@ def test_the_sd35_recipe_has_the_papers_settings():
     assert made.algorithm.build().objective == tempflow_grpo().objective
     assert made.algorithm.build().plan(0, 0).cost().forwards == 1116
     assert (made.optimizer.learning_rate, made.optimizer.updates_per_iteration) == (3e-4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("segment_matching", {"cost": (0, 0, 4, 16), "rate": 3e-5, "prompts": 72, "side": 512, "useful": True}),
+        ("dmd2", {"cost": (44, 0, 11, 2), "rate": 3e-5, "prompts": 72, "side": 512, "useful": True}),
+        ("dp_dmd", {"cost": (21, 0, 9, 12), "rate": 1e-5, "prompts": 32, "side": 1024, "useful": True}),
+        ("opd", {"cost": (0, 0, 10, 20), "rate": 3e-5, "prompts": 72, "side": 512, "useful": False}),
+    ],
+)
+def test_recipes_of_students_have_the_published_settings(name: str, told: dict):
+    made = RECIPES[f"sd35_medium_{name}"]()
+    cost = sum((p.cost(made.algorithm.steps, None) for p in made.algorithm.build().phases), Cost(0, 0, 0))
+    m, e = made.model, made.evaluation
+    assert (cost.forwards, cost.leaves, cost.trained_edges, cost.alone) == told["cost"]
+    assert (made.optimizer.learning_rate, made.data.prompts_per_iteration) == (told["rate"], told["prompts"])
+    assert (m.guidance, e.guidance, e.steps, m.height) == (1, 1, made.algorithm.steps, told["side"])
+    assert (m.grid == "useful") == told["useful"] and m.path == "stabilityai/stable-diffusion-3.5-medium"
+    assert m.training == "full" if name == "dp_dmd" else (m.lora_rank, m.lora_alpha) == (32, 64)
 
 
 PUBLISHED = {  # forwards, trained edges and leaves of a prompt; prompts; evaluation's steps; guidance; EMA; path

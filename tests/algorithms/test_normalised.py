@@ -41,6 +41,8 @@ def test_the_min_norm_point_joins_rewards_already() -> None:
 def test_where_no_credit_is_taken_there_is_nothing_to_normalise(name: str) -> None:
     config = Config.model_validate(
         {
+            "name": "x",
+            "iterations": 1,
             "algorithm": {"name": name},
             "rewards": [{"name": "shapes"}, {"name": "shapes_strict"}],
             "composition": {"how": "normalised"},

@@ -92,6 +92,7 @@ TOYS: dict[str, Toy] = {
     "segment_matching": Toy({"steps": 4, "noises": 12}, iterations=40, repeat=1, rate=1e-2),
     "dmd2": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
     "dp_dmd": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
+    "gdmd": Toy({"steps": 4, "noises": 12, "turns": 4}, iterations=40, repeat=1, rate=1e-2),
     "opd": Toy({"noises": 12}, iterations=40, repeat=1, rate=1e-2),
 }
 

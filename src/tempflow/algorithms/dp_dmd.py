@@ -9,7 +9,7 @@ follows is matched.
              from the same ε; L_Div = mean (v_θ(ε, σ_0) − ṽ)²  (core.objective.diversity)
     rest     L_DMD = ½·mean (x_θ − sg[x_θ − g])², g = (x̂_fake − x̂_real)/mean |x_t − x̂_real|: by the noisy x_t
     loss     L_DMD + `weight`·L_Div; the cut gives the first step none of L_DMD
-    fake     `fake_updates` of flow matching on x_θ before each update of the student
+    fake     starts as the teacher does; `fake_updates` of flow matching on x_θ before each update of the student
 
 Nothing is rolled out and no reward is asked; rewards only judge. Cost of a noise of the student at the defaults: 4
 trained forwards, 1 of the fake and 12 of the guided teacher; of the fake: 4 forwards, 1 trained.
@@ -66,5 +66,5 @@ def dp_dmd(
     matching = DistributionMatching(times, end, anchor="noisy", last=None, strength=teacher_guidance)
     student = TaughtFirstStep(matching, weight, taught, teacher_steps, shift)
     follows = NoisePhase(FlowMatching(times, end), noises, fake_updates, role="fake")
-    phases, XX
+    phases, roles = (follows, NoisePhase(student, noises)), (Role("fake", rate=fake_rate, start="reference"),)
     return Algorithm(name="dp_dmd", steps=steps, phases=phases, roles=roles, turns=turns)

@@ -40,7 +40,7 @@ from tempflow.algorithms.base import Algorithm, at_least, texts_of
 from tempflow.algorithms.dmd2 import FAKE
 from tempflow.algorithms.lesson import Role
 from tempflow.algorithms.phase import NoisePhase
-from tempflow.algorithms.segment_matching import FEW
+from tempflow.algorithms.segment_matching import FEW, check_few
 from tempflow.core.checks import positive
 from tempflow.core.ema import Copy
 from tempflow.core.objective.distill import Anchor, FlowMatching
@@ -76,7 +76,7 @@ def gdmd(
     Raises ValueError naming the argument, its value and a valid one.
     """
     at_least("steps", steps, 1)
-    at_least("noises", noises, 1)
+    check_few(noises, teacher_guidance)
     positive("fake_rate", fake_rate, 1.0)
     for name, value in (("matching_weight", matching_weight), ("reward_weight", reward_weight)):
         if not 0 <= value < float("inf"):

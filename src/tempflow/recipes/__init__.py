@@ -16,6 +16,12 @@ from tempflow.recipes.guided_students import (
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
 from tempflow.recipes.sd35 import sd35_medium_tempflow
+from tempflow.recipes.sd35_students import (
+    sd35_medium_dmd2,
+    sd35_medium_dp_dmd,
+    sd35_medium_opd,
+    sd35_medium_segment_matching,
+)
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
 from tempflow.recipes.shapes_students import shapes_dmd2, shapes_gdmd, shapes_student
 from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
@@ -48,6 +54,10 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "shapes_dmd2": shapes_dmd2,
     "shapes_gdmd": shapes_gdmd,
     "sd35_medium_tempflow": sd35_medium_tempflow,
+    "sd35_medium_segment_matching": sd35_medium_segment_matching,
+    "sd35_medium_dmd2": sd35_medium_dmd2,
+    "sd35_medium_dp_dmd": sd35_medium_dp_dmd,
+    "sd35_medium_opd": sd35_medium_opd,
     "flux1_dev_flow_grpo": flux1_dev_flow_grpo,
     "qwen_image_flow_grpo": qwen_image_flow_grpo,
     "z_image_flow_grpo": z_image_flow_grpo,
@@ -79,9 +89,13 @@ __all__ = [
     "qwen_image_flow_grpo",
     "sana_sol_rl",
     "sd15_ddpo",
+    "sd35_medium_dmd2",
+    "sd35_medium_dp_dmd",
     "sd35_medium_gdmd",
+    "sd35_medium_opd",
     "sd35_medium_rtdmd",
     "sd35_medium_rtdmd_cold_start",
+    "sd35_medium_segment_matching",
     "sd35_medium_tempflow",
     "sdxl_ddpo",
     "shapes_diffusion_dpo",
