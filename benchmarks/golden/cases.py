@@ -284,8 +284,8 @@ CASES: dict[str, Case] = {
     "dmd2": _case("dmd2", teacher_guidance=1.5, fake_updates=2, turns=2),
     "dmd2, its other forms": Case(
         "dmd2",
-        {"fake_updates": 2, "fake_rate": 2.0},
-        objective={"anchor": "none", "last": None, "strength": None, "samples.checkpointed": True},
+        {"fake_updates": 2, "fake_rate": 2.0, "stop": "end", "through": None},
+        objective={"anchor": "none", "strength": None, "samples.checkpointed": True},
         guidance=1.5,
     ),
     "dp_dmd": _case("dp_dmd", teacher_guidance=1.5, fake_updates=2, weight=0.5),

@@ -1,8 +1,8 @@
 """DP-DMD: distribution matching distillation that keeps diversity (arXiv 2602.03139).
 
-Claim. A few-step student settles layout, and with it variety, in its first step, and texture in the others. Distribution
-matching descends the reverse KL, which is content with few modes. So the first step imitates the teacher, and only what
-follows is matched.
+Claim. A few-step student settles layout, and with it variety, in its first step, and texture in the others. Matching
+distributions descends the reverse KL, which is content with few modes. So the first step imitates the teacher, and only
+what follows is matched.
 
     student  T Euler steps from a fresh noise ε to x_θ, with a cut behind the first
     first    ṽ = (ε − z̃)/(σ_0 − t̃), z̃ at t̃ the teacher's after `taught` of its own `teacher_steps` guided Euler steps

@@ -44,8 +44,8 @@ def sd35_medium_dp_dmd() -> Config:
     All of the network, 1024², guidance 3.5, 30 teacher steps of which 5 are taught (the released script passes 10), λ
     .05, 5 fake updates, AdamW (1e-5 for both, no decay), gradient norm 1, 6 000 iterations, of which every sixth is the
     student's: 1 000 here. Their prompts are DiffusionDB's. They train on SD3's own grid of four steps, whose last one
-    does next to nothing. They shard by FSDP; two roles cannot be sharded here, so weights, gradients and moments of both
-    stand on each GPU, some 90 GB (an estimate); `optimizer.kind: adamw_8bit` or a LoRA takes less.
+    does next to nothing. They shard by FSDP; two roles cannot be sharded here, so weights, gradients and moments of
+    both stand on each GPU, some 90 GB (an estimate); `optimizer.kind: adamw_8bit` or a LoRA takes less.
     """
     model = {"height": 1024, "width": 1024, "training": "full", "checkpointing": True}
     return _student(

@@ -1,4 +1,4 @@
-"""DP-DMD's loss: official numbers, the cut's exact zero, the teacher's mean velocity, and where each half comes to rest."""
+"""DP-DMD's loss: official numbers, the cut's exact zero, the teacher's mean velocity, where each half comes to rest."""
 
 from __future__ import annotations
 

@@ -165,5 +165,5 @@ def test_held_elements_teach_nothing(objective: SegmentMatching | OnPolicyMatchi
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="parts: 0 must be at least 1; nearest valid: 1"):
         SegmentMatching(0)
-    with pytest.raises(ValueError, match="power: -1.0 must be finite and ≥ 0"):
+    with pytest.raises(ValueError, match=r"power: -1\.0 must be finite and ≥ 0"):
         OnPolicyMatching(-1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class TaughtFirstStep:
     is not above 0.
     """
 
-    matching: DistributionMatching = DistributionMatching(anchor="noisy")
+    matching: DistributionMatching = field(default_factory=lambda: DistributionMatching(anchor="noisy"))
     weight: float = 0.05
     taught: int = 5
     teacher_steps: int = 30

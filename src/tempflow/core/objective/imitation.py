@@ -70,8 +70,8 @@ class SegmentMatching:
 
 @dataclass(frozen=True)
 class OnPolicyMatching:
-    """mean over the student's steps of w_k·mean (v_θ(x_k, σ_k) − v_teacher(x_k, σ_k))² at the states x_k of the student's
-    own walk, through which no gradient flows: on-policy distillation.
+    """mean over the student's steps of w_k·mean (v_θ(x_k, σ_k) − v_teacher(x_k, σ_k))² at the states x_k of its own
+    walk, through which no gradient flows: on-policy distillation.
 
     power     w_k = σ_k^power, divided by its mean over the steps: 0 weighs velocities alike, 2 predicted clean samples
     strength  the teacher's guidance
