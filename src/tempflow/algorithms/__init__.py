@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.otca import otca as otca
     from tempflow.algorithms.perceptual_entropy import perceptual_entropy as perceptual_entropy
     from tempflow.algorithms.pref_grpo import pref_grpo as pref_grpo
+    from tempflow.algorithms.rats import rats as rats
     from tempflow.algorithms.reinforce_pp import reinforce_pp as reinforce_pp
     from tempflow.algorithms.rejection_sft import rejection_sft as rejection_sft
     from tempflow.algorithms.rloo import rloo as rloo

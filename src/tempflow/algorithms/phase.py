@@ -329,6 +329,7 @@ class NoisePhase:
     objective  the loss of a batch of starting noises
     count      noises of a prompt, in each update
     updates    optimizer steps in an iteration, each from noises of its own
+    together   whether a prompt's noises of an update are never split over minibatches, as the loss compares them
 
     Raises ValueError for a count or a number of updates below 1.
     """
@@ -337,6 +338,7 @@ class NoisePhase:
     count: int
     updates: int = 1
     role: str = POLICY
+    together: bool = False
     keeps = ()
     by_stream = False
 
@@ -391,7 +393,8 @@ class NoisePhase:
         whole = lesson.prompts * self.count
         row = (torch.arange(self.updates)[:, None] * whole + each).flatten()
         trained = self.objective.cost(lesson.schedule.steps).trained_edges
-        return _batch(row, torch.zeros_like(row), torch.arange(len(row)), len(row), max(1, trained))
+        number = torch.arange(len(row)) // (self.count if self.together else 1)
+        return _batch(row, torch.zeros_like(row), number, len(torch.unique(number)), max(1, trained))
 
     def own(self, lesson: Lesson, batch: Batch) -> Batch:
         slot = self._slots(lesson, batch.row)

@@ -134,8 +134,8 @@ class GuidedTargets:
         r = target_optimality(after, before, max(spread or 0.0, LEAST_SPREAD))
         r = torch.where(known, r, torch.nan)
         told = {
-            "reward": _shown(before, ok),
-            "target_reward": _shown(after, fine),
+            "reward": shown(before, ok),
+            "target_reward": shown(after, fine),
             "failed_rewards": 1 - both.to(before),
             "optimality": torch.where(known, r, 0.5),
         }
@@ -148,6 +148,6 @@ class GuidedTargets:
         return predict_clean(seen.x, velocity, batch.schedule, seen.step)
 
 
-def _shown(value: Tensor, ok: Tensor) -> Tensor:
+def shown(value: Tensor, ok: Tensor) -> Tensor:
     """The scores as a metric: those that failed stand aside, so that the mean is the others'; NaN where all failed."""
     return torch.where(ok, value, value[ok].mean())

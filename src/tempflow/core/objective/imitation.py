@@ -14,7 +14,7 @@ from tempflow.core.distill import segment_targets, teacher_path, velocity_error
 from tempflow.core.objective.distill import NONE, asked, check_models
 from tempflow.core.objective.edges import Loss, Predict
 from tempflow.core.objective.noises import NoiseBatch
-from tempflow.core.unroll import Visit, unroll
+from tempflow.core.unroll import Unrolled, unroll
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class OnPolicyMatching:
     def __call__(self, models: Mapping[str, Predict], batch: NoiseBatch) -> Loss:
         """The loss of one micro-batch; gradients flow through `models["policy"]` only."""
         check_models(models, self.weight_sets)
-        visits = own_steps(models["policy"], batch)
+        visits = own_steps(models["policy"], batch).visits
         errors = list[Tensor]()
         for visit in visits:
             t = batch.schedule.at(visit.step).to(batch.x.device)
@@ -115,10 +115,10 @@ class OnPolicyMatching:
         return Loss(loss.mean(), {"error": error.detach().mean(0), **_ends(error)})
 
 
-def own_steps(predict: Predict, batch: NoiseBatch) -> tuple[Visit, ...]:
-    """The student's predictions at every node of its own walk, each with a gradient of its own: states have none."""
+def own_steps(predict: Predict, batch: NoiseBatch) -> Unrolled:
+    """The student's own walk: every prediction has a gradient, and no state on the way."""
     cuts = range(1, batch.schedule.steps)
-    return unroll(batch.x, batch.schedule, predict, batch.rows, cuts=cuts, layout=batch.layout).visits
+    return unroll(batch.x, batch.schedule, predict, batch.rows, cuts=cuts, layout=batch.layout)
 
 
 def _ends(error: Tensor) -> dict[str, Tensor]:
