@@ -13,7 +13,17 @@ from pydantic import ValidationError
 from tempflow import algorithms
 from tempflow.algorithms import ALGORITHMS, tempflow_grpo
 from tempflow.cli.options import assign
-from tempflow.config import Config, ModelConfig, algorithm_config, load_config, parse_config, to_yaml
+from tempflow.cli.parse import runs_of
+from tempflow.config import (
+    Config,
+    ModelConfig,
+    Stages,
+    algorithm_config,
+    load_config,
+    load_stages,
+    parse_config,
+    to_yaml,
+)
 from tempflow.core.cost import Cost
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
@@ -163,7 +173,8 @@ def test_yaml_round_trip_of_every_recipe(tmp_path: Path):
     for recipe in RECIPES.values():
         made = recipe()
         (tmp_path / "c.yaml").write_text(to_yaml(made), encoding="utf-8")
-        assert load_config(tmp_path / "c.yaml") == made
+        read = load_stages if isinstance(made, Stages) else load_config
+        assert read(tmp_path / "c.yaml") == made
 
 
 @settings(deadline=None, max_examples=40)
@@ -324,16 +335,17 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
     for name, recipe in RECIPES.items():
         made = recipe()
         assert recipe.__name__ == name and made.name == name.replace("_", "-") and made.output == f"runs/{made.name}"
-        for source in (made.data.train, made.data.validation, made.data.test):
-            assert not source.startswith("shapes:") or load_prompts(source)
+        for _, run in runs_of(made):
+            for source in (run.data.train, run.data.validation, run.data.test):
+                assert not source.startswith("shapes:") or load_prompts(source)
 
 
 def test_every_algorithm_has_a_recipe_on_shapes():
-    """Those that start from pictures on disk, or from noises alone, have no row on the leaderboard."""
+    """Those that start from pictures on disk, or make few-step students, have no row on the leaderboard."""
     rolls_out = {name for name, make in ALGORITHMS.items() if make().rolls_out}
-    assert {entry.algorithm["name"] for entry in ENTRIES} == rolls_out - {"diffusion_dpo", "sft"}
+    assert {entry.algorithm["name"] for entry in ENTRIES} == rolls_out - {"diffusion_dpo", "sft", "rtdmd"}
     ours = [recipe for name, recipe in RECIPES.items() if name.startswith(("leaderboard_", "shapes_"))]
-    named = {recipe().algorithm.name for recipe in ours}
+    named = {run.algorithm.name for recipe in ours for _, run in runs_of(recipe())}
     assert named == ALGORITHMS.keys()
 
 

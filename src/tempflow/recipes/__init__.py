@@ -10,8 +10,6 @@ from tempflow.recipes.guided_students import (
     sd35_medium_gdmd,
     sd35_medium_rtdmd,
     sd35_medium_rtdmd_cold_start,
-    shapes_rtdmd,
-    shapes_rtdmd_cold_start,
 )
 from tempflow.recipes.offline import shapes_diffusion_dpo, shapes_sft
 from tempflow.recipes.sana import sana_sol_rl
@@ -23,7 +21,15 @@ from tempflow.recipes.sd35_students import (
     sd35_medium_segment_matching,
 )
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
-from tempflow.recipes.shapes_students import shapes_dmd2, shapes_gdmd, shapes_student
+from tempflow.recipes.shapes_students import (
+    shapes_dmd2,
+    shapes_dp_dmd,
+    shapes_gdmd,
+    shapes_opd,
+    shapes_rats,
+    shapes_rtdmd,
+    shapes_student,
+)
 from tempflow.recipes.stable_diffusion import sd15_ddpo, sdxl_ddpo
 from tempflow.recipes.text_to_image import (
     flux1_dev_flow_grpo,
@@ -52,7 +58,11 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "shapes_lora": shapes_lora,
     "shapes_student": shapes_student,
     "shapes_dmd2": shapes_dmd2,
+    "shapes_dp_dmd": shapes_dp_dmd,
     "shapes_gdmd": shapes_gdmd,
+    "shapes_opd": shapes_opd,
+    "shapes_rats": shapes_rats,
+    "shapes_rtdmd": shapes_rtdmd,
     "sd35_medium_tempflow": sd35_medium_tempflow,
     "sd35_medium_segment_matching": sd35_medium_segment_matching,
     "sd35_medium_dmd2": sd35_medium_dmd2,
@@ -71,8 +81,6 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     **{f"leaderboard_{entry.name}": _named(entry) for entry in ENTRIES},
     "shapes_diffusion_dpo": shapes_diffusion_dpo,
     "shapes_sft": shapes_sft,
-    "shapes_rtdmd_cold_start": shapes_rtdmd_cold_start,
-    "shapes_rtdmd": shapes_rtdmd,
     "sd35_medium_gdmd": sd35_medium_gdmd,
     "sd35_medium_rtdmd_cold_start": sd35_medium_rtdmd_cold_start,
     "sd35_medium_rtdmd": sd35_medium_rtdmd,
@@ -100,11 +108,13 @@ __all__ = [
     "sdxl_ddpo",
     "shapes_diffusion_dpo",
     "shapes_dmd2",
+    "shapes_dp_dmd",
     "shapes_flow",
     "shapes_gdmd",
     "shapes_lora",
+    "shapes_opd",
+    "shapes_rats",
     "shapes_rtdmd",
-    "shapes_rtdmd_cold_start",
     "shapes_sft",
     "shapes_student",
     "shapes_tempflow",

@@ -1,4 +1,4 @@
-"""Four-step students that a reward guides: RTDMD-like runs, and GDMD on SD 3.5 Medium."""
+"""Four-step students of SD 3.5 Medium that a reward guides: GDMD, and RTDMD-like runs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,10 @@ from typing import Any
 
 from tempflow.config import Config
 from tempflow.recipes.sd35 import sd35_medium_tempflow
-from tempflow.recipes.shapes import EVALUATION, REWARDS
 
 STEPS = 4
 GRID = "useful"
 """σ = 1, .9, .75, .5, 0 at shift 3."""
-
-TEACHER = 2.0
-"""The shapes model's best guidance of 1, 1.25, 1.5, 2 and 3 on validation."""
-
-
-def shapes_rtdmd_cold_start() -> Config:
-    """A four-step student of the shapes model by noisy steps, for shapes_rtdmd to go on with."""
-    algorithm = {"name": "rtdmd", "stage": "cold_start", "noises": 2, "fake_updates": 3, "turns": 4}
-    return _shapes("shapes-rtdmd-cold-start", {**algorithm, "teacher_guidance": TEACHER, "fake_rate": 2.0}, 25)
-
-
-def shapes_rtdmd() -> Config:
-    """GRPO through the noisy steps of shapes_rtdmd_cold_start's student, whose last step matches the teacher."""
-    algorithm = {"name": "rtdmd", "group": 12, "noises": 2, "fake_updates": 3, "clip": 1e-2, "eps": 0.1}
-    return _shapes(
-        "shapes-rtdmd",
-        {**algorithm, "teacher_guidance": TEACHER, "fake_rate": 2.0},
-        60,
-        start=shapes_rtdmd_cold_start().output,
-    )
 
 
 def sd35_medium_gdmd() -> Config:
@@ -54,23 +33,6 @@ def sd35_medium_rtdmd() -> Config:
     reward. Its number of iterations is ours."""
     start = sd35_medium_rtdmd_cold_start().output
     return _sd35("sd35-medium-rtdmd", {"name": "rtdmd"}, 3e-6, 1000, start)
-
-
-def _shapes(name: str, algorithm: Mapping[str, Any], iterations: int, start: str = "") -> Config:
-    return Config.model_validate(
-        {
-            "name": name,
-            "iterations": iterations,
-            "algorithm": {"steps": STEPS, **algorithm},
-            "rollout_rows": 192,
-            "train_rows": 192,
-            "model": {"dtype": "auto", "grid": GRID, "start": start},
-            "data": {"prompts_per_iteration": 12},
-            "rewards": REWARDS,
-            "optimizer": {"learning_rate": 1e-4, "warmup_iterations": 5, "ema_decay": 0.9},
-            "evaluation": {**EVALUATION, "steps": STEPS},
-        }
-    )
 
 
 def _sd35(name: str, algorithm: Mapping[str, Any], rate: float, iterations: int, start: str = "") -> Config:

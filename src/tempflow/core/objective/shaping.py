@@ -124,8 +124,8 @@ class GatedShaping:
         """The teacher's clean samples at the student's nodes, [T, B, *S], and the sample that it walks to."""
         fine = refined(batch.schedule, self.parts, self.shift)
         walk = unroll(batch.x, fine, models[self.teacher], batch.rows, last=0, layout=batch.layout)
-        nodes = nearest_nodes(batch.schedule, fine)[:-1].tolist()
-        return torch.stack([walk.visits[node].clean(fine) for node in nodes]), walk.x0()
+        nodes = nearest_nodes(batch.schedule, fine)[:-1].numpy()
+        return torch.stack([walk.visits[int(node)].clean(fine) for node in nodes]), walk.x0()
 
     def shaped(self, own: Unrolled, targets: Tensor, batch: NoiseBatch) -> Tensor:
         """The mean over nodes of how far the student's clean samples are from those, [B]."""
