@@ -280,7 +280,7 @@ def test_grid_puts_a_prompts_pictures_side_by_side(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def sampled(folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, model: Fake | None = None) -> list[Path]:
-    monkeypatch.setattr(suite, "load_source", lambda source, device: model or Fake())
+    monkeypatch.setattr(suite, "load_source", lambda source, device, grid: model or Fake())
     how = {"steps": 2, "guidance": 1.0, "size": SIZE, "device": "cpu", "out": folder}
     return sample_path("shapes", asked(texts), seed=len(texts), **how)  # type: ignore[arg-type]
 

@@ -72,7 +72,7 @@ def test_a_reward_of_pictures_is_refused_before_any_forward(tmp_path: Path) -> N
 
 
 def test_clips_are_sampled_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempflow.evaluate.suite.load_source", lambda source, device: Clips())
+    monkeypatch.setattr("tempflow.evaluate.suite.load_source", lambda source, device, grid: Clips())
     size = Size(2, 2, FRAMES, 4.0)
     how: dict[str, Any] = {"steps": 2, "guidance": 1.0, "seed": 1, "size": size, "device": "cpu", "out": tmp_path / "s"}
     files = sample_path("shapes", [Prompt("fog"), Prompt("snow")], **how)

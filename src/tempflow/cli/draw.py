@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tempflow.cli.options import POSITIONAL, parse
 from tempflow.cli.parse import writing
+from tempflow.grid import OWN, Stated, as_stated
 from tempflow.strict import Place, Strict
 
 
@@ -24,7 +25,12 @@ class SampleOptions(Strict):
     count: int | None = Field(
         default=None, ge=1, le=1_000_000, description="pictures, of the prompts in turn (one of each)"
     )
-    steps: int = Field(default=10, ge=1, le=1000, description="sampler steps")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="sampler steps (as the weights say, else 10)")
+    grid: Annotated[Stated, BeforeValidator(as_stated)] = Field(
+        default=OWN,
+        description="σ grid: own (what the weights carry, else the scheduler's), scheduler, useful (N steps that all "
+        "count), or points before the shift, one a step",
+    )
     guidance: float = Field(default=1.0, ge=1, description="classifier-free guidance; 1 = none")
     guidance_options: dict[str, float | bool] = Field(
         default={}, description="the family's further settings of guidance, {name: value}"
@@ -51,7 +57,7 @@ def run_sample(options: SampleOptions) -> list[Path]:
     Raises ValueError where nothing is asked for, or a prompt is blank.
     """
     from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
-    from tempflow.evaluate.source import check_source, find, rows_of, takes_sources
+    from tempflow.evaluate.source import Settings, check_source, check_walk, find, rows_of, stated, takes_sources
 
     pool = [*(as_prompts(options.prompt) if options.prompt else ())]
     if options.prompts:
@@ -72,15 +78,20 @@ def run_sample(options: SampleOptions) -> list[Path]:
 
     device = resolved_device(options.device)
     size = Size(options.height, options.width, options.frames, options.fps, options.seconds)
-    guidance = check_source(find(options.path), size, options.guidance, options.guidance_options)
+    source = find(options.path)
+    guidance = check_source(source, size, options.guidance, options.guidance_options)
+    grid = stated(source, options.grid)
+    steps = options.steps or grid.usual or Settings.steps
+    check_walk(source, options.grid, steps)
     with writing("output", options.output):
         return sample_path(
             options.path,
             chosen,
-            steps=options.steps,
+            steps=steps,
             guidance=guidance,
             seed=options.seed,
             size=size,
             device=device,
             out=Path(options.output),
+            grid=None if options.grid == OWN else grid,
         )

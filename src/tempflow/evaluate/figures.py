@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,16 @@ from torch import Tensor
 from tempflow.core.scores import Scores
 from tempflow.models.finite import told
 from tempflow.stats import Interval, interval
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a picture was drawn: on which σ grid (as `tempflow.grid` states it), how many of its steps change the picture
+    (`Schedule.useful`), and how many forwards of the network it took."""
+
+    grid: str
+    useful: int
+    forwards: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +38,8 @@ class Report:
     diversity           float64 [prompts]: mean feature distance between a prompt's pictures
                         (`diversity.within_groups`), NaN with fewer than two that are any; None with one drawn a prompt
     broken              LongTensor [N], which rows are no pictures and why (`models.finite`); None: all are
+    walk                the grid and what it cost; None: not known
+    seconds             a picture, of wall time, for drawing and decoding it in its batch; None: not measured
 
     Raises ValueError for a gold name that is no reward's, naming the nearest, and for rows that don't share out.
     """
@@ -42,6 +54,8 @@ class Report:
     samples_per_prompt: int = 1
     diversity: Tensor | None = None
     broken: Tensor | None = None
+    walk: Walk | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.gold:
@@ -109,7 +123,7 @@ class Report:
         return int(self.scores.ok[:, self.scores.names.index(name)].sum())
 
     def to_json(self) -> dict[str, Any]:
-        """Figures ready for JSON, but for NaN where no score is valid."""
+        """Figures ready for JSON, but for NaN where no score is valid. Without the wall time, which no two share."""
         names = self.scores.names
         told: dict[str, Any] = {
             "count": len(self.scores),
@@ -126,6 +140,8 @@ class Report:
             "by_kind": {n: self.by_kind(n) for n in names},
             "by_kind_interval": {n: {k: list(i) for k, i in self.intervals_by_kind(n).items()} for n in names},
         }
+        if self.walk is not None:
+            told["walk"] = asdict(self.walk)
         if self.diversity is not None:
             mean, bounds, by_kind = self._diversity(self.diversity.numpy())
             told["diversity"] = {"mean": mean, "interval": list(bounds), "by_kind": by_kind}
@@ -142,17 +158,17 @@ class Report:
         columns = [(self.by_kind(n), self.intervals_by_kind(n)) for n in names]
         head = ["kind", "n", "prompts", *(f"{n} (gold)" if n in self.gold else n for n in names)]
         rows = [
-            [k, str(n), str(distinct), *(_cell(means[k], bounds[k]) for means, bounds in columns)]
+            [k, str(n), str(distinct), *(with_interval(means[k], bounds[k]) for means, bounds in columns)]
             for k, (n, distinct) in sizes.items()
         ]
         rows = rows if list(sizes) != [""] else []
-        whole = (_cell(self.mean(n), self.interval(n)) for n in names)
+        whole = (with_interval(self.mean(n), self.interval(n)) for n in names)
         rows.append(["all", str(len(self.scores)), str(self.distinct), *whole])
         if self.diversity is not None:
             mean, bounds, by_kind = self._diversity(self.diversity.numpy())
             head.append("diversity")
             for row in rows:
-                row.append(_cell(mean, bounds) if row is rows[-1] else f"{by_kind[row[0]]:.3f}")
+                row.append(with_interval(mean, bounds) if row is rows[-1] else f"{by_kind[row[0]]:.3f}")
         width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in [head, *rows]]
         for name in names:
@@ -160,6 +176,10 @@ class Report:
             if valid < count:
                 lines.append(f"{name}: {count - valid} of {count} scores failed; its mean is of the other {valid}")
         return "\n".join([*lines, *self.faults])
+
+    def spread(self) -> tuple[float, Interval] | None:
+        """Mean diversity within a prompt and its 95 % interval; None with one picture a prompt."""
+        return None if self.diversity is None else self._diversity(self.diversity.numpy())[:2]
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
@@ -190,5 +210,6 @@ def _places(kinds: Sequence[str]) -> dict[str, list[int]]:
     return places
 
 
-def _cell(mean: float, bounds: Interval) -> str:
+def with_interval(mean: float, bounds: Interval) -> str:
+    """A mean with its interval, as tables have it."""
     return "–" if math.isnan(mean) else f"{mean:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"

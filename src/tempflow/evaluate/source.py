@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from tempflow.config import OWN_REWARD, Config, ScorerConfig, load_config
+from tempflow.grid import OWN, SCHEDULER, Grid, Stated, grid_in
 from tempflow.media import Size
 from tempflow.models import HUB_ID, Adapter, Family, Model, adapter_of, load, local_folder
-from tempflow.models.family import check_asked
+from tempflow.models.family import check_asked, check_grid
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
 from tempflow.models.lora_files import PICKLED, load_lora, lora_file
 from tempflow.models.pipeline_folder import settings_in
+from tempflow.models.protocol import WalksGrids
 from tempflow.rewards import names
 from tempflow.rewards.compose import Composition
 
@@ -37,7 +39,8 @@ class Source:
 @dataclass(frozen=True)
 class Settings:
     """How a source is evaluated. `rewards` are all that score, `gold` those of them that it was not trained on, `total`
-    the weights of the sum that it was trained on (None: not known), `compose` what was in place of a sum."""
+    the weights of the sum that it was trained on (None: not known), `compose` what was in place of a sum; `grid` is
+    another than the weights carry where it isn't "own"."""
 
     prompts: str = "shapes:test"
     count: int = 504
@@ -46,6 +49,7 @@ class Settings:
     total: Mapping[str, float] | None = None
     compose: Composition | None = None
     steps: int = 10
+    grid: Stated = OWN
     guidance: float = 1.0
     guidance_options: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
     seed: int = 1234
@@ -79,12 +83,44 @@ def find(what: str, base: str = "") -> Source:
     return Source(what)
 
 
-def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu") -> Adapter:
-    """The source's model, frozen. Raises what `models.load` and `models.lora_files.load_lora` raise."""
+def load_source(source: Source, *, dtype: str = "float32", device: str = "cpu", grid: Grid | None = None) -> Adapter:
+    """The source's model, frozen, on the grid that its weights carry, or another. Raises what `models.load` and
+    `models.lora_files.load_lora` raise."""
     model = load(source.base, revision=source.revision, dtype=dtype, device=device)
     if source.lora is not None:
         load_lora(model, source.lora)
+        grid = grid or grid_in(source.lora)
+    if grid is not None:
+        on_grid(model, grid)
     return model
+
+
+def on_grid(model: Model, grid: Grid) -> None:
+    """States the grid that the model is to walk. Raises ValueError for one that it cannot."""
+    if isinstance(model, WalksGrids):
+        model.state_grid(grid)
+    elif grid.how != SCHEDULER:
+        raise ValueError(f"grid: {grid}, and {model.name[:60]!r} has a grid of its own; nearest valid: {OWN!r}")
+
+
+def carried(source: Source) -> Grid:
+    """The grid that the source's weights carry: a LoRA's, else its pipeline's. Raises ValueError for a file that cannot
+    be read, and as `takes_sources` does."""
+    own = None if source.lora is None else grid_in(source.lora)
+    return own or grid_in(local_folder(source.base, source.revision)) or Grid()
+
+
+def stated(source: Source, how: Stated) -> Grid:
+    """The grid that `how` means for the source."""
+    return carried(source) if how == OWN else Grid(how)
+
+
+def check_walk(source: Source, how: Stated, steps: int) -> None:
+    """Whether the source is drawn on that grid in these steps, before it is loaded. Raises ValueError, naming the
+    field."""
+    folder = local_folder(source.base, source.revision)
+    family = adapter_of(source.base, folder).family
+    check_grid(family, source.base, partial(settings_in, folder), stated(source, how), {"steps": steps})
 
 
 def guidance_for(model: Model, how: Settings) -> Guidance | float:
@@ -118,7 +154,7 @@ def family_of(source: Source) -> Family:
 def settings(source: Source) -> Settings:
     """A run's own test, which its summary's "after" came from; for other sources the package's defaults."""
     if source.config is None:
-        return Settings()
+        return Settings(steps=carried(source).usual or Settings.steps)
     c = source.config
     weights, compose = {name: weight for name, weight in c.reward_weights.items() if weight}, c.compose()
     judges = (*c.rewards, *c.judges)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from tempflow.core import plan
 from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
-from tempflow.evaluate.figures import Report
+from tempflow.evaluate.figures import Report, Walk
 from tempflow.evaluate.source import find, load_source
 from tempflow.folder import check, check_idle, claim, held
+from tempflow.grid import SCHEDULER, Grid
 from tempflow.media import Media, Size
 from tempflow.models.family import check_size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.guidance import Guidance, guided
-from tempflow.models.protocol import Model, Predict, layout_of
+from tempflow.models.protocol import Model, Predict, WalksGrids, layout_of
 from tempflow.perception.diversity import features, within_groups
 from tempflow.request import Prompt
 from tempflow.rewards import check_takes, score_all
@@ -76,7 +78,7 @@ def draw(
     One that is not finite is crossed out. Raises ValueError for samples_per_prompt below 1.
     """
     how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
-    return Media.cat([_crossed(seen) for _, seen in _drawn(model, prompts, how)])
+    return Media.cat([_crossed(seen) for _, seen, _ in _drawn(model, prompts, how)])
 
 
 def draw_strips(
@@ -93,7 +95,7 @@ def draw_strips(
     """What `draw` draws, as `Media.strips`, uint8 [N·samples_per_prompt, H, K·W, 3]; of the clips few are held at a
     time."""
     how = _Sampling(steps, guided(guidance, model.guidance), seed, size, rows, samples_per_prompt)
-    return torch.cat([_crossed(seen).strips() for _, seen in _drawn(model, prompts, how)])
+    return torch.cat([_crossed(seen).strips() for _, seen, _ in _drawn(model, prompts, how)])
 
 
 def drawn(
@@ -111,7 +113,8 @@ def drawn(
     """What `draw` draws, in parts as they are ready: numbers of the prompts, and their pictures with what is wrong with
     them. first: number of the first prompt, which its noise depends on."""
     guide = guided(guidance, model.guidance)
-    return _drawn(model, prompts, _Sampling(steps, guide, seed, size, rows, samples_per_prompt, first))
+    how = _Sampling(steps, guide, seed, size, rows, samples_per_prompt, first)
+    return ((slots, seen) for slots, seen, _ in _drawn(model, prompts, how))
 
 
 def _crossed(seen: Decoded) -> Media:
@@ -150,8 +153,9 @@ class _Sampling:
             raise ValueError(f"samples_per_prompt: {self.samples} is too few; nearest valid: 1")
 
 
-def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[tuple[range, Decoded]]:
-    """Parts of what `draw` draws, as they are ready: which prompts, and their pictures."""
+def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[tuple[range, Decoded, float]]:
+    """Parts of what `draw` draws, as they are ready: which prompts, their pictures, and the seconds that these took
+    once the prompts were encoded."""
     check_size(how.size, model.makes, model.name)
     schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
     at_once = max(1, how.size.at_once(PROMPTS_AT_ONCE) // how.samples)
@@ -160,7 +164,7 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
         slots = range(how.first + first, how.first + first + len(part))
         condition = encoded(model, part, how.size)
         layout = layout_of(model, condition, how.size, slots.start).to(model.device)
-        predict = model.predictor(condition, how.guidance)
+        predict, began = model.predictor(condition, how.guidance), time.perf_counter()
 
         def with_pause(
             x: Tensor, sigma: Tensor, row: Tensor, predict: Predict = predict, at: int = slots.start
@@ -180,7 +184,8 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
             layout=layout,
             device=model.device,
         )
-        yield slots, decoded(model, schedule.samples(forest.nodes[forest.leaves.node]), how.size)
+        seen = decoded(model, schedule.samples(forest.nodes[forest.leaves.node]), how.size)
+        yield slots, seen, time.perf_counter() - began
 
 
 def evaluate(
@@ -222,7 +227,9 @@ def evaluate(
     guide = guided(guidance, model.guidance)
     how = _Sampling(steps, guide, seed, size, rows, samples_per_prompt, first, pause, stream)
     scored, seen, broken, groups = list[Scores](), list[Tensor](), list[Tensor](), list[int]()
-    for slots, part in _drawn(model, prompts, how):
+    taken = 0.0
+    for slots, part, seconds in _drawn(model, prompts, how):
+        taken += seconds
         slot = [n for n in slots for _ in range(samples_per_prompt)]
         owner = [prompts[n - first] for n in slot]
         texts, metadata = [p.text for p in owner], [p.told for p in owner]
@@ -248,7 +255,15 @@ def evaluate(
         samples_per_prompt,
         _diversity(torch.cat(seen), torch.cat(broken) == WHOLE, torch.tensor(groups) - first) if seen else None,
         torch.cat(broken),
+        walk_of(model, steps, guide, size),
+        taken / len(groups),
     )
+
+
+def walk_of(model: Model, steps: int, guidance: Guidance, size: Size) -> Walk:
+    """How the model draws a picture in so many steps."""
+    grid = str(model.stated_grid()) if isinstance(model, WalksGrids) else SCHEDULER
+    return Walk(grid, model.schedule(steps, size).useful, steps * guidance.rows)
 
 
 def _diversity(seen: Tensor, ok: Tensor, groups: Tensor) -> Tensor:
@@ -286,9 +301,10 @@ def sample_path(
     size: Size,
     device: str,
     out: str | Path,
+    grid: Grid | None = None,
 ) -> list[Path]:
     """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files. A clip is
-    an animated PNG, and has its sound beside it as a WAV.
+    an animated PNG, and has its sound beside it as a WAV. `grid`: another than the weights' own.
 
     Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
     written over. Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours
@@ -298,7 +314,7 @@ def sample_path(
     check(out, FOLDER, "output")
     check_idle(out, "output")
     numbered(Path(out), len(prompts))
-    model = load_source(find(path), device=device)
+    model = load_source(find(path), device=device, grid=grid)
     guide = guided(guidance, model.guidance)
     how = _Sampling(steps, guide, seed, size, rows=64, samples=1)
     with held(claim(out, FOLDER, "output")) as folder:
@@ -308,7 +324,7 @@ def sample_path(
 def _written(model: Model, prompts: Sequence[Prompt], how: _Sampling, files: list[Path]) -> list[Path]:
     """Writes the files; returns them. See `sample_path`."""
     broken: list[Tensor] = []
-    for slots, seen in _drawn(model, prompts, how):
+    for slots, seen, _ in _drawn(model, prompts, how):
         for row, file in enumerate(files[slots.start : slots.stop]):
             if bool(seen.ok[row]):
                 seen.media.write(row, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tempflow.algorithms.lesson import Role
 from tempflow.config import Config, load_config, parse_config
 from tempflow.core.ema import Ema
 from tempflow.core.scores import Scores
+from tempflow.evaluate.figures import Walk
 from tempflow.evaluate.suite import Report
 from tempflow.folder import MARKER, check_idle, foreign, kind_of
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
@@ -177,13 +178,15 @@ def _facts(report: Report) -> dict[str, Any]:
         "steps": report.steps,
         "guidance": report.guidance,
         "seed": report.seed,
+        "walk": None if report.walk is None else asdict(report.walk),
     }
 
 
 def _report(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Report:
     scores = Scores(tensors[f"{name}/value"], tensors[f"{name}/ok"], tuple(facts["names"]))
     prompts, kinds, gold = tuple(facts["prompts"]), tuple(facts["kinds"]), tuple(facts["gold"])
-    return Report(scores, prompts, kinds, facts["steps"], facts["guidance"], facts["seed"], gold=gold)
+    walk = None if facts.get("walk") is None else Walk(**facts["walk"])
+    return Report(scores, prompts, kinds, facts["steps"], facts["guidance"], facts["seed"], gold=gold, walk=walk)
 
 
 FREE = ("output",)

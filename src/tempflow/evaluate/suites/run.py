@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from tempflow.data.prompts import NO_SOURCES
-from tempflow.evaluate.source import Settings, Source, check_source, find, guidance_for, load_source, settings
+from tempflow.evaluate.source import (
+    Settings,
+    Source,
+    check_source,
+    check_walk,
+    find,
+    guidance_for,
+    load_source,
+    settings,
+    stated,
+)
 from tempflow.evaluate.suite import drawn
 from tempflow.evaluate.suites.figures import Judged, Table, Value, to_json
 from tempflow.evaluate.suites.gallery import FOLDER, PICTURES, Key, gallery, is_gallery, load_picture, missing, named
@@ -27,6 +37,7 @@ from tempflow.evaluate.suites.readers import number_of
 from tempflow.evaluate.suites.scorers import Scorer
 from tempflow.evaluate.suites.table import Suite
 from tempflow.folder import check, claim, free, held, write_json
+from tempflow.grid import SCHEDULER
 from tempflow.models import local_folder, resolved_device
 from tempflow.models.finite import WHY
 from tempflow.request import Prompt
@@ -106,6 +117,7 @@ def side_of(what: str, base: str, given: Mapping[str, Any]) -> Side:
         raise ValueError(f"what: {what!r} makes clips of {size.frames} frames; nearest valid: a model of pictures")
     how = replace(own, size=size, **{k: v for k, v in given.items() if k not in ("height", "width")})
     check_source(source, how.size, how.guidance, how.guidance_options)
+    check_walk(source, how.grid, how.steps)
     return Side(what, source=source, how=how)
 
 
@@ -191,7 +203,9 @@ def _side(side: Side) -> dict[str, Any]:
     if side.how is None or side.source is None:
         return {"pictures": str(Path(side.what).expanduser().resolve())}
     how, source = side.how, side.source
+    grid = stated(source, how.grid)
     return {
+        **({} if grid.how == SCHEDULER else {"grid": str(grid)}),
         "model": source.base,
         "lora": None if source.lora is None else str(source.lora.resolve()),
         "weights": _weights(source),
