@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from tempflow.config import OWN_REWARD, Config
+from tempflow.grid import FILE, SCHEDULER, Grid
 from tempflow.models import HUB_ID, Family, adapter_of, shapes_folder
+from tempflow.models.family import as_sigmas
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.pipeline_folder import licence_of
 
@@ -22,14 +24,17 @@ HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"
 
 @dataclass(frozen=True)
 class Export:
-    """What a card is about: the folder's name, its form and dtype, which weights, if not the ones measured, and the
-    ranks of a LoRA's layers (empty for full training)."""
+    """What a card is about: the folder's name, its form and dtype, which weights, if not those measured, the ranks of
+    a LoRA's layers (empty for full training), the σ grid, and the folder inside of a scheduler that has this grid by a
+    number of steps alone ("": none has)."""
 
     name: str
     form: str
     dtype: str
     unmeasured: str | None
     ranks: tuple[int, ...] = ()
+    grid: Grid = field(default_factory=Grid)
+    few: str = ""
 
     @property
     def adapter(self) -> bool:
@@ -45,6 +50,7 @@ def card(run: Path, config: Config, export: Export) -> str:
         _origin(run, config, export),
         _figures(_summary(run), config, export),
         f"## Use\n\n{_usage(config, export)}",
+        *_grid(config, export),
         f"## Licence\n\n{_licence_text(licence(run, config))}",
     ]
     return "\n".join(parts)
@@ -229,7 +235,7 @@ def _usage(config: Config, export: Export) -> str:
     said = {name: f"{v:g}" if isinstance(v, float) else repr(v) for name, v in guidance.call_options().items()}
     said |= {name: repr(value) for name, value in more.items()}
     named = "".join(f", {name}={value}" for name, value in said.items())
-    options = f"num_inference_steps={e.steps}, {size}{named}"
+    options = f"{_steps(config, export)}, {size}{named}"
     drawing = [f'image = pipe("a red circle", {options}).images[0]', 'image.save("picture.png")']
     if family is not None and family.makes != "picture":
         imports = [*imports, "from diffusers.utils import export_to_video"]
@@ -240,10 +246,55 @@ def _usage(config: Config, export: Export) -> str:
     return "\n".join(["```python", *imports, "", *loading, *drawing, "```", ""])
 
 
+def _steps(config: Config, export: Export) -> str:
+    """What of the call makes the σ grid."""
+    points, family = export.grid.points(config.evaluation.steps), family_of(config)
+    if points is None:
+        return f"num_inference_steps={config.evaluation.steps}"
+    call = (as_sigmas if family is None else family.grid_call)(points, partial(base_settings, config))
+    return ", ".join(f"{name}={value!r}" for name, value in call.items())
+
+
+def _grid(config: Config, export: Export) -> list[str]:
+    """The section about the σ grid, where it is not the scheduler's."""
+    steps = config.evaluation.steps
+    points = export.grid.points(steps)
+    if points is None:
+        return []
+    sigmas = _sigmas(config, points)
+    useful = "" if sigmas is None else f", {sum(sigma >= 0.02 for sigma in sigmas)} of which change the picture"
+    through = "" if sigmas is None else f" (σ = {', '.join(f'{sigma:.4g}' for sigma in sigmas)})"
+    told = (
+        f"## Grid\n\nThese weights were trained and measured on a σ grid of {steps} steps{useful}: from u = "
+        f"{', '.join(f'{u:.4g}' for u in points)} to 0, before the pipeline's own shift{through}. "
+        f"A call with `num_inference_steps={steps}` and no points walks the scheduler's own grid, and the weights were "
+        f"not trained on that. tempflow reads the grid from `{FILE}`.\n\n"
+    )
+    if export.few:
+        told += (
+            f"For programs that take a number of steps alone, the scheduler in `{export.few}/` has this grid, bit for "
+            f"bit, as its own of {steps} steps (and no other number): `pipe.scheduler = type(pipe.scheduler)"
+            f'.from_pretrained({json.dumps(export.name)}, subfolder="{export.few}")`, then no points.\n'
+        )
+    elif not export.adapter:
+        told += "No setting of the scheduler is known that gives this grid by a number of steps alone.\n"
+    return [told]
+
+
+def _sigmas(config: Config, points: Sequence[float]) -> list[float] | None:
+    """What a constant shift makes of points, and the final 0; None where the shift is another, or not known here."""
+    told = base_settings(config, "scheduler/scheduler_config.json") or {}
+    shift = told.get("flow_shift", told.get("shift"))
+    if shift is None or any(told.get(name) for name in ("use_dynamic_shifting", "shift_terminal")):
+        return None
+    return [*(shift * u / (1 + (shift - 1) * u) for u in points), 0.0]
+
+
 def _comfyui_usage(config: Config, export: Export) -> str:
     e, m = config.evaluation, config.model
     return (
         f"Copy `{export.name}.safetensors` to ComfyUI's `models/loras`, and load it behind the base model by the node "
         f"LoraLoaderModelOnly at strength 1. The run's evaluation drew {m.width} × {m.height} in {e.steps} steps at "
-        f"guidance {e.guidance:g}, as the base's diffusers pipeline counts them.\n"
+        f"guidance {e.guidance:g}, as the base's diffusers pipeline counts them"
+        + (".\n" if export.grid.how == SCHEDULER else ", on the σ below (`SamplerCustom` takes them as SIGMAS).\n")
     )

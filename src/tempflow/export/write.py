@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from tempflow.config import Config, load_config
 from tempflow.export.card import Export, base_file, base_name, card, family_of, licence
 from tempflow.folder import check
+from tempflow.grid import SCHEDULER, USEFUL, Grid, grid_in, write_grid
 from tempflow.models import DTYPES, HUB_ID, adapter_of, load
 from tempflow.models.comfyui import comfyui_tensors
 from tempflow.models.family import Family
 from tempflow.models.lora import LORA_FILE, Lora, lora_bytes, merge, paired, ranks_of, write_lora, write_peft
-from tempflow.models.pipeline_folder import INDEX
+from tempflow.models.pipeline_folder import EULER, INDEX, few_step_scheduler
+from tempflow.models.protocol import WalksGrids
 from tempflow.models.quiet import quiet
 
 Form = Literal["lora", "peft", "comfyui", "merged"]
@@ -57,17 +59,18 @@ def export_run(
 
     Raises ValueError for a folder that holds no run, weights or a checkpoint that it does not have, a form that does
     not fit, a target that is not empty or lies inside a model's folder, or too little disk space; OSError where files
-    cannot be read or written. `to` appears complete or not at all.
+    cannot be read or written. `to` appears complete or not at all. The σ grid that the run walked goes with the
+    weights: in the model card, and as `grid.FILE`.
     """
     config = run_config(run)
     form = _form(config, form)
     dtype = _dtype(dtype or config.model.dtype)
     check(to, None, "output")
-    source = _source(run, weights, checkpoint)
+    source, grid, few = _source(run, weights, checkpoint), run_grid(run, config), ""
     with _finished(to) as partial:
         lora = _lora(source, config, weights) if config.model.training == "lora" else {}
         if form == "merged":
-            _write_pipeline(source, config, weights, lora, partial, dtype)
+            few = _write_pipeline(source, config, weights, lora, partial, dtype, grid)
         elif form == "comfyui":
             tensors = _comfyui(config, lora, dtype)
             _check_space(partial, sum(t.nbytes for t in tensors.values()))
@@ -79,7 +82,10 @@ def export_run(
             else:
                 write_lora(lora, partial, DTYPES[dtype], _part(source, config))
         ranks = tuple(sorted(set(ranks_of(lora).values())))
-        _write_papers(run, config, partial, Export(to.name, form, dtype, _unmeasured(source, weights), ranks))
+        if form != "merged" and (grid.how != SCHEDULER or config.model.grid == SCHEDULER):
+            write_grid(grid, partial)  # also where the run left a grid that its base carries
+        told = Export(to.name, form, dtype, _unmeasured(source, weights), ranks, grid, few)
+        _write_papers(run, config, partial, told)
     return to
 
 
@@ -93,6 +99,13 @@ def run_config(run: Path) -> Config:
         hint = f"nearest run: {close[0]}" if close else f"{run.parent} holds no run"
         raise ValueError(f"run: {str(run)!r} has no config.yaml, so it is no run's folder; {hint}")
     return load_config(file)
+
+
+def run_grid(run: Path, config: Config) -> Grid:
+    """The grid that the run walked, and the steps that it was measured in."""
+    if isinstance(config.model.grid, str) and config.model.grid not in (SCHEDULER, USEFUL):
+        return grid_in(run / "model") or Grid()  # of a model that was given as an object, as it was saved
+    return Grid(config.model.grid, None if config.model.grid == SCHEDULER else config.evaluation.steps)
 
 
 def _form(config: Config, form: Form | None) -> Form:
@@ -185,7 +198,10 @@ def _part(source: Path, config: Config) -> str:
         return next(iter(file.keys())).partition(".")[0]
 
 
-def _write_pipeline(source: Path, config: Config, weights: Which, lora: Lora, folder: Path, dtype: str) -> None:
+def _write_pipeline(
+    source: Path, config: Config, weights: Which, lora: Lora, folder: Path, dtype: str, grid: Grid
+) -> str:
+    """Writes it; the name of the folder inside whose scheduler has the grid by a number of steps alone, "" for none."""
     m = config.model
     if m.training == "full" and source.name == "model":
         model = load(str(source), dtype=dtype)
@@ -200,7 +216,17 @@ def _write_pipeline(source: Path, config: Config, weights: Which, lora: Lora, fo
             raise ValueError(f"run: {error}") from error
         model.to_dtype(DTYPES[dtype])
     _check_space(folder, model.nbytes)
+    if isinstance(model, WalksGrids):
+        model.state_grid(grid)
     model.save(str(folder))
+    scheduler = getattr(getattr(model, "pipe", None), "scheduler", None)
+    points = None if grid.usual is None else grid.points(grid.usual)
+    found = None if points is None or type(scheduler).__name__ != EULER else few_step_scheduler(scheduler, points)
+    if found is None:
+        return ""
+    name = f"scheduler_{grid.usual}_steps"
+    found.save_pretrained(folder / name)
+    return name
 
 
 @torch.no_grad()

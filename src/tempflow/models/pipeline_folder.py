@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -264,6 +265,40 @@ def euler_grid(settings: Settings, more: Sequence[str] = ()) -> str:
     pipeline does not give it the points."""
     config = settings("scheduler/scheduler_config.json") or {}
     return next((f"its scheduler has {name}, a grid of its own" for name in (*CONVERTS, *more) if config.get(name)), "")
+
+
+NEAR = 64
+"""How many numbers beside the real solution are tried for one whose rounding agrees."""
+
+
+def few_step_scheduler(scheduler: Any, u: Sequence[float]) -> Any:
+    """A scheduler whose own grid of N steps is, to the last bit, the given one's through points u; None: none is found.
+
+    Between its smallest σ and 1 the scheduler spaces its points evenly, shifts them, and, with `shift_terminal`,
+    stretches 1 − σ linearly. Of N evenly spaced points from 1 to 1/N the wanted 1 − σ is k/(1 − ck), k = 0 … 1, and so
+    is the stretched one, for the shift that solves (b − 1)(1 − m)/b = c, where m is that smallest σ. What is left is
+    rounding, for which numbers beside the solution are tried.
+    """
+    config, count = scheduler.config, len(u)
+    even = [(count - i) / count for i in range(count)]
+    if config.get("use_dynamic_shifting") or config.get("shift_terminal") or list(u) != even or count < 2:
+        return None
+    fresh = lambda **changed: type(scheduler).from_config(config, **changed)  # noqa: E731
+    wanted = fresh()
+    wanted.set_timesteps(sigmas=list(u))
+    last, shift, trained = float(wanted.sigmas[-2]), float(config.shift), int(config.num_train_timesteps)
+    curve, low, high = (shift - 1) * (count - 1) / (count * shift), 1e-3, 1e3
+    for _ in range(100):
+        b = (low + high) / 2
+        smallest = b / (trained + b - 1)
+        low, high = (b, high) if (b - 1) * (1 - smallest) / b < curve else (low, b)
+    for i in range(2 * NEAR):
+        near = b * (1 + (i // 2) * (-1) ** i * 2.0**-24)
+        found = fresh(shift=near, shift_terminal=last)
+        found.set_timesteps(count)
+        if torch.equal(found.sigmas, wanted.sigmas) and torch.equal(found.timesteps, wanted.timesteps):
+            return found
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- licence
