@@ -131,8 +131,8 @@ def read_grid(folder: Path) -> Grid | None:
 def grid_in(place: Path) -> Grid | None:
     """What a folder of weights states: a pipeline's, a LoRA's (or its file), or a finished run's. None: nothing."""
     folder = place.parent if place.is_file() else place
-    places = (folder, folder / "scheduler", folder / "model", folder / "model" / "scheduler")
-    return next((found for inside in places if (found := read_grid(inside)) is not None), None)
+    folder = folder / "model" if (folder / "config.yaml").is_file() else folder
+    return read_grid(folder / "scheduler" if (folder / "scheduler").is_dir() else folder)
 
 
 def _points(count: int) -> str:

@@ -38,7 +38,7 @@ from tempflow.rewards.compose import COLUMN
 from tempflow.rewards.protocol import Reward, check_prompts
 from tempflow.strict import nearest, shown
 from tempflow.train.context import Context
-from tempflow.train.grids import grid_of, on_grid
+from tempflow.train.grids import on_grid
 from tempflow.train.identity import Identity
 from tempflow.train.judged import LatentJudge, by_pictures
 from tempflow.train.parallel import SINGLE, Shards, World
@@ -105,7 +105,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
                 model.add_lora_on(ranks_of(lora), m.lora_alpha / m.lora_rank)
     else:
         model.train_fully()
-    on_grid(config.with_model(grid=grid_of(config).how), model)
+    on_grid(config, model, loaded=True)
     if isinstance(model, TakesTools):
         for note in model.notes():
             say(f"model: {note}")

@@ -46,15 +46,17 @@ def with_grid(config: Config, algorithm: Algorithm, model: Model | None = None) 
     return config if m.grid != OWN or grid.how == SCHEDULER else config.with_model(grid=grid.how)
 
 
-def on_grid(config: Config, model: Model) -> Model:
-    """The model, on the grid that the run states, if it does; what is saved of it carries that."""
-    if config.model.grid == OWN:
+def on_grid(config: Config, model: Model, loaded: bool = False) -> Model:
+    """The model, on the grid that the run states; what is saved carries that. `loaded`: it is the configuration's,
+    so that "own" is what the weights carry that the run starts from. Raises ValueError as `with_grid` does."""
+    if config.model.grid == OWN and not loaded:
         return model
-    grid = Grid(config.model.grid, None if config.model.grid == SCHEDULER else config.evaluation.steps)
+    grid, steps = grid_of(config), config.evaluation.steps
     _check_walks(isinstance(model, WalksGrids), grid, model.name)
+    grid.check_steps("evaluation.steps", steps)
     if isinstance(model, WalksGrids):
         with config.naming("model"):
-            model.state_grid(grid)
+            model.state_grid(Grid(grid.how, None if grid.how == SCHEDULER else steps))
     return model
 
 
