@@ -1,48 +1,54 @@
-"""Two modes on a line: distribution matching alone loses one where its fake score lags; a taught first step keeps both.
+"""Two modes on a line: distribution matching alone loses one where its fake score lags; DP-DMD keeps both.
 
     python -m benchmarks.two_modes [--updates 500] [--seeds 3] [--output FILE]
 
 The teacher is exact: the velocity of ½N(−1.5, .2²) + ½N(1.5, .2²). The student is a small network that regressed that
-velocity, so it draws both modes, and it walks four Euler steps on σ = 1, .9, .75, .5, 0. Two ways to train it:
+velocity, so it draws both modes, and it walks four Euler steps on σ = 1, .9, .75, .5, 0. Two ways to train it, by the
+objectives of the package's algorithms:
 
-    matching      DMD on the last state, through all four steps
-    first step    the same on steps 2 to 4 behind a cut, and the first step's velocity regresses the teacher's: half of
-                  ten steps from the same noise (the division of DP-DMD)
+    dmd       `dmd2(stop="end", through=None)`: matching of the last state, through all four steps
+    dp_dmd    `dp_dmd`: the same by the noisy x_t on steps 2 to 4 behind a cut; the first step's velocity regresses the
+              teacher's, half of ten steps from the same noise. λ = 1: here both losses are of one size
 
 with two models of the student's own samples:
 
-    exact         the posterior mean over 256 samples of the student as it is now
-    lagging       a network, as the student at first, that takes one step for each of the student's, ten times smaller
+    exact     the posterior mean over 256 samples of the student as it is now
+    lagging   a network, as the student at first, that takes one step for each of the student's, ten times smaller
 
-t is uniform in [.02, .98], the normaliser mean |x − x̂_real|. For each seed, over the second half of the updates: the
-share of samples on the emptier side (½ is the teacher's), its mean and its least; and the mean share of samples within
-three deviations of a mode. A fake score that lags lets the student swing from mode to mode, so one moment tells little.
-Where it is exact, matching alone keeps both modes too. float32, one thread.
+t is uniform in [.02, .98] for both. For each seed, over the second half of the updates: the share of samples on the
+emptier side (½ is the teacher's), its mean and its least; and the mean share of samples within three deviations of a
+mode. A fake score that lags lets the student swing from mode to mode, so one moment tells little. Where it is exact,
+matching alone keeps both modes too. float32, one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
-from tempflow.core.distill import matching_gradient, mean_velocity, surrogate, velocity_error
-from tempflow.core.likelihood_proxy import corrupt, target_velocity, x0_of_velocity
-from tempflow.core.schedule import explicit, linear
-from tempflow.core.unroll import Unrolled, unroll
+from tempflow.algorithms import dmd2, dp_dmd
+from tempflow.core.distill import velocity_error
+from tempflow.core.likelihood_proxy import corrupt, velocity_of_x0
+from tempflow.core.objective.edges import Predict
+from tempflow.core.objective.noises import NoiseBatch
+from tempflow.core.rng import Stream
+from tempflow.core.schedule import explicit
+from tempflow.core.unroll import unroll
 
 MODES, SPREAD = torch.tensor([-1.5, 1.5]), 0.2
-GRID, TEACHER_GRID, TEACHER_STEPS = explicit((1, 0.75, 0.5, 0.25), 3.0), linear(10, 3.0), 5
+GRID = explicit((1, 0.75, 0.5, 0.25), 3.0)
 BATCH, OTHERS = 64, 256
 RATE, LAG = 1e-3, 0.1
 EVERY = 5
-METHODS, FAKES = ("matching", "first step"), ("exact", "lagging")
+METHODS, FAKES = ("dmd", "dp_dmd"), ("exact", "lagging")
 
 
 def teacher(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
@@ -83,8 +89,9 @@ def rows(x: Tensor) -> Tensor:
     return torch.zeros(len(x), dtype=torch.long)
 
 
-def walked(network: nn.Module, noise: Tensor, last: int | None = 0, cuts: Sequence[int] = ()) -> Unrolled:
-    return unroll(noise, GRID, network, rows(noise), last=last, cuts=cuts)
+def walked(network: Predict, noise: Tensor) -> Tensor:
+    """The student's samples, without gradients."""
+    return unroll(noise, GRID, network, rows(noise), last=0).x
 
 
 def pretrained(updates: int = 800) -> Network:
@@ -115,42 +122,54 @@ def posterior_mean(samples: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return weight @ samples
 
 
+def losses(method: str) -> tuple[Any, Any]:
+    """The fake score's objective and the student's, as the algorithm has them, with the same times."""
+    plain = dmd2(stop="end", through=None, teacher_guidance=1.0)
+    diverse = dp_dmd(teacher_guidance=1.0, teacher_steps=10, taught=5, weight=1.0)
+    if method == "dmd":
+        fake, student = (phase.objective for phase in plain.phases)
+        return fake, student
+    fake, student = (phase.objective for phase in diverse.phases)
+    times = plain.objective.times
+    return replace(fake, times=times), replace(student, matching=replace(student.matching, times=times))
+
+
+def batch(seed: int, update: int, count: int = BATCH) -> NoiseBatch:
+    """Fresh starting noises."""
+    ids = tuple((0, update, 0, number) for number in range(count))
+    x = Stream(seed, "start").normal(ids, (1,)).float()
+    return NoiseBatch(x, rows(x), ids, seed, GRID)
+
+
+def exact(student: Network, seed: int, update: int) -> Predict:
+    """The velocity that the student's samples have, by a fresh lot of them."""
+    own = walked(student, Stream(seed, "others").normal([(update, n) for n in range(OTHERS)], (1,)).float())
+
+    def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        return velocity_of_x0(x, posterior_mean(own, x, sigma.to(x)), sigma.to(x))
+
+    return predict
+
+
 def train(start: Network, method: str, fake: str, updates: int, seed: int, watch: Callable[[Network], None]) -> Network:
     """The student after so many updates; `watch` sees it before every `EVERY`-th."""
-    draws = Draws(torch.Generator().manual_seed(seed))
     student, model = copy.deepcopy(start), copy.deepcopy(start)
     optimizer = torch.optim.AdamW(student.parameters(), RATE, betas=(0.9, 0.95))
     follower = torch.optim.AdamW(model.parameters(), RATE * LAG, betas=(0.9, 0.95))
-    taught = method == "first step"
+    follows, matching = losses(method)
     for update in range(updates):
         if update % EVERY == 0:
             watch(student)
-        noise = draws.noise()
-        walk = walked(student, noise, last=None, cuts=[1] if taught else [])
-        with torch.no_grad():
-            t, x = draws.times(), walk.x.detach()
-            at = corrupt(x, draws.noise(), t)
-            if fake == "exact":
-                own = posterior_mean(walked(student, draws.noise(OTHERS)).x, at, t)
-            else:
-                own = x0_of_velocity(at, model(at, t, rows(at)), t)
-            gradient = matching_gradient(own, x0_of_velocity(at, teacher(at, t, rows(at)), t), x)
-        loss = surrogate(walk.x, gradient).mean()
-        if taught:
-            part = unroll(noise, TEACHER_GRID, teacher, rows(noise), stop=TEACHER_STEPS, look=False, last=0)
-            target = mean_velocity(noise, part.x, torch.ones(BATCH), part.sigma)
-            loss = loss + velocity_error(walk.visits[0].velocity, target).mean()
-        step(optimizer, loss)
+        own = exact(student, seed, update) if fake == "exact" else model
+        step(optimizer, matching({"policy": student, "reference": teacher, "fake": own}, batch(seed, 2 * update)).value)
         if fake == "lagging":
-            x, noise, t = walked(student, draws.noise()).x, draws.noise(), draws.times()
-            said = model(corrupt(x, noise, t), t, rows(x))
-            step(follower, velocity_error(said, target_velocity(x, noise)).mean())
+            step(follower, follows({"policy": student, "fake": model}, batch(seed, 2 * update + 1)).value)
     return student
 
 
 def samples(student: Network, count: int = 4096) -> Tensor:
     """What it draws from fixed noises, [count]."""
-    return walked(student, torch.randn(count, 1, generator=torch.Generator().manual_seed(99))).x[:, 0].detach()
+    return walked(student, torch.randn(count, 1, generator=torch.Generator().manual_seed(99)))[:, 0]
 
 
 def rarer(x: Tensor) -> float:

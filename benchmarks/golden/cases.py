@@ -289,6 +289,11 @@ CASES: dict[str, Case] = {
         guidance=1.5,
     ),
     "dp_dmd": _case("dp_dmd", teacher_guidance=1.5, fake_updates=2, weight=0.5),
+    "rats": _case("rats", noises=3, parts=2, teacher_guidance=1.5),
+    "rats, failed scores": Case("rats", {"noises": 4, "parts": 2, "mix": 0.5, "turns": 2}, reward="patchy"),
+    "rats, shaping alone": Case(
+        "rats", {"noises": 3, "parts": 2, "reward_term": "none"}, objective={"strength": None}, guidance=1.5
+    ),
     "opd": _case("opd", teacher_guidance=1.5, turns=2),
     "opd, its other knobs": _case("opd", teacher_guidance=0.0, power=2.0),
     # ------------------------------------------------------------------------------------------------------- offline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.two_modes import MODES, SPREAD, near, posterior_mean, pretrained, rarer, run, teacher
+from benchmarks.two_modes import METHODS, MODES, SPREAD, near, posterior_mean, pretrained, rarer, run, teacher
 from tempflow.core.schedule import linear
 from tempflow.core.unroll import unroll
 
@@ -33,7 +33,7 @@ def test_shares_count_what_lies_where() -> None:
 
 
 @pytest.mark.slow
-def test_matching_with_a_fake_score_that_lags_loses_a_mode_and_a_taught_first_step_keeps_both() -> None:
+def test_matching_with_a_fake_score_that_lags_loses_a_mode_and_dp_dmd_keeps_both() -> None:
     start = pretrained()
-    (alone, taught) = (run(start, method, "lagging", 300, seed=0).rarer for method in ("matching", "first step"))
+    (alone, taught) = (run(start, method, "lagging", 300, seed=0).rarer for method in METHODS)
     assert min(alone) < 0.05 and min(taught) > 0.25

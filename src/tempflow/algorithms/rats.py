@@ -9,7 +9,7 @@ way is worth following; where the student has caught up, the reward should lead.
              sample where its σ is nearest  (distill.shaping, nearest_nodes)
     gate     g = sg sigmoid((R_T − R_S)/(τ·Z)): ½ between equals, and never quite 0  (distill.reward_gate)
     loss     L_reward + `weight`·mean g·shaping  (core.objective.shaping)
-    reward   "nft": DiffusionNFT's loss on the student's own samples, at the σ of its own nodes, with advantages
+    term     "nft": DiffusionNFT's loss on the student's own samples, at the σ of its own nodes, with advantages
              (R_S − mean of the prompt's)/Z; "none": shaping alone
 
 Where a score failed, that row is not shaped, or has no advantage. The teacher is asked with a guidance of its own.
@@ -50,7 +50,7 @@ def rats(
     weight: float = 1.0,
     square: float = 1.0,
     temperature: float = 1.0,
-    reward: Literal["nft", "none"] = "nft",
+    reward_term: Literal["nft", "none"] = "nft",
     mix: float = 1.0,
     turns: int = 1,
 ) -> Algorithm:
@@ -63,7 +63,7 @@ def rats(
         weight: α, of the shaping.
         square: c, of the square beside the cosine.
         temperature: τ of the gate, in units of the scores' spread.
-        reward: "nft", DiffusionNFT's loss on the student's own samples; "none", shaping alone.
+        reward_term: "nft", DiffusionNFT's loss on the student's own samples; "none", shaping alone.
         mix: β of that loss.
 
     Raises ValueError naming the argument, its value and a valid one.
@@ -71,11 +71,11 @@ def rats(
     at_least("steps", steps, 1)
     check_few(noises, teacher_guidance)
     proportion("teacher_decay", teacher_decay, 0.99)
-    one_of("reward", reward, ("nft", "none"))
+    one_of("reward_term", reward_term, ("nft", "none"))
     positive("mix", mix, 1.0)
     not_negative("weight", weight, "0 leaves the reward's term alone")
-    term = NegativeAware(mix) if reward == "nft" else None
+    term = NegativeAware(mix) if reward_term == "nft" else None
     objective = GatedShaping(weight, square, temperature, parts, shift, teacher_guidance, term)
-    sets = {"teacher": Ramp(0, teacher_decay, teacher_decay)} | ({"old": Copy()} if reward == "nft" else {})
+    sets = {"teacher": Ramp(0, teacher_decay, teacher_decay)} | ({"old": Copy()} if reward_term == "nft" else {})
     phases = (NoisePhase(objective, noises, together=True),)
     return Algorithm(name="rats", steps=steps, phases=phases, weight_sets=sets, turns=turns)
