@@ -373,6 +373,7 @@ def test_the_sd35_recipe_has_the_papers_settings():
         ("segment_matching", {"cost": (0, 0, 4, 16), "rate": 3e-5, "prompts": 72, "side": 512, "useful": True}),
         ("dmd2", {"cost": (44, 0, 11, 2), "rate": 3e-5, "prompts": 72, "side": 512, "useful": True}),
         ("dp_dmd", {"cost": (21, 0, 9, 12), "rate": 1e-5, "prompts": 32, "side": 1024, "useful": True}),
+        ("rats", {"cost": (32, 16, 64, 384), "rate": 3e-5, "prompts": 16, "side": 512, "useful": True}),
         ("opd", {"cost": (0, 0, 10, 20), "rate": 3e-5, "prompts": 72, "side": 512, "useful": False}),
     ],
 )

@@ -18,6 +18,7 @@ from tempflow.recipes.sd35_students import (
     sd35_medium_dmd2,
     sd35_medium_dp_dmd,
     sd35_medium_opd,
+    sd35_medium_rats,
     sd35_medium_segment_matching,
 )
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
@@ -68,6 +69,7 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "sd35_medium_dmd2": sd35_medium_dmd2,
     "sd35_medium_dp_dmd": sd35_medium_dp_dmd,
     "sd35_medium_opd": sd35_medium_opd,
+    "sd35_medium_rats": sd35_medium_rats,
     "flux1_dev_flow_grpo": flux1_dev_flow_grpo,
     "qwen_image_flow_grpo": qwen_image_flow_grpo,
     "z_image_flow_grpo": z_image_flow_grpo,
@@ -101,6 +103,7 @@ __all__ = [
     "sd35_medium_dp_dmd",
     "sd35_medium_gdmd",
     "sd35_medium_opd",
+    "sd35_medium_rats",
     "sd35_medium_rtdmd",
     "sd35_medium_rtdmd_cold_start",
     "sd35_medium_segment_matching",

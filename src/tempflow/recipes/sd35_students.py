@@ -63,6 +63,16 @@ def sd35_medium_opd() -> Config:
     return _student("opd", {"name": "opd", "noises": 1}, model, RTDMD_OPTIMIZER, 1000, 72, 9, steps=10)
 
 
+def sd35_medium_rats() -> Config:
+    """RATS on SD 3.5 Medium: four steps beside 48 of their own average, and DiffusionNFT's loss on their samples. Ours.
+
+    Nobody published it: the paper's students are of FLUX.1 and Wan2.1, and its reward's term and constants are unknown.
+    The teacher has 50 steps there, 48 here, which contain the student's. Start from a distilled student
+    (`model.start`); the reward here is a stand-in, and it is trained on.
+    """
+    return _student("rats", {"name": "rats"}, RTDMD_LORA, RTDMD_OPTIMIZER, 400, 16, 9)
+
+
 def _student(
     name: str,
     algorithm: dict[str, Any],
@@ -73,7 +83,7 @@ def _student(
     rows: int,
     steps: int = 4,
 ) -> Config:
-    """`rows`: what a rank draws, or trains on, at once; one noise for each of the prompts."""
+    """`rows`: what a rank draws, or trains on, at once; the algorithm says how many noises a prompt has."""
     return Config.model_validate(
         {
             "name": f"sd35-medium-{name}",
