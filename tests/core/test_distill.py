@@ -449,3 +449,13 @@ def test_with_exact_scores_rewarded_targets_stand_still_where_plain_ones_do() ->
     assert 0 < float(high[0]) < float(plain[0])
     # where the reward's term outweighs the other, it turns round: the head pushes off from worse targets
     assert float(gradient(MEAN + 0.2, STD, 0.1, 2.0)[0]) < 0
+
+
+def test_samples_of_zeros_have_no_direction_and_no_nan() -> None:
+    """As a model of data around 0 predicts at pure noise."""
+    zeros, other = torch.zeros(1, 3, dtype=torch.float64), seeded(1, 3)
+    for mine, theirs, apart in ((zeros, zeros, 0.0), (zeros, other, 0.5), (other, zeros, 0.5), (other, other, 0.0)):
+        mine = mine.clone().requires_grad_()
+        value = shaping(mine, theirs, square=0.0)
+        (slope,) = torch.autograd.grad(value.sum(), mine)
+        assert value.item() == pytest.approx(apart, abs=1e-12) and bool(slope.isfinite().all())

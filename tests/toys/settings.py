@@ -93,6 +93,7 @@ TOYS: dict[str, Toy] = {
     "dmd2": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
     "dp_dmd": Toy({"noises": 12, **PAIR}, iterations=40, repeat=1, rate=1e-2),
     "gdmd": Toy({"steps": 4, "noises": 12, "turns": 4}, iterations=40, repeat=1, rate=1e-2),
+    "rtdmd": Toy({"noises": 4, "fake_updates": 2, "train_steps": None, **CHAIN}, iterations=60),
     # it starts as its teacher, so only the reward leads anywhere
     "rats": Toy({"noises": 12, "parts": 2, "weight": 0.1, "turns": 2}, iterations=40, rate=1e-2),
     "opd": Toy({"noises": 12}, iterations=40, repeat=1, rate=1e-2),

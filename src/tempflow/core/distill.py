@@ -25,6 +25,9 @@ from tempflow.core.schedule import Schedule, refined
 from tempflow.core.state import WHOLE, Reduce, StateLayout, to_rows, upcast
 from tempflow.core.unroll import unroll
 
+TINY = 1e-12
+"""The smallest mean square that a direction is taken of."""
+
 
 def matching_gradient(fake: Tensor, real: Tensor, anchor: Tensor | None = None, layout: StateLayout = WHOLE) -> Tensor:
     """g = (x̂_fake − x̂_real) / mean |anchor − x̂_real|, [B, *S], detached: what a student's sample should move against.
@@ -143,14 +146,19 @@ def reward_gate(gap: Tensor, temperature: float = 1.0, least: float = 0.0) -> Te
 def shaping(student: Tensor, teacher: Tensor, square: float = 1.0, layout: StateLayout = WHOLE) -> Tensor:
     """1 − cos(x̂_S, sg x̂_T) + c·mean (x̂_S − sg x̂_T)², [B], of clean samples predicted at matched σ (RATS).
 
-    square: c, ≥ 0; its size is ours. The cosine is taken over the elements that count; one of them must not be 0.
+    square: c, ≥ 0; its size is ours. The cosine is taken over the elements that count. A sample of zeros has no
+    direction: 1 − cos is ½ beside another, and 0 between two of them.
     """
     not_negative("square", square, "0 turns it off")
     student, teacher = _alike("teacher", student, teacher.detach())
 
     def measure(mean: Reduce) -> Tensor:
-        length = (mean(student.square()) * mean(teacher.square())).sqrt()
-        return 1 - mean(student * teacher) / length + square * mean((student - teacher).square())
+        mine, theirs = mean(student.square()), mean(teacher.square())
+        of_mine, of_theirs = mine.clamp(min=TINY), theirs.clamp(min=TINY)
+        # ½·‖a − b‖² of both directions: 1 − cos, and 0 of two zeros
+        cosine = mean(student * teacher) / (of_mine * of_theirs).sqrt()
+        apart = (mine / of_mine + theirs / of_theirs) / 2 - cosine
+        return apart + square * mean((student - teacher).square())
 
     return layout.measured(measure)
 
