@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ NO_LOG_PROB = "a deterministic (ODE) step has no log-probability"
 _PARTS = 1 << 53
 """Into so many parts of probability a draw of a token divides 1."""
 
-_AT_ONCE = 1 << 24
-"""Probabilities that a draw holds in float64 at a time: 128 MiB."""
+AT_ONCE = 1 << 24
+"""Probabilities of tokens that are held in float32 or better at a time: 64 or 128 MiB."""
 
 
 def velocity_kl(v: Tensor, v_ref: Tensor, layout: StateLayout = WHOLE) -> Tensor:
@@ -89,7 +89,7 @@ class Transition(Protocol):
         ...
 
 
-class _Counted:
+class Counted:
     """Numbers per row of what is known of each element, by a layout."""
 
     layout: StateLayout
@@ -120,7 +120,7 @@ class _Counted:
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian(_Counted):
+class Gaussian(Counted):
     """Independent normals with one std per row: y = mean + std·z.
 
     ``mean`` is [B, *S], ``std`` is [B] and >= 0. A row with std 0 is a point: it can be sampled, but it has no density,
@@ -167,7 +167,7 @@ class Gaussian(_Counted):
         With equal stds S it is mean (Δμ)² / (2 S²). Raises ValueError for a wrong shape, a row with std 0 or a law of
         another kind.
         """
-        _check_kind(other, Gaussian)
+        check_kind(other, Gaussian)
         self._require_noise()
         other._require_noise()
         _check_shape("other.mean", other.mean, self.mean)
@@ -186,7 +186,7 @@ class Gaussian(_Counted):
 
 
 @dataclass(frozen=True, eq=False)
-class Categorical(_Counted):
+class Categorical(Counted):
     """Independent tokens y in 0 … V−1 with p(y = k) = softmax(logits)_k; all in float32, or float64 where logits are.
 
     ``logits`` is [B, *S, V] and need not be normalised; −∞ is a token that cannot be. A log-prob of such a token is −∞
@@ -213,7 +213,7 @@ class Categorical(_Counted):
     @property
     def mode(self) -> Tensor:
         """The likeliest tokens, LongTensor [B, *S], the first of equals. Raises ValueError where there is no law."""
-        self._require_law(self.logits.amax(-1))
+        self.check_law()
         return self.logits.argmax(-1)
 
     def counted_by(self, layout: StateLayout) -> Categorical:
@@ -229,15 +229,15 @@ class Categorical(_Counted):
         """
         if noise.shape != self.logits.shape[:-1]:
             raise ValueError(f"noise: shape {tuple(noise.shape)} must be {tuple(self.logits.shape[:-1])}")
-        self._require_law(self.logits.amax(-1))
+        self.check_law()
         size = self.logits.shape[-1]
         rows, u = self.logits.detach().reshape(-1, size), double(noise).reshape(-1, 1)
         tokens = torch.empty(len(rows), dtype=torch.long, device=self.logits.device)
-        at_once = max(1, _AT_ONCE // size)
+        at_once = max(1, AT_ONCE // size)
         for first in range(0, len(rows), at_once):
             some = slice(first, first + at_once)
             wide = double(rows[some])
-            tokens[some] = _inverse(wide, u[some].to(wide.device)).to(tokens.device)
+            tokens[some] = inverse(wide, u[some].to(wide.device))[0].to(tokens.device)
         return tokens.view(noise.shape)
 
     def log_density(self, y: Tensor) -> Tensor:
@@ -247,6 +247,9 @@ class Categorical(_Counted):
         outside 0 … V−1.
         """
         check_tokens("y", y, self.logits.shape[:-1], self.logits.shape[-1])
+        if self.logits.numel() > AT_ONCE:
+            size = self.logits.shape[-1]
+            return cast(Tensor, _LogProb.apply(self.logits.reshape(-1, size), y.reshape(-1))).view(y.shape)
         logits = upcast(self.logits)
         return logits.gather(-1, y[..., None])[..., 0] - logits.logsumexp(-1)
 
@@ -255,15 +258,16 @@ class Categorical(_Counted):
 
         Raises ValueError for another shape or a law of another kind.
         """
-        _check_kind(other, Categorical)
+        check_kind(other, Categorical)
         _check_shape("other.logits", other.logits, self.logits)
         log_p, log_q = upcast(self.logits).log_softmax(-1), upcast(other.logits).log_softmax(-1)
         never = log_p == -math.inf  # 0·log 0 is 0, and no gradient may come of the NaN that it would be
         gap = log_p.masked_fill(never, 0.0) - log_q.masked_fill(never, 0.0)
         return self.layout.mean((log_p.exp() * gap).sum(-1))
 
-    def _require_law(self, largest: Tensor) -> None:
-        """`largest` [B, *S]: of each element's logits."""
+    def check_law(self) -> None:
+        """Raises ValueError where there is no law. It waits for the device."""
+        largest = self.logits.amax(-1)
         fine = largest.isfinite()
         if not bool(fine.all()):
             row = int((~fine.view(len(fine), -1).all(1)).int().argmax())
@@ -273,7 +277,7 @@ class Categorical(_Counted):
 
 def gaussian(law: Transition) -> Gaussian:
     """The law itself. Raises ValueError for one of tokens, which has neither mean nor std."""
-    _check_kind(law, Gaussian)
+    check_kind(law, Gaussian)
     assert isinstance(law, Gaussian)
     return law
 
@@ -291,13 +295,43 @@ def check_tokens(name: str, tokens: Tensor, shape: tuple[int, ...], vocabulary: 
             raise ValueError(f"{name}: token {bad} is outside 0 … {vocabulary - 1}, the vocabulary; nearest: {near}")
 
 
-def _inverse(logits: Tensor, u: Tensor) -> Tensor:
-    """First indices whose cumulated share exceeds u, LongTensor [N]; logits float64 [N, V], u float64 [N, 1]."""
-    summed = (logits.softmax(-1) * _PARTS).round().long().cumsum(-1)
+def inverse(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """First indices whose cumulated share exceeds u, LongTensor [N], and where in their share u lies, [N] in (0, 1).
+
+    logits float64 [N, V], u float64 [N, 1]. The second is uniform where u is, as finely as the share divides 2⁵³.
+    """
+    parts = (logits.softmax(-1) * _PARTS).round().long()
+    summed = parts.cumsum(-1)
     total = summed[:, -1:]
     # u is below 1, but not always once it is rounded
     place = (u * total).long().minimum(total - 1)
-    return torch.searchsorted(summed, place, right=True)[:, 0]
+    index = torch.searchsorted(summed, place, right=True)
+    own = parts.gather(-1, index)
+    rest = (place - summed.gather(-1, index) + own).double() + 0.5
+    return index[:, 0], (rest / own)[:, 0]
+
+
+class _LogProb(torch.autograd.Function):
+    """log softmax(logits)[y] of rows [N, V] in parts of `AT_ONCE`, [N], in float32 or better, without a copy of all
+    logits in it: of a codebook of 10⁵ that would be twice the logits themselves, and their softmax as much again."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
+        rows = max(1, AT_ONCE // logits.shape[-1])
+        total = torch.cat([upcast(part).logsumexp(-1) for part in logits.split(rows)])
+        ctx.save_for_backward(logits, y, total)
+        ctx.rows = rows
+        return upcast(logits.gather(-1, y[:, None])[:, 0]) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, y, total = ctx.saved_tensors
+        out, (grad,) = torch.empty_like(logits), grads
+        for first in range(0, len(y), ctx.rows):
+            some = slice(first, first + ctx.rows)
+            part = -grad[some, None] * (upcast(logits[some]) - total[some, None]).exp()
+            out[some] = part.scatter_add(-1, y[some, None], grad[some, None]).to(out.dtype)
+        return out, None
 
 
 def _weighted_mean(values: Tensor, region: Tensor, layout: StateLayout) -> Tensor:
@@ -318,7 +352,7 @@ def _weighted_mean(values: Tensor, region: Tensor, layout: StateLayout) -> Tenso
     return mean_dims(inside) / total
 
 
-def _check_kind(law: object, kind: type) -> None:
+def check_kind(law: object, kind: type) -> None:
     if not isinstance(law, kind):
         raise ValueError(f"law: a {type(law).__name__} is of another kind of state; nearest valid: a {kind.__name__}")
 

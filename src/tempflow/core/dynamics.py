@@ -328,14 +328,14 @@ class MixtureJump:
 
     def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """True, [B]: every step has a log-probability."""
-        self._check(scale)
+        no_scale(scale)
         return torch.ones_like(schedule.after(step), dtype=torch.bool)
 
     def coefficients(
         self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raises ValueError: tokens have no mean and no std."""
-        raise ValueError(f"dynamics: {self} moves tokens, which have no mean and no std; nearest valid: FlowSDE()")
+        raise no_coefficients(self)
 
     def transition(
         self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
@@ -349,7 +349,7 @@ class MixtureJump:
         Raises ValueError when shapes do not agree, for tokens outside the vocabulary (where looking is free, on the
         CPU), a step out of range or another scale.
         """
-        self._check(scale)
+        no_scale(scale)
         check_tokens("x", x, tuple(x.shape), self.vocabulary)
         check_prediction(logits, x, self.corruption, "logits")
         logits = upcast(logits)
@@ -360,13 +360,20 @@ class MixtureJump:
         kept = torch.where(odds == -math.inf, own, _log_sum(own, logits.logsumexp(-1) + odds))
         return Categorical(logits.scatter(-1, x[..., None], kept[..., None]))
 
-    def _check(self, scale: float | Tensor) -> None:
-        if isinstance(scale, Tensor):
-            if scale.device.type != "cpu" or bool((scale == 1).all()):
-                return
-            scale = float(scale[scale != 1][0])
-        if scale != 1:
-            raise ValueError(f"scale: {scale}, but jumps of tokens have no noise level; nearest valid: 1")
+
+def no_scale(scale: float | Tensor) -> None:
+    """Raises ValueError for a scale other than 1, which jumps of tokens have not."""
+    if isinstance(scale, Tensor):
+        if scale.device.type != "cpu" or bool((scale == 1).all()):
+            return
+        scale = float(scale[scale != 1][0])
+    if scale != 1:
+        raise ValueError(f"scale: {scale}, but jumps of tokens have no noise level; nearest valid: 1")
+
+
+def no_coefficients(dynamics: object) -> ValueError:
+    """What jumps of tokens raise for their mean and std."""
+    return ValueError(f"dynamics: {dynamics} moves tokens, which have no mean and no std; nearest valid: FlowSDE()")
 
 
 def _log_sum(a: Tensor, b: Tensor) -> Tensor:
