@@ -306,6 +306,8 @@ def memory_of(config: Config, cost: RunCost, ranks: int = 1) -> Memory | str:
     adapter = adapter_of(m.path, folder)
     if not issubclass(adapter, DiffusersModel):
         return "its adapter is of another kind than those of diffusers' pipelines"
+    if adapter.family.own:
+        return "no library has its networks, and memory is counted of libraries' classes"
     device = config.device if config.device != "auto" else resolved_device("auto")
     dtype = (
         m.dtype if m.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else resolved_dtype("auto", device))

@@ -16,7 +16,7 @@ from tempflow.algorithms.lesson import POLICY, Phase, Role, Seeded
 from tempflow.core.checks import positive
 from tempflow.core.credit import AsScored, CreditRule
 from tempflow.core.draft import Draft, NoDraft, Precision
-from tempflow.core.dynamics import Dynamics
+from tempflow.core.dynamics import Dynamics, ModelJump
 from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
 from tempflow.core.offline import OfflineSamples
@@ -139,6 +139,29 @@ class Algorithm:
             phase.check(grid.steps, plan, self.dynamics, self.schedule(0, linear(self.steps)))
 
     # ---------------------------------------------------------------------------------------------- what it is made of
+    def on(self, jump: Dynamics | None, model: str) -> Self:
+        """The same on the states of that model: where these are tokens, `jump` is how it is drawn, else None.
+
+        Raises ValueError where the algorithm moves states of another kind.
+        """
+        self.check_states(jump is not None, model)
+        return replace(self, dynamics=jump) if isinstance(self.dynamics, ModelJump) else self
+
+    def check_states(self, tokens: bool, model: str) -> None:
+        """Raises ValueError where the algorithm moves states of another kind than the model, by its name. An algorithm
+        that names its own jumps may serve a model that does not say that it moves tokens."""
+        mine = self.dynamics is not None and self.dynamics.corruption.prediction == "logits"
+        if tokens and not mine:
+            raise ValueError(
+                f"algorithm: {self.name[:40]} moves real numbers, and the states of {model[:60]!r} are tokens; nearest "
+                "valid: udm_grpo"
+            )
+        if not tokens and isinstance(self.dynamics, ModelJump):
+            raise ValueError(
+                f"algorithm: {self.name[:40]} trains tokens, and the states of {model[:60]!r} are numbers; nearest "
+                "valid: tempflow_grpo"
+            )
+
     @property
     def first(self) -> Phase:
         """The policy's first phase, which records tell of without a prefix."""

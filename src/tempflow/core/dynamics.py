@@ -361,6 +361,42 @@ class MixtureJump:
         return Categorical(logits.scatter(-1, x[..., None], kept[..., None]))
 
 
+@dataclass(frozen=True)
+class ModelJump:
+    """The jumps of whatever model is drawn from, which moves tokens: they stand in an algorithm for these until the
+    model is there. Only the kind of its states is known, so a step raises ValueError."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "uniform"
+
+    @property
+    def corruption(self) -> MixturePath:
+        """A path of tokens; which one, and of how many codes, the model says."""
+        return MixturePath(2)
+
+    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """True, [B], as far as is known."""
+        no_scale(scale)
+        return torch.ones_like(schedule.after(step), dtype=torch.bool)
+
+    def coefficients(
+        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises ValueError: tokens have no mean and no std."""
+        raise no_coefficients(self)
+
+    def transition(
+        self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> Categorical:
+        """Raises ValueError: there is no model yet."""
+        raise ValueError("dynamics: no model has said how its tokens jump; nearest valid: MixtureJump(vocabulary)")
+
+
 def no_scale(scale: float | Tensor) -> None:
     """Raises ValueError for a scale other than 1, which jumps of tokens have not."""
     if isinstance(scale, Tensor):

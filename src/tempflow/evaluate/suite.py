@@ -1,4 +1,4 @@
-"""Fixed prompts, fixed seeds, deterministic sampling: the same noise for every model that is compared."""
+"""Fixed prompts, fixed seeds: the same noise for every model that is compared, and nothing else that is random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tempflow.core import plan
-from tempflow.core.dynamics import ODE
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.scores import Scores
 from tempflow.evaluate.figures import Report, Walk
@@ -25,7 +24,7 @@ from tempflow.media import Media, Size
 from tempflow.models.family import check_size
 from tempflow.models.finite import WHOLE, Decoded, NotFiniteError, decoded, encoded, told
 from tempflow.models.guidance import Guidance, guided
-from tempflow.models.protocol import Model, Predict, WalksGrids, layout_of
+from tempflow.models.protocol import Model, Predict, WalksGrids, layout_of, sampler_of
 from tempflow.perception.diversity import features, within_groups
 from tempflow.request import Prompt
 from tempflow.rewards import check_takes, score_all
@@ -157,7 +156,9 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
     """Parts of what `draw` draws, as they are ready: which prompts, their pictures, and the seconds that these took
     once the prompts were encoded."""
     check_size(how.size, model.makes, model.name)
-    schedule, shape = model.schedule(how.steps, how.size), model.noise_shape(how.size)
+    schedule, shape, sampler = model.schedule(how.steps, how.size), model.noise_shape(how.size), sampler_of(model)
+    # tokens have no deterministic steps: their draws are fixed by the seed, as a picture's first noise is
+    walk = plan.chain(how.steps, how.samples, train=()) if sampler.stochastic else plan.ode(how.steps, how.samples)
     at_once = max(1, how.size.at_once(PROMPTS_AT_ONCE) // how.samples)
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
@@ -173,8 +174,8 @@ def _drawn(model: Model, prompts: Sequence[Prompt], how: _Sampling) -> Iterator[
             return predict(x, sigma, row - at)
 
         forest = rollout(
-            [plan.ode(how.steps, how.samples)] * len(part),
-            ODE(),
+            [walk] * len(part),
+            sampler,
             schedule,
             with_pause,
             Noise(how.seed, iteration=_ITERATION[how.stream]),

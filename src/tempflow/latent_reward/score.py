@@ -17,7 +17,7 @@ from tempflow.core.dynamics import Dynamics
 from tempflow.core.rollout import Noise, Predict
 from tempflow.core.schedule import Schedule
 from tempflow.core.scores import Scores
-from tempflow.core.state import WHOLE, StateLayout
+from tempflow.core.state import WHOLE, StateLayout, placed
 from tempflow.latent_reward.model import LatentReward, bind
 from tempflow.latent_reward.train import Score
 from tempflow.media import Size
@@ -129,13 +129,14 @@ def guided_sample(
     who = [(slot, root) for slot in slots for root in range(roots)]
     paths: list[tuple[int, ...]] = [()] * len(who)
     prompt, root = torch.tensor(who, dtype=torch.long, device=device).view(-1, 2).unbind(1)
-    x = schedule.start(noise.initial(who, shape)).to(device)
+    start = noise.initial(who, shape, dynamics.corruption.noise)
+    x = dynamics.corruption.start(start, schedule).to(device)
     held = layout.take(prompt)
     x = held.hold(x)
     record = torch.full((schedule.steps, len(who), candidates), math.nan, device=device)
     chosen = torch.zeros(schedule.steps, len(who), dtype=torch.long)
     for i in range(schedule.steps):
-        spread = bool(dynamics.coefficients(schedule, torch.tensor([i]))[2] > 0)
+        spread = bool(dynamics.spreads(schedule, torch.tensor([i])))
         k = candidates if spread else 1  # without noise all candidates are one
         velocity = held.silence(predict(x, schedule.at(torch.full((len(x),), i)).to(device), prompt))
         # the step's index stays on the CPU, where looking at it is free
@@ -143,7 +144,8 @@ def guided_sample(
             x.repeat_interleave(k, 0), velocity.repeat_interleave(k, 0), schedule, torch.full((len(x) * k,), i)
         )
         ids = [(*w, *path, j, i) for w, path in zip(who, paths, strict=True) for j in range(k)]
-        born = layout.take(prompt.repeat_interleave(k)).hold(law.sample(noise.edge(ids, shape).to(device)).to(x.dtype))
+        ends = law.sample(placed(noise.edge(ids, shape, dynamics.noise), torch.device(device)))
+        born = layout.take(prompt.repeat_interleave(k)).hold(ends.to(x.dtype))
         if k > 1:
             below = schedule.at(torch.full((len(born),), i + 1)).to(device)
             scores = score_latents(born, below, prompt.repeat_interleave(k))

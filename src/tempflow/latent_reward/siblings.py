@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tempflow.core import plan
+from tempflow.core.corruption import check_velocity
 from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import Schedule
@@ -41,6 +42,7 @@ def siblings(
     A group of the result is what is drawn from one state. Cost for a prompt of chains·T steps: chains·T forwards and
     chains·candidates·T(T − 1)/2 to finish, chains·candidates·(T − 1) grades.
     """
+    check_velocity(dynamics.corruption, "candidates of one state, finished by ODE steps", "FlowSDE()")
     steps = schedule.steps
     forest = rollout(
         [plan.candidates(steps, chains, candidates)] * len(prompts),

@@ -398,16 +398,17 @@ class DiffusersModel(ABC):
     def encode_media(self, media: Media, size: Size) -> Tensor:
         """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one); in
         parts that bound memory."""
-        shape, media = self.noise_shape(size), Media.of(media)
+        self.noise_shape(size)
+        media = Media.of(media)
         if media.frames.shape[1:] != (1, size.height, size.width, 3):
             raise ValueError(f"media: {media.size}, and {size} is asked for; nearest valid: pictures of {size}")
         pictures = media.pictures()
-        latents = torch.empty(len(media), *shape, device=self.device)
+        latents: list[Tensor] = []
         with resident([self.pipe.vae], self.device, self._offloaded):
-            for rows in torch.arange(len(media)).split(rows_at_once(size)):
-                image = pictures[rows].to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-                latents[rows.to(self.device)] = self.encode_pictures(image)
-        return latents
+            for part in pictures.split(rows_at_once(size)):
+                image = part.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+                latents.append(self.encode_pictures(image))
+        return torch.cat(latents)
 
     # ------------------------------------------------------------------------------------------------------- training
     def equip(self, tools: Tools) -> None:

@@ -56,6 +56,7 @@ class Family:
     optional     parts that may be null
     unused       parts that may lie in the folder and are never loaded: a checker of pictures
     weightless   parts that have no weights, beside the scheduler, tokenizers and feature extractors: a processor
+    own          parts whose class this package brings, and that class, whatever library a folder names for it
     together     pairs of optional parts: the first needs the second
     may_be_null  the optional ones in words, for the message over a part that is missing
     networks     the parts that are trained
@@ -66,6 +67,7 @@ class Family:
     makes        what it makes
     sources      whether it draws from pictures too
     streams      of its states, by the names of their layout (`core.state.StateLayout`): ("video", "sound"); () for one
+    tokens       whether its states are tokens (`protocol.MovesTokens`)
     guidance     its guidance
     scheduler    check(path, class, config): raises ValueError for a scheduler that cannot be honoured
     latent_shape latent_shape(settings, size): the shape of a latent; None where it cannot be told from these files
@@ -82,6 +84,7 @@ class Family:
     optional: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     weightless: tuple[str, ...] = ()
+    own: Mapping[str, str] = field(default_factory=dict[str, str])
     together: tuple[tuple[str, str], ...] = ()
     may_be_null: str = ""
     networks: tuple[str, ...] = ("transformer",)
@@ -92,6 +95,7 @@ class Family:
     makes: Kind = "picture"
     sources: bool = False
     streams: tuple[str, ...] = ()
+    tokens: bool = False
     guidance: type[Guidance] = Guidance
     scheduler: Callable[[str, str, Mapping[str, Any]], None] = field(default=any_scheduler)
     latent_shape: Callable[[Settings, Size], tuple[int, ...] | None] = field(default=unknown_shape)

@@ -62,6 +62,7 @@ def check_folder(path: str, folder: Path, family: Family) -> tuple[str, ...]:
             and told
             and told[0] is not None
             and told[0] not in LIBRARIES
+            and told[1:] != [family.own.get(name)]
         ):
             raise ValueError(_own_code(path, name, told))
     parts = {name: _part(index, name) for name in (*family.needed, *family.optional)}
@@ -99,20 +100,25 @@ def _check_part(path: str, folder: Path, library: str, kind: str, family: Family
         family.scheduler(path, kind, _json(folder / "scheduler_config.json"))
     elif folder.name not in family.weightless and not folder.name.startswith(("tokenizer", "feature_extractor")):
         _json(folder / "config.json")
-        tensor_names(folder, WEIGHTS[library])
+        tensor_names(folder, WEIGHTS.get(library, WEIGHTS["diffusers"]))
 
 
-def tensor_names(folder: Path, stem: str) -> set[str]:
-    """Names of the tensors in a network's safetensors files, by their headers. Raises ValueError for a file that is
-    missing, damaged or pickled."""
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """A network's safetensors files: one, or those of its index. Raises ValueError for an index that cannot be read."""
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file() and not whole.is_file():
         told = _json(index).get("weight_map")
         files = [folder / Path(str(name)).name for name in sorted(set(told.values()))] if isinstance(told, dict) else []
     else:
         files = [whole]
+    return files or [whole]
+
+
+def tensor_names(folder: Path, stem: str) -> set[str]:
+    """Names of the tensors in a network's safetensors files, by their headers. Raises ValueError for a file that is
+    missing, damaged or pickled."""
     names: set[str] = set()
-    for file in files or [whole]:
+    for file in weight_files(folder, stem):
         if not file.is_file():
             pickled = sorted(p.name for p in folder.glob("*.bin"))
             others = sorted(p.name for p in folder.glob("*.safetensors"))

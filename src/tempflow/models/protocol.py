@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tempflow.core.dynamics import ODE, Dynamics
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout
 from tempflow.grid import Grid
@@ -17,7 +18,8 @@ from tempflow.models.guidance import Guidance
 from tempflow.request import Prompt
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""predict(x [B, *S], sigma float32[B], rows long[B]) -> velocity [B, *S]; `rows` index the bound conditions."""
+"""predict(x [B, *S], sigma float32[B], rows long[B]) -> velocity [B, *S], of tokens logits [B, *S, V]; `rows` index the
+bound conditions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,26 @@ class LaysOut(Protocol):
         held elements is not read.
         """
         ...
+
+
+@runtime_checkable
+class MovesTokens(Protocol):
+    """A model whose states are tokens, LongTensor [B, *S]; of them it predicts the clean tokens' logits [B, *S, V]."""
+
+    @property
+    def jump(self) -> Dynamics:
+        """How a sampler steps, and by its `corruption` what states start from and how clean tokens are noised."""
+        ...
+
+
+def jump_of(model: object) -> Dynamics | None:
+    """How the model's tokens jump; None where its states are real numbers."""
+    return model.jump if isinstance(model, MovesTokens) else None
+
+
+def sampler_of(model: object) -> Dynamics:
+    """The steps that the model is drawn by, where an algorithm says no others: jumps of tokens, else the ODE."""
+    return jump_of(model) or ODE()
 
 
 def layout_of(model: object, condition: Conditioning, size: Size, first: int = 0) -> StateLayout:

@@ -30,7 +30,7 @@ from tempflow.models.lora import ranks_of
 from tempflow.models.lora_files import TakesLora
 from tempflow.models.pipeline_folder import licence_of, settings_in
 from tempflow.models.precision import check_precision
-from tempflow.models.protocol import Model, layout_of
+from tempflow.models.protocol import Model, jump_of, layout_of
 from tempflow.models.tools import TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
@@ -189,7 +189,7 @@ def context_of(
 ) -> tuple[Context, dict[str, Learner]]:
     """What stays the same over the run, and the roles as training starts, by name. `given`: the rewards were given as
     objects."""
-    guidance = asked_of(config, algorithm, model)
+    guidance, algorithm = asked_of(config, algorithm, model)
     check_takes(rewards, model.makes, model.name)
     if sharded(config, world):
         model.network.cpu()  # until it is in parts
@@ -249,8 +249,9 @@ def _learner(config: Config, model: Model, role: Role, reference: Mapping[str, T
     return Learner(own, optimizer_of(config, own, role), WeightSets.of_role(role, own))
 
 
-def asked_of(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
-    """What is asked of a model that is loaded: its size, guidance, grids. Raises ValueError, naming the field."""
+def asked_of(config: Config, algorithm: Algorithm, model: Model) -> tuple[Guidance, Algorithm]:
+    """What is asked of a model that is loaded: its size, guidance, grids; and the algorithm on its states. Raises
+    ValueError, naming the field."""
     size = config.size
     with config.naming("model"):
         check_size(size, model.makes, model.name)
@@ -261,7 +262,7 @@ def asked_of(config: Config, algorithm: Algorithm, model: Model) -> Guidance:
     with config.naming("algorithm"):
         algorithm.schedule(0, model.schedule(algorithm.steps, size))
         algorithm.sampled.sampler(lambda: None, lambda several: check_encodes(model))
-    return guidance
+        return guidance, algorithm.on(jump_of(model), model.name)
 
 
 def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[str], None]) -> Mapping[str, Tensor]:
@@ -513,6 +514,8 @@ def check_before_loading(
     warn_of_warmup(config, say)
     say_old_forwards(config, algorithm, say)
     with config.naming("algorithm"):
+        if model is None:
+            algorithm.check_states(_family(config).tokens, config.model.path)
         check_precision(algorithm.draft_precision, device_of(config, model, world), sharded(config, world))
     if own:
         check_streams(config, algorithm, _family(config).streams if model is None else None, config.model.path)

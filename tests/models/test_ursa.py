@@ -1,0 +1,301 @@
+"""URSA's layout: the network against its definition, folders as released, guidance, tokens through evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families.common import PROMPTS, SPECIAL, WORDS, tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tempflow.core.dynamics import MixtureJump
+from tempflow.core.metric_path import MetricJump
+from tempflow.evaluate.suite import draw
+from tempflow.media import Size
+from tempflow.models import load
+from tempflow.models.ursa import CODES, URSA, URSAGuidance
+from tempflow.models.ursa_parts import AutoencoderVQ, KineticOptimalScheduler, URSAPipeline, URSATransformer3DModel
+from tempflow.request import Prompt
+
+TEXT, V, SIZE = len(SPECIAL) + len(WORDS) + 4, 24, Size(8, 12)
+BASE = 100.0
+
+
+def network() -> URSATransformer3DModel:
+    return URSATransformer3DModel(
+        hidden_size=16,
+        intermediate_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        head_dim=16,
+        rope_theta=BASE,
+        vocab_size=TEXT + V,
+        lm_vocab_size=TEXT,
+        lm_head_size=V,
+        bov_token_id=2,
+    )
+
+
+def autoencoder(**options: Any) -> AutoencoderVQ:
+    return AutoencoderVQ(
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        num_vq_embeddings=V,
+        vq_embed_dim=3,
+        attn_down_block=True,
+        attn_up_block=True,
+        spatial_stride=4,
+        **options,
+    )
+
+
+def pipeline(**scheduler: Any) -> URSAPipeline:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk, vae = network(), autoencoder()
+        with torch.no_grad():
+            for parameter in (*trunk.parameters(), *vae.parameters()):
+                if parameter.dim() > 1:
+                    parameter.normal_(std=(parameter[0].numel()) ** -0.5)
+        words: Any = tokenizer(9)
+        return URSAPipeline(trunk, KineticOptimalScheduler(**{"alpha": 0.9, "c": 3.0, **scheduler}), vae, words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As released: parts of a library that is not here, and settings that say what is so anyway."""
+    place = tmp_path_factory.mktemp("ursa") / "URSA-tiny"
+    pipeline().save_pretrained(place)
+    index = json.loads((place / "model_index.json").read_text())
+    for part in ("transformer", "vae", "scheduler"):
+        index[part][0] = "diffnext.models"
+    (place / "model_index.json").write_text(json.dumps(index))
+    edit(place / "vae" / "config.json", _quantizer_name="VQuantizer", act_fn="silu", mid_block_add_attention=None)
+    edit(place / "transformer" / "config.json", hidden_act="silu", max_window_layers=28)
+    (place / "scheduler" / "scheduler_model.pth").write_bytes(b"a pickle")
+    return place
+
+
+def edit(file: Path, **fields: object) -> None:
+    told = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in told.items() if value is not None}))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> URSA:
+    loaded = load(str(folder))
+    assert isinstance(loaded, URSA)
+    return loaded
+
+
+def by_definition(weights: dict[str, Tensor], prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of one row, by the released arithmetic: rotary by complex numbers, grouped heads, no mask at all."""
+    height, width = tokens.shape
+    ids = torch.cat([prompt, torch.tensor([2]), tokens.flatten() + TEXT])
+    length, text = len(ids), len(prompt)
+    place = [(i, i, i) for i in range(text + 1)] + [(text + 1, y, x) for y in range(height) for x in range(width)]
+    axes = [0, 1, 2, 0, 1, 2, 1, 2]  # of a head of 16: two turns of t, y, x, and one of y, x
+    turn = torch.tensor([[p[a] * BASE ** (-i / 8) for i, a in enumerate(axes)] for p in place], dtype=torch.float64)
+    spin = torch.polar(torch.ones_like(turn), turn)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[name]
+
+    def heads(x: Tensor, name: str, normed: str = "") -> Tensor:
+        out = (x @ weights[f"{name}.weight"].T).view(length, -1, 16)
+        if not normed:
+            return out
+        pair = torch.complex(*norm(out, normed).chunk(2, -1)) * spin[:, None]
+        return torch.cat([pair.real, pair.imag], -1)
+
+    x = weights["model.embed_tokens.weight"][ids]
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        h, attn = norm(x, f"{layer}.input_layernorm.weight"), f"{layer}.self_attn"
+        q = heads(h, f"{attn}.q_proj", f"{attn}.q_norm.weight")
+        k, v = heads(h, f"{attn}.k_proj", f"{attn}.k_norm.weight"), heads(h, f"{attn}.v_proj")
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        share = (torch.einsum("qhd,khd->hqk", q, k) / 4).softmax(-1)
+        x = x + torch.einsum("hqk,khd->qhd", share, v).reshape(length, -1) @ weights[f"{attn}.o_proj.weight"].T
+        h, mlp = norm(x, f"{layer}.post_attention_layernorm.weight"), f"{layer}.mlp"
+        gate = h @ weights[f"{mlp}.gate_proj.weight"].T
+        up = h @ weights[f"{mlp}.up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ weights[f"{mlp}.down_proj.weight"].T
+    x = norm(x, "model.norm.weight")
+    return (x[text:-1] @ weights["lm_head.weight"].T).view(height, width, V)
+
+
+def test_the_network_is_the_released_one(model: URSA) -> None:
+    g = torch.Generator().manual_seed(0)
+    tokens, prompt = torch.randint(V, (2, 2, 3), generator=g), torch.randint(TEXT, (2, 5), generator=g)
+    double = network().double()
+    double.load_state_dict(model.network.state_dict())
+    weights = dict(double.state_dict())
+    want = torch.stack([by_definition(weights, p, x) for p, x in zip(prompt, tokens, strict=True)])
+    got = double(tokens, prompt)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # angles are float32, as released
+    assert float(want.std()) > 0.3
+    for name in ("model.layers.1.self_attn.k_norm.weight", "model.layers.0.mlp.gate_proj.weight", "lm_head.weight"):
+        assert name in weights
+    last = tokens.clone()
+    last[:, -1, -1] = (last[:, -1, -1] + 1) % V
+    assert bool((double(last, prompt) != got).flatten(1).any(1).all()), "the first token sees the last one"
+
+
+def test_a_folder_as_released_is_loaded_and_written_again(folder: Path, model: URSA, tmp_path: Path) -> None:
+    assert model.noise_shape(SIZE) == (2, 3) and model.makes == "picture" and model.family.tokens
+    assert isinstance(model.jump, MetricJump) and model.jump.path.vocabulary == V
+    assert "a .pth is not read" in model.notes()[0]
+    assert torch.equal(model.schedule(4, SIZE).sigmas, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    model.save(str(tmp_path / "again"))
+    again = load(str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["vae"] == [
+        "diffnext.models",
+        "AutoencoderVQ",
+    ]
+    ours, theirs = (dict(m.network.state_dict()) for m in (model, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    torch.testing.assert_close(pictures(again), pictures(model), rtol=0, atol=0)
+
+
+def test_the_paths_own_codes_and_the_mixture_path(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    codes = torch.randn(V, 5, generator=torch.Generator().manual_seed(1))
+    save_file({"path.emb": codes}, own / "scheduler" / CODES)
+    loaded: Any = load(str(own))
+    assert loaded.notes() == () and torch.equal(loaded.jump.path.codes, codes)
+    loaded.save(str(tmp_path / "again"))
+    assert torch.equal(load_file(tmp_path / "again" / "scheduler" / CODES)["path.emb"], codes)
+    save_file({"path.emb": codes[1:].contiguous()}, own / "scheduler" / CODES)
+    with pytest.raises(ValueError, match=r"the scheduler of .* has 23 codes and the vae 24"):
+        load(str(own))
+    plain = tmp_path / "plain"
+    pipeline(alpha=None, c=None, shift=3.0).save_pretrained(plain)
+    loaded = load(str(plain))
+    assert loaded.jump == MixtureJump(V) and loaded.notes() == ()
+    assert float(loaded.schedule(2, SIZE).sigmas[1]) == pytest.approx(0.75)
+
+
+def test_prompts_are_padded_on_the_left_and_the_padding_is_read(model: URSA) -> None:
+    ids = model.encode([Prompt("a red cat"), Prompt("")], SIZE).tensors["ids"]
+    assert ids.shape == (2, 9) and ids[0, :5].tolist() == [0] * 5 and int((ids[0] != 0).sum()) == 4
+    tokens = torch.zeros(1, 2, 3, dtype=torch.long)
+    assert not torch.allclose(model.network(tokens, ids[:1]), model.network(tokens, ids[:1, 5:]))
+
+
+def test_guidance_acts_on_logits_until_it_is_truncated(model: URSA) -> None:
+    g = torch.Generator().manual_seed(0)
+    condition = model.encode([Prompt("a red cat on the house"), Prompt("a small bird")], SIZE)
+    x, rows = torch.randint(V, (4, 2, 3), generator=g), torch.tensor([0, 1, 0, 1])
+    sigma = torch.tensor([1.0, 0.5, 0.2, 0.05])  # truncation .6: the first two
+
+    def said(guidance: URSAGuidance | float) -> Tensor:
+        return model.predictor(condition, guidance)(x, sigma, rows)
+
+    assert condition.negative is not None
+    plain, away = said(1.0), model.network(x, condition.negative["ids"][rows])
+    guided = said(URSAGuidance(3.0, truncation=0.6))
+    torch.testing.assert_close(guided[:2], (away + 3 * (plain - away))[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(guided[2:], plain[2:])
+    assert float((guided[:2] - plain[:2]).abs().max()) > 0.1
+    alone = torch.cat(
+        [model.predictor(condition, URSAGuidance(3.0, 0.6))(x[[i]], sigma[[i]], rows[[i]]) for i in range(4)]
+    )
+    torch.testing.assert_close(alone, guided, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(said(URSAGuidance(3.0, 0.6, temperature=0.5)), 2 * guided)
+    assert model.guidance is URSAGuidance and URSAGuidance().truncation == 0.9
+    bare = type(condition)(condition.prompts, condition.tensors)
+    with pytest.raises(ValueError, match=r"guidance: 3.0 needs conditions with negative prompts"):
+        model.predictor(bare, 3.0)
+
+
+def test_pictures_and_tokens(model: URSA) -> None:
+    vae = model.pipe.vae
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (3, 2, 3), generator=g)
+    media = model.decode(tokens, SIZE)
+    assert media.frames.shape == (3, 1, 8, 12, 3) and len(torch.unique(media.frames)) > 20
+    back = model.encode_media(media, SIZE)
+    assert back.dtype == torch.int64 and back.shape == (3, 2, 3) and 0 <= int(back.min()) <= int(back.max()) < V
+    z = torch.randn(2, 3, 2, 3, generator=g)
+    vectors = z.movedim(1, -1)
+    assert torch.equal(vae.quantise(z), (vectors @ vae.codes.T).argmax(-1)), "the largest product, as released"
+    near = autoencoder(lookup="nearest")
+    assert torch.equal(near.quantise(z), torch.cdist(vectors.reshape(-1, 3), near.codes).argmin(-1).view(2, 2, 3))
+    with pytest.raises(ValueError, match="tokens: token 24 is outside 0 … 23"):
+        model.decode(tokens.clamp(max=0) + V, SIZE)
+    with pytest.raises(ValueError, match="height: 10 must be a multiple of 4; nearest is 8"):
+        model.noise_shape(Size(10, 12))
+
+
+def pictures(model: Any, seed: int = 1, count: int = 2, rows: int = 8) -> Tensor:
+    prompts = [Prompt(text) for text in PROMPTS]
+    return draw(
+        model, prompts, steps=3, guidance=2.0, seed=seed, size=SIZE, rows=rows, samples_per_prompt=count
+    ).frames  # fmt: skip
+
+
+def test_the_evaluations_draws_are_a_function_of_their_seed(model: URSA) -> None:
+    first = pictures(model)
+    assert first.shape == (6, 1, 8, 12, 3) and torch.equal(first, pictures(model, rows=2))
+    assert not torch.equal(first, pictures(model, seed=2))
+    assert torch.equal(pictures(model, count=1), first[::2]), "more pictures do not change the first"
+
+
+def spoil(part: str, **fields: object) -> Callable[[Path], None]:
+    def change(place: Path) -> None:
+        edit(place / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **fields)
+
+    return change
+
+
+def rename(place: Path) -> None:
+    file = place / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary.inv_freq"] = tensors.pop("lm_head.weight")
+    save_file(tensors, file)
+
+
+def another_class(place: Path) -> None:
+    index = json.loads((place / "model_index.json").read_text())
+    index["vae"][1] = "AutoencoderVQCosmos3D"
+    (place / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename, "lacks 'lm_head.weight' in transformer"),
+        (another_class, "brings code of its own for vae"),
+        (spoil("transformer", hidden_act="gelu"), "a transformer with hidden_act 'gelu'.*nearest valid: 'silu'"),
+        (spoil("transformer", hidden_size=12), "cannot be loaded: .*size mismatch"),
+        (spoil("transformer", lm_head_size=V - 1), "size mismatch"),
+        (spoil("vae", _quantizer_name="LFQuantizer"), "a vae with _quantizer_name 'LFQuantizer'"),
+        (spoil("vae", lookup="hash"), "lookup: 'hash' is not one of product, nearest"),
+        (spoil("scheduler", alpha="big"), "a scheduler with alpha 'big'"),
+        (spoil("scheduler", c=None), "one of alpha and c"),
+    ],
+)
+def test_a_folder_that_is_another_models_is_refused_in_one_line(
+    change: Callable[[Path], None], words: str, folder: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "model"))
+    change(place)
+    with pytest.raises(ValueError, match=words) as caught:
+        load(str(place))
+    assert str(caught.value).startswith("model.path: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"truncation": 0.0}, {"temperature": 0.0}, {"temperature": float("inf")}])
+def test_bad_options_of_guidance(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}: .*nearest valid"):
+        URSAGuidance(2.0, **fields)
