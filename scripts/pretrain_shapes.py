@@ -148,7 +148,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 100, floor: 
     return peak * (floor + (1 - floor) * 0.5 * (1 + float(np.cos(np.pi * min(progress, 1.0)))))
 
 
-class _Named(nn.Module):
+class Named(nn.Module):
     """The masters under flat names, so that `training_state` and `resume` can treat them as a module."""
 
     def __init__(self, trainable: Trainable) -> None:
@@ -305,7 +305,7 @@ def train_flow(out: Path, how: Schedule, init: Path | None) -> None:
     average = WeightSet(trainable, Ema(0.998))
     optimizer = torch.optim.AdamW(trainable.masters, lr=how.peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     path, averaged = out / "flow.safetensors", out / "flow_ema.safetensors"
-    start = resume(path, {"masters": _Named(trainable)}, optimizer)
+    start = resume(path, {"masters": Named(trainable)}, optimizer)
     if start:
         trainable.publish()
         average.load(load_file(averaged), start)
@@ -339,7 +339,7 @@ def train_flow(out: Path, how: Schedule, init: Path | None) -> None:
         average.update()
         running += 0.01 * (loss.item() - running) if running else loss.item()
         if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
-            save(path, training_state({"masters": _Named(trainable)}, optimizer), step + 1)
+            save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
             save(averaged, average.named(), step + 1)
             with average.applied():
                 everything.eval()
@@ -389,7 +389,7 @@ def distill(out: Path, how: Schedule, guidance: float) -> None:
     average = WeightSet(trainable, Ema(0.99))
     optimizer = torch.optim.AdamW(trainable.masters, lr=how.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     distilled = out / "distilled.safetensors"
-    start = resume(path, {"masters": _Named(trainable)}, optimizer)
+    start = resume(path, {"masters": Named(trainable)}, optimizer)
     if start:
         trainable.publish()
         prefix = "transformer."
@@ -421,7 +421,7 @@ def distill(out: Path, how: Schedule, guidance: float) -> None:
         trainable.publish()
         average.update()
         if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
-            save(path, training_state({"masters": _Named(trainable)}, optimizer), step + 1)
+            save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
             whole = load_file(out / "flow_ema.safetensors") | {
                 f"transformer.{n}": v for n, v in average.named().items()
             }
