@@ -8,9 +8,11 @@ stages save their whole state (weights, optimizer, step) as safetensors, go on f
 wall and processor seconds and pictures seen. Pictures are rendered as they are needed, with noise seeded by the step;
 no picture of a test prompt is ever drawn for training.
 
-The codebook is k-means of the latents of the shapes autoencoder, which is then trained through it. `trunk` computes in
-`--dtype` (auto: bfloat16 where the machine has it in hardware), with float32 masters. `--minutes` ends it in time: it
-is the wall clock that it may take, and the learning rate falls to its floor by then, whatever the machine's speed.
+The codebook is k-means of the latents of the shapes autoencoder, which is then trained through it. `trunk` alone, in a
+new folder, takes the one that comes with the package. It computes in `--dtype` (auto: bfloat16 where the machine has it
+in hardware), with float32 masters. `--minutes` ends it in time: it is the wall clock that it may take, and the learning
+rate falls to its floor by then, whatever the machine's speed. On one core of two, or beside other work, one thread is
+the faster one.
 """
 
 from __future__ import annotations
@@ -46,9 +48,15 @@ from tempflow.core.ema import Ema
 from tempflow.core.metric_path import MetricJump, MetricPath
 from tempflow.core.schedule import linear
 from tempflow.folder import check, claim
-from tempflow.models import DTYPES, resolved_dtype, shapes_folder
+from tempflow.models import DTYPES, resolved_dtype, shapes_folder, tokens_folder
 from tempflow.models.attention import FusedForward
-from tempflow.models.ursa_parts import AutoencoderVQ, KineticOptimalScheduler, URSAPipeline, URSATransformer3DModel
+from tempflow.models.ursa_parts import (
+    AutoencoderVQ,
+    KineticOptimalScheduler,
+    URSAPipeline,
+    URSATransformer3DModel,
+    read_network,
+)
 from tempflow.shapes import build
 from tempflow.shapes.prompts import KINDS, Kind, Spec, balanced, specs
 from tempflow.shapes.verify import judge
@@ -169,6 +177,9 @@ def usage(vae: AutoencoderVQ) -> dict[str, float]:
 
 
 def trained_autoencoder(out: Path) -> AutoencoderVQ:
+    """Of the `codebook` stage in that folder; where it has not run there, the one that comes with the package."""
+    if not (out / "codebook.safetensors").is_file():
+        return read_network("shapes_tokens", tokens_folder() / "vae", AutoencoderVQ, torch.float32).eval()
     vae = first_autoencoder()
     trained = load_file(out / "codebook.safetensors")
     vae.load_state_dict({k[4:]: v for k, v in trained.items() if k.startswith("vae.")})

@@ -46,12 +46,18 @@ __all__ = [
     "resolved_device",
     "resolved_dtype",
     "shapes_folder",
+    "tokens_folder",
 ]
 
 
 def shapes_folder() -> Path:
     """Where the embedded pipeline lies."""
     return Path(str(resources.files("tempflow"))) / "shapes" / "weights"
+
+
+def tokens_folder() -> Path:
+    """Where the embedded pipeline of tokens lies, or of its parts those that come with the package."""
+    return Path(str(resources.files("tempflow"))) / "shapes" / "tokens"
 
 
 def adapter_of(path: str, folder: Path) -> type[Adapter]:
