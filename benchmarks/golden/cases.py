@@ -19,6 +19,7 @@ class Case:
     reward     "worth"; "patchy", where some scores fail and one prompt has no spread; "both" of two rewards
     guidance   of rollout and training
     offline    whether the prompts name pictures
+    tokens     whether states are tokens
     optimizer  the configuration's `optimizer`, where it is to be a user's own AdamW
     objective  fields of the loss that the algorithm has no argument for; "regularizers.0.space" is one of a part's
     """
@@ -28,6 +29,7 @@ class Case:
     reward: Literal["worth", "patchy", "both"] = "worth"
     guidance: float = 1.0
     offline: bool = False
+    tokens: bool = False
     optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
     objective: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -296,6 +298,10 @@ CASES: dict[str, Case] = {
     ),
     "opd": _case("opd", teacher_guidance=1.5, turns=2),
     "opd, its other knobs": _case("opd", teacher_guidance=0.0, power=2.0),
+    # -------------------------------------------------------------------------------------------------------- tokens
+    "udm_grpo": Case("udm_grpo", {"window": 2, "starts": 2}, tokens=True),
+    "udm_grpo, k3 of every token": Case("udm_grpo", {"window": 2, "kl": 0.5, "kl_of": "token"}, tokens=True),
+    "udm_grpo, jumps": Case("udm_grpo", {"actions": "jumps", "window": 2, "kl": 0.1}, tokens=True),
     # ------------------------------------------------------------------------------------------------------- offline
     "diffusion_dpo": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0}, offline=True),
     "diffusion_dpo, kl": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0, "kl": 0.1}, offline=True),

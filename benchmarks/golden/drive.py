@@ -62,7 +62,7 @@ def drive(
         rewards = {"worth": model.worth, "patchy": model.patchy, "both": [model.worth, model.evenness]}
         run = tempflow.train(
             config,
-            model=model.Generator(dtype),
+            model=model.Tokens(dtype) if case.tokens else model.Generator(dtype),
             reward=rewards[case.reward],
             prompts=model.pictures(folder) if case.offline else model.PROMPTS,
             test_prompts=model.PROMPTS,

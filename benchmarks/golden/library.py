@@ -22,6 +22,8 @@ HOMES = {
     "TextInputs": ("tempflow.models.protocol",),
     "Schedule": ("tempflow.core.schedule",),
     "linear": ("tempflow.core.schedule",),
+    "MetricJump": ("tempflow.core.metric_path",),
+    "MetricPath": ("tempflow.core.metric_path",),
     "LatentReward": ("tempflow.latent_reward",),
     "ALGORITHMS": ("tempflow.algorithms",),
     "corrupt": ("tempflow.core.likelihood_proxy", "tempflow.core.surrogate"),
@@ -82,6 +84,11 @@ def media(pictures: Tensor) -> Any:
     """Pictures, uint8 [N, H, W, 3], as a model decodes to them."""
     found = _found("tempflow.media")
     return pictures if found is None else found.Media.of(pictures)
+
+
+def metric_jump(codes: Tensor) -> Any:
+    """How tokens of that codebook jump."""
+    return home("MetricJump").MetricJump(home("MetricPath").MetricPath(codes))
 
 
 def pictures(media: Any) -> Tensor:

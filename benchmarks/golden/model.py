@@ -108,6 +108,50 @@ class Generator:
         save_file({k: v.contiguous() for k, v in state.items()}, f"{folder}/model.safetensors")
 
 
+CODES = torch.tensor([[1.0, 0.2], [0.3, 1.0], [-0.8, 0.4], [-0.5, -0.9], [0.6, -1.0]], dtype=torch.float64)
+
+
+class Words(nn.Module):
+    """Logits of clean tokens: a trained row for each place by the prompt, and a trained table of the tokens seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.mix = nn.Linear(2, 4 * len(CODES)), nn.Embedding(len(CODES), len(CODES))
+        with torch.no_grad():
+            self.mean.weight.copy_(torch.linspace(-0.3, 0.3, 8 * len(CODES)).view(-1, 2).roll(3, 0))
+            self.mean.bias.copy_(torch.linspace(0.1, -0.1, 4 * len(CODES)).roll(1, 0))
+            self.mix.weight.copy_(torch.linspace(1.0, -1.0, len(CODES) ** 2).view(len(CODES), -1).roll(2, 0))
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        return self.mean(condition).view(-1, 2, 2, len(CODES)) + self.mix(x)
+
+
+class Tokens(Generator):
+    """The same of four tokens, each a quarter of the picture; a token is the lighter the larger its number."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.network = Words().to(dtype)
+
+    @property
+    def jump(self) -> Any:
+        return library.metric_jump(CODES)
+
+    def noise_shape(self, size: Any) -> tuple[int, ...]:
+        return (2, 2)
+
+    def predictor(
+        self, condition: Conditioning, guidance: Any, network: nn.Module | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        module = self.network if network is None else network
+        tokens = condition.tensors["embeds"][:, 0].to(self.dtype)
+        return lambda x, sigma, rows: module(x, sigma, tokens[rows])
+
+    def decode(self, x: Tensor, size: Any) -> Any:
+        grey = (20 + 50 * x).to(torch.uint8).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return library.media(grey[..., None].expand(-1, -1, -1, 3).contiguous())
+
+
 def worth(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
     """Light, whose pixels count differently, so that hardly two pictures are worth the same; the sun is to be dark."""
     pixels = [image.convert("L").tobytes() for image in images]

@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.slas import slas as slas
     from tempflow.algorithms.sol_rl import sol_rl as sol_rl
     from tempflow.algorithms.tempflow_grpo import tempflow_grpo as tempflow_grpo
+    from tempflow.algorithms.udm_grpo import udm_grpo as udm_grpo
     from tempflow.algorithms.v_grpo import v_grpo as v_grpo
     from tempflow.algorithms.vipo import vipo as vipo
 

@@ -273,7 +273,9 @@ def noised(models: Mapping[str, Predict], names: Sequence[str], batch: LeafBatch
     predictions: dict[str, Tensor] = {}
     for name in names:
         with torch.set_grad_enabled(name == "policy" and torch.is_grad_enabled()):
-            prediction = upcast(models[name](x, t, rows))
+            prediction = models[name](x, t, rows)
+            if batch.predicts == "velocity":  # logits are many: their laws widen them in parts
+                prediction = upcast(prediction)
             check_prediction(prediction, x, batch.corruption, name)
         predictions[name] = layout.silence(prediction)
     return Noised(batch, x, x0, noise, t, predictions, layout)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.core.distribution import Categorical, Gaussian, Transition, gaussian
+from tempflow.core.distribution import Gaussian, Transition, gaussian
 from tempflow.core.objective.edges import EdgeBatch, Predict
 from tempflow.core.state import StateLayout, upcast
 
@@ -56,7 +56,7 @@ def old_of(batch: EdgeBatch, velocity: Tensor, rounding: float, keeps_mean: bool
 def roundings(batch: EdgeBatch, velocity: Tensor, law: Transition, log_prob: Tensor, rounding: float) -> Tensor:
     """The least error of the predictions, in units of `rounding` times their root mean square, by which the batch's
     log-prob may differ from `log_prob` so much, [B]; of velocities by `_of_velocities`, of logits by `_of_logits`."""
-    if isinstance(law, Categorical):
+    if batch.dynamics.corruption.prediction == "logits":
         return _of_logits(batch, velocity, log_prob, rounding)
     return _of_velocities(batch, velocity, gaussian(law), log_prob, rounding)
 

@@ -13,8 +13,8 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from tempflow.core.checks import not_negative
-from tempflow.core.corruption import Corruption, check_velocity
-from tempflow.core.distribution import drift_kl, gaussian, velocity_kl
+from tempflow.core.corruption import Corruption, TokenLikelihood, check_velocity
+from tempflow.core.distribution import Categorical, drift_kl, gaussian, velocity_kl
 from tempflow.core.dynamics import Diffusion, Dynamics
 from tempflow.core.likelihood_proxy import Adaptive, LikelihoodProxy
 from tempflow.core.objective.edges import Replayed, velocity_of
@@ -262,6 +262,30 @@ class LikelihoodKL:
     def __call__(self, at: Noised) -> Tensor:
         policy, other = (at.likelihood(self.proxy, name) for name in ("policy", self.to))
         return at.merged(kl_estimate(policy - other, self.form))
+
+
+@dataclass(frozen=True)
+class TokenKL:
+    """coefficient · mean over tokens of e^(−d) − 1 + d, d = log p_θ − log p_to of each clean token: their k3, where
+    `LikelihoodKL` takes that of their mean d, which is at most this.
+
+    Raises ValueError for a coefficient that is negative or not finite.
+    """
+
+    to: str
+    coefficient: float
+
+    def __post_init__(self) -> None:
+        not_negative("coefficient", self.coefficient)
+
+    def check(self, corruption: Corruption) -> None:
+        """Raises ValueError for states that are no tokens."""
+        check_proxy(TokenLikelihood(), corruption)
+
+    def __call__(self, at: Noised) -> Tensor:
+        policy, other = (Categorical(at.prediction[name]).log_density(at.x0) for name in ("policy", self.to))
+        d = policy - other
+        return at.merged(at.measured(lambda mean: mean((-d).expm1() + d)))
 
 
 def kl_estimate(log_ratio: Tensor, form: Estimator) -> Tensor:
