@@ -25,6 +25,7 @@ from tempflow.config import (
     to_yaml,
 )
 from tempflow.core.cost import Cost
+from tempflow.core.dynamics import ModelJump
 from tempflow.core.rollout import Noise, rollout
 from tempflow.core.schedule import shifted
 from tempflow.cost import latent_shape, run_cost
@@ -341,12 +342,14 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
 
 
 def test_every_algorithm_has_a_recipe_on_shapes():
-    """Those that start from pictures on disk, or make few-step students, have no row on the leaderboard."""
-    rolls_out = {name for name, make in ALGORITHMS.items() if make().rolls_out}
+    """Those that start from pictures on disk, or make few-step students, have no row on the leaderboard; those of
+    tokens have no embedded model yet."""
+    tokens = {name for name, make in ALGORITHMS.items() if isinstance(make().dynamics, ModelJump)}
+    rolls_out = {name for name, make in ALGORITHMS.items() if make().rolls_out} - tokens
     assert {entry.algorithm["name"] for entry in ENTRIES} == rolls_out - {"diffusion_dpo", "sft", "rtdmd"}
     ours = [recipe for name, recipe in RECIPES.items() if name.startswith(("leaderboard_", "shapes_"))]
     named = {run.algorithm.name for recipe in ours for _, run in runs_of(recipe())}
-    assert named == ALGORITHMS.keys()
+    assert named == ALGORITHMS.keys() - tokens
 
 
 def test_the_sd35_recipe_has_the_papers_settings():

@@ -14,15 +14,19 @@ from families.common import PROMPTS, SPECIAL, WORDS, tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tempflow
+from tempflow.config import Config
 from tempflow.core.dynamics import MixtureJump
 from tempflow.core.metric_path import MetricJump
 from tempflow.evaluate.suite import draw
+from tempflow.export import export_run
 from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.ursa import CODES, URSA, URSAGuidance
 from tempflow.models.ursa_parts import AutoencoderVQ, KineticOptimalScheduler, URSAPipeline, URSATransformer3DModel
 from tempflow.request import Prompt
 
+FILE = "diffusion_pytorch_model.safetensors"
 TEXT, V, SIZE = len(SPECIAL) + len(WORDS) + 4, 24, Size(8, 12)
 BASE = 100.0
 
@@ -251,6 +255,65 @@ def test_the_evaluations_draws_are_a_function_of_their_seed(model: URSA) -> None
     assert torch.equal(pictures(model, count=1), first[::2]), "more pictures do not change the first"
 
 
+class Killed(BaseException):
+    """What no code of the run may swallow."""
+
+
+def run(folder: Path, output: Path, **fields: Any) -> Config:
+    told: dict[str, Any] = {
+        "name": "tokens",
+        "iterations": 2,
+        "output": str(output),
+        "rollout_rows": 6,
+        "train_rows": 4,
+        "algorithm": {"name": "udm_grpo", "steps": 3, "group": 3, "window": 2, "starts": 2},
+        "model": {"path": str(folder), "height": 8, "width": 12, "training": "full"},
+        "data": {"prompts_per_iteration": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "evaluation": {"every": 1, "validation_prompts": 2, "test_prompts": 2, "steps": 2, "metric": "reward"},
+        "checkpoint": {"every": 1},
+    }
+    return Config.model_validate({**told, **fields})
+
+
+def light(images: list[Any], prompts: list[str]) -> list[float]:
+    return [sum(image.convert("L").tobytes()) / 24480 for image in images]
+
+
+def trained(config: Config, resume: bool = False) -> None:
+    tempflow.train(config, reward=light, prompts=PROMPTS, test_prompts=PROMPTS, quiet=True, resume=resume)
+
+
+def test_a_run_trains_is_resumed_bitwise_and_exported(
+    folder: Path, model: URSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(run(folder, tmp_path / "whole"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["log_ratio_max"] for line in lines] == [0, 0] and all(line["grad_norm"] > 0 for line in lines)
+    left, decode = [5], URSA.decode_latents
+
+    def dies(adapter: URSA, x: Tensor) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return decode(adapter, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(URSA, "decode_latents", dies)
+        with pytest.raises(Killed):
+            trained(run(folder, tmp_path / "part"))
+    trained(run(folder, tmp_path / "part"), resume=True)
+    one, other = (load_file(p / "model" / "transformer" / FILE) for p in (tmp_path / "whole", tmp_path / "part"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    export_run(tmp_path / "whole", tmp_path / "out", weights="policy")
+    exported: Any = load(str(tmp_path / "out"))
+    assert not torch.equal(exported.network.lm_head.weight, model.network.lm_head.weight)
+    assert not torch.equal(pictures(exported), pictures(model))
+    assert "tempflow sample out" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"flow_grpo moves real numbers, and the states of .* are tokens.*udm_grpo"):
+        trained(run(folder, tmp_path / "no", algorithm={"name": "flow_grpo", "steps": 3, "group": 3}))
+
+
 def spoil(part: str, **fields: object) -> Callable[[Path], None]:
     def change(place: Path) -> None:
         edit(place / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **fields)
@@ -259,7 +322,7 @@ def spoil(part: str, **fields: object) -> Callable[[Path], None]:
 
 
 def rename(place: Path) -> None:
-    file = place / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = place / "transformer" / FILE
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.rotary.inv_freq"] = tensors.pop("lm_head.weight")
     save_file(tensors, file)

@@ -209,6 +209,9 @@ def _usage(config: Config, export: Export) -> str:
         return _comfyui_usage(config, export)
     imports, family = ["import torch", "from diffusers import DiffusionPipeline"], family_of(config)
     base = json.dumps(base_name(config))
+    if family is not None and family.own:
+        on = f" --base {base_name(config)}" if export.adapter else ""
+        return f"No library has its networks: tempflow draws it, by `tempflow sample {export.name}{on}`."
     if export.adapter and config.model.path == "shapes":
         imports, base = [*imports, "from tempflow.models import shapes_folder"], "shapes_folder()"
     revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
