@@ -120,9 +120,29 @@ class MetricPath:
 
     def rates(self, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """u_σ(· | x, x0), [N, V] for tokens x and x0 [N], at σ [N] in (0, 1)."""
-        d = self.distances(x0)
+        return self._rates(self.distances(x0), x, sigma)
+
+    def _rates(self, d: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The same by the distances d [N, V] to x0."""
         path = torch.softmax(-self.beta(sigma).to(d)[:, None] * d, -1)
         return path * self.beta_rate(sigma).to(d)[:, None] * (d.gather(-1, x[:, None]) - d).clamp(min=0)
+
+    def jumped(self, z: Tensor, x0: Tensor, u: Tensor, sigma: Tensor, below: Tensor) -> Tensor:
+        """Where tokens z [N] are after a step of `MetricJump` towards x0 [N], by uniforms u [N]; σ, σ' float64 [N]."""
+        first, last = sigma == 1, below == 0
+        out = torch.where(last, x0, z)
+        if bool(last.all()):
+            return out
+        d = self.distances(x0)
+        rate = self._rates(d, z, torch.where(first, 0.5, sigma))
+        chance = -torch.expm1(-(sigma - below) * rate.double().sum(-1))
+        at = (((u < chance) | first) & ~last).nonzero()[:, 0]
+        if len(at):
+            path = -self.beta(torch.where(first, below, 0.5)[at])[:, None] * d[at].double()
+            weights = torch.where(first[at, None], path, rate[at].double().log())
+            place = torch.where(first, u, u / chance)[at, None]
+            out[at] = inverse(weights, place)[0]
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,26 +250,9 @@ class JumpLaw(Counted):
         at_once = max(1, AT_ONCE // size // 4)
         for first in range(0, len(z), at_once):
             some = slice(first, first + at_once)
-            out[some] = self._ends(logits[some], z[some], u[some], sigma[some], below[some])
+            clean, place = inverse(double(logits[some]), u[some, None].to(logits.device))
+            out[some] = self.path.jumped(z[some], clean, place, sigma[some], below[some])
         return out.view(noise.shape)
-
-    def _ends(self, logits: Tensor, z: Tensor, u: Tensor, sigma: Tensor, below: Tensor) -> Tensor:
-        """[N] ends of tokens z [N]."""
-        clean, u = inverse(double(logits), u.to(logits.device)[:, None])
-        if bool((below == 0).all()):
-            return clean
-        first, last = sigma == 1, below == 0
-        d = self.path.distances(clean)
-        usable = torch.where(first, 0.5, sigma)
-        rate = self.path.rates(z, clean, usable).double()
-        chance = -torch.expm1(-(sigma - below) * rate.sum(-1))
-        jumps = (u < chance) | first
-        beta = self.path.beta(torch.where(first, below, 0.5))
-        weights = torch.where(first[:, None], -beta[:, None] * d.double(), rate.log())
-        weights = torch.where(jumps[:, None], weights, 0.0)  # of those that stay anything will do
-        place = torch.where(first, u, u / chance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-        there = inverse(weights, place[:, None])[0]
-        return torch.where(last, clean, torch.where(jumps, there, z))
 
     def log_density(self, y: Tensor) -> Tensor:
         """log p(y | z) of each token, [B, *S], in at least float32.
@@ -270,22 +273,22 @@ class JumpLaw(Counted):
         rows: list[Tensor] = []
         for edge in dict.fromkeys(edges):
             row = torch.tensor([n for n, own in enumerate(edges) if own == edge], device=log_p.device)
-            kernel = self._kernel(self.x[row], y[row], *edge).to(log_p)
+            kernel = self._kernel(self.x[row], y[row], *edge, log_p.dtype)
             parts.append((log_p[row] + kernel).logsumexp(-1))
             rows.append(row)
         return out.index_copy(0, torch.cat(rows), torch.cat(parts))
 
-    def _kernel(self, z: Tensor, y: Tensor, sigma: float, below: float) -> Tensor:
-        """log K(y | z, k) of all clean tokens k, float64 [B, *S, V]."""
+    def _kernel(self, z: Tensor, y: Tensor, sigma: float, below: float, dtype: torch.dtype) -> Tensor:
+        """log K(y | z, k) of all clean tokens k, [B, *S, V]; what V² numbers make is computed in float64."""
         size, path = self.path.vocabulary, self.path
         every = torch.arange(size, device=z.device)
         if below == 0:
-            return torch.where(every == y[..., None], 0.0, -math.inf).double()
+            return torch.where(every == y[..., None], 0.0, -math.inf).to(dtype)
         d = path.distances(every).double()  # [k, x]
         at = torch.tensor(below if sigma == 1 else sigma, dtype=torch.float64)
         law = torch.log_softmax(-float(path.beta(at)) * d, -1)
         if sigma == 1:
-            return law.T[y]
+            return law.T.to(dtype)[y]
         towards, order = d.sort(-1)
         share = law.exp().gather(-1, order)
         # Σ_x p(x|k)·max(d(z,k) − d(x,k), 0) of every z: the terms before z in order of distance
@@ -294,8 +297,10 @@ class JumpLaw(Counted):
         rate = float(path.beta_rate(at)) * pull
         chance = -torch.expm1(-(sigma - below) * rate)
         scale = torch.where(pull > 0, chance / pull.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        jump = scale.T[z].log() + law.T[y] + (d.T[z] - d.T[y]).clamp(min=0).log()
-        return torch.where((y == z)[..., None], -(sigma - below) * rate.T[z], jump)
+        leaves, stays = scale.T.log().to(dtype), (-(sigma - below) * rate.T).to(dtype)
+        path, far_off = law.T.to(dtype), d.T.to(dtype)
+        jump = leaves[z] + path[y] + (far_off[z] - far_off[y]).clamp(min=0).log()
+        return torch.where((y == z)[..., None], stays[z], jump)
 
     def kl(self, other: JumpLaw) -> Tensor:
         """KL of the laws of x̂0, mean over tokens, [B]: at least the KL of the ends, and that of the last step.
