@@ -16,7 +16,8 @@ class Case:
 
     algorithm  its registered name
     fields     arguments of its function
-    reward     "worth"; "patchy", where some scores fail and one prompt has no spread; "both" of two rewards
+    reward     "worth"; "patchy", where some scores fail and one prompt has no spread; "both" of two rewards;
+               "light", with gradients
     guidance   of rollout and training
     offline    whether the prompts name pictures
     tokens     whether states are tokens
@@ -26,7 +27,7 @@ class Case:
 
     algorithm: str
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    reward: Literal["worth", "patchy", "both"] = "worth"
+    reward: Literal["worth", "patchy", "both", "light"] = "worth"
     guidance: float = 1.0
     offline: bool = False
     tokens: bool = False
@@ -302,6 +303,14 @@ CASES: dict[str, Case] = {
     "udm_grpo": Case("udm_grpo", {"window": 2, "starts": 2}, tokens=True),
     "udm_grpo, k3 of every token": Case("udm_grpo", {"window": 2, "kl": 0.5, "kl_of": "token"}, tokens=True),
     "udm_grpo, jumps": Case("udm_grpo", {"actions": "jumps", "window": 2, "kl": 0.1}, tokens=True),
+    # ---------------------------------------------------------------------------------------- the reward's own gradient
+    "refl": Case("refl", {"late": 3, "noises": 2}, reward="light"),
+    "refl, margin": Case("refl", {"late": 3, "noises": 2, "margin": 0.45, "turns": 2}, reward="light", guidance=1.5),
+    "draft": Case("draft", {"noises": 2}, reward="light"),
+    "draft, all steps": Case("draft", {"noises": 2, "last": 4, "checkpointed": True, "turns": 2}, reward="light"),
+    "draft, margin": Case("draft", {"noises": 2, "last": 2, "margin": 0.45}, reward="light"),
+    "srpo": Case("srpo", {"noises": 2, "pairs": 2}, reward="light"),
+    "srpo, margin": Case("srpo", {"noises": 1, "pairs": 3, "margin": 0.45, "turns": 2}, reward="light"),
     # ------------------------------------------------------------------------------------------------------- offline
     "diffusion_dpo": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0}, offline=True),
     "diffusion_dpo, kl": Case("diffusion_dpo", {"pairs": 2, "beta": 10.0, "kl": 0.1}, offline=True),

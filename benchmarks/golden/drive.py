@@ -59,7 +59,12 @@ def drive(
         folder = Path(name)
         config = tempflow.Config.model_validate(_fields(case, rate, folder))
         algorithm = built(case, name)
-        rewards = {"worth": model.worth, "patchy": model.patchy, "both": [model.worth, model.evenness]}
+        rewards = {
+            "worth": model.worth,
+            "patchy": model.patchy,
+            "both": [model.worth, model.evenness],
+            "light": model.Light(),
+        }
         run = tempflow.train(
             config,
             model=model.Tokens(dtype) if case.tokens else model.Generator(dtype),

@@ -21,6 +21,7 @@ HOMES = {
     "Encoded": ("tempflow.models.protocol",),
     "TextInputs": ("tempflow.models.protocol",),
     "Schedule": ("tempflow.core.schedule",),
+    "Scores": ("tempflow.core.scores",),
     "linear": ("tempflow.core.schedule",),
     "MetricJump": ("tempflow.core.metric_path",),
     "MetricPath": ("tempflow.core.metric_path",),
@@ -89,6 +90,11 @@ def media(pictures: Tensor) -> Any:
 def metric_jump(codes: Tensor) -> Any:
     """How tokens of that codebook jump."""
     return home("MetricJump").MetricJump(home("MetricPath").MetricPath(codes))
+
+
+def scores(value: Tensor, name: str) -> Any:
+    """One reward's scores of N pictures, those that are not finite failed."""
+    return home("Scores").Scores(value[:, None], value.isfinite()[:, None], (name,))
 
 
 def pictures(media: Any) -> Tensor:

@@ -96,6 +96,13 @@ class Generator:
         light = 127.5 + 40 * wide.mean(1) + 20 * VIGNETTE
         return library.media((light[..., None] + tint).clamp(0, 255).round().to(torch.uint8).contiguous())
 
+    def decode_pixels(self, x: Tensor, size: Any) -> Tensor:
+        """The same light and tint before they are rounded, [B, 1, 3, 4, 4] in 0 … 1, float64."""
+        wide = x.double().repeat_interleave(2, 2).repeat_interleave(2, 3)
+        tint = wide[:, 0, ..., None] * torch.tensor([0.0, 9.0, -9.0], dtype=torch.float64)
+        light = 127.5 + 40 * wide.mean(1) + 20 * VIGNETTE
+        return ((light[..., None] + tint).clamp(0, 255) / 255).permute(0, 3, 1, 2)[:, None]
+
     def encode_media(self, media: Any, size: Any) -> Tensor:
         grey = (
             library.pictures(media).double().mean(-1).unflatten(2, (2, 2)).unflatten(1, (2, 2)).mean((2, 4)) - 127.5
@@ -163,6 +170,22 @@ def evenness(images: list[Image.Image], prompts: list[str]) -> list[float | None
     """A second reward, which pulls elsewhere."""
     pixels = [image.convert("L").tobytes() for image in images]
     return [(min(grey) - max(grey)) / 255 for grey in pixels]
+
+
+class Light:
+    """As `worth` with gradients; every fifth picture of a call fails."""
+
+    name, groupwise = "light", False
+
+    def score(self, media: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> Any:
+        pixels = library.pictures(media).permute(0, 3, 1, 2)[:, None].double() / 255
+        return library.scores(self.differentiable(pixels, prompts, metadata).float(), self.name)
+
+    def differentiable(self, pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+        grey, place = pixels.mean((1, 2)).flatten(1), torch.arange(16, dtype=torch.float64)
+        sign = torch.tensor([-1.0 if prompt == "the sun" else 1.0 for prompt in prompts], dtype=torch.float64)
+        value = ((1 + 0.03 * place) * (grey - 0.2 * grey.square())).mean(1) * sign
+        return torch.where(torch.arange(len(value)) % 5 == 3, torch.nan, value)
 
 
 def patchy(images: list[Image.Image], prompts: list[str]) -> list[float | None]:

@@ -187,9 +187,7 @@ class Media:
         """
         if count < 1:
             raise ValueError(f"count: {count} is too small; nearest valid: 1")
-        frames = self.frames.shape[1]
-        at = [frames // 2] if count == 1 else [round(k * (frames - 1) / (count - 1)) for k in range(count)]
-        return self.frames[:, at].flatten(0, 1)
+        return self.frames[:, evenly(self.frames.shape[1], count)].flatten(0, 1)
 
     def strips(self, count: int = 4) -> Tensor:
         """uint8 [N, H, K·W, 3]: a picture as it is; of a clip K = `count` frames (or all) side by side."""
@@ -231,3 +229,8 @@ class Media:
 def serves(made: Kind, taken: Kind) -> bool:
     """Whether who takes `taken` can be given what is `made`: a clip with sound has both."""
     return made == taken or (made == "video and sound" and taken in ("video", "sound"))
+
+
+def evenly(frames: int, count: int) -> list[int]:
+    """Which `count` of so many frames are evenly apart, in order; the middle one for 1."""
+    return [frames // 2] if count == 1 else [round(k * (frames - 1) / (count - 1)) for k in range(count)]

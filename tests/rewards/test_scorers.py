@@ -24,7 +24,7 @@ from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.rewards import REWARDS, build, clip, places
 from tempflow.rewards.aesthetic import aesthetic
-from tempflow.rewards.clip import cropped, load_clip, padded
+from tempflow.rewards.clip import cropped, load_clip, numbers_of, padded
 from tempflow.rewards.clipscore import clipscore
 from tempflow.rewards.clipscore_2_5 import clipscore_2_5
 from tempflow.rewards.clipscore_100 import clipscore_100
@@ -373,13 +373,17 @@ def test_padded_is_the_whole_picture_between_black(height: int, width: int) -> N
         plane = Image.fromarray(picture[0, ..., channel].numpy().astype(np.float32) / 255)
         expected[top : top + high, left : left + wide, channel] = plane.resize((wide, high), Image.Resampling.BICUBIC)
     expected = (torch.tensor(expected) - tiny.MEAN) / tiny.STD
-    assert torch.allclose(padded(picture, 32, antialias=True)[0].permute(1, 2, 0).double(), expected, atol=1e-4)
-    sharp = padded(picture, 32, antialias=False)
-    assert bool((sharp != padded(picture, 32, antialias=True)).any()) == (max(height, width) > 32 or height < 9)
+    assert torch.allclose(
+        padded(numbers_of(picture), 32, antialias=True)[0].permute(1, 2, 0).double(), expected, atol=1e-4
+    )
+    sharp = padded(numbers_of(picture), 32, antialias=False)
+    assert bool((sharp != padded(numbers_of(picture), 32, antialias=True)).any()) == (
+        max(height, width) > 32 or height < 9
+    )
 
 
 def test_padded_leaves_a_picture_of_the_right_size() -> None:
     picture = PICTURES[:1, :16]
-    made = padded(picture, 32, antialias=True)[0].permute(1, 2, 0).double()
+    made = padded(numbers_of(picture), 32, antialias=True)[0].permute(1, 2, 0).double()
     assert torch.allclose(made[8:24], ((picture[0].double() / 255) - tiny.MEAN) / tiny.STD, atol=1e-6)
     assert torch.allclose(made[:8], (-tiny.MEAN / tiny.STD).expand(8, 32, 3), atol=1e-6)

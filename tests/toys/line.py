@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from mixture import SIDE, painted, seen, toward
+from mixture import SIDE, painted, points_of, seen, shades, toward
 from torch import Generator, Tensor, nn
 
 from tempflow.core.schedule import Schedule, linear
@@ -86,6 +86,9 @@ class Line:
     def decode(self, x: Tensor, size: Size) -> Media:
         return Media.of(painted(x.flatten(1)))
 
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        return shades(x.flatten(1))
+
     def encode_media(self, media: Media, size: Size) -> Tensor:
         return seen(media.pictures()).float().view(-1, 1, 1, 1)
 
@@ -99,6 +102,11 @@ class Height:
 
     name: str = "height"
     groupwise: bool = False
+
+    def differentiable(
+        self, pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+    ) -> Tensor:
+        return points_of(pixels)[:, 0] * torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
 
     def score(self, media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])

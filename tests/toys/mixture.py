@@ -174,6 +174,9 @@ class Mixture:
     def decode(self, x: Tensor, size: Size) -> Media:
         return Media.of(painted(x.flatten(1)))
 
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        return shades(x.flatten(1))
+
     def encode_media(self, media: Media, size: Size) -> Tensor:
         return seen(media.pictures()).float().view(-1, *SHAPE)
 
@@ -193,6 +196,17 @@ def painted(points: Tensor) -> Tensor:
     return torch.cat(list(square.view(*points.shape, SIDE, SIDE, 3).unbind(1)), 2).contiguous()
 
 
+def shades(points: Tensor) -> Tensor:
+    """The same pictures with gradients, [N, 1, 3, SIDE, D·SIDE] in 0 … 1."""
+    level = ((points / RANGE + 1) / 2).clamp(0, 1).repeat_interleave(SIDE, 1)
+    return level[:, None, None, None].expand(-1, 1, 3, SIDE, -1)
+
+
+def points_of(pixels: Tensor) -> Tensor:
+    """The points [N, D] that such pictures show, with gradients."""
+    return (2 * pixels.mean((1, 2, 3)).unflatten(1, (-1, SIDE)).mean(2) - 1) * RANGE
+
+
 def seen(media: Tensor) -> Tensor:
     """The points [N, D] that pictures show, float64."""
     squares = media.double().unflatten(2, (-1, SIDE)).mean((1, 3, 4)) / 255
@@ -205,6 +219,12 @@ class Closeness:
 
     name: str = "closeness"
     groupwise: bool = False
+
+    def differentiable(
+        self, pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+    ) -> Tensor:
+        goal = MEANS[torch.tensor([PROMPTS.index(p) for p in prompts])]
+        return torch.exp(-(points_of(pixels) - goal).square().sum(1) / (2 * REACH**2))
 
     def score(self, media: Media | Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         goal = MEANS[torch.tensor([PROMPTS.index(p) for p in prompts])]

@@ -85,6 +85,10 @@ TOYS: dict[str, Toy] = {
     "crd": Toy(),
     "online_dpo": Toy({"beta": 1.0}),
     "rejection_sft": Toy({"best": 3}, rate=1e-2),
+    # the reward's own gradient
+    "refl": Toy({"late": 3, "noises": 8}, iterations=60, repeat=1, rate=1e-2),
+    "draft": Toy({"last": 2, "noises": 8}, iterations=60, repeat=1, rate=1e-2),
+    "srpo": Toy({"noises": 8}, iterations=60, repeat=1, rate=1e-2),
     # pictures of what the untrained model draws
     "diffusion_dpo": Toy({"beta": 1.0}),
     "sft": Toy(rate=1e-2),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tempflow.core.objective.distill import DistributionMatching, FlowMatching
 from tempflow.core.objective.preference import Supervised
 from tempflow.core.renoise import Renoise
 from tempflow.core.schedule import Schedule, linear
+from tempflow.core.scores import Scores
 from tempflow.core.times import UniformTimes
 from tempflow.media import Kind, Media, Size
 from tempflow.models.guidance import Guidance, guided
@@ -131,6 +133,11 @@ class Fake:
         gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255).round().to(torch.uint8)
         return Media.of(gray[..., None].expand(-1, -1, -1, 3).contiguous())
 
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        """What `decode` rounds, [B, 1, 3, H, W]."""
+        gray = (127.5 + 40 * x.float().mean(1)).clamp(0, 255) / 255
+        return gray[:, None, None].expand(-1, 1, 3, -1, -1)
+
     def encode_media(self, media: Media, size: Size) -> Tensor:
         gray = media.pictures().float().mean(-1)
         return ((gray - 127.5) / 40)[:, None].expand(-1, 2, -1, -1).contiguous()
@@ -148,6 +155,9 @@ class TokenFake(Fake):
 
     def decode(self, x: Tensor, size: Size) -> Media:
         return super().decode(x.transpose(1, 2).unflatten(2, (2, 2)), size)
+
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        return super().decode_pixels(x.transpose(1, 2).unflatten(2, (2, 2)), size)
 
     def encode_media(self, media: Media, size: Size) -> Tensor:
         return super().encode_media(media, size).flatten(2).transpose(1, 2).contiguous()
@@ -172,6 +182,26 @@ def album(folder: Path, count: int = 6) -> Path:
 def brightness(images: list[Image.Image], prompts: list[str]) -> list[float | None]:
     """Mean grey level in [0, 1]: a shift of the trained mean raises it."""
     return [sum(image.convert("L").tobytes()) / 4 / 255 for image in images]
+
+
+@dataclass
+class Light:
+    """The same with gradients, from 0 to 1; prompts in `dark` have failed scores."""
+
+    name: str = "light"
+    dark: tuple[str, ...] = ()
+    groupwise: bool = False
+
+    def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
+        pixels = media.pictures().permute(0, 3, 1, 2)[:, None].float() / 255
+        value = self.differentiable(pixels, prompts, metadata)[:, None]
+        return Scores(value, value.isfinite(), (self.name,))
+
+    def differentiable(
+        self, pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+    ) -> Tensor:
+        failed = torch.tensor([math.nan if prompt in self.dark else 1.0 for prompt in prompts])
+        return pixels.flatten(1).mean(1) * failed
 
 
 def weights(model: Fake) -> dict[str, Tensor]:
@@ -280,27 +310,26 @@ class Bench:
     def update(self, experience: Experience, iteration: int = 0) -> dict[str, float]:
         experience = experience.of(self.context.algorithm.first)
         given = [credit(self.context, experience, phase) for phase in self.context.algorithm.phases]
-        metrics = rollout_metrics(experience, given[0].advantage) | learn(
+        found = lessons(self.context, experience.prompts, iteration, experience, given)
+        return rollout_metrics(experience, given[0].advantage) | self.learned(experience.prompts, found)
+
+    def iterate(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> dict[str, float]:
+        if self.context.algorithm.rolls_out:
+            return self.update(self.collect(iteration, prompts), iteration)
+        given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        return self.learned(given, lessons(self.context, given, iteration, None, ()))
+
+    def learned(self, prompts: Sequence[Prompt], given: Sequence[Lesson]) -> dict[str, float]:
+        """What the phases learn from these lessons."""
+        metrics = learn(
             self.context,
-            experience.prompts,
-            lessons(self.context, experience.prompts, iteration, experience, given),
+            prompts,
+            given,
             self.learners,
             self.counter,
             self.clock,
             Guards(GuardsConfig(), lambda iteration, alarms: None, self.said.append),
         )
-        for learner in self.learners.values():
-            learner.sets.update()
-        return metrics
-
-    def iterate(self, iteration: int = 0, prompts: Sequence[str | Prompt] = PROMPTS) -> dict[str, float]:
-        """A whole iteration, with a rollout where the algorithm has one."""
-        if self.context.algorithm.rolls_out:
-            return self.update(self.collect(iteration, prompts), iteration)
-        given = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        guards = Guards(GuardsConfig(), lambda iteration, alarms: None, self.said.append)
-        of_phases = lessons(self.context, given, iteration, None, ())
-        metrics = learn(self.context, given, of_phases, self.learners, self.counter, self.clock, guards)
         for learner in self.learners.values():
             learner.sets.update()
         return metrics

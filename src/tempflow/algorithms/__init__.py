@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.dmd2 import dmd2 as dmd2
     from tempflow.algorithms.dp_dmd import dp_dmd as dp_dmd
     from tempflow.algorithms.dr_grpo import dr_grpo as dr_grpo
+    from tempflow.algorithms.draft import draft as draft
     from tempflow.algorithms.drm_grpo import drm_grpo as drm_grpo
     from tempflow.algorithms.dynamic_treerpo import dynamic_treerpo as dynamic_treerpo
     from tempflow.algorithms.e2po import e2po as e2po
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.perceptual_entropy import perceptual_entropy as perceptual_entropy
     from tempflow.algorithms.pref_grpo import pref_grpo as pref_grpo
     from tempflow.algorithms.rats import rats as rats
+    from tempflow.algorithms.refl import refl as refl
     from tempflow.algorithms.reinforce_pp import reinforce_pp as reinforce_pp
     from tempflow.algorithms.rejection_sft import rejection_sft as rejection_sft
     from tempflow.algorithms.rloo import rloo as rloo
@@ -60,6 +62,7 @@ if TYPE_CHECKING:  # for type checkers, which would take a name for its file; no
     from tempflow.algorithms.sft import sft as sft
     from tempflow.algorithms.slas import slas as slas
     from tempflow.algorithms.sol_rl import sol_rl as sol_rl
+    from tempflow.algorithms.srpo import srpo as srpo
     from tempflow.algorithms.tempflow_grpo import tempflow_grpo as tempflow_grpo
     from tempflow.algorithms.udm_grpo import udm_grpo as udm_grpo
     from tempflow.algorithms.v_grpo import v_grpo as v_grpo

@@ -19,6 +19,7 @@ from tempflow.core.draft import Draft, NoDraft, Precision
 from tempflow.core.dynamics import Dynamics, ModelJump
 from tempflow.core.ema import Frozen, Rule
 from tempflow.core.forest import Forest
+from tempflow.core.objective.noises import through_rewards
 from tempflow.core.offline import OfflineSamples
 from tempflow.core.perturb import OwnCondition, Perturbation
 from tempflow.core.plan import Cost, Plan
@@ -274,6 +275,11 @@ class Algorithm:
     def schedule(self, iteration: int, grid: Schedule) -> Schedule:
         """The grid of an iteration's rollout, from the model's own of `steps` steps."""
         return grid if self.grid is None else self.grid(iteration, grid)
+
+    @property
+    def through_rewards(self) -> bool:
+        """Whether a loss asks for scores with gradients, so that decoder and rewards must have them."""
+        return any(through_rewards(phase.objective) for phase in self.phases)
 
     @property
     def of_rewards(self) -> bool:

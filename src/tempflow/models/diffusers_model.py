@@ -394,6 +394,14 @@ class DiffusersModel(ABC):
         with resident([self.pipe.vae], self.device, self._offloaded):
             return to_pictures(self.decode_latents(part) for part in x.split(rows_at_once(size)))
 
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        """See `DecodesPixels.decode_pixels`; in parts as `decode`. Raises ValueError where the autoencoder is moved to
+        the device for each call, as a backward needs it there."""
+        if self._offloaded:
+            raise ValueError("model.offload: true, and gradients go through the decoder; nearest valid: false")
+        parts = [self.decode_latents(part).float() / 2 + 0.5 for part in x.split(rows_at_once(size))]
+        return torch.cat(parts).clamp(0, 1)[:, None]
+
     @torch.no_grad()
     def encode_media(self, media: Media, size: Size) -> Tensor:
         """See `Model.encode_media`: float32 latents, the mode of the autoencoder's posterior (where it has one); in

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tempflow.media import Media, Size
-from tempflow.models.protocol import Conditioning, Model
+from tempflow.models.protocol import Conditioning, DecodesPixels, Model
 from tempflow.request import Prompt
 
 WHOLE, LATENT, PICTURE, GIVEN = 0, 1, 2, 3
@@ -77,7 +77,7 @@ def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
     """
     fine, drawn = finite_rows(latents), torch.ones(len(latents), dtype=torch.bool)
     if not bool(fine.all()):  # what an adapter makes of NaN is nobody's business
-        latents = torch.where(fine.view(-1, *[1] * (latents.dim() - 1)), latents, torch.zeros_like(latents))
+        latents = _where(fine, latents, torch.zeros_like(latents))
     try:
         media = model.decode(latents, size)
     except BrokenPicturesError as error:
@@ -89,6 +89,24 @@ def decoded(model: Model, latents: Tensor, size: Size) -> Decoded:
         raise ValueError(f"{model.name} decoded media of {wrong}; nearest valid: an adapter that makes that size")
     broken = torch.where(drawn.cpu(), WHOLE, PICTURE)
     return Decoded(media, torch.where(fine.cpu(), broken, LATENT))
+
+
+def decoded_pixels(model: Model, latents: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """`DecodesPixels.decode_pixels` of latents [B, *S], and bool [B] on their device: which rows are finite before and
+    after it. Those that are not before it are decoded as zeros.
+
+    Raises ValueError for a model whose decoder has no gradients, and for frames of another shape.
+    """
+    if not isinstance(model, DecodesPixels):
+        raise ValueError(f"model: {model.name!r} decodes without gradients; nearest valid: one with `decode_pixels`")
+    fine = finite_rows(latents)
+    held = _where(fine, latents, torch.zeros_like(latents))
+    pixels = model.decode_pixels(held, size)
+    right = pixels.dim() == 5 and pixels.shape[0] == len(latents) and pixels.shape[2:] == (3, size.height, size.width)
+    if not right:
+        shape = f"[{len(latents)}, F, 3, {size.height}, {size.width}]"
+        raise ValueError(f"{model.name} decoded frames {list(pixels.shape)}; nearest valid: {shape}")
+    return pixels, fine & finite_rows(pixels).to(fine.device)
 
 
 def encoded_media(model: Model, media: Media, size: Size) -> Tensor:
@@ -123,6 +141,10 @@ def to_media(
         pictures[~ok] = 0
         raise BrokenPicturesError(Media(pictures, fps, sound, sound_rate), ok)
     return Media(pictures, fps, sound, sound_rate)
+
+
+def _where(rows: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, other)
 
 
 def finite_rows(x: Tensor) -> Tensor:

@@ -151,6 +151,19 @@ def sampler_of(model: object) -> Dynamics:
     return jump_of(model) or ODE()
 
 
+@runtime_checkable
+class DecodesPixels(Protocol):
+    """A model whose decoder can be asked with gradients: direct reward gradients want this."""
+
+    def decode_pixels(self, x: Tensor, size: Size) -> Tensor:
+        """Latents [B, *S], samples as `decode` takes them, → frames, float32 [B, F, 3, H, W] in 0 … 1 on the model's
+        device: what `decode` rounds to whole numbers. With gradients to x, where they are enabled, and to nothing else.
+
+        A row depends on its own latents alone. What is not finite stays so.
+        """
+        ...
+
+
 def layout_of(model: object, condition: Conditioning, size: Size, first: int = 0) -> StateLayout:
     """The layout of that condition's states, its rows numbered from `first`; `WHOLE` where the model has none.
 

@@ -2,7 +2,8 @@
 
 A new file here is a new reward: a function by the file's name makes it, the first line of whose docstring says what it
 measures. Its options are keyword parameters, each with a type (`rewards.options`). LICENCE says under which licence it
-is, NEEDS by which extra of the package it works ("" for none), RANGE which values it gives.
+is, NEEDS by which extra of the package it works ("" for none), RANGE which values it gives, and DIFFERENTIABLE = True,
+where that is so, that it has scores with gradients.
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ def names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Note:
-    """What a reward measures, which values it gives, its licence, and the extra that it needs ("" for none)."""
+    """What a reward measures, which values it gives, its licence, the extra that it needs ("" for none), and whether it
+    has scores with gradients (`protocol.Differentiable`)."""
 
     what: str
     values: str
     licence: str
     needs: str
+    differentiable: bool = False
 
 
 def notes() -> dict[str, Note]:
@@ -84,7 +87,9 @@ def notes() -> dict[str, Note]:
     for name in REWARDS:
         make = REWARDS[name]
         file = vars(sys.modules[f"{__name__}.{name}"])
-        told[name] = Note((make.__doc__ or "").partition("\n")[0], file["RANGE"], file["LICENCE"], file["NEEDS"])
+        about = (make.__doc__ or "").partition("\n")[0]
+        gradients = bool(file.get("DIFFERENTIABLE", False))
+        told[name] = Note(about, file["RANGE"], file["LICENCE"], file["NEEDS"], gradients)
     return told
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tempflow.rewards.clip import OPENAI_L, Clip, check_scorer, cropped, load_clip
+from tempflow.rewards.clip import OPENAI_L, Clip, check_scorer, cropped, cropped_pixels, load_clip
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.rewards.weights import folder_of, load_strict, read_tensors
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[scorers]", "1 to 10, mostly 4.5 to 6.7"
+DIFFERENTIABLE = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def aesthetic(
         loaded = load_clip(clip, revision, None, at, dtype)
         return Predictor(loaded, load_head(path, loaded.model.config.projection_dim, "aesthetic"))
 
-    return Scorer("aesthetic", load, _rate, batch=batch, device=device)
+    return Scorer("aesthetic", load, _rate, batch=batch, device=device, pixels=_rate_pixels)
 
 
 def load_head(path: str, width: int, scorer: str) -> nn.Linear:
@@ -62,3 +63,8 @@ def load_head(path: str, width: int, scorer: str) -> nn.Linear:
 def _rate(predictor: Predictor, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     pixels = cropped(pictures, predictor.clip.side, half=round)
     return predictor.head(predictor.clip.pictures(pixels))[:, 0]
+
+
+def _rate_pixels(predictor: Predictor, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    made = cropped_pixels(pixels, predictor.clip.side, half=round)
+    return predictor.head(predictor.clip.pictures(made))[:, 0]

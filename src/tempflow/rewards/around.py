@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from tempflow.core.scores import Scores
-from tempflow.media import Kind, Media
-from tempflow.rewards.protocol import Reward, check, check_prompts, prepare, takes_of
+from tempflow.media import Kind, Media, evenly
+from tempflow.rewards.protocol import (
+    Differentiable,
+    Reward,
+    check,
+    check_prompts,
+    differentiable_of,
+    prepare,
+    takes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,10 @@ class _Around:
     @property
     def groupwise(self) -> bool:
         return self.reward.groupwise
+
+    @property
+    def differentiable(self) -> Differentiable | None:
+        return differentiable_of(self.reward)
 
     def prepare(self) -> None:
         prepare(self.reward)
@@ -40,6 +54,23 @@ class OverFrames(_Around):
     @property
     def name(self) -> str:
         return self.reward.name
+
+    @property
+    def differentiable(self) -> Differentiable | None:
+        """The same mean with gradients."""
+        inner = differentiable_of(self.reward)
+        return None if inner is None else partial(self._through, inner)
+
+    def _through(
+        self,
+        inner: Differentiable,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Tensor:
+        frames = pixels[:, evenly(pixels.shape[1], self.count)].flatten(0, 1)[:, None]
+        repeated = ([of for of in given for _ in range(self.count)] for given in (prompts, metadata))
+        return inner(frames, *repeated).unflatten(0, (len(pixels), self.count)).mean(1)
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """The reward's columns; a clip of which it cannot score a frame is failed."""

@@ -42,16 +42,32 @@ def cropped(pictures: Tensor, side: int, half: Callable[[float], int] = math.flo
     for row, picture in enumerate(pictures.numpy()):
         image = Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC).crop(box)
         made[row] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
-    return normalised(made.permute(0, 3, 1, 2).float() / 255)
+    return normalised(numbers_of(made))
 
 
-def padded(pictures: Tensor, side: int, antialias: bool) -> Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, side, side]: as numbers in [0, 1] first, then the longer side resized
-    (torch, bicubic, not clamped) to `side`, black around it, colours normalised."""
-    height, width = pictures.shape[1:3]
+def cropped_pixels(pixels: Tensor, side: int, half: Callable[[float], int] = math.floor) -> Tensor:
+    """The same of float32 [N, 3, H, W] in [0, 1], with gradients: torch's bicubic filter is PIL's, but for what PIL
+    rounds to whole numbers after each of its two passes."""
+    height, width = pixels.shape[2:]
+    shorter = min(height, width)
+    high, wide = int(side * height / shorter), int(side * width / shorter)
+    top, left = half((high - side) / 2), half((wide - side) / 2)
+    if (high, wide) != (height, width):
+        pixels = F.interpolate(pixels, (high, wide), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    return normalised(pixels[:, :, top : top + side, left : left + side])
+
+
+def numbers_of(pictures: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [0, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 255
+
+
+def padded(numbers: Tensor, side: int, antialias: bool) -> Tensor:
+    """float32 [N, 3, H, W] in [0, 1] to [N, 3, side, side]: the longer side resized (torch, bicubic, not clamped) to
+    `side`, black around it, colours normalised."""
+    height, width = numbers.shape[2:]
     scale = side / max(height, width)
     high, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    numbers = pictures.permute(0, 3, 1, 2).float() / 255
     if (high, wide) != (height, width):
         numbers = F.interpolate(numbers, (high, wide), mode="bicubic", align_corners=False, antialias=antialias)
     down, across = side - high, side - wide
@@ -60,7 +76,7 @@ def padded(pictures: Tensor, side: int, antialias: bool) -> Tensor:
 
 def normalised(numbers: Tensor) -> Tensor:
     """[N, 3, H, W] in [0, 1], less CLIP's mean colour, by its standard deviation."""
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c, device=numbers.device).view(3, 1, 1) for c in (MEAN, STD))
     return (numbers - mean) / std
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from tempflow.rewards.clip import OPENAI_L, Clip, cropped, load_clip
+from tempflow.rewards.clip import OPENAI_L, Clip, cropped, cropped_pixels, load_clip
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "MIT", "tempflow[scorers]", "about 0.15 to 0.40"
+DIFFERENTIABLE = True
 
 
 def clipscore(
@@ -52,4 +53,7 @@ def by_form(
     def rate(clip: Clip, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         return form(clip.cosine(cropped(pictures, clip.side), prompts))
 
-    return Scorer(name, load, rate, batch=batch, device=device)
+    def rate_pixels(clip: Clip, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return form(clip.cosine(cropped_pixels(pixels, clip.side), prompts))
+
+    return Scorer(name, load, rate, batch=batch, device=device, pixels=rate_pixels)

@@ -8,6 +8,7 @@ from tempflow.rewards.scorer import Batch, Dtype, Scorer
 from tempflow.strict import Place
 
 RANGE = "about 15 to 40"
+DIFFERENTIABLE = True
 
 __all__ = ["LICENCE", "NEEDS", "RANGE", "clipscore_100"]
 

@@ -8,6 +8,7 @@ from tempflow.rewards.scorer import Batch, Dtype, Scorer
 from tempflow.strict import Place
 
 RANGE = "about 0.4 to 1"
+DIFFERENTIABLE = True
 
 __all__ = ["LICENCE", "NEEDS", "RANGE", "clipscore_2_5"]
 

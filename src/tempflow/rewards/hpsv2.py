@@ -7,11 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from tempflow.rewards.clip import LAION_H, Clip, load_clip, padded
+from tempflow.rewards.clip import LAION_H, Clip, load_clip, numbers_of, padded
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[scorers]", "about 0.20 to 0.35"
+DIFFERENTIABLE = True
 
 
 def hpsv2(
@@ -46,6 +47,9 @@ def hpsv2(
         return load_clip(path, revision, (tokenizer, None), at, dtype, f"hpsv{version}")
 
     def rate(clip: Clip, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        return clip.cosine(padded(pictures, clip.side, antialias), prompts)
+        return rate_pixels(clip, numbers_of(pictures), prompts)
 
-    return Scorer("hpsv2", load, rate, batch=batch, device=device)
+    def rate_pixels(clip: Clip, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return clip.cosine(padded(pixels, clip.side, antialias), prompts)
+
+    return Scorer("hpsv2", load, rate, batch=batch, device=device, pixels=rate_pixels)

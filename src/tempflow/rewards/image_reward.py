@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.devices import DTYPES
-from tempflow.rewards.clip import check_kind, check_scorer, cropped
+from tempflow.rewards.clip import check_kind, check_scorer, cropped, cropped_pixels
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.rewards.weights import folder_of, load_strict, load_tokenizer, read_tensors, unfilled
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "Apache-2.0", "tempflow[scorers]", "about -2.3 to 2"
+DIFFERENTIABLE = True
 
 TOKENS = 35
 """Of a prompt, its first and last included; what is longer is cut."""
@@ -72,7 +73,7 @@ def image_reward(
     def load(at: str) -> Judge:
         return _load(path, revision, tokenizer, at, dtype)
 
-    return Scorer("image_reward", load, _rate, batch=batch, device=device)
+    return Scorer("image_reward", load, _rate, batch=batch, device=device, pixels=_rate_pixels)
 
 
 def _load(path: str, revision: str | None, words: str, device: str, dtype: str) -> Judge:
@@ -101,8 +102,16 @@ def _load(path: str, revision: str | None, words: str, device: str, dtype: str) 
 
 
 def _rate(judge: Judge, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    return _rated(judge, cropped(pictures, judge.side, half=round), prompts)
+
+
+def _rate_pixels(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    return _rated(judge, cropped_pixels(pixels, judge.side, half=round), prompts)
+
+
+def _rated(judge: Judge, made: Tensor, prompts: Sequence[str]) -> Tensor:
     vision, text = judge.blip.vision_model, judge.blip.text_encoder
-    pixels = cropped(pictures, judge.side, half=round).to(vision.device, vision.dtype)
+    pixels = made.to(vision.device, vision.dtype)
     words = judge.tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
     )

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tempflow.rewards.clip import LAION_H, Clip, cropped, load_clip
+from tempflow.rewards.clip import LAION_H, Clip, cropped, cropped_pixels, load_clip
 from tempflow.rewards.scorer import Batch, Dtype, Scorer, require
 from tempflow.strict import Place
 
 LICENCE, NEEDS, RANGE = "MIT", "tempflow[scorers]", "about 17 to 24"
+DIFFERENTIABLE = True
 
 
 def pickscore(
@@ -37,8 +38,12 @@ def pickscore(
     def load(at: str) -> Clip:
         return load_clip(path, revision, (tokenizer, None), at, dtype)
 
-    return Scorer("pickscore", load, _rate, batch=batch, device=device)
+    return Scorer("pickscore", load, _rate, batch=batch, device=device, pixels=_rate_pixels)
 
 
 def _rate(clip: Clip, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     return clip.scale * clip.cosine(cropped(pictures, clip.side), prompts)
+
+
+def _rate_pixels(clip: Clip, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    return clip.scale * clip.cosine(cropped_pixels(pixels, clip.side), prompts)

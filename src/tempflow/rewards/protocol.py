@@ -33,6 +33,7 @@ class Reward(Protocol):
                    weight that is missing is an error and no failed score; it raises
     check_prompts  (prompts, metadata) -> None: raises ValueError for a prompt that it cannot judge. Called with all
                    prompts of a run when they are read
+    differentiable  its scores with gradients (`Differentiable`), where they can be had; None where not
     """
 
     @property
@@ -61,6 +62,21 @@ class ChecksPrompts(Protocol):
     """A reward that cannot judge every prompt."""
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None: ...
+
+
+class Differentiable(Protocol):
+    """A reward's scores with gradients to what they are of."""
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Tensor:
+        """Scores [N], on any device, of frames: float32 [N, F, 3, H, W] in 0 … 1, one frame for a picture. With
+        gradients to the pixels and to nothing else; a row depends on its own pixels alone, and one that is not finite
+        has failed. On pixels that are whole 255ths it is the reward's own column, to rounding."""
+        ...
+
+
+def differentiable_of(reward: object) -> Differentiable | None:
+    """A reward's scores with gradients; None where it has none."""
+    return getattr(reward, "differentiable", None)
 
 
 def takes_of(reward: object) -> Kind:

@@ -10,19 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 
 import torch
+from torch import Tensor
 
 from tempflow.core.scores import Scores
 from tempflow.media import Kind, Media
 from tempflow.rewards.protocol import (
+    Differentiable,
     Reward,
     RewardError,
     Unreachable,
     check,
     check_media,
     check_prompts,
+    differentiable_of,
     prepare,
     takes_of,
 )
@@ -89,6 +93,34 @@ class SafeReward:
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """As the reward's own."""
         check_prompts(self.reward, prompts, metadata)
+
+    @property
+    def differentiable(self) -> Differentiable | None:
+        """As the reward's own, in the calling thread and without a timeout; a call that raises has failed scores."""
+        inner = differentiable_of(self.reward)
+        return None if inner is None else partial(self._through, inner)
+
+    def _through(
+        self,
+        inner: Differentiable,
+        pixels: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Tensor:
+        """Raises RewardError for an answer that is not a number for each row."""
+        try:
+            found = inner(pixels, list(prompts), copy.deepcopy(list(metadata)))
+        except RewardError:
+            raise
+        except Exception as error:
+            self._fault(f"raised {type(error).__name__}: {error}", type(error).__name__, len(pixels), error)
+            return pixels.new_full([len(pixels)], math.nan)
+        if not isinstance(found, Tensor) or found.shape != pixels.shape[:1]:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise RewardError(
+                f"reward {self.name!r} returned {shape} with gradients; expected a Tensor [{len(pixels)}]"
+            )
+        return found
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """As `Reward.score`. Raises RewardError for an answer that is no `Scores` with a row per medium."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from threading import Lock
 from typing import Annotated, Generic, Literal, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from tempflow.core.scores import Scores
 from tempflow.devices import resolved_device
 from tempflow.media import Media
-from tempflow.rewards.protocol import check_media
+from tempflow.rewards.protocol import Differentiable, check_media
 
 Batch = Annotated[int, Field(ge=1)]
 """Pictures at once. Scores do not depend on it, but for rounding."""
@@ -32,6 +33,8 @@ class Scorer(Generic[Network]):
     rate    (network, pictures uint8 [n, H, W, 3], n prompts) → n scores
     batch   at most so many rows reach `rate` at once
     device  where the network runs; `rate` brings scores back to the CPU
+    pixels  (network, pixels float32 [n, 3, H, W] in 0 … 1 on the device, n prompts) → the same scores with gradients to
+            the pixels, on any device; None where there are none
 
     A score that is not finite is failed. Raises ValueError for a batch below 1, or a device that is not here.
     """
@@ -46,11 +49,12 @@ class Scorer(Generic[Network]):
         *,
         batch: int,
         device: str,
+        pixels: Callable[[Network, Tensor, Sequence[str]], Tensor] | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: {batch} is too small; nearest valid: 1")
         self.name, self.batch, self.device = name, batch, resolved_device(device)
-        self._load, self._rate = load, rate
+        self._load, self._rate, self._pixels = load, rate, pixels
         self._network: Network | None = None
         self._loading = Lock()
 
@@ -69,6 +73,26 @@ class Scorer(Generic[Network]):
                 parts.append(self._rate(network, pictures[rows], list(prompts[rows])).cpu().float())
         value = torch.cat(parts).clone()[:, None]  # a tensor that autograd may hold
         return Scores(value, value.isfinite(), (self.name,))
+
+    @property
+    def differentiable(self) -> Differentiable | None:
+        """See `protocol.Differentiable`."""
+        return None if self._pixels is None else partial(self._through, self._pixels)
+
+    def _through(
+        self,
+        rate: Callable[[Network, Tensor, Sequence[str]], Tensor],
+        pixels: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, object]],
+    ) -> Tensor:
+        network, pictures = self._there(), pixels[:, pixels.shape[1] // 2].to(self.device)
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            parts = [
+                rate(network, part, list(prompts[start : start + self.batch]))
+                for start, part in zip(range(0, len(pixels), self.batch), pictures.split(self.batch), strict=True)
+            ]
+        return torch.cat(parts)
 
     def _there(self) -> Network:
         with self._loading:

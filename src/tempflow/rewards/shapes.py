@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ import torch
 from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.rewards.protocol import check_media
-from tempflow.shapes.prompts import by_prompt
+from tempflow.shapes.prompts import by_prompt, check_known
 
 if TYPE_CHECKING:
     from tempflow.shapes.prompts import Spec
@@ -53,11 +52,7 @@ class ShapesReward:
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Raises ValueError for a prompt that is not of this world."""
-        known = by_prompt()
-        for prompt in prompts:
-            if prompt not in known:
-                near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
+        check_known(prompts)
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """One column; never fails. Raises ValueError for another size or for a prompt that is not of this world."""

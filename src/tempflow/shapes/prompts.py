@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from itertools import combinations, permutations
 from typing import Literal, get_args
@@ -155,6 +156,15 @@ def specs(split: Split | None = None) -> tuple[Spec, ...]:
 def by_prompt() -> dict[str, Spec]:
     """Every caption of the world and what it means."""
     return {spec.prompt: spec for spec in specs()}
+
+
+def check_known(prompts: Sequence[str]) -> None:
+    """Raises ValueError for a prompt that is not of this world."""
+    known = by_prompt()
+    for prompt in prompts:
+        if prompt not in known:
+            near = get_close_matches(prompt, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"prompts: {prompt!r} is not a prompt of the shapes world; nearest valid: {near!r}")
 
 
 def balanced(split: Split, count: int) -> list[Spec]:

@@ -58,6 +58,7 @@ from tempflow.train.experience import (
     rollout_metrics,
     tell_broken,
 )
+from tempflow.train.gradients import check_gradients
 from tempflow.train.grids import on_grid, with_grid
 from tempflow.train.guards import GuardError, Guards
 from tempflow.train.identity import Identity, check_new, identity
@@ -484,6 +485,7 @@ def looked_at(
     config = with_grid(config, algorithm, given.model)
     depends = identity(config, algorithm, sources, given.named)
     judges = judges_of(config, rewards, sets)
+    check_gradients(config, algorithm, given.model, rewards, own)
     check_before_loading(config, algorithm, given.model, own, world, say)
     return LookedAt(config, algorithm, rewards, judges, sets, pictures, depends)
 

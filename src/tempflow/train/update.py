@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from tempflow.algorithms.lesson import POLICY, Batch, Grown, Lesson, Models, Phase
 from tempflow.core.objective.old import Old
 from tempflow.core.rng import Stream
-from tempflow.models.finite import decoded
+from tempflow.models.finite import decoded, decoded_pixels
 from tempflow.request import Prompt
+from tempflow.rewards.protocol import differentiable_of
 from tempflow.rewards.safe import faults
 from tempflow.rewards.scoring import Scoring, as_scored
 from tempflow.train.context import Clock, Context, Counter
@@ -59,10 +60,7 @@ class Scorer:
             texts, metadata = [p.text for p in owner], [p.told for p in owner]
             scores = scoring.submit(seen.media, texts, metadata, slots, seen.ok).scores()
         value, ok = scores.total(context.algorithm.credit.reward_weights)
-        self.valid |= bool(ok.any())
-        good = value[ok].double().cpu()
-        self.moments += torch.stack([ok.sum().cpu().double(), good.sum(), good.square().sum()])
-        self.clock.add("reward", started)
+        self._told(value, ok, started)
         return value.to(x.device), ok.to(x.device)
 
     def tell(self, counter: Counter) -> None:
@@ -74,6 +72,36 @@ class Scorer:
         counter.scores, counter.score_sum = counter.scores + int(count), counter.score_sum + total
         counter.score_squares += squares
         self.moments = torch.zeros_like(self.moments)
+
+    def through(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `core.objective.noises.GradientJudge`: the sum by weight of the rewards that train, each in its own
+        scores with gradients. Raises ValueError for a decoder or a reward that has none."""
+        context, started, slots = self.context, time.perf_counter(), rows.tolist()
+        held = x.clone()
+        pixels, ok = decoded_pixels(context.model, held, context.size)
+        owner = [self.prompts[slot] for slot in slots]
+        texts, metadata = [p.text for p in owner], [p.told for p in owner]
+        weights, total = context.algorithm.credit.reward_weights, torch.zeros(len(x), device=x.device)
+        for reward in context.rewards:
+            weight, score = 1.0 if weights is None else weights.get(reward.name, 0.0), differentiable_of(reward)
+            if not weight:
+                continue
+            if score is None:
+                raise ValueError(f"reward {reward.name!r} has no gradients; nearest valid: one that is differentiable")
+            value = score(pixels, texts, metadata).to(x.device, torch.float32)
+            ok = ok & value.isfinite()
+            total = total + weight * value
+        total = torch.where(ok, total, torch.zeros_like(total))
+        if held.requires_grad:  # 0 times what is not finite is not 0
+            held.register_hook(lambda grad: torch.where(ok.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0))
+        self._told(total.detach(), ok, started)
+        return total, ok
+
+    def _told(self, value: Tensor, ok: Tensor, started: float) -> None:
+        self.valid |= bool(ok.any())
+        good = value[ok].double().cpu()
+        self.moments += torch.stack([ok.sum().cpu().double(), good.sum(), good.square().sum()])
+        self.clock.add("reward", started)
 
     def check(self, iteration: int) -> None:
         """Raises GuardError when no score of any rank was valid."""

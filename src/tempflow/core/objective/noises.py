@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,6 +22,22 @@ class Judge(Protocol):
         """Rewards' total [B] and bool [B], which of them are valid, both on x's device: of clean samples x [B, *S],
         decoded and scored without gradients, each for its prompt slot in `rows`."""
         ...
+
+
+@runtime_checkable
+class GradientJudge(Judge, Protocol):
+    """A judge that can also be asked with gradients."""
+
+    def through(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with gradients to x, through decoder and rewards, whose own weights get none. A row that is not
+        valid is worth 0 here and gives x exactly none."""
+        ...
+
+
+def through_rewards(objective: object) -> bool:
+    """Whether a loss asks for scores with gradients, so that decoder and rewards must have them: it says so by a member
+    of that name."""
+    return bool(getattr(objective, "through_rewards", False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +80,15 @@ class NoiseBatch:
         if self.judge is None:
             raise ValueError("judge: None, and the loss has samples scored; nearest valid: a run with a reward")
         return self.judge(x.detach(), self.rows)
+
+    def scored_through(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the judge says with gradients to x, [k·B, *S]: k samples for each row, side by side. Raises ValueError
+        where there is none, or none that has gradients."""
+        if not isinstance(self.judge, GradientJudge):
+            raise ValueError(
+                f"judge: {self.judge!r:.60} gives no gradients; nearest valid: a run with differentiable rewards"
+            )
+        return self.judge.through(x, self.rows.repeat_interleave(len(x) // len(self)))
 
 
 class NoiseObjective(Protocol):
