@@ -342,8 +342,8 @@ def test_recipes_are_named_as_in_the_list_and_their_embedded_prompts_exist():
 
 
 def test_every_algorithm_has_a_recipe_on_shapes():
-    """Those that start from pictures on disk, or make few-step students, have no row on the leaderboard; those of
-    tokens have no embedded model yet."""
+    """Those that start from pictures on disk, make few-step students or climb a reward's gradient have no row on the
+    leaderboard; those of tokens have no embedded model yet."""
     tokens = {name for name, make in ALGORITHMS.items() if isinstance(make().dynamics, ModelJump)}
     rolls_out = {name for name, make in ALGORITHMS.items() if make().rolls_out} - tokens
     assert {entry.algorithm["name"] for entry in ENTRIES} == rolls_out - {"diffusion_dpo", "sft", "rtdmd"}

@@ -215,6 +215,20 @@ def test_a_stated_grid_is_drawn_by_the_pipeline_with_its_points(scene: Scene, mo
     assert torch.equal(adapter.schedule(3, Size(*scene.family.SIZES[0])).sigmas, own)
 
 
+def test_pictures_have_gradients(scene: Scene) -> None:
+    """What is rounded to a picture, each from its own latents, and nothing of the decoder learns."""
+    size = Size(*scene.family.SIZES[0])
+    noise = NOISE.initial([(row, 0) for row in range(2)], scene.adapter.noise_shape(size))
+    x = noise.clone().requires_grad_(True)
+    pixels = scene.adapter.decode_pixels(x, size)
+    plain = scene.adapter.decode(noise, size).frames.permute(0, 1, 4, 2, 3).float() / 255
+    assert pixels.shape == plain.shape == (2, 1, 3, size.height, size.width) and pixels.dtype == torch.float32
+    assert float((pixels.detach() - plain).abs().max()) <= 0.5 / 255 + 1e-5
+    pixels[0].square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad[0].any() and not x.grad[1].any()
+    assert all(p.grad is None for p in scene.adapter.pipe.vae.parameters())
+
+
 def test_pictures_are_the_pipelines(scene: Scene) -> None:
     size = Size(*scene.family.SIZES[0])
     a = scene.asked()

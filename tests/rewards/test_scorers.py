@@ -24,14 +24,14 @@ from tempflow.core.scores import Scores
 from tempflow.media import Media
 from tempflow.rewards import REWARDS, build, clip, places
 from tempflow.rewards.aesthetic import aesthetic
-from tempflow.rewards.clip import cropped, load_clip, numbers_of, padded
+from tempflow.rewards.clip import cropped, cropped_pixels, load_clip, numbers_of, padded
 from tempflow.rewards.clipscore import clipscore
 from tempflow.rewards.clipscore_2_5 import clipscore_2_5
 from tempflow.rewards.clipscore_100 import clipscore_100
 from tempflow.rewards.hpsv2 import hpsv2
 from tempflow.rewards.image_reward import image_reward
 from tempflow.rewards.pickscore import pickscore
-from tempflow.rewards.protocol import Reward
+from tempflow.rewards.protocol import Reward, differentiable_of
 from tempflow.rewards.scorer import Scorer
 from tempflow.rewards.weights import read_tensors
 
@@ -114,6 +114,29 @@ def test_in_float64_the_converted_clip_is_the_published_one(folder: Path) -> Non
     with torch.inference_mode():
         found = loaded.cosine(PIXELS, PROMPTS)
     assert torch.allclose(found, tiny.clip_cosine(OPEN_CLIP, PIXELS, PROMPTS), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_with_gradients_it_is_the_same_score(name: str, scorers: dict[str, Scorer[Any]]) -> None:
+    """Of pictures that need no resizing to the last bit but rounding; its slope is a difference's."""
+    score = differentiable_of(scorers[name])
+    assert score is not None
+    pixels = numbers_of(PICTURES)[:, None].requires_grad_(True)
+    found = score(pixels, PROMPTS, [{}] * len(PROMPTS))
+    assert torch.allclose(found.detach().double(), values(scorers[name], PICTURES, PROMPTS), rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), pixels)
+    way, step = torch.sign(slope) * slope.abs().gt(slope.abs().median()), 2e-3
+    with torch.no_grad():
+        ends = [score(pixels + sign * step * way, PROMPTS, [{}] * len(PROMPTS)).double() for sign in (1, -1)]
+    # float32 networks and a step that is not small
+    assert torch.allclose((ends[0] - ends[1]) / (2 * step), (slope * way).flatten(1).sum(1).double(), rtol=0.05)
+    assert all(p.grad is None for p in _parameters(scorers[name]))
+
+
+def _parameters(scorer: Scorer[Any]) -> list[torch.nn.Parameter]:
+    network = scorer._there()  # pyright: ignore[reportPrivateUsage]
+    parts = [getattr(network, name, None) for name in ("model", "blip", "head")]
+    return [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
 
 
 def test_forms_of_clipscore(folder: Path, scorers: dict[str, Scorer[Any]]) -> None:
@@ -327,6 +350,17 @@ def test_options_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 # -------------------------------------------------------------------------------------------------------- preprocessing
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32), (33, 70), (96, 41), (7, 5)])
+def test_a_crop_with_gradients_is_pils_but_for_what_that_rounds(height: int, width: int) -> None:
+    drawn = torch.Generator().manual_seed(height)
+    picture = torch.randint(0, 256, (2, height, width, 3), generator=drawn, dtype=torch.uint8)
+    for half in (math.floor, round):
+        away = cropped(picture, 32, half) - cropped_pixels(numbers_of(picture), 32, half)
+        levels = away * torch.tensor(clip.STD).view(3, 1, 1) * 255
+        assert float(levels.abs().max()) <= (1e-3 if (height, width) == (32, 32) else 1.6)
+        assert float(levels.abs().mean()) <= 0.5
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32), (33, 70), (96, 41), (7, 5), (1, 1)])
 def test_cropped_is_what_transformers_processor_makes(height: int, width: int) -> None:
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")  # of transformers 5

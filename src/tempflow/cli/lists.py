@@ -31,7 +31,8 @@ def rewards_verb(args: Sequence[str]) -> int:
     other = Note("from an installed package", "its own", "that package's", "")
     known = notes()
     told = {name: known.get(name, other) for name in names()}
-    rows = [(name, f"{n.what.rstrip('.')} ({n.values})", n.licence, n.needs) for name, n in told.items()]
+    values = {name: n.values + (", has gradients" if n.differentiable else "") for name, n in told.items()}
+    rows = [(name, f"{n.what.rstrip('.')} ({values[name]})", n.licence, n.needs) for name, n in told.items()]
     return _list("rewards", args, ("name", "what, values", "licence", "needs"), rows)
 
 

@@ -113,6 +113,7 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
     except ValueError:  # `model_check` says why
         return []
     from tempflow.train.build import build_reward, check_streams
+    from tempflow.train.gradients import check_gradients
     from tempflow.train.grids import with_grid
 
     m = config.model
@@ -120,8 +121,10 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
         with config.naming("model"):
             check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
         with_grid(config, config.algorithm.build())
-        check_takes([build_reward(r) for r in config.rewards], family.makes, m.path)
-        check_streams(config, config.algorithm.build(), family.streams, m.path)
+        rewards, algorithm = [build_reward(r) for r in config.rewards], config.algorithm.build()
+        check_takes(rewards, family.makes, m.path)
+        check_streams(config, algorithm, family.streams, m.path)
+        check_gradients(config, algorithm, None, rewards, own=True)
     except (ValueError, ImportError) as error:
         fault, _, advice = str(error).rpartition("; ")
         return [Check("size and guidance", "fails", fault or str(error), advice or "other settings of model")]
