@@ -46,14 +46,16 @@ def cropped(pictures: Tensor, side: int, half: Callable[[float], int] = math.flo
 
 
 def cropped_pixels(pixels: Tensor, side: int, half: Callable[[float], int] = math.floor) -> Tensor:
-    """The same of float32 [N, 3, H, W] in [0, 1], with gradients: torch's bicubic filter is PIL's, but for what PIL
-    rounds to whole numbers after each of its two passes."""
+    """The same of float32 [N, 3, H, W] in [0, 1], with gradients: rows, then columns, by torch's bicubic filter. It is
+    PIL's, but for the whole numbers that PIL rounds to after both, and for which of the two comes first, which only
+    tells where the filter overshoots black or white."""
     height, width = pixels.shape[2:]
     shorter = min(height, width)
     high, wide = int(side * height / shorter), int(side * width / shorter)
     top, left = half((high - side) / 2), half((wide - side) / 2)
-    if (high, wide) != (height, width):
-        pixels = F.interpolate(pixels, (high, wide), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    for size in ((height, wide), (high, wide)):
+        if size != tuple(pixels.shape[2:]):
+            pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
     return normalised(pixels[:, :, top : top + side, left : left + side])
 
 
