@@ -16,10 +16,10 @@ from tempflow.cli import VERBS, main
 from tempflow.cli.draw import SampleOptions
 from tempflow.cli.export import ExportOptions
 from tempflow.cli.judge import EvalOptions
-from tempflow.cli.parse import configured
+from tempflow.cli.parse import configured, runs_of
 from tempflow.cli.report import ReportOptions
 from tempflow.cli.train import CostOptions, TrainOptions
-from tempflow.config import Config, algorithm_config, load_config, read_config
+from tempflow.config import Config, Stages, algorithm_config, load_config, read_config
 from tempflow.names import FIELDS, VALUES, cut, likeliest, nearest
 from tempflow.recipes import RECIPES
 from tempflow.strict import ConfigError, leaves, shown
@@ -367,9 +367,11 @@ def test_values_are_shown_on_a_screen_line():
 def test_help_of_every_recipe_shows_its_algorithm_s_fields(capsys, recipe):
     assert main(["train", recipe, "--help"]) == 0
     out, err = capsys.readouterr()
-    name = RECIPES[recipe]().algorithm.name
-    for field in algorithm_config(name).model_fields:
-        assert f"--algorithm.{field} ".replace("_", "-") in out
+    made = RECIPES[recipe]()
+    for number, (_, run) in enumerate(runs_of(made)):
+        of = f"--stages.{number}." if isinstance(made, Stages) else "--"
+        for field in algorithm_config(run.algorithm.name).model_fields:
+            assert f"{of}algorithm.{field} ".replace("_", "-") in out
     assert not err and max(map(len, out.splitlines())) <= 120
 
 

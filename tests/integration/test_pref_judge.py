@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ def test_a_run_ends_where_the_judge_answers_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_on_shapes_is_judged_by_the_verifier_that_it_was_not_taught_by(tmp_path: Path) -> None:
-    full = config(str(tmp_path / "run"), seed=0, iterations=1, rate=1e-3, prompts=2, group=4)
+    given = Namespace(iterations=1, rate=1e-3, prompts=2, group=4, loss="pref_grpo", train_steps=None)
+    full = config(str(tmp_path / "run"), 0, given)
     evaluation = full.evaluation.model_dump() | {"validation_prompts": 6, "test_prompts": 6, "steps": 2}
     small = Config.model_validate(full.model_dump() | {"evaluation": evaluation})
     with JudgeServer(verifier_judge()) as server:
