@@ -43,6 +43,7 @@ DRAWING: dict[str, dict[str, Any]] = {
     "gspo": {"train_steps": 3},
     "cispo": {"train_steps": 3},
     "sapo": {"train_steps": 3},
+    "rtdmd": {"train_steps": 1},
     "gcpo": {"steps": 6, "group": 4, "sizes": (2, 2, 1)},
 }
 """Settings of every algorithm that can draw which steps, windows or chunks it trains, with which it does."""
