@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -249,7 +249,8 @@ class Categorical(Counted):
         check_tokens("y", y, self.logits.shape[:-1], self.logits.shape[-1])
         if self.logits.numel() > AT_ONCE:
             size = self.logits.shape[-1]
-            return cast(Tensor, _LogProb.apply(self.logits.reshape(-1, size), y.reshape(-1))).view(y.shape)
+            in_parts: Any = _LogProb
+            return in_parts.apply(self.logits.reshape(-1, size), y.reshape(-1)).view(y.shape)
         logits = upcast(self.logits)
         return logits.gather(-1, y[..., None])[..., 0] - logits.logsumexp(-1)
 
@@ -318,7 +319,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
         rows = max(1, AT_ONCE // logits.shape[-1])
-        total = torch.cat([upcast(part).logsumexp(-1) for part in logits.split(rows)])
+        parts = [logits[first : first + rows] for first in range(0, len(logits), rows)]
+        total = torch.cat([upcast(part).logsumexp(-1) for part in parts])
         ctx.save_for_backward(logits, y, total)
         ctx.rows = rows
         return upcast(logits.gather(-1, y[:, None])[:, 0]) - total
