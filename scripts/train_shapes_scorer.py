@@ -1,6 +1,11 @@
 """Trains the differentiable scorer of the `shapes` world on the verifier, and says how near it comes.
 
-    OMP_NUM_THREADS=1 python scripts/train_shapes_scorer.py --output src/tempflow/shapes/scorer/scorer.safetensors
+    OMP_NUM_THREADS=1 python scripts/train_shapes_scorer.py --output runs/scorer.safetensors
+
+The package's own (eleven minutes of a slow core, or twelve with what it says of them afterwards) was made by
+
+    OMP_NUM_THREADS=1 python scripts/train_shapes_scorer.py --output src/tempflow/shapes/scorer/scorer.safetensors \\
+        --walks 1500 --steps 1500
 
 It sees pictures of train prompts alone: those that the base model draws, at several qualities (by ten, four and two
 steps, and the clean pictures that it foresees on the way), and rendered truths, which are drawn anew for each step.

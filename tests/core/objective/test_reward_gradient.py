@@ -22,7 +22,7 @@ PATHS: dict[str, Path] = {
     "late": LateStep(2),
     "last": LastSteps(1),
     "last two": LastSteps(2),
-    "all": LastSteps(None),
+    "all": LastSteps(STEPS),
     "known": KnownNoise(2),
 }
 
@@ -204,7 +204,7 @@ def test_a_margin_stops_what_has_reached_it() -> None:
 
 def test_costs_and_one_line_for_what_is_wrong() -> None:
     assert LateStep(2).cost(4) == Cost(3, 1, 1) and LastSteps(2).cost(4) == Cost(2, 1, 2)
-    assert LastSteps(None).cost(4) == LastSteps(9).cost(4) == Cost(0, 1, 4) and KnownNoise(3).cost(4) == Cost(4, 3, 3)
+    assert LastSteps(4).cost(4) == LastSteps(9).cost(4) == Cost(0, 1, 4) and KnownNoise(3).cost(4) == Cost(4, 3, 3)
     for name, make in (("late", LateStep), ("count", LastSteps), ("pairs", KnownNoise)):
         with pytest.raises(ValueError, match=f"^{name}: 0 must be at least 1; nearest valid: 1$"):
             make(0)

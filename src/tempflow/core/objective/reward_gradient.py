@@ -58,18 +58,17 @@ class LateStep:
 
 @dataclass(frozen=True)
 class LastSteps:
-    """The sample at the end of the walk; gradients go through its last `count` steps (None: through all of them).
-    `checkpointed`: keep no activations of these, and compute them again. Raises ValueError for a count below 1."""
+    """The sample at the end of the walk; gradients go through its last `count` steps, at most all. `checkpointed`: keep
+    no activations of these, and compute them again. Raises ValueError for a count below 1."""
 
-    count: int | None = 1
+    count: int = 1
     checkpointed: bool = False
 
     def __post_init__(self) -> None:
-        if self.count is not None:
-            _at_least_one("count", self.count)
+        _at_least_one("count", self.count)
 
     def cost(self, steps: int) -> Cost:
-        through = steps if self.count is None else min(self.count, steps)
+        through = min(self.count, steps)
         return Cost(steps - through, 1, through)
 
     def __call__(self, predict: Predict, batch: NoiseBatch) -> Tensor:
