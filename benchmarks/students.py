@@ -206,18 +206,20 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
             [name, "", f"{told['after']:.3f} [{low:.3f}, {high:.3f}]", f"{told['graded']:.3f}", "", spread(told), ""]
         )
     for name in RUNS:
-        found = [r for seed in seeds if (r := read(bench.file(name, seed))) is not None and r["stopped"] is None]
-        if not found:
+        there = {seed: r for seed in seeds if (r := read(bench.file(name, seed))) is not None and r["stopped"] is None}
+        if not there:
             continue
+        found = [*there.values()]
         after = np.stack([bits(result) for result in found])
         low, high = gain(after, np.zeros_like(after), prompts)[1:]
         beside = ""
         if rival is not None:
             mean, a, b = gain(after, np.repeat(bits(rival)[None], len(after), 0), prompts)
             beside = f"{mean:+.3f} [{a:+.3f}, {b:+.3f}]"
-        whole = [
-            sum(r["cost"]["forward_equivalents"] for r in chain if r)
-            for chain in ([read(bench.file(stage, seed)) for stage in bench.chain(name)] for seed in seeds)
+        spent = [
+            sum(json.loads(bench.file(stage, seed).read_text())["cost"]["forward_equivalents"] for stage in chain)
+            for seed in there
+            for chain in [bench.chain(name)]
         ]
         each = ", ".join(f"{result['after']:.3f}" for result in found)
         rows.append(
@@ -228,7 +230,7 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
                 f"{np.mean([r['graded'] for r in found]):.3f}",
                 beside,
                 spread(*found),
-                f"{np.mean(whole):,.0f}",
+                f"{np.mean(spent):,.0f}",
             ]
         )
     head = ["", "strict, each seed", "strict", "graded", f"strict − {RIVAL}", "diversity", "forward-equivalents"]
