@@ -54,6 +54,9 @@ RUNS: Mapping[str, tuple[str, str]] = {
 }
 """Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
 
+LONGER: Mapping[str, Mapping[str, int]] = {"reward": {"iterations": 100}}
+"""What differs from the recipes: here the reward's stage goes on until it has fallen."""
+
 TEACHERS: Mapping[str, tuple[str, int, float]] = {
     "untrained, 4 steps": ("useful", STEPS, 1.0),
     "untrained, 4 steps, guided": ("useful", STEPS, 1.5),
@@ -78,7 +81,7 @@ class Bench:
 
     def config(self, name: str, seed: int) -> Config:
         on, stage = RUNS[name]
-        tree = stage_tree(SHARED, STAGES[stage])
+        tree = stage_tree(SHARED, {**STAGES[stage], **LONGER.get(stage, {})})
         return parse_config(
             {
                 **tree,
