@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.runs import lines, run_all, summary, table
 from tempflow.config import Config
-from tempflow.recipes import RECIPES
+from tempflow.recipes import shapes_draft, shapes_refl, shapes_srpo
 
 METHODS = {"refl": "ReFL", "draft": "DRaFT-1", "srpo": "SRPO's alignment step"}
+MADE = {"refl": shapes_refl, "draft": shapes_draft, "srpo": shapes_srpo}
 COLUMNS = {"shapes_scorer": "the scorer", "shapes": "the verifier, graded", "shapes_strict": "the verifier, strict"}
 COLORS = dict(zip(COLUMNS, ("C3", "C0", "C2"), strict=True))
 RESULTS, IMAGE = Path("benchmarks/hacking"), Path("docs/img/hacking.png")
@@ -34,7 +35,7 @@ RESULTS, IMAGE = Path("benchmarks/hacking"), Path("docs/img/hacking.png")
 
 def config(method: str, seed: int, iterations: int, out: Path) -> Config:
     """The recipe, to be validated ten times; its last weights are as good as any to it, so the test is short."""
-    made = RECIPES[f"shapes_{method}"]()
+    made = MADE[method]()
     evaluation = made.evaluation.model_copy(update={"every": max(1, iterations // 10), "test_prompts": 1})
     return made.replace(
         name=f"{method}-{seed}",

@@ -34,7 +34,7 @@ from tempflow.core.rng import Stream
 from tempflow.core.unroll import unroll
 from tempflow.media import Size
 from tempflow.models import load
-from tempflow.models.sd3 import SD3
+from tempflow.models.protocol import Model
 from tempflow.request import asked
 from tempflow.shapes.prompts import SHAPES, Spec, Split, specs
 from tempflow.shapes.render import scene
@@ -61,7 +61,7 @@ class Rated:
     owner: Tensor
 
 
-def drawn(model: SD3, wanted: Sequence[Spec], steps: int, nodes: Sequence[int], seed: int) -> Tensor:
+def drawn(model: Model, wanted: Sequence[Spec], steps: int, nodes: Sequence[int], seed: int) -> Tensor:
     """A picture of each prompt at each node, uint8 [len(nodes) · N, 32, 32, 3], node by node."""
     schedule, found = model.schedule(steps, SIZE), list[list[Tensor]]()
     for first in range(0, len(wanted), ROWS):
@@ -129,7 +129,7 @@ def train(a: argparse.Namespace, found: Rated, others: Sequence[Spec], began: fl
     return network.requires_grad_(False).eval()
 
 
-def held_out(model: SD3, split: Split, pictures: int, seed: int) -> Rated:
+def held_out(model: Model, split: Split, pictures: int, seed: int) -> Rated:
     """Pictures of every prompt of a split, drawn by ten and by four steps."""
     wanted = [spec for spec in specs(split) for _ in range(pictures)]
     found = [drawn(model, wanted, steps, (steps,), seed + steps) for steps in (10, 4)]
