@@ -16,10 +16,10 @@ from PIL import Image
 from tempflow import rewards
 from tempflow.doctor.reward import reward_checks, sample_of
 from tempflow.rewards import build, from_function
-from tempflow.rewards.protocol import Reward
+from tempflow.rewards.protocol import Reward, differentiable_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding_a_reward.md").read_text(encoding="utf-8")
-FUNCTION, CLASS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FUNCTION, CLASS, METHOD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 RED = torch.zeros(2, 3, 4, 3, dtype=torch.uint8)
 RED[1, ..., 0] = 255
 
@@ -47,6 +47,20 @@ def test_a_class(module: ModuleType) -> None:
     checks, figures = reward_checks(reward, sample_of("", 5))
     assert not [c for c in checks if c.state == "fails"] and figures["columns"] == ["redness"]
     assert reward.score(RED, ["a", "b"], [{}, {}]).value[:, 0].tolist() == [0.0, 0.5]
+
+
+def test_a_method_with_gradients(module: ModuleType) -> None:
+    there: dict[str, Any] = {}
+    exec(METHOD, there)
+    module.Redness.differentiable = there["differentiable"]
+    reward = module.Redness(gain=0.5)
+    rewards.protocol.prepare(reward)
+    score, pixels = differentiable_of(reward), (RED.permute(0, 3, 1, 2)[:, None].float() / 255).requires_grad_(True)
+    assert score is not None
+    value = score(pixels, ["a", "b"], [{}, {}])
+    assert value.tolist() == reward.score(RED, ["a", "b"], [{}, {}]).value[:, 0].tolist()
+    value.sum().backward()
+    assert pixels.grad is not None and bool(pixels.grad.any())
 
 
 def test_an_installed_package(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,18 +155,22 @@ def run_eval(options: EvalOptions) -> Report:
 def _judged(options: EvalOptions) -> tuple[list[Row], str]:
     """The rows, and how the first source's prompts were used, where it isn't each of them once."""
     from tempflow.data.prompts import load_prompts, shared_out, unused_negatives, with_sources
-    from tempflow.evaluate.source import check_rewards, check_source, check_walk, rows_of, takes_sources
+    from tempflow.evaluate.source import Settings, check_rewards, check_source, check_walk, find, rows_of, takes_sources
     from tempflow.rewards import build
     from tempflow.rewards.protocol import check_prompts, prepare
 
     _check_outputs(options)
-    rows = asked_rows(options)
-    source, how = rows[0].source, rows[0].how
+    source = find(options.what, options.base)
     if not options.rewards:
         check_rewards(source)
-    reads = () if source.config is None else source.config.algorithm.build().reads
+    # before anything is fetched: where a hub's weights carry a grid, the rows are known by its files alone
+    run = source.config
+    reads, named = ((), Settings.prompts) if run is None else (run.algorithm.build().reads, run.data.test)
+    named = options.prompts or named
+    loaded = with_sources(lambda s: load_prompts(named, uses=reads, sources=s), partial(takes_sources, source))
+    rows = asked_rows(options)
+    how = rows[0].how
     rewards = [build(s.name, s.kind, s.options, s.frames) for s in how.rewards]
-    loaded = with_sources(lambda s: load_prompts(how.prompts, uses=reads, sources=s), partial(takes_sources, source))
     for row in rows:
         check_source(row.source, row.how.size, row.how.guidance, row.how.guidance_options)
         check_walk(row.source, row.how.grid, row.how.steps)
