@@ -377,11 +377,7 @@ def beside(config: Config, cost: RunCost, trained: int, half: int, ranks: int = 
         "average weights": MASTER * own * (config.optimizer.ema_decay > 0),
         "other weight sets": sets * own * (MASTER + half),
         "other roles, with gradients and moments": roles * own * (4 * MASTER + half),
-        "roles as the iteration found them": (1 + roles)
-        * own
-        * 3
-        * MASTER
-        * (len(algorithm.phases) * algorithm.turns > 1),
+        "roles as the iteration found them": (1 + roles) * own * 3 * MASTER * algorithm.taken_back,
         "states kept for training": -(-cost.stored_nodes // ranks) * (cost.state_bytes or 0),
     }
 

@@ -28,7 +28,9 @@ from tempflow.core.schedule import linear
 from tempflow.models.guidance import Guidance
 from tempflow.report.page import write_report
 from tempflow.request import asked
+from tempflow.rewards.scoring import Scoring
 from tempflow.train import checkpoint, trainer
+from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError, Guards
 from tempflow.train.state import load_learner, optimizer_tensors
 from tempflow.train.trainer import train
@@ -397,6 +399,37 @@ def test_a_failed_score_is_no_score_and_all_failed_stop_before_a_role_moves() ->
     with pytest.raises(GuardError, match="iteration 1: all rewards failed"):
         learned(bench)
     assert same(before, held(bench))
+
+
+def test_a_single_phase_that_scores_is_taken_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rewards that all fail in a later iteration, when moments alone would move the weights, and by an interruption
+    between two updates."""
+    alone = Algorithm("alone", (NoisePhase(Scored(), 2, updates=3),), 4)
+    worth = [0.5]
+    bench = Bench(algorithm=alone, reward=lambda images, prompts: [worth[0]] * len(images))
+    learned(bench)
+    before = held(bench)
+    worth[0] = None  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with pytest.raises(GuardError, match="all rewards failed"):
+        learned(bench, 1)
+    assert same(before, held(bench))
+    worth[0], submit = 0.5, Scoring.submit
+    updated = bench.learners[POLICY].optimizer.step
+    steps = list[int]()
+
+    def step(*rest: Any) -> Any:
+        steps.append(len(steps))
+        return updated(*rest)
+
+    def leave() -> None:
+        if len(steps) == 2:
+            raise Interrupted(2)
+
+    bench.learners[POLICY].optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(Scoring, "submit", lambda self, *rest: leave() or submit(self, *rest))
+    with pytest.raises(Interrupted):
+        learned(bench, 1)
+    assert len(steps) == 2 and same(before, held(bench))
 
 
 def test_a_loss_that_scores_needs_a_judge_and_turns_need_noises() -> None:

@@ -241,6 +241,12 @@ class Algorithm:
         return tuple(name for name in self.networks if name not in others)
 
     @property
+    def taken_back(self) -> bool:
+        """Whether an iteration's updates end all or none: where there are several phases or turns, or where a loss may
+        wait for scores between two updates, as one that learns from no rollout may."""
+        return len(self.phases) * self.turns > 1 or not all(phase.keeps for phase in self.phases)
+
+    @property
     def starts_from_reference(self) -> bool:
         """Whether a role starts from the run's reference, or the reference is asked and stays."""
         asked = "reference" in self.sets and not self.rule("reference").moves

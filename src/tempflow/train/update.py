@@ -172,13 +172,13 @@ def learn(
     phase without a prefix, of others as "role/name", and of a role's second phase as "role.2/name".
 
     Where there are several, whatever stops one of them takes all roles back to where the iteration found them: a
-    loss or a gradient that is not finite ends the iteration's updates, so that no role moves without the others. Raises
-    GuardError when `guards` does.
+    loss or a gradient that is not finite ends the iteration's updates, so that no role moves without the others. So
+    does a fault, or an interruption, while a loss has samples scored. Raises GuardError when `guards` does.
     """
     phases, turns, found = context.algorithm.phases, context.algorithm.turns, dict[int, list[dict[str, float]]]()
     models = [predictors(context, prompts, phase) for phase in phases]
     several = len(phases) * turns > 1
-    before = {name: learner.snapshot() for name, learner in learners.items()} if several else {}
+    before = {name: learner.snapshot() for name, learner in learners.items() if context.algorithm.taken_back}
     judge, scored = Scorer(context, prompts, clock), counter.decodes
     try:
         for turn in range(turns):
