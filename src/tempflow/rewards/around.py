@@ -69,8 +69,9 @@ class OverFrames(_Around):
         metadata: Sequence[Mapping[str, object]],
     ) -> Tensor:
         frames = pixels[:, evenly(pixels.shape[1], self.count)].flatten(0, 1)[:, None]
-        repeated = ([of for of in given for _ in range(self.count)] for given in (prompts, metadata))
-        return inner(frames, *repeated).unflatten(0, (len(pixels), self.count)).mean(1)
+        texts = [text for text in prompts for _ in range(self.count)]
+        facts = [m for m in metadata for _ in range(self.count)]
+        return inner(frames, texts, facts).unflatten(0, (len(pixels), self.count)).mean(1)
 
     def score(self, media: Media, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> Scores:
         """The reward's columns; a clip of which it cannot score a frame is failed."""

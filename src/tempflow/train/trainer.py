@@ -459,7 +459,7 @@ class LookedAt:
     rewards: Sequence[SafeReward]
     judges: Sequence[SafeReward]
     prompts: Mapping[str, Sequence[Prompt]]
-    pictures: Pictures | None
+    pictures: Pictures
     identity: Identity
 
 
