@@ -142,7 +142,8 @@ def taught(bench: Bench, name: str) -> None:
     """The teacher in those steps."""
     file, (grid, steps, guidance) = bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json", TEACHERS[name]
     config = bench.config("match", 0)
-    if file.exists() and json.loads(file.read_text())["base_hash"] == bench.base:
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get("base_hash") == bench.base and known["walk"] == [grid, steps, guidance]:
         return
     model = models.load("shapes")
     assert isinstance(model, WalksGrids)
@@ -153,6 +154,7 @@ def taught(bench: Bench, name: str) -> None:
     columns = {name: scores.value[:, place].double().numpy() for place, name in enumerate(scores.names)}
     result = {
         "base_hash": bench.base,
+        "walk": [grid, steps, guidance],
         "after": round(float(columns[METRIC].mean()), 6),
         "after_bits": packed(columns[METRIC]),
         "graded": round(float(columns["shapes"].mean()), 6),
