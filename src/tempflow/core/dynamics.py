@@ -286,8 +286,31 @@ class DDIM(_Step):
         return below * share.sqrt(), below * share / (1 + (1 - share).clamp(min=0.0).sqrt())
 
 
+class TokenJump:
+    """What jumps of tokens share: they draw, from uniforms, and have neither a mean nor a noise level."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def noise(self) -> NoiseKind:
+        return "uniform"
+
+    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """True, [B]: every step has a log-probability."""
+        no_scale(scale)
+        return torch.ones_like(schedule.after(step), dtype=torch.bool)
+
+    def coefficients(
+        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises ValueError: tokens have no mean and no std."""
+        raise ValueError(f"dynamics: {self} moves tokens, which have no mean and no std; nearest valid: FlowSDE()")
+
+
 @dataclass(frozen=True)
-class MixtureJump:
+class MixtureJump(TokenJump):
     """Jumps of tokens on the mixture path (`MixturePath`): with p = softmax(logits), what a network says of x0 at x,
 
         x' ~ (1−λ)·δ_x + λ·p,   λ = (σ−σ')/σ,   for every token by itself.
@@ -315,27 +338,8 @@ class MixtureJump:
         MixturePath(self.vocabulary)
 
     @property
-    def stochastic(self) -> bool:
-        return True
-
-    @property
-    def noise(self) -> NoiseKind:
-        return "uniform"
-
-    @property
     def corruption(self) -> MixturePath:
         return MixturePath(self.vocabulary)
-
-    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """True, [B]: every step has a log-probability."""
-        no_scale(scale)
-        return torch.ones_like(schedule.after(step), dtype=torch.bool)
-
-    def coefficients(
-        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raises ValueError: tokens have no mean and no std."""
-        raise no_coefficients(self)
 
     def transition(
         self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
@@ -362,33 +366,14 @@ class MixtureJump:
 
 
 @dataclass(frozen=True)
-class ModelJump:
+class ModelJump(TokenJump):
     """The jumps of whatever model is drawn from, which moves tokens: they stand in an algorithm for these until the
     model is there. Only the kind of its states is known, so a step raises ValueError."""
-
-    @property
-    def stochastic(self) -> bool:
-        return True
-
-    @property
-    def noise(self) -> NoiseKind:
-        return "uniform"
 
     @property
     def corruption(self) -> MixturePath:
         """A path of tokens; which one, and of how many codes, the model says."""
         return MixturePath(2)
-
-    def spreads(self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-        """True, [B], as far as is known."""
-        no_scale(scale)
-        return torch.ones_like(schedule.after(step), dtype=torch.bool)
-
-    def coefficients(
-        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raises ValueError: tokens have no mean and no std."""
-        raise no_coefficients(self)
 
     def transition(
         self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
@@ -405,11 +390,6 @@ def no_scale(scale: float | Tensor) -> None:
         scale = float(scale[scale != 1][0])
     if scale != 1:
         raise ValueError(f"scale: {scale}, but jumps of tokens have no noise level; nearest valid: 1")
-
-
-def no_coefficients(dynamics: object) -> ValueError:
-    """What jumps of tokens raise for their mean and std."""
-    return ValueError(f"dynamics: {dynamics} moves tokens, which have no mean and no std; nearest valid: FlowSDE()")
 
 
 def _log_sum(a: Tensor, b: Tensor) -> Tensor:

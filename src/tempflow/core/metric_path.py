@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from tempflow.core.checks import positive
 from tempflow.core.corruption import MixturePath, Prediction, check_prediction
 from tempflow.core.distribution import AT_ONCE, Categorical, Counted, check_kind, check_tokens, inverse
-from tempflow.core.dynamics import no_coefficients, no_scale
+from tempflow.core.dynamics import TokenJump, no_scale
 from tempflow.core.rng import NoiseKind
 from tempflow.core.schedule import Schedule
 from tempflow.core.state import WHOLE, StateLayout, double, to_rows, upcast
@@ -146,7 +146,7 @@ class MetricPath:
 
 
 @dataclass(frozen=True, eq=False)
-class MetricJump:
+class MetricJump(TokenJump):
     """The released sampler of the metric path, a step from σ to σ': tokens x̂0 are drawn from softmax(logits), and then
     every token jumps with probability 1 − exp(−(σ−σ')·Σ_x u_σ(x | z, x̂0)) to an end that it draws from u.
 
@@ -166,14 +166,6 @@ class MetricJump:
         return self.path.vocabulary
 
     @property
-    def stochastic(self) -> bool:
-        return True
-
-    @property
-    def noise(self) -> NoiseKind:
-        return "uniform"
-
-    @property
     def corruption(self) -> MetricPath:
         return self.path
 
@@ -181,12 +173,6 @@ class MetricJump:
         """Whether a step's log-prob is known, bool [B]: up to `EXACT` codes."""
         no_scale(scale)
         return torch.full_like(schedule.after(step), self.vocabulary <= EXACT, dtype=torch.bool)
-
-    def coefficients(
-        self, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raises ValueError: tokens have no mean and no std."""
-        raise no_coefficients(self)
 
     def transition(
         self, x: Tensor, logits: Tensor, schedule: Schedule, step: Tensor, scale: float | Tensor = 1.0
