@@ -15,7 +15,7 @@ from rich.table import Table
 from tempflow.config import Config
 from tempflow.core.cost import equivalents
 from tempflow.core.plan import Cost, Plan
-from tempflow.models import DTYPES, adapter_of, resolved_device, resolved_dtype, shapes_folder
+from tempflow.models import DTYPES, adapter_of, place, resolved_device, resolved_dtype
 from tempflow.models.family import check_size
 from tempflow.models.pipeline_folder import settings_in
 from tempflow.models.tools import Tools
@@ -227,7 +227,7 @@ def _edge_states(plan: Plan, means: bool) -> int:
 
 def _folder(config: Config) -> Path | None:
     """The model's, where it is on this machine."""
-    folder = shapes_folder() if config.model.path == "shapes" else Path(config.model.path).expanduser()
+    folder = place(config.model.path)
     return folder if (folder / "model_index.json").is_file() else None
 
 

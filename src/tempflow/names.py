@@ -16,6 +16,9 @@ SCREEN = 80
 PATH = 240
 """Characters of a path in a message."""
 
+EMBEDDED_MODELS: Mapping[str, str] = {"shapes": "weights", "shapes_tokens": "tokens"}
+"""Models that come with the package -> their folder in `tempflow/shapes`. These names are no paths."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """What "owner/name" on a hub looks like."""
 

@@ -32,12 +32,14 @@ def test_an_adapter_is_a_model(world: World) -> None:
 
 
 def test_shapes_by_name(shapes_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "shapes_folder", lambda: shapes_folder)
+    monkeypatch.setattr(models, "place", lambda path: shapes_folder)
     assert models.load("shapes").name == "shapes"
 
 
-def test_shapes_folder_is_inside_the_package() -> None:
-    assert models.shapes_folder() == Path(models.__file__).parents[1] / "shapes" / "weights"
+def test_embedded_folders_are_inside_the_package() -> None:
+    inside = Path(models.__file__).parents[1] / "shapes"
+    assert models.shapes_folder() == models.place("shapes") == inside / "weights"
+    assert models.tokens_folder() == models.place("shapes_tokens") == inside / "tokens"
 
 
 def test_a_home_folder(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +70,12 @@ def test_missing_folder_without_neighbours(tmp_path: Path) -> None:
             models.load(path)
 
 
-def test_shapes_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "shapes_folder", lambda: tmp_path)
-    with pytest.raises(ValueError, match=r"model.path: 'shapes' .* lacks its weights: scripts/pretrain_shapes.py"):
-        models.load("shapes")
+@pytest.mark.parametrize("name", ["shapes", "shapes_tokens"])
+def test_an_embedded_model_without_its_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "place", lambda path: tmp_path)
+    message = rf"model.path: '{name}' .* lacks its weights: scripts/pretrain_{name}.py"
+    with pytest.raises(ValueError, match=message):
+        models.load(name)
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:

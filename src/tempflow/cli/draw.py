@@ -19,7 +19,9 @@ from tempflow.strict import Place, Strict
 class SampleOptions(Strict):
     """Draw a picture of each prompt, without noise on the way."""
 
-    path: Annotated[Place, POSITIONAL] = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
+    path: Annotated[Place, POSITIONAL] = Field(
+        default="shapes", description="'shapes' or 'shapes_tokens' (embedded), a pipeline folder, or a hub id"
+    )
     prompt: Annotated[tuple[str, ...], Field(strict=False)] = Field(default=(), description="texts to draw")
     prompts: Place = Field(default="", description="more of them: shapes:SPLIT, a file or a folder of texts")
     count: int | None = Field(

@@ -21,6 +21,7 @@ def models_verb(args: Sequence[str]) -> int:
     from tempflow.models import ADAPTERS, adapter_for
 
     rows = [("shapes", "embedded, 32×32, shapes by prompt", "Apache-2.0", "tempflow[diffusers]")]
+    rows += [("shapes_tokens", "embedded, the same pictures as 8×8 tokens", "Apache-2.0", "tempflow[diffusers]")]
     rows += [(n, adapter_for(n).family.title, "of the weights' folder", "tempflow[diffusers]") for n in ADAPTERS]
     return _list("models", args, ("path or pipeline class", "what", "licence", "needs"), rows)
 

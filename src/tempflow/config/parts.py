@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tempflow.data.prompts import check_source
 from tempflow.grid import OWN, Stated, as_stated
+from tempflow.names import EMBEDDED_MODELS
 from tempflow.strict import Place, Strict, nearest, shown
 
 OWN_REWARD = "reward"
@@ -22,7 +23,9 @@ class ModelConfig(Strict):
     """The generator, and what of it is trained."""
 
     path: Place = Field(
-        default="shapes", min_length=1, description="'shapes' (embedded), a diffusers pipeline folder, or a hub id"
+        default="shapes",
+        min_length=1,
+        description="'shapes' or 'shapes_tokens' (embedded), a diffusers pipeline folder, or a hub id",
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -103,8 +106,10 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _revision_of_hub_only(self) -> ModelConfig:
-        if self.revision is not None and self.path == "shapes":
-            raise ValueError(f"revision: {shown(self.revision)} is for hub ids, 'shapes' has none; nearest valid: null")
+        if self.revision is not None and self.path in EMBEDDED_MODELS:
+            raise ValueError(
+                f"revision: {shown(self.revision)} is for hub ids, {self.path!r} has none; nearest valid: null"
+            )
         return self
 
 

@@ -65,6 +65,7 @@ def rollout(
     store_dtype: torch.dtype = torch.float32,
     keep: Keep = "stochastic",
     keep_mean: bool = False,
+    keep_log_prob: bool = True,
     layout: StateLayout = WHOLE,
     device: torch.device | str = "cpu",
 ) -> Forest:
@@ -90,6 +91,7 @@ def rollout(
                  stored as they are, in int64
     keep         edges to record: "stochastic" ones or "all"
     keep_mean    fill `edges.mean`, in float32 at least; for a recorded ODE edge it is the child
+    keep_log_prob  fill `edges.log_prob`; without it that is NaN. A jump of tokens takes V² terms for it
     layout       by prompt slot: which elements are held from root to leaf, and what counts in a log_prob. What
                  `predict` says of held elements is not read; the noise of the others is what it is without any
     device       where states live and `predict` computes
@@ -127,7 +129,7 @@ def rollout(
         _put(nodes, front.x, merged([program.born for program in programs], owners, count, edges, variants))
         for i in range(schedule.steps):
             level = merged([program.levels[i] for program in programs], owners, count, edges, variants)
-            front = walker.advance(front, i, level, log_prob, mean)
+            front = walker.advance(front, i, level, log_prob if keep_log_prob else None, mean)
             _put(nodes, front.x, level)
     if mean is not None:
         calm = (~frame.edges.stochastic).nonzero()[:, 0]
@@ -191,15 +193,17 @@ class _Walker:
         drawn = self.layout.take(long([slot for slot, _ in distinct])).hold(drawn)
         return _Front(drawn[long([place[identity] for identity in wanted]).to(self.device)])
 
-    def advance(self, front: _Front, i: int, level: Level, log_prob: Tensor, mean: Tensor | None) -> _Front:
-        """The front at step i -> the next front; fills in the log_prob and mean of the recorded stochastic edges."""
+    def advance(self, front: _Front, i: int, level: Level, log_prob: Tensor | None, mean: Tensor | None) -> _Front:
+        """The front at step i -> the next front; fills in log_prob and mean, where asked, of the recorded stochastic
+        edges."""
         children = torch.empty(level.born, *self.shape, dtype=front.x.dtype, device=self.device)
         remembers = self.solver.memory > 0 and i + 1 < self.schedule.steps
-        clean = children.new_empty(len(level.parents), *self.shape, dtype=log_prob.dtype) if remembers else None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        clean = children.new_empty(len(level.parents), *self.shape, dtype=wide) if remembers else None
         bounds = _chunks(len(level.parents), self.max_rows)
         first_child = _first(level.parent_of, bounds)
         first_calm, first_noisy = _first(level.calm, first_child), _first(level.noisy, first_child)
-        spread = len(level.noisy) > 0 and self._spreads(i)
+        spread = log_prob is not None and len(level.noisy) > 0 and self._spreads(i)
         for c in range(len(bounds) - 1):
             lo, hi = bounds[c], bounds[c + 1]
             state = front.x[level.parents[lo:hi].to(self.device)]
@@ -226,7 +230,7 @@ class _Walker:
                 child = own.hold(end.to(state.dtype))
                 children[noisy.to(self.device)] = child
                 edge = level.edge_to[part].to(self.device)
-                if spread:
+                if log_prob is not None and spread:
                     seen = law.counted_by(own).log_prob(child.to(end.dtype))
                     log_prob[edge] = seen.to(log_prob.dtype)
                 if mean is not None:

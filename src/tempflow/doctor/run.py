@@ -17,7 +17,7 @@ from tempflow.data.prompts import load_prompts, with_sources
 from tempflow.doctor.check import Check, by_stage
 from tempflow.doctor.machine import gigabytes, is_offline
 from tempflow.folder import check
-from tempflow.models import HUB_ID, adapter_of, shapes_folder
+from tempflow.models import EMBEDDED_MODELS, HUB_ID, adapter_of, place
 from tempflow.models.family import check_asked
 from tempflow.models.pipeline_folder import check_folder, licence_of, read_index, settings_in
 from tempflow.models.precision import lack, nearest, needs_torchao
@@ -73,8 +73,8 @@ def needed_extras(config: Config, notes: Notes, device: str = "cpu") -> dict[str
 def model_folder(config: Config) -> Path | None:
     """Where the model lies on this machine, hub cache included; None where it does not."""
     path = config.model.path
-    folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
-    if path == "shapes" or folder.exists() or not HUB_ID.fullmatch(path):
+    folder = place(path)
+    if path in EMBEDDED_MODELS or folder.exists() or not HUB_ID.fullmatch(path):
         return folder if (folder / "model_index.json").is_file() else None
     try:
         from huggingface_hub import try_to_load_from_cache

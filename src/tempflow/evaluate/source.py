@@ -12,7 +12,7 @@ from pathlib import Path
 from tempflow.config import OWN_REWARD, Config, ScorerConfig, load_config
 from tempflow.grid import OWN, SCHEDULER, Grid, Stated, grid_in
 from tempflow.media import Size
-from tempflow.models import HUB_ID, Adapter, Family, Model, adapter_of, load, local_folder
+from tempflow.models import EMBEDDED_MODELS, HUB_ID, Adapter, Family, Model, adapter_of, load, local_folder
 from tempflow.models.family import check_asked, check_grid
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.lora import ADAPTER_FILE, LORA_FILE
@@ -63,14 +63,15 @@ class Settings:
 def find(what: str, base: str = "") -> Source:
     """The source that `what` means.
 
-    what  "shapes", a pipeline folder, or a hub id; a run's folder (config.yaml, and model/ with a pipeline or a LoRA);
-          a LoRA's file or folder, with its `base`
-    base  for a LoRA: "shapes", a pipeline folder or a hub id; of a run's LoRA the default is what the run trained
+    what  an embedded model's name, a pipeline folder, or a hub id; a run's folder (config.yaml, and model/ with a
+          pipeline or a LoRA); a LoRA's file or folder, with its `base`
+    base  for a LoRA: an embedded model, a pipeline folder or a hub id; of a run's LoRA the default is what the run
+          trained
 
     Looks at names only. Raises ValueError, naming the nearest valid source, for anything else.
     """
     place = Path(what).expanduser()
-    pipeline = what == "shapes" or (place / PIPELINE_FILE).is_file()
+    pipeline = what in EMBEDDED_MODELS or (place / PIPELINE_FILE).is_file()
     if not pipeline and (place / CONFIG_FILE).is_file():
         return _run(place, base)
     if not pipeline and _looks_like_lora(place):

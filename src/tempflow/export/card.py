@@ -13,7 +13,7 @@ import yaml
 
 from tempflow.config import OWN_REWARD, Config
 from tempflow.grid import FILE, SCHEDULER, Grid
-from tempflow.models import HUB_ID, Family, adapter_of, shapes_folder
+from tempflow.models import EMBEDDED_MODELS, HUB_ID, Family, adapter_of, place
 from tempflow.models.family import as_sigmas
 from tempflow.models.guidance import Guidance, guidance_of
 from tempflow.models.pipeline_folder import licence_of
@@ -60,8 +60,8 @@ def card(run: Path, config: Config, export: Export) -> str:
 def base_file(config: Config, name: str) -> Path | None:
     """A file of the base model, where it is on this machine: in its folder, or in the hub's cache."""
     path = config.model.path
-    folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
-    if path != "shapes" and not folder.exists() and HUB_ID.fullmatch(path):
+    folder = place(path)
+    if path not in EMBEDDED_MODELS and not folder.exists() and HUB_ID.fullmatch(path):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(path, name, revision=config.model.revision)

@@ -19,7 +19,7 @@ from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
 from tempflow.models.tools import TakesTools, Tools
-from tempflow.names import HUB_ID, nearest
+from tempflow.names import EMBEDDED_MODELS, HUB_ID, nearest
 from tempflow.registry import Declared
 
 OFF = Tools()
@@ -33,6 +33,7 @@ TRUNKS: Mapping[str, type[Trunk]] = Declared(__name__, "TRUNKS")
 __all__ = [
     "ADAPTERS",
     "DTYPES",
+    "EMBEDDED_MODELS",
     "TRUNKS",
     "Adapter",
     "Conditioning",
@@ -43,6 +44,7 @@ __all__ = [
     "adapter_of",
     "load",
     "local_folder",
+    "place",
     "resolved_device",
     "resolved_dtype",
     "shapes_folder",
@@ -52,12 +54,19 @@ __all__ = [
 
 def shapes_folder() -> Path:
     """Where the embedded pipeline lies."""
-    return Path(str(resources.files("tempflow"))) / "shapes" / "weights"
+    return place("shapes")
 
 
 def tokens_folder() -> Path:
-    """Where the embedded pipeline of tokens lies, or of its parts those that come with the package."""
-    return Path(str(resources.files("tempflow"))) / "shapes" / "tokens"
+    """Where the embedded pipeline of tokens lies."""
+    return place("shapes_tokens")
+
+
+def place(path: str) -> Path:
+    """The folder of an embedded model, by its name; else `path`, as a folder."""
+    if path in EMBEDDED_MODELS:
+        return Path(str(resources.files("tempflow"))) / "shapes" / EMBEDDED_MODELS[path]
+    return Path(path).expanduser()
 
 
 def adapter_of(path: str, folder: Path) -> type[Adapter]:
@@ -85,7 +94,8 @@ def adapter_for(pipeline: str) -> type[Adapter]:
 def load(
     path: str, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu", tools: Tools = OFF
 ) -> Adapter:
-    """The adapter for "shapes", a diffusers pipeline folder, or a hub id ("owner/name", at `revision`).
+    """The adapter for "shapes" or "shapes_tokens", a diffusers pipeline folder, or a hub id ("owner/name", at
+    `revision`).
 
     `dtype` may be "auto" (`resolved_dtype`). Of `tools`, what concerns loading is done here: the rest is `equip`'s.
 
@@ -113,8 +123,8 @@ def load(
 
 def local_folder(path: str, revision: str | None = None) -> Path:
     """The pipeline folder that `load` reads; of a hub id its snapshot, fetched if need be. Raises what `load` does."""
-    folder = shapes_folder() if path == "shapes" else Path(path).expanduser()
-    local = path == "shapes" or folder.exists() or not HUB_ID.fullmatch(path)
+    folder = place(path)
+    local = path in EMBEDDED_MODELS or folder.exists() or not HUB_ID.fullmatch(path)
     if local:
         check_folder(path, folder, adapter_of(path, folder).family)
         return folder

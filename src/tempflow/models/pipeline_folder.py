@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tempflow.models.family import Family, Settings
+from tempflow.names import EMBEDDED_MODELS
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -35,8 +36,8 @@ def read_index(path: str, folder: Path) -> dict[str, Any]:
         near = sorted(str(p.parent) for p in folder.parent.glob(f"*/{INDEX}")) if folder.parent.is_dir() else []
         close = difflib.get_close_matches(str(folder), near, n=1, cutoff=0.0)
         hint = f"nearest pipeline folder: {close[0]}" if close else "'shapes' comes with the package"
-        if path == "shapes":
-            hint = "this copy of the package lacks its weights: scripts/pretrain_shapes.py makes them"
+        if path in EMBEDDED_MODELS:
+            hint = f"this copy of the package lacks its weights: scripts/pretrain_{path}.py makes them"
         raise ValueError(f"model.path: {path!r} has no {INDEX}, so it is no diffusers pipeline folder; {hint}")
     try:
         told = json.loads(index.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import as_prompts, load_prompts, shared_out, unused_negatives, with_sources
 from tempflow.evaluate.suite import fixed_prompts
-from tempflow.models import Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
+from tempflow.models import EMBEDDED_MODELS, Family, adapter_of, load, local_folder, resolved_device, resolved_dtype
 from tempflow.models.conditions import check_encodes
 from tempflow.models.experts import Experts
 from tempflow.models.family import check_asked, check_size
@@ -153,7 +153,7 @@ def check_model(config: Config, say: Callable[[str], None] = lambda line: None) 
             f"model.accept_licence: {m.accept_licence[:40]!r}, and {m.path[:60]!r} is under {licence!r}, which is "
             f"non-commercial; nearest valid, where you accept it: {licence!r}"
         )
-    if m.path != "shapes":
+    if m.path not in EMBEDDED_MODELS:
         say(f"model: {m.path}, {family.title}, licence {licence}")
     name = FEW_STEPS.search(Path(m.path).name)
     why = family.distilled(settings) or (f"its name says {name[0]!r}" if name else "")

@@ -270,6 +270,7 @@ class Grown(Source):
             variants=algorithm.variants,
             max_rows=context.rollout_rows,
             keep_mean="means" in algorithm.keeps,
+            keep_log_prob="edges" in algorithm.keeps,
             layout=laid_out(context, self.prompts, slots),
             device=context.model.device,
         )

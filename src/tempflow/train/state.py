@@ -21,6 +21,7 @@ from tempflow.core.scores import Scores
 from tempflow.evaluate.figures import Walk
 from tempflow.evaluate.suite import Report
 from tempflow.folder import MARKER, check_idle, foreign, kind_of
+from tempflow.models import EMBEDDED_MODELS
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
@@ -223,7 +224,7 @@ def check_resumable(folder: Path, config: Config, given: Sequence[str]) -> None:
             f"resume: {str(folder / fault)!r} is not as this run wrote it, and its end writes model/ anew; move it away"
         )
     own, path = folder.resolve(), Path(config.model.path).expanduser()
-    if config.model.path != "shapes" and path.exists() and path.resolve().is_relative_to(own):
+    if config.model.path not in EMBEDDED_MODELS and path.exists() and path.resolve().is_relative_to(own):
         raise ValueError(f"model.path: {config.model.path!r} lies in the run's own folder, which it would write over")
     was = read_identity(folder)
     if was is not None:

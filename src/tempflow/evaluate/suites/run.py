@@ -38,7 +38,7 @@ from tempflow.evaluate.suites.scorers import Scorer
 from tempflow.evaluate.suites.table import Suite
 from tempflow.folder import check, claim, free, held, write_json
 from tempflow.grid import SCHEDULER
-from tempflow.models import local_folder, resolved_device
+from tempflow.models import EMBEDDED_MODELS, local_folder, resolved_device
 from tempflow.models.finite import WHY
 from tempflow.request import Prompt
 from tempflow.strict import cut, shown
@@ -221,7 +221,7 @@ def _side(side: Side) -> dict[str, Any]:
 
 def _weights(source: Source) -> str:
     """Tells weights that were written anew by their files' sizes and times; "" for what ships with the package."""
-    base = [] if source.base == "shapes" else [local_folder(source.base, source.revision)]
+    base = [] if source.base in EMBEDDED_MODELS else [local_folder(source.base, source.revision)]
     return stamp(base if source.lora is None else [*base, source.lora])
 
 
