@@ -1,12 +1,13 @@
-"""Pretrains the `shapes_tokens` model on a CPU: a codebook for the shapes autoencoder, then the trunk, then the folder
-is written, in URSA's layout.
+"""Pretrains the `shapes_tokens` model on a CPU: a codebook for the shapes autoencoder, then the trunk, then guidance is
+distilled into it, then the folder is written, in URSA's layout.
 
     OMP_NUM_THREADS=2 python scripts/pretrain_shapes_tokens.py all --output runs/tokens --to WEIGHTS
 
-`all` runs the three stages by the recipe below; each can also be run alone (`codebook`, `trunk`, `ship`). The training
-stages save their whole state (weights, optimizer, step) as safetensors, go on from there when started again, and log
-wall and processor seconds and pictures seen. Pictures are rendered as they are needed, with noise seeded by the step;
-no picture of a test prompt is ever drawn for training.
+`all` runs the four stages by the recipe below; each can also be run alone (`codebook`, `trunk`, `distill`, `ship`).
+The training stages save their whole state (weights, optimizer, step) as safetensors, go on from there when started
+again, and log wall and processor seconds and pictures seen. Pictures are rendered as they are needed, with noise seeded
+by the step; no picture of a test prompt is ever drawn for training. Trunk and guidance learn the kinds of prompts with
+one object or two (`--kinds`).
 
 The codebook is k-means of the latents of the shapes autoencoder, which is then trained through it. `trunk` alone, in a
 new folder, takes the one that comes with the package. It computes in `--dtype` (auto: bfloat16 where the machine has it
@@ -18,6 +19,7 @@ the faster one.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -63,6 +65,9 @@ from tempflow.shapes.verify import judge
 from tempflow.train.weights import Trainable, WeightSet
 
 CODES, WIDTH = 512, 8
+TAUGHT: tuple[Kind, ...] = ("single", "color", "two")
+"""The kinds of prompts that the trunk learns; the codebook has seen all."""
+
 TEXT = 8
 """Tokens of a prompt: seven words and the end."""
 
@@ -72,6 +77,7 @@ POOL, REFRESH, REFRESH_ROWS = 16384, 2048, 12288  # pictures at hand as tokens, 
 RECIPE = {
     "codebook": Schedule(steps=900, batch=48, peak=1.5e-3, save_every=150),
     "trunk": Schedule(steps=9000, batch=64, peak=1.5e-3, save_every=300, pool=POOL),
+    "distill": Schedule(steps=240, batch=64, peak=4e-4, save_every=120, pool=8192),
 }
 
 
@@ -236,8 +242,7 @@ def train_trunk(out: Path, how: Schedule, a: argparse.Namespace) -> None:
     path, jump = out / "trunk.safetensors", MetricJump(MetricPath(vae.codes))
     dtype = DTYPES[resolved_dtype(a.dtype, "cpu")]
     network: Any = first_trunk(vae, len(tokenizer), a.layers)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)
+    in_dtype(network, dtype)
     trainable = Trainable(network)
     average = WeightSet(trainable, Ema(0.998))
     decay = [m for m in trainable.masters if m.dim() > 1]
@@ -289,6 +294,64 @@ def train_trunk(out: Path, how: Schedule, a: argparse.Namespace) -> None:
             log(step + 1, (step + 1) * how.batch, loss=round(running, 4), **scores)
 
 
+def in_dtype(network: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def distill(out: Path, how: Schedule, a: argparse.Namespace) -> None:
+    """One forward learns the law that two give with guidance, at a temperature; the empty prompt keeps its own.
+
+    Without it, RL without guidance would mostly rediscover guidance. The loss is the cross-entropy to that law.
+    """
+    vae, tokenizer, log = trained_autoencoder(out), text_tokenizer(), Log(out / "distill.jsonl")
+    path, jump = out / "distill.safetensors", MetricJump(MetricPath(vae.codes))
+    dtype = DTYPES[resolved_dtype(a.dtype, "cpu")]
+    teacher: Any = first_trunk(vae, len(tokenizer), a.layers)
+    teacher.load_state_dict(load_file(out / "trunk_ema.safetensors"))
+    in_dtype(teacher, dtype)
+    network: Any = copy.deepcopy(teacher)
+    teacher.requires_grad_(False).eval()
+    trainable = Trainable(network)
+    average = WeightSet(trainable, Ema(0.99))
+    optimizer = torch.optim.AdamW(trainable.masters, lr=how.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    start = resume(path, {"masters": Named(trainable)}, optimizer)
+    if start:
+        trainable.publish()
+        average.load(load_file(out / "distilled.safetensors"), start)
+    tokens, wanted = token_pool(vae, how.pool, 777, a.kinds)
+    for step in range(start, how.steps):
+        rng = np.random.default_rng([14, step])
+        torch.manual_seed(10**6 + step)
+        rows = rng.integers(0, how.pool, how.batch)
+        drop = rng.random(how.batch) < DROP_CAPTION
+        prompt = ids(tokenizer, ["" if d else wanted[r].prompt for r, d in zip(rows, drop, strict=True)])
+        x0 = tokens[torch.from_numpy(rows)]
+        x = jump.path.corrupt(x0, torch.rand(x0.shape, dtype=torch.float64), times(how.batch, a.towards))
+        with FusedForward() if dtype == torch.bfloat16 else torch.enable_grad():
+            with torch.no_grad():
+                own, empty = teacher(x, prompt).float(), teacher(x, ids(tokenizer, [""] * how.batch)).float()
+            logits = network(x, prompt)
+        guided = torch.lerp(empty, own, a.guidance) / a.temperature
+        law = torch.where(torch.from_numpy(drop)[:, None, None, None], own, guided).softmax(-1)
+        loss = F.cross_entropy(logits.float().flatten(0, 2), law.flatten(0, 2))
+        trainable.zero_grad()
+        loss.backward()
+        trainable.collect()
+        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, how.steps, how.peak, warmup=30)
+        optimizer.step()
+        trainable.publish()
+        average.update()
+        if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
+            save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
+            save(out / "distilled.safetensors", average.named(), step + 1)
+            with average.applied():
+                scores = evaluate(network.eval(), vae, jump, tokenizer, how.judged, a)
+                network.train()
+            log(step + 1, (step + 1) * how.batch, loss=round(loss.item(), 4), **scores)
+
+
 class Spent:
     """Which share of its minutes a stage has taken, those before it was started again among them."""
 
@@ -337,10 +400,12 @@ def evaluate(
 
 # ---------------------------------------------------------------------------------------------------------------- ship
 def ship(out: Path, to: Path, layers: int) -> None:
-    """Writes the pipeline folder with the averaged weights; the trunk in bfloat16, the autoencoder in float32."""
+    """Writes the pipeline folder with the averaged weights, distilled where that was done; the trunk in bfloat16, the
+    autoencoder in float32."""
     vae, tokenizer = trained_autoencoder(out), text_tokenizer()
     network = first_trunk(vae, len(tokenizer), layers)
-    network.load_state_dict(load_file(out / "trunk_ema.safetensors"))
+    distilled = out / "distilled.safetensors"
+    network.load_state_dict(load_file(distilled if distilled.is_file() else out / "trunk_ema.safetensors"))
     scheduler = KineticOptimalScheduler(alpha=0.9, c=3.0, shift=1.0)
     URSAPipeline(network.to(torch.bfloat16), scheduler, vae, tokenizer).save_pretrained(to)
     (to / "licence.json").write_text(json.dumps({"licence": "Apache-2.0"}) + "\n")
@@ -358,7 +423,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=95.0, help="wall clock of `trunk`")
     parser.add_argument("--towards", type=float, default=1.0, help="power of σ: above 1 towards the data")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of prompts, in `trunk`")
+    parser.add_argument("--guidance", type=float, default=2.0, help="what `distill` builds in")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the logits, which `distill` builds in too")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=TAUGHT, help="of prompts, in `trunk` and `distill`"
+    )
     for name, kind in (("steps", int), ("batch", int), ("peak", float), ("save-every", int), ("judged", int)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's, in every stage that runs")
     parser.add_argument("--pool", type=int, help="pictures at hand as tokens, likewise")
@@ -372,6 +441,8 @@ def main() -> None:
         train_codebook(a.out, recipe["codebook"])
     if a.stage in ("all", "trunk"):
         train_trunk(a.out, recipe["trunk"], a)
+    if a.stage in ("all", "distill"):
+        distill(a.out, recipe["distill"], a)
     if a.stage in ("all", "ship"):
         ship(a.out, a.to, a.layers)
 

@@ -83,11 +83,24 @@ def test_the_size_limit(tmp_path: Path, monkeypatch):
         load_prompts("a.txt", tmp_path)
 
 
+def test_kinds_of_the_shapes_world():
+    whole, some = load_prompts("shapes:test"), load_prompts("shapes:test:color,single")
+    assert some == tuple(p for p in whole if p.kind in ("single", "color")) and {p.kind for p in some} == {
+        "single",
+        "color",
+    }
+    assert load_prompts("shapes:test:single,two,count,color,position,attribution") == whole
+
+
 @pytest.mark.parametrize(
     "source,message",
     [
         ("shapes:trian", "'shapes:trian' names no split of the shapes world; nearest valid: 'shapes:train'"),
         ("shapes:", "nearest valid: 'shapes:"),
+        ("shapes:train:singel", "'shapes:train:singel' names no kind 'singel'; nearest valid: 'shapes:train:single'"),
+        ("shapes:train:single,", "names no kind ''; nearest valid: 'shapes:train:"),
+        ("shapes:train:", "names no kind ''; nearest valid: 'shapes:train:"),
+        ("shapes:tran:single", "names no split of the shapes world; nearest valid: 'shapes:train'"),
         (
             "prompts.yaml",
             ".json, .csv, .tsv or .parquet file, nor a folder of .txt files; nearest valid: 'prompts.txt'",

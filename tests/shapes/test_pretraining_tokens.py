@@ -63,13 +63,17 @@ def test_stages_go_on_where_they_stopped_and_ship_a_pipeline(
     start(monkeypatch, script, "trunk", "--steps", "4", "--dtype", "bfloat16", *common)
     lines = [json.loads(text) for text in (out / "trunk.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and lines[0]["rows"] == 8
-    assert {"strict", "graded", "strict_at_0.8", "position"} <= lines[0].keys()
+    assert {"strict", "graded", "strict_at_0.8", "two"} <= lines[0].keys()
     start(monkeypatch, script, "trunk", "--steps", "6", "--minutes", "1e-9", *common)
     assert len((out / "trunk.jsonl").read_text().splitlines()) == 2, "its time is over"
+    start(monkeypatch, script, "distill", "--steps", "2", *common)
+    start(monkeypatch, script, "distill", "--steps", "4", *common)
+    assert [json.loads(text)["step"] for text in (out / "distill.jsonl").read_text().splitlines()] == [2, 4]
     start(monkeypatch, script, "ship", *common)
     model: Any = load(str(to))
     assert model.licence == "Apache-2.0" and model.notes() == ()
-    kept = script["load_file"](out / "trunk_ema.safetensors")["lm_head.weight"]
+    kept, before = (script["load_file"](out / f"{n}.safetensors")["lm_head.weight"] for n in ("distilled", "trunk_ema"))
+    assert not torch.equal(kept, before)
     assert torch.equal(model.network.lm_head.weight, kept.bfloat16().float())
     seen = draw(model, [Prompt("a red circle")], steps=2, guidance=2.0, seed=0, size=Size(32, 32), rows=4)
     assert seen.frames.shape == (1, 1, 32, 32, 3)

@@ -114,8 +114,8 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where prompts come from: 'shapes:SPLIT', a .txt (a prompt a line), .jsonl, .json, .csv, .tsv or .parquet file, or
-    a folder of .txt files (docs/prompts.md)."""
+    """Where prompts come from: 'shapes:SPLIT' or 'shapes:SPLIT:KIND,KIND', a .txt (a prompt a line), .jsonl, .json,
+    .csv, .tsv or .parquet file, or a folder of .txt files (docs/prompts.md)."""
 
     train: Place = Field(default="shapes:train", description="prompts to train on")
     validation: Place = Field(default="shapes:validation", description="prompts that choose the best weights")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
 from tempflow.request import Prompt, Source
-from tempflow.shapes.prompts import SPLITS, specs
+from tempflow.shapes.prompts import KINDS, SPLITS, specs
 
 SHAPES = "shapes:"
 KEY = "prompt"
@@ -50,10 +50,13 @@ def check_source(source: str) -> None:
     Looks at the name only, so that a configuration can be checked on a machine that lacks the files.
     """
     if source.startswith(SHAPES):
-        split = source.removeprefix(SHAPES)
+        split, kinds = _of_shapes(source)
+        close = get_close_matches(split, SPLITS, n=1, cutoff=0.0)[0]
         if split not in SPLITS:
-            nearest = get_close_matches(split, SPLITS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{source!r} names no split of the shapes world; nearest valid: '{SHAPES}{nearest}'")
+            raise ValueError(f"{short(source)} names no split of the shapes world; nearest valid: '{SHAPES}{close}'")
+        for kind in set(kinds) - set(KINDS):
+            close = get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{short(source)} names no kind {short(kind)}; nearest valid: '{SHAPES}{split}:{close}'")
         return
     name, key = _parts(source)
     suffix = suffix_of(name)
@@ -75,7 +78,8 @@ def load_prompts(
 ) -> tuple[Prompt, ...]:
     """All prompts of a source, in its order.
 
-    source   "shapes:train" | "shapes:validation" | "shapes:test", whose metadata is {"kind": the task kind}; or
+    source   "shapes:train" | "shapes:validation" | "shapes:test", whose metadata is {"kind": the task kind}, and
+             "shapes:train:single,color" those of some kinds; or
              *.txt    a prompt a line
              *.jsonl  an object {"prompt": …} or a text a line
              *.json   a list of these
@@ -95,8 +99,9 @@ def load_prompts(
     """
     check_source(source)
     if source.startswith(SHAPES):
-        split = next(s for s in SPLITS if s == source.removeprefix(SHAPES))
-        return tuple(Prompt(spec.prompt, {"kind": spec.kind}) for spec in specs(split))
+        name, kinds = _of_shapes(source)
+        split = next(s for s in SPLITS if s == name)
+        return tuple(Prompt(s.prompt, {"kind": s.kind}) for s in specs(split) if s.kind in (kinds or KINDS))
     path, key = source_path(source, root), _parts(source)[1]
     folder = suffix_of(_parts(source)[0]) == ""
     if folder and not path.is_dir():
@@ -276,6 +281,12 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _of_shapes(source: str) -> tuple[str, tuple[str, ...]]:
+    """The split and the kinds of "shapes:SPLIT:KIND,KIND"; no kinds are all."""
+    split, colon, kinds = source.removeprefix(SHAPES).partition(":")
+    return split, tuple(kinds.split(",")) if colon else ()
 
 
 def _parts(source: str) -> tuple[str, str | None]:
