@@ -17,6 +17,8 @@ from threading import Event, Lock
 from typing import Any
 
 import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tempflow.algorithms import Algorithm
@@ -25,6 +27,7 @@ from tempflow.core.cost import equivalents
 from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import fixed_prompts
 from tempflow.folder import remove
+from tempflow.report.scatter import Scatter
 from tempflow.request import Prompt
 from tempflow.stats import paired_interval
 
@@ -33,6 +36,9 @@ ASIDE: dict[str, Any] = {
     "evaluation": {"before"},
 }
 """Settings that do not change what a run finds."""
+
+REFERENCE = "0.35"
+"""Colour of a teacher's markers."""
 
 
 def told(config: Config, code: int, last: str) -> None:
@@ -349,3 +355,44 @@ def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: Path, grey: Se
     figure.supylabel("validation strict score", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def draw_scatters(figures: Sequence[Scatter], path: Path) -> None:
+    """The report's figures of markers as a PNG, one beneath the other, each with its title."""
+    width, height = max(f.width for f in figures), max(f.height for f in figures) + 24
+    page = Figure(figsize=(width / 100, len(figures) * height / 100))
+    for place, figure in enumerate(figures):
+        axes = page.add_axes((0, 1 - (place + 1) / len(figures), 1, 1 / len(figures)))
+        axes.set(xlim=(0, width), ylim=(height - 24, -24))
+        axes.set_axis_off()
+        _draw_scatter(axes, figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.savefig(path, dpi=130)
+
+
+def _draw_scatter(axes: Axes, figure: Scatter) -> None:
+    small: Any = {"fontsize": 7.7, "color": "0.35"}
+    axes.text(figure.left, -6, f"{figure.title} over {figure.x_label}", fontsize=9.5)
+    axes.text((figure.left + figure.right) / 2, figure.bottom + 29, figure.x_label, ha="center", **small)
+    axes.plot((figure.left, figure.right), (figure.bottom, figure.bottom), color="0.6", lw=0.8)
+    for tick in figure.y_ticks:
+        axes.plot((figure.left, figure.right), (tick.at, tick.at), color="0.9", lw=0.8)
+        axes.text(figure.left - 7, tick.at, tick.label, ha="right", va="center", **small)
+    for tick in figure.x_ticks:
+        axes.text(tick.at, figure.bottom + 15, tick.label, ha="center", **small)
+    for line in figure.lines:
+        colour, style = (REFERENCE, "--") if line.hollow else (f"C{line.colour}", "-")
+        axes.plot(*zip(*line.corners, strict=True), color=colour, ls=style, lw=0.9)
+    for mark in figure.marks:
+        colour = REFERENCE if mark.hollow else f"C{mark.colour}"
+        if mark.low is not None and mark.high is not None:
+            axes.plot((mark.x, mark.x), (mark.low, mark.high), color=colour, alpha=0.4, lw=0.9)
+        if mark.left is not None and mark.right is not None:
+            axes.plot((mark.left, mark.right), (mark.y, mark.y), color=colour, alpha=0.4, lw=0.9)
+        if mark.leader is not None:
+            axes.plot((mark.x, mark.leader[0]), (mark.y, mark.leader[1]), color="0.6", lw=0.6)
+        axes.plot(mark.x, mark.y, "s" if mark.hollow else "o", ms=5, mec=colour, mfc="w" if mark.hollow else colour)
+    for mark in figure.marks:
+        side = {"start": "left", "end": "right"}.get(mark.anchor, "center")
+        behind = [patheffects.withStroke(linewidth=2, foreground="w")]
+        axes.text(mark.label_x, mark.label_y, mark.label, fontsize=7.7, ha=side, path_effects=behind)

@@ -1,6 +1,6 @@
 """Few-step students of the `shapes` model, beside their teacher.
 
-    python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--table]
+    python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--table] [--figure]
 
 A student takes four steps on σ = 1, .9, .75, .5, 0. Its stages are those of `recipes.shapes_students`, each a run from
 the best weights of the one that it stands on (`RUNS`): all that stand on one share it. Every run is tested on the same
@@ -9,6 +9,7 @@ pictures of a prompt, over `PROMPTS` test prompts. Teachers are the shipped mode
 
 A finished run is boiled down to a small file under benchmarks/students, kept with the code: start it again to go on.
 `--table` prints the page's table: score with its interval over prompts, gain on the guided teacher, diversity, compute.
+`--figure` draws the scores over useful steps and over diversity, by the report's own geometry.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.runs import base_hash, boiled, gain, mismatch, packed, run_all, samples, table, tested, unpacked
+from benchmarks.runs import (
+    base_hash,
+    boiled,
+    draw_scatters,
+    gain,
+    mismatch,
+    packed,
+    run_all,
+    samples,
+    table,
+    tested,
+    unpacked,
+)
 from tempflow import models
 from tempflow.config import Config, parse_config
 from tempflow.config.parts import DataConfig
@@ -36,6 +49,8 @@ from tempflow.media import Size
 from tempflow.models.protocol import Model, WalksGrids
 from tempflow.recipes.shapes import EVALUATION, REWARDS
 from tempflow.recipes.shapes_students import SHARED, STAGES, STEPS
+from tempflow.report.walks import Row, diversity_figure, steps_figure
+from tempflow.request import Prompt
 from tempflow.rewards import build
 from tempflow.rewards.safe import safe
 
@@ -78,6 +93,7 @@ class Bench:
     base: str
     out: Path = Path("runs/students")
     results: Path = Path("benchmarks/students")
+    figure: Path = Path("docs/img/students.png")
 
     def config(self, name: str, seed: int) -> Config:
         on, stage = RUNS[name]
@@ -176,11 +192,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=[*RUNS, "teachers"], default=[*RUNS, "teachers"])
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    parser.add_argument("--figure", action="store_true", help="draw the figure of what is there, and run nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(base_hash())
     if given.table:
         print(page(bench, given.seeds))
+    if given.figure:
+        found = rows_of(bench, given.seeds, useful)
+        figures = steps_figure(found, "strict"), diversity_figure(found, "strict")
+        draw_scatters([figure for figure in figures if figure is not None], bench.figure)
+    if given.table or given.figure:
         return
     for name in TEACHERS if "teachers" in given.only else ():
         taught(bench, name)
@@ -192,35 +214,20 @@ def main() -> None:
 
 def page(bench: Bench, seeds: Sequence[int]) -> str:
     """The table of all results that are there."""
-    config = bench.config("match", 0)
-    prompts, rows = tested(config), list[list[str]]()
-
-    def read(file: Path) -> dict[str, Any] | None:
-        return json.loads(file.read_text()) if file.exists() else None
-
-    def bits(result: Mapping[str, Any]) -> np.ndarray:
-        return unpacked(result["after_bits"], result["pictures"])
-
-    teachers = {name: read(bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json") for name in TEACHERS}
-    rival = teachers[RIVAL]
+    prompts, rows = tested(bench.config("match", 0)), list[list[str]]()
+    teachers = taught_there(bench)
+    rival = teachers.get(RIVAL)
     for name, told in teachers.items():
-        if told is None:
-            continue
-        low, high = gain(bits(told)[None], np.zeros((1, told["pictures"])), prompts)[1:]
-        rows.append(
-            [name, "", f"{told['after']:.3f} [{low:.3f}, {high:.3f}]", f"{told['graded']:.3f}", "", spread(told), ""]
-        )
-    for name in RUNS:
-        there = {seed: r for seed in seeds if (r := read(bench.file(name, seed))) is not None and r["stopped"] is None}
-        if not there:
-            continue
+        mean, low, high = scored([told], prompts)
+        rows.append([name, "", f"{mean:.3f} [{low:.3f}, {high:.3f}]", f"{told['graded']:.3f}", "", spread(told), ""])
+    for name, there in trained_there(bench, seeds).items():
         found = [*there.values()]
-        after = np.stack([bits(result) for result in found])
-        low, high = gain(after, np.zeros_like(after), prompts)[1:]
+        mean, low, high = scored(found, prompts)
         beside = ""
         if rival is not None:
-            mean, a, b = gain(after, np.repeat(bits(rival)[None], len(after), 0), prompts)
-            beside = f"{mean:+.3f} [{a:+.3f}, {b:+.3f}]"
+            after = np.stack([bits(result) for result in found])
+            lead, a, b = gain(after, np.repeat(bits(rival)[None], len(after), 0), prompts)
+            beside = f"{lead:+.3f} [{a:+.3f}, {b:+.3f}]"
         spent = [
             sum(json.loads(bench.file(stage, seed).read_text())["cost"]["forward_equivalents"] for stage in chain)
             for seed in there
@@ -231,7 +238,7 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
             [
                 name,
                 each,
-                f"{after.mean():.3f} [{low:.3f}, {high:.3f}]",
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]",
                 f"{np.mean([r['graded'] for r in found]):.3f}",
                 beside,
                 spread(*found),
@@ -240,6 +247,61 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
         )
     head = ["", "strict, each seed", "strict", "graded", f"strict − {RIVAL}", "diversity", "forward-equivalents"]
     return table(head, rows)
+
+
+def rows_of(bench: Bench, seeds: Sequence[int], useful: Callable[[str, int], int]) -> list[Row]:
+    """All results that are there, for the figures. Intervals resample prompts, a student's score's seeds too; those of
+    its diversity are the mean of the seeds' bounds. useful: how many steps of a grid count."""
+    prompts, rows = tested(bench.config("match", 0)), list[Row]()
+    for name, told in taught_there(bench).items():
+        grid, steps, guidance = TEACHERS[name]
+        who = ("teacher", "teacher", 0, True, grid, steps, useful(grid, steps), guidance)
+        rows.append(Row(*who, *_figures([told], prompts)))
+    for colour, (name, there) in enumerate(trained_there(bench, seeds).items()):
+        who = (name, name, colour, False, "useful", STEPS, useful("useful", STEPS), 1.0)
+        rows.append(Row(*who, *_figures([*there.values()], prompts)))
+    return rows
+
+
+def _figures(
+    found: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
+) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
+    """Score and diversity, each with its interval."""
+    mean, low, high = scored(found, prompts)
+    spread, left, right = np.mean([result["spread"] for result in found], 0).tolist()
+    return mean, (low, high), spread, (left, right)
+
+
+def useful(grid: str, steps: int) -> int:
+    """How many steps of the shipped model's grid change the picture."""
+    model = models.load("shapes")
+    assert isinstance(model, WalksGrids)
+    model.state_grid(Grid(as_stated(grid)))
+    return model.schedule(steps, Size(32, 32)).useful
+
+
+def taught_there(bench: Bench) -> dict[str, dict[str, Any]]:
+    """The teachers' results that are there."""
+    files = {name: bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json" for name in TEACHERS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def trained_there(bench: Bench, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results of runs that are there and came to their end, by name and seed."""
+    files = {name: {seed: bench.file(name, seed) for seed in seeds} for name in RUNS}
+    told = {n: {s: json.loads(f.read_text()) for s, f in each.items() if f.exists()} for n, each in files.items()}
+    there = {name: {s: r for s, r in each.items() if r["stopped"] is None} for name, each in told.items()}
+    return {name: each for name, each in there.items() if each}
+
+
+def bits(result: Mapping[str, Any]) -> np.ndarray:
+    return unpacked(result["after_bits"], result["pictures"])
+
+
+def scored(found: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> tuple[float, float, float]:
+    """Mean strict score of one run's or several seeds' tests, and its interval over prompts (and seeds)."""
+    after = np.stack([bits(result) for result in found])
+    return gain(after, np.zeros_like(after), prompts)
 
 
 def spread(*results: Mapping[str, Any]) -> str:

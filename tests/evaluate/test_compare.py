@@ -14,6 +14,8 @@ from tempflow.core.scores import Scores
 from tempflow.evaluate.compare import Row, table
 from tempflow.evaluate.figures import Report, Walk
 from tempflow.models import load
+from tempflow.report.runs import read_evaluation
+from tempflow.report.walks import walks_of
 from tempflow.strict import ConfigError
 
 
@@ -103,6 +105,12 @@ def test_one_table_of_a_student_its_base_and_a_guided_teacher(
     means = [row["mean"]["jpeg_compressibility"] for row in rows]
     assert means[1] == means[2] and len(set(means)) == 4  # the same model, noise and grid, and nothing else is alike
     assert all(row["seconds_per_picture"] > 0 and row["diversity"]["mean"] > 0 for row in rows)
+    drawn = walks_of([], [read_evaluation(tmp_path / "rows.json")], "jpeg_compressibility")
+    assert drawn is not None and drawn.steps is not None and drawn.diversity is not None
+    assert [(row.grid, row.useful, row.score) for row in drawn.rows] == [
+        (row["walk"]["grid"], row["walk"]["useful"], row["mean"]["jpeg_compressibility"]) for row in rows
+    ]
+    assert {row.test for row in drawn.rows} == {("shapes:test", 32, 32, 2, 2, 1234)}
 
 
 def test_what_failed_is_told_by_row() -> None:

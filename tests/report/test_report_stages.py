@@ -37,6 +37,16 @@ def test_it_links_the_stages_pages_and_spans_all(tmp_path: Path) -> None:
         assert word in text, word
 
 
+def test_the_list_shows_evaluations_and_the_stages_pages_do_not(tmp_path: Path) -> None:
+    home = home_of(tmp_path, ("warm", "nft"), begun=2)
+    row = {"what": "shapes", "steps": 4, "guidance": 1.0, "count": 8, "samples_per_prompt": 1, "mean": {"strict": 0.5}}
+    row["walk"] = {"grid": "useful", "useful": 4, "forwards": 4}
+    (tmp_path / "e.json").write_text(json.dumps(row))
+    page = write_stages(home, home / "report.html", evaluations=[tmp_path / "e.json"]).read_text()
+    assert 'aria-label="strict over useful steps. shapes (reference), 4 steps, guidance 1: 0.500"' in page
+    assert "Steps and diversity" not in (home / "1-warm" / "report.html").read_text()
+
+
 def test_what_is_not_there_yet(tmp_path: Path) -> None:
     home = home_of(tmp_path, ("warm", "distil", "nft"), begun=2)
     text = write_stages(home, home / "report.html").read_text()

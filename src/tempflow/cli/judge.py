@@ -339,8 +339,9 @@ def _write(options: EvalOptions, how: Settings, rows: Sequence[Row]) -> None:
     from tempflow.train.records import plain
 
     if options.output:
-        told = {"what": options.what, "base": options.base or None, "prompts": how.prompts, "dtype": how.dtype}
-        told |= {name: getattr(how.size, name) for name in SIZE} | {"guidance_options": dict(how.guidance_options)}
+        told = {"what": options.what, "base": options.base or None, "prompts_from": how.prompts}
+        told |= {name: getattr(how.size, name) for name in SIZE}
+        told |= {"dtype": how.dtype, "guidance_options": dict(how.guidance_options)}
         told |= rows[0].report.to_json()
         if len(rows) > 1:
             from tempflow.evaluate.compare import to_json

@@ -23,6 +23,11 @@ class ReportOptions(Strict):
     suites: Annotated[tuple[Place, ...], Field(strict=False)] = Field(
         default=(), description="folders that `tempflow suite` wrote, whose tables are shown too"
     )
+    evaluations: Annotated[tuple[Place, ...], Field(strict=False)] = Field(
+        default=(),
+        description="files that `tempflow eval --output` wrote, whose rows are drawn over steps and diversity, the "
+        "reference's (a student's teacher's) beside the runs'",
+    )
     output: Place = Field(default="", description="the page (default: RUN/report.html; of several runs, ./report.html)")
 
 
@@ -39,8 +44,9 @@ def run_report(options: ReportOptions) -> Path:
     stages = {folder: [stage for stage in stage_folders(folder) if stage.is_dir()] for folder in folders}
     usual = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     output = Path(options.output) if options.output else usual
-    suites = [Path(suite) for suite in options.suites]
+    suites, evaluations = [Path(suite) for suite in options.suites], [Path(file) for file in options.evaluations]
     with writing("output", output):
         if len(folders) == 1 and stages[folders[0]]:
-            return write_stages(folders[0], output, suites)
-        return write_report([run for folder in folders for run in stages[folder] or [folder]], output, suites)
+            return write_stages(folders[0], output, suites, evaluations)
+        runs = [run for folder in folders for run in stages[folder] or [folder]]
+        return write_report(runs, output, suites, evaluations)

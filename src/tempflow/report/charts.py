@@ -117,7 +117,7 @@ def number(value: float | None, signed: bool = False) -> str:
     return f"{sign}{v:.3f}" if 0.01 <= v < 1 else f"{sign}{v:.3g}"
 
 
-def _ticks_at(values: Sequence[float]) -> list[str]:
+def tick_labels(values: Sequence[float]) -> list[str]:
     """Labels of evenly spaced values, all with as many decimals as their distance needs."""
     step = values[1] - values[0] if len(values) > 1 else abs(values[0])
     if not 1e-4 <= step < 1e7:
@@ -157,8 +157,8 @@ def line_chart(
         return None
     left, right, top, bottom = 52.0, width - 12.0, 12.0, height - 34.0
     xs, ys = [x for _, p in known for x, _ in p], [y for _, p in known for _, y in p]
-    x_low, x_high = _widened(min(xs), max(xs), 0.0)
-    y_low, y_high = _widened(min(ys), max(ys), 0.06)
+    x_low, x_high = widened(min(xs), max(xs), 0.0)
+    y_low, y_high = widened(min(ys), max(ys), 0.06)
     if not log and min(ys) >= 0:
         y_low = max(0.0, y_low)
 
@@ -179,10 +179,10 @@ def line_chart(
             marks = [Dot(px(x), py(y), f"{s.label}: {number(v)} at {x_label} {number(x)}") for x, y, v in value]
             strokes.append(Stroke(s.label, s.colour, faint, path, marks if marked else ()))
     across, up = ticks(x_low, x_high, 4 if width < 500 else 8), _y_ticks(y_low, y_high, log)
-    labels = [number(10**y) for y in up] if log else _ticks_at(up)
+    labels = [number(10**y) for y in up] if log else tick_labels(up)
     return Chart(
         title, width, height, left, right, top, bottom, x_label,
-        [Tick(px(x), label) for x, label in zip(across, _ticks_at(across), strict=True)],
+        [Tick(px(x), label) for x, label in zip(across, tick_labels(across), strict=True)],
         [Tick(py(y), label) for y, label in zip(up, labels, strict=True)],
         sorted(strokes, key=lambda stroke: not stroke.faint),
     )  # fmt: skip
@@ -200,7 +200,7 @@ def _known(series: Series, log: bool) -> list[tuple[float, float]]:
     return [(x, math.log10(y)) for x, y in points if y > 0] if log else points
 
 
-def _widened(low: float, high: float, share: float) -> tuple[float, float]:
+def widened(low: float, high: float, share: float) -> tuple[float, float]:
     if low == high:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad
@@ -266,7 +266,7 @@ def _mean_of(values: Sequence[float]) -> float | None:
 def whiskers(rows: Sequence[tuple[float, float | None, float | None]]) -> list[Whisker]:
     """(value, low, high) of each row on one scale that holds them all and 0."""
     ends = [v for row in rows for v in row if v is not None and math.isfinite(v)]
-    low, high = _widened(min([0.0, *ends]), max([0.0, *ends]), 0.04)
+    low, high = widened(min([0.0, *ends]), max([0.0, *ends]), 0.04)
 
     def at(value: float | None) -> float | None:
         return None if value is None or not math.isfinite(value) else round((value - low) / (high - low) * 100, 2)

@@ -12,7 +12,8 @@ from tempflow.folder import check_file, write_file
 from tempflow.report import charts, figures
 from tempflow.report.charts import Chart, Series
 from tempflow.report.figures import Change
-from tempflow.report.runs import RunData, read_runs, read_suite
+from tempflow.report.runs import Evaluation, RunData, read_evaluation, read_runs, read_suite
+from tempflow.report.walks import walks_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,18 +66,21 @@ CREDIT = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path, suites: Sequence[Path] = ()) -> Path:
+def write_report(
+    folders: Sequence[Path], out: Path, suites: Sequence[Path] = (), evaluations: Sequence[Path] = ()
+) -> Path:
     """Writes one self-contained HTML page about the runs in `folders`; returns `out`.
 
-    suites  folders that `tempflow suite` wrote, whose tables the page shows too
+    suites       folders that `tempflow suite` wrote, whose tables the page shows too
+    evaluations  files that `tempflow eval --output` wrote, whose rows stand in the figures over steps and diversity
 
-    Raises ValueError for a folder without a run or a suite, a broken file, or an `out` that is not named .html or is
-    there and no page of ours; ImportError with the command to run where jinja2 is missing.
+    Raises ValueError for a folder without a run or a suite, a file without an evaluation, a broken file, or an `out`
+    that is not named .html or is there and no page of ours; ImportError with the command to run where jinja2 is
+    missing.
     """
     check_page(out)
-    return write_file(
-        out, render(read_runs(folders), datetime.now().astimezone(), [read_suite(s) for s in suites]), "output"
-    )
+    told, judged = [read_suite(suite) for suite in suites], [read_evaluation(file) for file in evaluations]
+    return write_file(out, render(read_runs(folders), datetime.now().astimezone(), told, judged), "output")
 
 
 def check_page(out: Path) -> None:
@@ -104,13 +108,20 @@ def environment() -> Environment:
     return jinja
 
 
-def render(runs: Sequence[RunData], now: datetime, suites: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page about `runs` as text, and what `read_suite` gives of suites. Whatever comes from a run is escaped."""
+def render(
+    runs: Sequence[RunData],
+    now: datetime,
+    suites: Sequence[Mapping[str, Any]] = (),
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
+    """The page about `runs` as text, with what `read_suite` gives of suites and `read_evaluation` of evaluations.
+    Whatever comes from a file is escaped."""
     return (
         environment()
         .get_template("page.html")
         .render(
             suites=suites,
+            walks=walks_of(runs, evaluations, runs[0].metric),
             title=" · ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
             now=now.strftime("%Y-%m-%d %H:%M %Z"),
             metric=runs[0].metric,

@@ -111,6 +111,52 @@ def read_suite(folder: Path) -> Line:
     return {**told, "folder": str(folder), "source": " against ".join(words)}
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What `tempflow eval --output` wrote.
+
+    rows    a model's figures each: what, walk, steps, guidance, mean, interval, perhaps diversity …
+    test    prompts' source, height and width of all rows
+    """
+
+    file: Path
+    rows: Sequence[Line]
+    test: tuple[Any, ...]
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """Raises ValueError, naming the file, where nothing is there or `tempflow eval` did not write it."""
+    near = "nearest valid: FILE of tempflow eval … --output FILE"
+    try:
+        told = _json(file)
+        if told is None:
+            raise ValueError("it is a folder" if file.is_dir() else "no file is there")
+        rows = [{**row} for row in told.get("rows", [told])]
+        for row in rows:
+            _check_row(row)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        raise ValueError(f"evaluations: {str(file)!r} holds no evaluation ({why}); {near}") from error
+    return Evaluation(file, rows, tuple(told.get(key) for key in ("prompts_from", "height", "width")))
+
+
+def _check_row(row: Line) -> None:
+    """Raises KeyError, TypeError or ValueError for a row that is not as `tempflow eval` writes it."""
+    whole = {"steps": row["steps"], "useful": row["walk"]["useful"], "count": row["count"]}
+    whole["samples_per_prompt"] = row["samples_per_prompt"]
+    for name, value in whole.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {str(value)[:40]!r}, no whole number from 1")
+    if not isinstance(row["guidance"], int | float):
+        raise ValueError(f"guidance is {str(row['guidance'])[:40]!r}, no number")
+    if not isinstance(row["what"], str) or not isinstance(row["walk"]["grid"], str):
+        raise ValueError("what and grid are texts")
+    for name in ("mean", "interval", "diversity"):
+        told = row[name] if name == "mean" else row.get(name, {})
+        if not isinstance(told, dict):
+            raise ValueError(f"{name} is {str(told)[:40]!r}, no object")
+
+
 def read_config(folder: Path) -> Line:
     """The config.yaml of a run, or of stages, as a mapping. Raises ValueError where there is none."""
     file = folder / "config.yaml"

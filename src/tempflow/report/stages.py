@@ -10,7 +10,8 @@ from pathlib import Path
 from tempflow.folder import kind_of, write_file
 from tempflow.report import figures
 from tempflow.report.page import check_page, environment, told_of, write_report
-from tempflow.report.runs import read_config, read_runs, read_suite
+from tempflow.report.runs import read_config, read_evaluation, read_runs, read_suite
+from tempflow.report.walks import walks_of
 
 PAGE, STAGED = "report.html", "stages"
 """What a stage's page is called in its folder; what the folder of all stages is marked as."""
@@ -29,8 +30,9 @@ def stage_folders(home: Path) -> list[Path]:
     return [home / Path(f"{number}-{name}").name for number, name in enumerate(names, 1)]
 
 
-def write_stages(home: Path, out: Path, suites: Sequence[Path] = ()) -> Path:
-    """Writes a page into the folder of each stage that was begun, and `out`, which lists them; returns `out`.
+def write_stages(home: Path, out: Path, suites: Sequence[Path] = (), evaluations: Sequence[Path] = ()) -> Path:
+    """Writes a page into the folder of each stage that was begun, and `out`, which lists them and shows suites and
+    evaluations; returns `out`.
 
     Raises what `write_report` does, and ValueError where no stage was begun.
     """
@@ -40,7 +42,8 @@ def write_stages(home: Path, out: Path, suites: Sequence[Path] = ()) -> Path:
     if not there:
         raise ValueError(f"runs: no stage in {str(home)!r} was begun; nearest valid: once `tempflow train` runs")
     runs = dict(zip(there, read_runs(there), strict=True))
-    told = [read_suite(suite) for suite in suites]
+    told, last = [read_suite(suite) for suite in suites], runs[there[-1]]
+    walks = walks_of([*runs.values()], [read_evaluation(file) for file in evaluations], last.metric)
     pages = {folder: write_report([folder], folder / PAGE) for folder in there}
     around = out.absolute().parent
     rows = [
@@ -51,7 +54,6 @@ def write_stages(home: Path, out: Path, suites: Sequence[Path] = ()) -> Path:
         }
         for folder in folders
     ]
-    last = runs[there[-1]]
     text = (
         environment()
         .get_template("stages.html")
@@ -63,6 +65,7 @@ def write_stages(home: Path, out: Path, suites: Sequence[Path] = ()) -> Path:
             forwards=sum(row["run"]["costs"].get("forward_equivalents", 0.0) for row in rows if row["run"]),
             minutes=sum(run.minutes for run in runs.values()),
             suites=told,
+            walks=walks,
             now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         )
     )
