@@ -110,7 +110,7 @@ def test_one_table_of_a_student_its_base_and_a_guided_teacher(
     assert [(row.grid, row.useful, row.score) for row in drawn.rows] == [
         (row["walk"]["grid"], row["walk"]["useful"], row["mean"]["jpeg_compressibility"]) for row in rows
     ]
-    assert {row.test for row in drawn.rows} == {("shapes:test", 32, 32, 2, 2, 1234)}
+    assert {row.test for row in drawn.rows} == {("shapes:test", "32", "32", "2", "2", "1234")}
 
 
 def test_what_failed_is_told_by_row() -> None:

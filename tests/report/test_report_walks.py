@@ -166,7 +166,7 @@ def test_a_number_of_steps_on_two_grids_makes_two_lines() -> None:
 
 
 def test_all_failed_is_a_row_without_a_marker(tmp_path: Path) -> None:
-    lost = {**figures_of(0.0, 8), "mean": {"strict": None}, "interval": {"strict": [None, None]}}
+    lost = {**figures_of(0.0, 8), "mean": {"strict": None}, "interval": {"strict": 5}}
     file = written(tmp_path / "e.json", {"what": "shapes", **lost}, {"what": "shapes", **figures_of(0.2, 4)})
     walks = walks_of([], [read_evaluation(file)], "strict")
     assert walks is not None and walks.steps is not None
@@ -181,12 +181,14 @@ def test_all_failed_is_a_row_without_a_marker(tmp_path: Path) -> None:
         ("[]", "not an object"),
         ("{}", "'steps' is missing"),
         ('{"rows": 5}', "not iterable"),
+        ('{"rows": []}', "rows is empty"),
         ('{"rows": ["x"]}', ""),
         (json.dumps({"what": "a", **figures_of(0.1, 4), "walk": None}), ""),
         (json.dumps({"what": "a", **figures_of(0.1, 4), "steps": "four"}), "steps is 'four', no whole number from 1"),
         (json.dumps({"what": "a", **figures_of(0.1, 1, "scheduler")}), "useful is '0', no whole number from 1"),
         (json.dumps({"what": "a", **figures_of(0.1, 4), "guidance": "x" * 999}), "guidance is 'xx"),
         (json.dumps({"what": "a", **figures_of(0.1, 4), "mean": 0.5}), "mean is '0.5', no object"),
+        (json.dumps({"what": "a", **figures_of(0.1, 4), "prompts": "shapes"}), "prompts is 'shapes', no whole"),
         (json.dumps({"what": 3, **figures_of(0.1, 4)}), "what and grid are texts"),
     ],
 )

@@ -201,6 +201,7 @@ def _known(series: Series, log: bool) -> list[tuple[float, float]]:
 
 
 def widened(low: float, high: float, share: float) -> tuple[float, float]:
+    """An axis that holds both ends, with that share of their distance beyond each."""
     if low == high:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad

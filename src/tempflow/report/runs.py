@@ -132,6 +132,8 @@ def read_evaluation(file: Path) -> Evaluation:
         if told is None:
             raise ValueError("it is a folder" if file.is_dir() else "no file is there")
         rows = [{**row} for row in told.get("rows", [told])]
+        if not rows:
+            raise ValueError("rows is empty")
         for row in rows:
             _check_row(row)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -143,7 +145,7 @@ def read_evaluation(file: Path) -> Evaluation:
 def _check_row(row: Line) -> None:
     """Raises KeyError, TypeError or ValueError for a row that is not as `tempflow eval` writes it."""
     whole = {"steps": row["steps"], "useful": row["walk"]["useful"], "count": row["count"]}
-    whole["samples_per_prompt"] = row["samples_per_prompt"]
+    whole |= {"samples_per_prompt": row["samples_per_prompt"], "prompts": row.get("prompts", 1)}
     for name, value in whole.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {str(value)[:40]!r}, no whole number from 1")

@@ -45,7 +45,7 @@ class Row:
     spread: tuple[float, float] | None = None
     prompts: int = 0
     pictures: int = 0
-    test: tuple[Any, ...] = ()
+    test: tuple[str, ...] = ()
 
     @property
     def walk(self) -> tuple[str, str, int, float]:
@@ -68,7 +68,7 @@ def walks_of(runs: Sequence[RunData], evaluations: Sequence[Evaluation], metric:
     """Of runs' own tests and of evaluations; None where no evaluation is given and all took the same useful steps.
 
     Of two rows of one model, grid, steps and guidance the one with diversity, else with more pictures, else the first
-    is shown. Raises ValueError for an evaluation that lacks the metric or says no grid.
+    is shown. Raises ValueError for an evaluation that lacks the metric.
     """
     rows = rows_of(runs, evaluations, metric)
     if not evaluations and len({row.useful for row in rows}) < 2:
@@ -112,7 +112,7 @@ def _tested(runs: Sequence[RunData], metric: str) -> Iterator[tuple[str, tuple[A
 
 
 def _evaluated(one: Evaluation, metric: str) -> Iterator[tuple[str, tuple[Any, ...], Line]]:
-    """The same of an evaluation's rows. Raises ValueError for one without the metric, or that cannot be read."""
+    """The same of an evaluation's rows. Raises ValueError for one without the metric."""
     for row in one.rows:
         if metric not in row["mean"]:
             raise ValueError(
@@ -141,7 +141,7 @@ def _row(told: Line, metric: str, who: tuple[str, str, int, bool], test: tuple[A
         spread=_bounds(spread.get("interval")),
         prompts=int(told.get("prompts") or 0),
         pictures=int(told["count"]),
-        test=test,
+        test=tuple(map(str, test)),
     )
 
 
@@ -150,7 +150,7 @@ def _known(value: Any) -> float | None:
 
 
 def _bounds(given: Any) -> tuple[float, float] | None:
-    ends = [_known(value) for value in given or ()]
+    ends = [_known(value) for value in given] if isinstance(given, list | tuple) else []
     return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
 
 
