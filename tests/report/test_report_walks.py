@@ -38,9 +38,10 @@ def student(folder: Path, steps: int = 4, **options: Any) -> Path:
     return folder
 
 
-def written(file: Path, *rows: Any, **top: Any) -> Path:
-    told = {"generator": "tempflow", "prompts_from": "shapes:test", "height": 32, "width": 32} | top
-    file.write_text(json.dumps({**told, **rows[0], "rows": [*rows]} if len(rows) > 1 else {**told, **rows[0]}))
+def written(file: Path, first: Any, *others: Any) -> Path:
+    told = {"generator": "tempflow", "prompts_from": "shapes:test", "height": 32, "width": 32}
+    rows = {"rows": [first, *others]} if others else {}
+    file.write_text(json.dumps({**told, **first, **rows}))
     return file
 
 

@@ -124,8 +124,10 @@ def scatter(title: str, points: Sequence[Point], x_label: str, *, whole: bool = 
         Mark(
             round(px(p.x) + by, 2),
             py(p.y),
-            *(None if v is None else py(v) for v in (p.low, p.high)),
-            *(None if v is None else px(v) for v in (p.left, p.right)),
+            _end(p.low, py),
+            _end(p.high, py),
+            _end(p.left, px),
+            _end(p.right, px),
             p.colour,
             p.hollow,
             p.title,
@@ -143,6 +145,10 @@ def scatter(title: str, points: Sequence[Point], x_label: str, *, whole: bool = 
         lines,
         _labelled(marks, lines, (left, 2.0, right, bottom)),
     )  # fmt: skip
+
+
+def _end(value: float | None, at: Callable[[float], float]) -> float | None:
+    return None if value is None else at(value)
 
 
 def _spaced(values: Sequence[float], px: Callable[[float], float], apart: float = 24.0) -> list[float]:
