@@ -55,29 +55,48 @@ def drive(
     dtype   what the network computes in
     change  made to the algorithm before the run
     """
-    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name), _quick(), _latent_reward():
-        folder = Path(name)
-        config = tempflow.Config.model_validate(_fields(case, rate, folder))
-        algorithm = built(case, name)
-        rewards = {
-            "worth": model.worth,
-            "patchy": model.patchy,
-            "both": [model.worth, model.evenness],
-            "light": model.Light(),
-        }
-        run = tempflow.train(
-            config,
-            model=model.Tokens(dtype) if case.tokens else model.Generator(dtype),
-            reward=rewards[case.reward],
-            prompts=model.pictures(folder) if case.offline else model.PROMPTS,
-            test_prompts=model.PROMPTS,
-            algorithm=algorithm if change is None else change(algorithm),
-            quiet=True,
-        )
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name), _quick():
+        run = trained(case, rate, Path(name), dtype, change)
         kept = [library.weight_sets(run.folder, iteration) for iteration in range(ITERATIONS + 1)]
         metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     sets = {name: torch.stack([_flat(sets[name]) for sets in kept]) for name in kept[0]}
     return Outcome(sets, [line["loss"] for line in metrics])
+
+
+def trained(
+    case: Case,
+    rate: float,
+    folder: Path,
+    dtype: torch.dtype = torch.float64,
+    change: Callable[[tempflow.Algorithm], tempflow.Algorithm] | None = None,
+    reward: Any = None,
+    resume: bool = False,
+    **fields: object,
+) -> tempflow.Run:
+    """The case's run in `folder`/run, with the others as for `drive`; an offline one reads pictures that it draws into
+    the working directory.
+
+    reward  instead of the case's own
+    fields  of the configuration, instead of the cases' own
+    """
+    algorithm = built(case, str(folder))
+    rewards = {
+        "worth": model.worth,
+        "patchy": model.patchy,
+        "both": [model.worth, model.evenness],
+        "light": model.Light(),
+    }
+    with _latent_reward():
+        return tempflow.train(
+            tempflow.Config.model_validate({**_fields(case, rate, folder), **fields}),
+            model=model.Tokens(dtype) if case.tokens else model.Generator(dtype),
+            reward=rewards[case.reward] if reward is None else reward,
+            prompts=model.pictures(Path()) if case.offline else model.PROMPTS,
+            test_prompts=model.PROMPTS,
+            algorithm=algorithm if change is None else change(algorithm),
+            quiet=True,
+            resume=resume,
+        )
 
 
 def built(case: Case, judge: str = ".") -> tempflow.Algorithm:

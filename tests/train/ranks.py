@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Velocity, album, brightness, config, flow, tempflow, two_roles
+from every import on_ranks
+from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Light, Velocity, album, brightness, config, flow, tempflow, two_roles
+from kinds import patchy as by_content
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.golden.cases import CASES
+from benchmarks.golden.drive import built
 from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
 from tempflow.config import Config
 from tempflow.data.pictures import Pictures
@@ -47,6 +51,14 @@ ALGORITHMS = {
     "sft": lambda: sft(pairs=3, kl=0.1),
     "two_roles": two_roles,
 }
+FROM_NOISES = {
+    name.replace(",", "").replace(" ", "_"): name
+    for name, case in CASES.items()
+    if "margin" not in case.fields and not all(phase.keeps for phase in built(case).phases)
+}
+"""The golden cases of what learns from starting noises, one of every such algorithm at least; without those of a margin,
+which the fake's rewards have all reached."""
+ALGORITHMS |= {short: lambda name=name: built(CASES[name]) for short, name in FROM_NOISES.items()}
 
 
 class Routed(Velocity):
@@ -152,12 +164,15 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
 
     case: an algorithm's name behind words. "idle": the first two prompts teach nothing and have broken latents;
     "routed": each rank's prompts use parameters of their own; "apart": the other weight sets are far from the policy;
-    "twice": a second iteration; "updates": two updates; "deep": a checkpointed network; "lora", "half": of that, what
-    is trained, and its dtype.
+    "twice": a second iteration; "few": of two prompts; "updates": two updates; "deep": a checkpointed network; "lora",
+    "half": of that, what is trained, and its dtype.
     """
     *words, name = case.split(" ")
-    reward = half_broken if "idle" in words else patchy
     rows: dict[str, int] = {"train_rows": 7, "rollout_rows": 11, "rollout_leaves": 20}
+    reward: Any = half_broken if "idle" in words else patchy
+    if name in FROM_NOISES:  # a call's pictures are a minibatch's: what fails must not depend on its place there
+        rows["train_rows"] = 20
+        reward = Light(dark=("fog",)) if CASES[FROM_NOISES[name]].reward == "light" else by_content
     if "updates" in words:
         rows["updates"] = 2
     patched = Bench(fake(words), ALGORITHMS[name](), reward, world=world, ema=0.5, sharded=mode == "fsdp", **rows)
@@ -169,7 +184,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
         with torch.no_grad():
             patched.model.network.mean.bias.add_(torch.linspace(-1, 2, 8))
     optimizer = torch.optim.SGD(trainable.masters, lr=0.1, momentum=0.5, weight_decay=0.1)
-    prompts: Sequence[str | Prompt] = PROMPTS[:5]
+    prompts: Sequence[str | Prompt] = PROMPTS[: 2 if "few" in words else 5]
     given = patched.context.algorithm.offline
     if given is not None:
         file = album(out.parent / f"{out.name}_album_{world.rank}")
@@ -189,6 +204,9 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
         patched.learners[role] = replace(learner, optimizer=own)
     metrics, judged = dict[str, float](), None
     for iteration in range(2 if "twice" in words else 1):
+        if not patched.context.algorithm.rolls_out:
+            metrics = patched.iterate(iteration, prompts)
+            continue
         experience = patched.collect(iteration, prompts=prompts)
         judged = credit(patched.context, experience)
         if "idle" in words:
@@ -196,7 +214,7 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
             untaught = forest.edges.prompt < 2
             forest.nodes[torch.cat([forest.edges.parent[untaught], forest.edges.child[untaught]])] = torch.nan
         metrics = patched.update(experience, iteration)
-    assert judged is not None and patched.average is not None
+    assert patched.average is not None
     tensors = {f"gradient/{n}": t for n, t in seen.items()}
     tensors |= {f"after/{n}": whole(m.detach()) for n, m in zip(trainable.names, trainable.masters, strict=True)}
     for set_name, weights in {"average": patched.average, **patched.sets}.items():
@@ -204,7 +222,10 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
     for role, learner in patched.learners.items():
         tensors |= {f"{role}/{n}": whole(value) for n, value in learner.trainable.named().items()}
         tensors |= {f"{role}/{s}/{n}": whole(v) for s, w in learner.sets.sets.items() for n, v in w.named().items()}
-    tensors["advantage"] = judged.advantage.value
+    if judged is not None:
+        tensors["advantage"] = judged.advantage.value
+    if patched.counter.spread is not None:
+        metrics |= {"scores": patched.counter.scores, "spread": patched.counter.spread}
     if world.first:
         out.mkdir(parents=True)
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, out / "tensors.safetensors")
@@ -265,8 +286,8 @@ def a_shapes_run(out: Path, mode: str, training: str) -> None:
 
 
 def main(how: str, target: str, *cases: str) -> None:
-    """A run ("run", "resume", "few": of one prompt an iteration), one of the embedded model ("lora", "full"), or an
-    update of each case, which stays in its folder of `target`."""
+    """A run ("run", "resume", "few": of one prompt an iteration), one of the embedded model ("lora", "full"), runs of
+    golden cases ("every" and their names), or an update of each case, which stays in its folder of `target`."""
     if cases[0] in ("lora", "full"):
         a_shapes_run(Path(target), how, cases[0])
         return
@@ -274,6 +295,10 @@ def main(how: str, target: str, *cases: str) -> None:
         a_run(Path(target), how, cases[0] == "resume", 1 if cases[0] == "few" else 5)
         return
     world, exchange.BUCKET = join("cpu"), 10  # several buckets, and tensors that are larger than one
+    if cases[0] == "every":
+        on_ranks(Path(target), how, cases[1:], world)
+        leave(world)
+        return
     for case in cases:
         print(case, flush=True)  # names the one that fails
         one_update(case, Path(target) / case.replace(" ", "_"), how, world)

@@ -167,7 +167,7 @@ class EdgePhase(_FromRollout):
         sets |= {name: told(velocity, edges.x, sets[name]) for name, velocity in said.items()}
         rows = len(batch.row)
         loss = with_velocity_norm(objective, sets, edges, rows) if lesson.norms else objective(sets, edges)
-        return Loss(loss.value, {**loss.metrics, "rollout_gap": old.gap})
+        return replace(loss, metrics={**loss.metrics, "rollout_gap": old.gap})
 
     def recorded(self, models: Models, lesson: Lesson, batch: Batch) -> Old:
         """Gradients are on, though none is taken: kernels are chosen by that, and these are compared with a training
@@ -402,7 +402,7 @@ class NoisePhase:
 
     def idle(self, lesson: Lesson) -> tuple[Lesson, int]:
         """A row of the rank's own; nothing is decoded or scored for it."""
-        quiet = lesson if lesson.judge is None else replace(lesson, judge=_indifferent)
+        quiet = lesson if lesson.judge is None else replace(lesson, judge=Indifferent())
         return quiet, lesson.slots.start * self.count
 
     def loss(
@@ -430,9 +430,13 @@ class NoisePhase:
         return row % (lesson.prompts * self.count) // self.count
 
 
-def _indifferent(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A judge to whom all samples are worth 0."""
-    return x.new_zeros(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
+class Indifferent:
+    """A judge (`core.objective.noises.GradientJudge`) to whom all samples are worth 0."""
+
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_zeros(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    through = __call__
 
 
 def _without_gradient(predict: Predict) -> Predict:

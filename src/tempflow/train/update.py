@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tempflow.algorithms.lesson import POLICY, Batch, Grown, Lesson, Models, Phase
+from tempflow.core.objective.edges import Loss
 from tempflow.core.objective.old import Old
 from tempflow.core.rng import Stream
 from tempflow.models.finite import decoded, decoded_pixels
@@ -281,11 +283,10 @@ def update(
     counter.train += computed
     if teaching.drawn_by not in ("", POLICY, *phase.networks):
         counter.old += computed
-    names, rows = (sums[0].metrics, sum(s.rows for s in sums)) if sums else ((), 1)
     kept = phase.largest.items()
     largest = {shown: max((s.largest.get(name, 0.0) for s in sums), default=0.0) for name, shown in kept}
     return {
-        **{name: sum(s.metrics[name] for s in sums) / rows for name in names},
+        **_means(sums),
         "trained_edges": batch.forwards,
         "updates": len(norms),
         "loss": sum(s.loss for s in sums) / max(1, len(sums)),
@@ -332,13 +333,22 @@ def _checked(context: Context, trainable: Trainable, seen: Sums, iteration: int,
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all ranks' items of an update: its loss, sums of the metrics over `rows` rows, and the largest value of
-    those that the phase names and that are there; NaN where one of them is."""
+    """Over all ranks' items of an update: its loss, the metrics' sums with how many samples these are of, and the
+    largest value of those that the phase names and that are there; NaN where one of them is."""
 
     loss: float
-    metrics: Mapping[str, float]
-    rows: float
+    metrics: Mapping[str, tuple[float, float]]
     largest: Mapping[str, float]
+
+
+def _means(sums: Sequence[Sums]) -> dict[str, float]:
+    """The metrics of an iteration's updates; one that no sample has is left out."""
+    found = dict[str, float]()
+    for name in sums[0].metrics if sums else ():
+        total, count = (sum(part) for part in zip(*(s.metrics[name] for s in sums), strict=True))
+        if count:
+            found[name] = total / count
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,31 +380,33 @@ class _Teaching:
         batches = own.minibatches(context.train_rows) if len(own.row) else []
         # a sharded network's ranks compute together, minibatch for minibatch; others meet once, behind the last
         count = len(batches) if context.shards is None else context.world.most(len(batches))
-        sums, largest = dict[str, float](), dict[str, float]()
-        total, rows = 0.0, 0
+        sums, largest, total = dict[str, tuple[float, float]](), dict[str, float](), 0.0
         for number in range(max(1, count)):
             if may_pause:
                 context.pause()
             if number >= len(batches):
                 names = self._idle(part)
                 if not batches:
-                    sums, largest = (
-                        dict.fromkeys(names, 0.0),
-                        {name: 0.0 for name in names if name in self.phase.largest},
-                    )
+                    sums = dict.fromkeys(names, (0.0, 0.0))
+                    largest = {name: 0.0 for name in names if name in self.phase.largest}
                 continue
             batch = batches[number]
-            loss = self.phase.loss(self.models, self.lesson, batch, None if old is None else old[number], self.drawn_by)
+            loss = self._loss(self.models, self.lesson, batch, None if old is None else old[number])
             value = loss.value * (batch.units * share)
             (value * trainable.loss_scale).backward()
             trainable.collect()
             total += value.item()
-            rows += len(batch.row)
-            for name, column in loss.metrics.items():
-                sums[name] = sums.get(name, 0.0) + column.sum().item()
+            for name, (added, count) in loss.sums().items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + added, before[1] + count)
                 if name in self.phase.largest:
-                    largest[name] = _larger(largest.get(name, 0.0), column.max().item())
-        return _summed(context.world, trainable, Sums(total, sums, rows, largest))
+                    largest[name] = _larger(largest.get(name, 0.0), loss.metrics[name].max().item())
+        return _summed(context.world, trainable, Sums(total, sums, largest))
+
+    def _loss(self, models: Models, lesson: Lesson, batch: Batch, old: Old | None = None) -> Loss:
+        """Of a minibatch. Where noises are walked, how many forwards there are hangs on where the batch's rows stop."""
+        with nullcontext() if self.phase.keeps else self.context.in_step():
+            return self.phase.loss(models, lesson, batch, old, self.drawn_by)
 
     def _idle(self, part: Batch) -> list[str]:
         """What a rank computes where others have a minibatch and it has none: a row that counts 0, by the same
@@ -409,7 +421,7 @@ class _Teaching:
             said.append(self.models[role](x, sigma, rows))
             return said[-1]
 
-        loss = self.phase.loss({**self.models, role: learning}, lesson, part.one(row), drawn_by=self.drawn_by)
+        loss = self._loss({**self.models, role: learning}, lesson, part.one(row))
         silent = [torch.where(out.isfinite(), out, 0.0).sum() * 0.0 for out in said if out.requires_grad]
         torch.stack(silent).sum().backward()
         self.trainable.collect()
@@ -423,10 +435,12 @@ def _summed(world: World, trainable: Trainable, own: Sums) -> Sums:
     masters = [master for master in trainable.masters if not isinstance(master, DTensor)]
     largest = [value if rank == world.rank else 0.0 for value in own.largest.values() for rank in range(world.size)]
     has_gradient = [float(master.grad is not None) for master in masters]
-    figures = torch.tensor([own.loss, own.rows, *own.metrics.values(), *largest, *has_gradient], device=world.device)
+    totals = [figure for pair in own.metrics.values() for figure in pair]
+    figures = torch.tensor([own.loss, *totals, *largest, *has_gradient], device=world.device)
     world.sum_([figures])
-    loss, rows, *rest = figures.tolist()
-    metrics, rest = dict(zip(own.metrics, rest, strict=False)), rest[len(own.metrics) :]
+    loss, *rest = figures.tolist()
+    pairs, rest = zip(rest[: len(totals) : 2], rest[1 : len(totals) : 2], strict=True), rest[len(totals) :]
+    metrics = dict(zip(own.metrics, pairs, strict=True))
     # Ranks may have used different parameters. All exchange those that any of them used; what none used keeps no
     # gradient, so that the optimizer passes over it as in one process.
     used = [master for master, ranks in zip(masters, rest[len(largest) :], strict=True) if ranks]
@@ -435,7 +449,7 @@ def _summed(world: World, trainable: Trainable, own: Sums) -> Sums:
             master.grad = torch.zeros_like(master)
     world.sum_([master.grad for master in used if master.grad is not None])
     by_rank = torch.tensor(rest[: len(largest)]).view(-1, world.size)
-    return Sums(loss, metrics, rows, dict(zip(own.largest, by_rank.amax(1).tolist(), strict=True)))
+    return Sums(loss, metrics, dict(zip(own.largest, by_rank.amax(1).tolist(), strict=True)))
 
 
 def _larger(a: float, b: float) -> float:

@@ -106,10 +106,24 @@ class EdgeBatch:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B] (reduced by the loop)."""
+    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B] (the loop takes means over all rows,
+    whatever the batch and the rank). `counts`: of metrics that not every row has, [B]: of how many samples a row's is
+    the mean; one of 0 is left out."""
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    counts: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Of each metric: the sum over its samples, and how many there are."""
+        found = dict[str, tuple[float, float]]()
+        for name, column in self.metrics.items():
+            if name not in self.counts:
+                found[name] = (column.sum().item(), float(column.numel()))
+                continue
+            count = self.counts[name].to(column)
+            found[name] = (torch.where(count > 0, count * column, 0.0).sum().item(), count.sum().item())
+        return found
 
 
 class Objective(Protocol):

@@ -106,7 +106,7 @@ class GuidedTargets:
             own = seen.clean(grid)
             gradient, gap = self._gradient(models, batch, own)
             target = implicit_target(own, gradient)
-            optimality, told = self._judged(batch, own, target)
+            optimality, told, counts = self._judged(batch, own, target)
         x = self._student(models, batch, seen)
         if self.head == "nft":
             head = negative_aware(x, own, target, optimality, self.mix, layout)
@@ -114,7 +114,8 @@ class GuidedTargets:
             head = signed_squares(x, own, target, optimality, self.anchor, layout)
         loss = guided(pull(x, target, layout), head, optimality, self.weights)
         sizes = {"gradient": gradient, "gap": gap, "moved": x.detach() - own}
-        return Loss(loss.mean(), {**told, **{n: layout.mean(d.square()).sqrt() for n, d in sizes.items()}})
+        told |= {name: layout.mean(size.square()).sqrt() for name, size in sizes.items()}
+        return Loss(loss.mean(), told, counts)
 
     def _gradient(self, models: Mapping[str, Predict], batch: NoiseBatch, own: Tensor) -> tuple[Tensor, Tensor]:
         """DMD's g at the sample, and x̂_fake − x̂_real."""
@@ -126,28 +127,25 @@ class GuidedTargets:
         anchor = {"clean": own, "noisy": at, "none": None}[self.normaliser]
         return matching_gradient(fake, real, anchor, batch.layout), fake - real
 
-    def _judged(self, batch: NoiseBatch, own: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """r, NaN where it is not known, and what a user wants to see of the scores."""
+    def _judged(
+        self, batch: NoiseBatch, own: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """r, NaN where it is not known, what a user wants to see of the scores, and which rows have that."""
         (before, ok), (after, fine) = batch.scored(own), batch.scored(target)
         both, spread = ok & fine, batch.spread if self.spread is None else self.spread
         known = both & torch.tensor(spread is not None, device=both.device)
         r = target_optimality(after, before, max(spread or 0.0, LEAST_SPREAD))
         r = torch.where(known, r, torch.nan)
         told = {
-            "reward": shown(before, ok),
-            "target_reward": shown(after, fine),
+            "reward": before,
+            "target_reward": after,
             "failed_rewards": 1 - both.to(before),
             "optimality": torch.where(known, r, 0.5),
         }
-        return r, told
+        return r, told, {"reward": ok, "target_reward": fine}
 
     def _student(self, models: Mapping[str, Predict], batch: NoiseBatch, seen: Visit) -> Tensor:
         """x̂0 of the policy, with gradients, where `old` was asked last."""
         sigma = batch.schedule.at(seen.step).to(seen.x.device)
         velocity = asked(models, "policy", seen.x, sigma, batch.rows, batch.layout)
         return predict_clean(seen.x, velocity, batch.schedule, seen.step)
-
-
-def shown(value: Tensor, ok: Tensor) -> Tensor:
-    """The scores as a metric: those that failed stand aside, so that the mean is the others'; NaN where all failed."""
-    return torch.where(ok, value, value[ok].mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -60,4 +61,4 @@ def with_velocity_norm(
             "nearest valid: an objective that compares the two"
         )
     ratio = torch.cat(rms["policy"]) / torch.cat(rms["reference"])
-    return Loss(loss.value, {**loss.metrics, "velocity_norm": ratio.mean().expand(rows)})
+    return replace(loss, metrics={**loss.metrics, "velocity_norm": ratio.mean().expand(rows)})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan
 from typing import Protocol
 
 import torch
@@ -140,11 +139,11 @@ class RewardGradient:
             raise ValueError("models: 'policy' is missing; nearest valid: {'policy': predict}")
         value, ok = batch.scored_through(self.path(models["policy"], batch))
         missing = -value if self.margin is None else (self.margin - value).clamp(min=0)
-        seen, valid = value.detach(), ok.view(len(batch), -1)
-        mean = seen[ok].mean() if bool(ok.any()) else torch.full_like(seen, nan).mean()
-        shown = torch.where(ok, seen, mean).view(len(batch), -1).mean(1)  # what failed counts for nothing
         loss = torch.where(ok, missing, torch.zeros_like(missing)).mean()
-        return Loss(loss, {"reward": shown, "failed_rewards": 1 - valid.float().mean(1)})
+        valid = ok.view(len(batch), -1).to(value)
+        count = valid.sum(1)
+        reward = (value.detach().view_as(valid) * valid).sum(1) / count  # what failed is worth 0 here
+        return Loss(loss, {"reward": reward, "failed_rewards": 1 - valid.mean(1)}, {"reward": count})
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tempflow.core.cost import Cost, rows_of
 from tempflow.core.distill import nearest_nodes, reward_gate, shaping
 from tempflow.core.objective.distill import NONE, check_models
 from tempflow.core.objective.edges import Loss, Predict
-from tempflow.core.objective.guided_targets import LEAST_SPREAD, shown
+from tempflow.core.objective.guided_targets import LEAST_SPREAD
 from tempflow.core.objective.imitation import own_steps
 from tempflow.core.objective.leaves import LeafObjective, renoise_leaves
 from tempflow.core.objective.noises import NoiseBatch
@@ -95,7 +95,7 @@ class GatedShaping:
         gap = torch.where(known, theirs - mine, 0.0) / spread
         gate = reward_gate(torch.where(both, gap, torch.nan), self.temperature)
         apart = self.shaped(own, targets, batch)
-        loss, metrics = (self.weight * gate.to(apart) * apart).mean(), dict[str, Tensor]()
+        loss = Loss((self.weight * gate.to(apart) * apart).mean())
         if self.reward is not None:
             advantage = torch.where(known, _above_mean(mine, ok, batch.rows), 0.0) / spread
             leaves = renoise_leaves(
@@ -109,15 +109,16 @@ class GatedShaping:
                 layout=batch.layout,
             )
             taught = self.reward(models, leaves)
-            loss, metrics = loss + taught.value, dict(taught.metrics)
+            loss = replace(taught, value=loss.value + taught.value)
         told = {
-            "reward": shown(mine, ok),
-            "teacher_reward": shown(theirs, fine),
+            "reward": mine,
+            "teacher_reward": theirs,
             "failed_rewards": 1 - both.to(mine),
             "gate": gate,
             "shaping": apart.detach(),
         }
-        return Loss(loss, {**told, **metrics})
+        scored = {"reward": ok, "teacher_reward": fine}
+        return Loss(loss.value, {**told, **loss.metrics}, {**scored, **loss.counts})
 
     @torch.no_grad()
     def targets(self, models: Mapping[str, Predict], batch: NoiseBatch) -> tuple[Tensor, Tensor]:

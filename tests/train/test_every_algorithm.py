@@ -1,0 +1,79 @@
+"""What is registered as an algorithm can be stopped, killed and gone on with, bit for bit, and runs on ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from every import NAMES, dying, from_noises, go
+from test_parallel import close, launch
+from test_state import Countdown, assert_equal
+
+from tempflow.train import checkpoint
+from tempflow.train.context import Counter
+from tempflow.train.display import Interrupted
+from tempflow.train.weights import Learner
+
+STUDENTS = [name for name in NAMES if from_noises(name)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in STUDENTS]
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the curve and without waiting for the disk, which take longer than the training."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [*STUDENTS, *SLOW])
+def test_interrupted_then_killed_it_ends_as_the_unbroken_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes with the second iteration's first step, whoever's that is; the process dies when all roles have
+    moved in the next one."""
+    whole, broken = go(name, tmp_path / "whole").folder, tmp_path / "broken"
+    steps = sum(int(value) for key, value in lines(whole)[0].items() if key.endswith("updates"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop = Countdown(steps + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Learner, "step", stop.wrap(Learner.step))
+        go(name, broken)
+    assert 1 <= len(lines(broken)) <= 2
+    with dying(1):
+        go(name, broken, resume=True)
+    assert not (broken / "summary.json").exists()
+    assert_equal(whole, go(name, broken, resume=True).folder)
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of them on two ranks, killed in the second iteration and gone on with: in the same processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(2, "ddp", folder, "every", *NAMES)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_that_were_killed_and_went_on_end_as_one_process(name: str, ranked: Path, tmp_path: Path) -> None:
+    """Weights, moments and sets of all roles, metrics, and the counters, among them the scores' spread."""
+    one, two = go(name, tmp_path / "one").folder, ranked / name
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7) for key in a), (a, b)
+    ends = [checkpoint.read(checkpoint.newest(folder)) for folder in (one, two)]
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    for part, tensors in ends[0].tensors.items():
+        assert all(close(ends[1].tensors[part][key], value, 1e-5) for key, value in tensors.items()), part
+    counters = [end.state["counter"] for end in ends]
+    assert counters[1] == pytest.approx(counters[0], rel=1e-6)
+    assert Counter(**counters[1]).spread == pytest.approx(Counter(**counters[0]).spread, rel=1e-5)
