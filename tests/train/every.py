@@ -32,6 +32,14 @@ def from_noises(name: str) -> bool:
     return not all(phase.keeps for phase in built(CASES[NAMES[name]]).phases)
 
 
+def kind(name: str) -> tuple[bool, ...]:
+    """What its runs have to keep and to put back: a rollout, other roles, sets that follow, scores, gradients of
+    these."""
+    made = built(CASES[NAMES[name]])
+    scores = any(phase.cost(made.steps, None).leaves for phase in made.phases if not phase.keeps)
+    return made.rolls_out, bool(made.roles), bool(made.weight_sets), scores, made.through_rewards
+
+
 def go(name: str, folder: Path, resume: bool = False, **fields: Any) -> Run:
     """The run, in `folder`. Its steps are linear in the gradients, with moments: ranks, which add these up in another
     order, then end where one process does. Scores fail by prompt and picture, not by the place in a call."""

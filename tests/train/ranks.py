@@ -11,7 +11,21 @@ from typing import Any
 
 import torch
 from every import on_ranks
-from fake import PROMPTS, SHAPE, SIZE, Bench, Fake, Light, Velocity, album, brightness, config, flow, tempflow, two_roles
+from fake import (
+    PROMPTS,
+    SHAPE,
+    SIZE,
+    Bench,
+    Fake,
+    Light,
+    Velocity,
+    album,
+    brightness,
+    config,
+    flow,
+    tempflow,
+    two_roles,
+)
 from kinds import patchy as by_content
 from PIL import Image
 from safetensors.torch import save_file
@@ -56,8 +70,8 @@ FROM_NOISES = {
     for name, case in CASES.items()
     if "margin" not in case.fields and not all(phase.keeps for phase in built(case).phases)
 }
-"""The golden cases of what learns from starting noises, one of every such algorithm at least; without those of a margin,
-which the fake's rewards have all reached."""
+"""The golden cases of what learns from starting noises, one of every such algorithm at least; without those of a
+margin, which the fake's rewards have all reached."""
 ALGORITHMS |= {short: lambda name=name: built(CASES[name]) for short, name in FROM_NOISES.items()}
 
 

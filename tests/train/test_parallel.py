@@ -30,10 +30,11 @@ def launch(ranks: int, how: str, target: Path, *cases: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest's, where the golden cases are
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "ranks.py"), how, str(target), *cases],
-            env={**os.environ, **common, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,15 +62,17 @@ ROUTED = ["flow", "nft", "dapo"]
 DEEP = ["deep flow", "deep apart nft", "deep lora apart nft", "deep lora updates tempflow"]
 HALF = "deep half apart nft"
 SHARDED = ["apart nft", "idle flow", "idle dapo", "twice updates flow", "dgpo", "v_grpo", "gcpo", "e2po", "sft"]
-"""Trajectories, forward process and offline, with a reference, moving sets, several updates, groups and drafts."""
+SHARDED += ["twice rats_failed_scores", "twice opd", "twice refl", "twice draft_all_steps", "twice srpo"]
+"""Trajectories, forward process and offline, with a reference, moving sets, several updates, groups and drafts; noises
+that one role walks, of `refl` in as many forwards as the batch's rows need."""
 
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on two ranks, one after the other in the same processes, as starting these is what takes time."""
     folder = tmp_path_factory.mktemp("ddp")
-    cases = [*KINDS, *STUDENTS, *(f"idle {name}" for name in IDLE), *(f"routed {name}" for name in ROUTED), "deep flow", HALF]
-    launch(2, "ddp", folder, *cases)
+    cases = [*(f"idle {name}" for name in IDLE), *(f"routed {name}" for name in ROUTED), "deep flow", HALF]
+    launch(2, "ddp", folder, *KINDS, *STUDENTS, *cases)
     return folder
 
 

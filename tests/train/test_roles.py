@@ -156,21 +156,25 @@ def test_noises_are_functions_of_role_update_slot_and_number() -> None:
     assert set((fake.items(left).row % 18 // 3).tolist()) == {0, 2, 3, 5}
 
 
-def test_what_is_not_finite_in_one_role_moves_none() -> None:
-    """The policy's phase comes first here and has stepped when the fake score's second update breaks."""
+@pytest.mark.parametrize(("role", "whole"), [("fake", 1), (POLICY, 0)])
+def test_what_is_not_finite_in_one_role_moves_none(role: str, whole: int) -> None:
+    """Where the policy's phase comes first, it has stepped when the fake score's second update breaks; where the fake's
+    comes first, that has stepped twice when the policy's only one does. `whole`: updates that do not break."""
     bench = apart()
+    phases = sorted(bench.context.algorithm.phases, key=lambda phase: phase.role == role)
+    bench.context = replace(bench.context, algorithm=replace(bench.context.algorithm, phases=tuple(phases)))
     learned(bench)
     before = held(bench)
     calls = iter(range(100))
 
     def breaks(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor | None:
-        trained = out.requires_grad and next(calls) >= 1
+        trained = out.requires_grad and next(calls) >= whole
         return out * torch.nan if trained else None
 
-    handle = bench.learners["fake"].trainable.network.register_forward_hook(breaks)
+    handle = bench.learners[role].trainable.network.register_forward_hook(breaks)
     skip = GuardsConfig.model_validate({"non_finite": {"action": "skip", "patience": 3}})
     assert learned(bench, 1, skip)["updates"] == 0 and same(before, held(bench))
-    assert any("nan" in line for line in bench.said) and next(calls) >= 2
+    assert any("nan" in line for line in bench.said) and next(calls) > whole
     calls = iter(range(100))
     stop = GuardsConfig.model_validate({"non_finite": {"action": "stop"}})
     with pytest.raises(GuardError):
@@ -259,6 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a role without a phase": ({"phases": (NoisePhase(FlowMatching(learner="policy"), 1),)}, "learns in no phase"),
     "two of a name": ({"roles": (Role("fake"), Role("fake"))}, "must be distinct"),
     "a set without a rule": ({"phases": (NoisePhase(DistributionMatching(teacher="old"), 1), FOLLOWS)}, "'old' has no"),
+    "a fake score without role and phase": ({"phases": (MATCHING,), "roles": ()}, "'fake' has no rule and is no role"),
     "a draft without a plan": ({"offline": OfflineSamples(("image",), (1.0,))}, "offline: is a rollout's"),
 }
 

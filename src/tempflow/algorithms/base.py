@@ -356,7 +356,10 @@ def _check_roles(algorithm: Algorithm) -> None:
             raise ValueError(f"phases: {phase.role!r} is no role; nearest valid: Role({phase.role!r}) in `roles`")
     missing = [s for s in algorithm.sets if s != "reference" and s not in algorithm.weight_sets]
     if missing:
-        raise ValueError(f"weight_sets: {missing[0]!r} has no rule; nearest valid: Copy(), the policy as it was")
+        raise ValueError(
+            f"weight_sets: {missing[0]!r} has no rule and is no role; nearest valid: Role({missing[0]!r}) with a phase "
+            "of its own, or a rule by which it follows the policy"
+        )
     if algorithm.sampler not in (POLICY, *algorithm.sets):
         raise ValueError(f"sampler: {algorithm.sampler!r} is not one of {', '.join((POLICY, *algorithm.sets))}")
 
@@ -412,6 +415,13 @@ def at_least(field: str, value: int, low: int, why: str = "") -> None:
     """Raises ValueError naming field, value and nearest valid value unless value ≥ low."""
     if value < low:
         raise ValueError(f"{field}: {value} must be at least {low}{why and f', {why}'}; nearest valid: {low}")
+
+
+def within(field: str, value: int, steps: int) -> int:
+    """The value. Raises ValueError naming the field unless it is 1 … steps."""
+    if not 1 <= value <= max(1, steps):
+        raise ValueError(f"{field}: {value} of {steps} steps; nearest valid: {min(max(1, value), max(1, steps))}")
+    return value
 
 
 def positive_or(field: str, value: float | None, usual: float) -> float:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, one_of, texts_of, within
 from tempflow.algorithms.lesson import Role
 from tempflow.algorithms.phase import NoisePhase
 from tempflow.algorithms.segment_matching import FEW, check_few
@@ -69,7 +69,7 @@ def dmd2(
     check_fake(fake_updates, fake_rate)
     one_of("stop", stop, ("random", "end"))
     if through is not None:
-        at_least("through", through, 1)
+        within("through", through, steps)
     matching = DistributionMatching(samples=OwnSamples(stop), last=through, strength=teacher_guidance)
     follows = FlowMatching(matching.times, matching.samples)
     phases = (NoisePhase(follows, noises, fake_updates, role="fake"), NoisePhase(matching, noises))

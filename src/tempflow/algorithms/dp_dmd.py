@@ -62,6 +62,7 @@ def dp_dmd(
     check_few(noises, teacher_guidance)
     check_fake(fake_updates, fake_rate)
     positive("shift", shift, 3.0)
+    at_least("teacher_steps", teacher_steps, steps, "the student's own steps")
     end, times = OwnSamples("end"), UniformTimes(shift=shift)
     matching = DistributionMatching(times, end, anchor="noisy", last=None, strength=teacher_guidance)
     student = TaughtFirstStep(matching, weight, taught, teacher_steps, shift)

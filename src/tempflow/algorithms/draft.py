@@ -21,8 +21,8 @@ ReFL's.
 
 from __future__ import annotations
 
-from tempflow.algorithms.base import Algorithm, texts_of
-from tempflow.algorithms.refl import GRADIENT, by_gradient, within
+from tempflow.algorithms.base import Algorithm, texts_of, within
+from tempflow.algorithms.refl import GRADIENT, by_gradient
 from tempflow.core.objective.reward_gradient import LastSteps
 
 

@@ -72,6 +72,8 @@ def rats(
     check_few(noises, teacher_guidance)
     proportion("teacher_decay", teacher_decay, 0.99)
     one_of("reward_term", reward_term, ("nft", "none"))
+    if reward_term != "none":
+        at_least("noises", noises, 2, "or there is nothing to compare with")
     positive("mix", mix, 1.0)
     not_negative("weight", weight, "0 leaves the reward's term alone")
     term = NegativeAware(mix) if reward_term == "nft" else None

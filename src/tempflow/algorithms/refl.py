@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from tempflow.algorithms.base import Algorithm, at_least, texts_of
+from tempflow.algorithms.base import Algorithm, at_least, texts_of, within
 from tempflow.algorithms.phase import NoisePhase
 from tempflow.core.objective.reward_gradient import LateStep, Path, RewardGradient
 
@@ -57,10 +57,3 @@ def by_gradient(name: str, steps: int, path: Path, noises: int, margin: float | 
         raise ValueError(f"margin: {margin} must be finite; nearest valid: None, for none")
     phase = NoisePhase(RewardGradient(path, margin), noises)
     return Algorithm(name, (phase,), steps, turns=turns)
-
-
-def within(field: str, value: int, steps: int) -> int:
-    """The value. Raises ValueError naming the field unless it is 1 … steps."""
-    if not 1 <= value <= max(1, steps):
-        raise ValueError(f"{field}: {value} of {steps} steps; nearest valid: {min(max(1, value), max(1, steps))}")
-    return value

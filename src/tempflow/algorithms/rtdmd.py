@@ -32,13 +32,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from tempflow.algorithms.base import Algorithm, at_least, one_of, proportion, texts_of
-from tempflow.algorithms.dmd2 import FAKE
+from tempflow.algorithms.base import Algorithm, one_of, proportion, texts_of
+from tempflow.algorithms.dmd2 import FAKE, check_fake
 from tempflow.algorithms.flow_cps import LogProbForm, UnscaledRatio, flow_cps
 from tempflow.algorithms.flow_grpo import chains_plan, flow_grpo
 from tempflow.algorithms.lesson import Role
 from tempflow.algorithms.phase import EdgePhase, NoisePhase
-from tempflow.algorithms.segment_matching import FEW
+from tempflow.algorithms.segment_matching import FEW, check_few
 from tempflow.core.checks import positive
 from tempflow.core.credit import GroupZScore
 from tempflow.core.dynamics import CPS
@@ -77,9 +77,8 @@ def rtdmd(
 
     Raises ValueError naming the argument, its value and a valid one.
     """
-    at_least("noises", noises, 1)
-    at_least("fake_updates", fake_updates, 1)
-    positive("fake_rate", fake_rate, 1.0)
+    check_few(noises, teacher_guidance)
+    check_fake(fake_updates, fake_rate)
     positive("noise_level", noise_level, 0.9)
     positive("matching_weight", matching_weight, 1e-3)
     one_of("stage", stage, get_args(Stage))

@@ -179,10 +179,12 @@ class RewardConfig(ScorerConfig):
 
     def weight_at(self, iteration: int) -> float:
         """Its weight in an iteration, from 0: before the schedule's first the first's, after the last the last's."""
-        if not self.schedule:
-            return self.weight
-        iterations = sorted(self.schedule)
-        return float(np.interp(iteration, iterations, [self.schedule[i] for i in iterations]))
+        return float(self.weights_at(np.array([iteration]))[0])
+
+    def weights_at(self, iterations: np.ndarray) -> np.ndarray:
+        """The same of several."""
+        points = sorted(self.schedule.items()) or [(0, self.weight)]
+        return np.interp(iterations, *zip(*points, strict=True))
 
     @property
     def teaches(self) -> bool:

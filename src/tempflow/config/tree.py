@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from tempflow.algorithms.base import Algorithm
@@ -185,6 +186,20 @@ class Config(Strict):
         if not any(reward.teaches for reward in rewards):
             raise ValueError("all weights are 0, which leaves nothing to learn from; nearest valid: a weight of 1.0")
         return rewards
+
+    @model_validator(mode="after")
+    def _some_weight_always(self) -> Config:
+        scheduled = next((number for number, reward in enumerate(self.rewards) if reward.schedule), None)
+        if scheduled is None:
+            return self
+        iterations = np.arange(self.iterations)
+        silent = ~np.any([reward.weights_at(iterations) for reward in self.rewards], axis=0)
+        if silent.any():
+            raise ValueError(
+                f"rewards.{scheduled}.schedule: all weights are 0 in iteration {int(silent.argmax())} (from 0), which "
+                "leaves nothing to learn from; nearest valid: a weight of 0.01 there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _judges(self) -> Config:

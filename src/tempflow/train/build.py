@@ -47,6 +47,7 @@ from tempflow.train.state import (
     Baseline,
     average_of,
     check_start,
+    check_teacher,
     optimizer_of,
     read_start,
     run_baseline,
@@ -511,7 +512,9 @@ def check_before_loading(
     check_ranks(config, world, say)
     check_optimizer(config, world)
     check_roles(config, algorithm, world)
+    check_teacher(config, algorithm)
     warn_of_warmup(config, say)
+    warn_of_updates(config, algorithm, say)
     say_old_forwards(config, algorithm, say)
     with config.naming("algorithm"):
         if model is None:
@@ -536,6 +539,16 @@ def check_roles(config: Config, algorithm: Algorithm, world: World) -> None:
     if algorithm.roles and sharded(config, world):
         several = f"{algorithm.name[:40]} trains {1 + len(algorithm.roles)}"
         raise ValueError(f"parallel.mode: 'fsdp' shares out one network, and {several}; nearest valid: 'ddp'")
+
+
+def warn_of_updates(config: Config, algorithm: Algorithm, say: Callable[[str], None]) -> None:
+    """A number of updates of which no phase asks the run is said to play no part."""
+    given = config.optimizer.updates_per_iteration
+    if given > 1 and all(phase.updates for phase in algorithm.phases):
+        say(
+            f"warn: optimizer.updates_per_iteration {given} plays no part: {algorithm.name[:40]} says itself how often "
+            "each role is updated; nearest valid: 1"
+        )
 
 
 def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:

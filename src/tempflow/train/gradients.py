@@ -24,13 +24,14 @@ def check_gradients(
     named, kinds = algorithm.name[:40], {reward.name: reward.name for reward in rewards}
     if own:
         kinds = {reward.name: reward.kind or reward.name for reward in config.rewards if reward.teaches}
-    stuck = [reward.name for reward in rewards if reward.name in kinds and differentiable_of(reward) is None]
-    if stuck:
-        able = [name for name, note in notes().items() if note.differentiable]
-        raise ValueError(
-            f"reward {shown(stuck[0])} is not differentiable, and {named} learns by the rewards' gradients; "
-            f"nearest valid: {nearest(kinds[stuck[0]], able)} of {', '.join(able)}"
-        )
+    for number, reward in enumerate(rewards):
+        if reward.name in kinds and differentiable_of(reward) is None:
+            able = [name for name, note in notes().items() if note.differentiable]
+            raise ValueError(
+                f"{f'rewards.{number}.name:' if own else 'reward:'} {shown(reward.name)} is not differentiable, and "
+                f"{named} learns by the rewards' gradients; nearest valid: {nearest(kinds[reward.name], able)} of "
+                f"{', '.join(able)}"
+            )
     _check_sum(config, named, own)
     decodes: object = model
     if model is None:

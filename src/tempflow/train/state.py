@@ -14,9 +14,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.lesson import Role
 from tempflow.config import Config, load_config, parse_config
 from tempflow.core.ema import Ema
+from tempflow.core.objective.imitation import OnPolicyMatching
 from tempflow.core.scores import Scores
 from tempflow.evaluate.figures import Walk
 from tempflow.evaluate.suite import Report
@@ -25,6 +27,7 @@ from tempflow.models import EMBEDDED_MODELS
 from tempflow.models.lora import Lora, lora_of, paired, parameter_names, ranks_of
 from tempflow.models.lora_files import LoraFile, TakesLora, read_lora
 from tempflow.models.protocol import Model
+from tempflow.strict import shown
 from tempflow.train import checkpoint
 from tempflow.train.identity import (
     RUN,
@@ -405,6 +408,29 @@ def check_start(start: StartingWeights, training: str) -> None:
             f"{start.field}: {start.path!r} trained the whole network, and this run trains a LoRA; "
             f"nearest valid: --model.path {Path(start.path) / 'model'}"
         )
+
+
+def check_reference(config: Config, algorithm: Algorithm) -> None:
+    """Raises ValueError where the reference that the algorithm asks for cannot be read."""
+    which = config.model.reference
+    if algorithm.starts_from_reference and which not in ("base", "start"):
+        read_start(which, "model.reference")
+
+
+def check_teacher(config: Config, algorithm: Algorithm) -> None:
+    """Raises ValueError where a student is to follow, at its own states, just what it starts as."""
+    m = config.model
+    starts_as = m.reference == "start" or (m.reference == "base" and not m.start)
+    for phase in algorithm.phases:
+        loss = phase.objective
+        if not isinstance(loss, OnPolicyMatching) or loss.teacher != "reference" or not starts_as:
+            continue
+        if loss.strength == m.guidance:
+            raise ValueError(
+                f"algorithm.teacher_guidance: {loss.strength:g} is the student's own, and it starts as its teacher "
+                f"(model.start: {shown(m.start)}, model.reference: {shown(m.reference)}), which leaves nothing to "
+                "learn; nearest valid: 4.5, or another model.reference"
+            )
 
 
 def starting_state(

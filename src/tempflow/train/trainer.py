@@ -69,6 +69,7 @@ from tempflow.train.state import (
     Baseline,
     baseline_facts,
     baseline_of,
+    check_reference,
     check_resumable,
     learner_facts,
     learner_tensors,
@@ -542,6 +543,7 @@ def _train(config: Config, given: Given, world: World, quiet: bool, resume: bool
     config, algorithm, own = ready.config, ready.algorithm, ready.identity
     saved = resumable(folder, config, own, allow_changes, display.say) if resume else None
     baseline = borrowed_baseline(config, own, display.say) if saved is None else None
+    check_reference(config, algorithm)
     prepare(*ready.judges)
     model = prepare_model(config, world, display.say) if given.model is None else on_grid(config, given.model)
     encode_ahead(config, model, [prompt for part in ready.prompts.values() for prompt in part], world)

@@ -106,9 +106,9 @@ class EdgeBatch:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B] (the loop takes means over all rows,
-    whatever the batch and the rank). `counts`: of metrics that not every row has, [B]: of how many samples a row's is
-    the mean; one of 0 is left out."""
+    """`value`: scalar, the mean over the batch's units. `metrics`: detached, each [B]; the loop takes means over all
+    batches' rows. `counts`: of metrics that not every row has, [B]: of how many samples a row's is the mean; a row of 0
+    is left out."""
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
