@@ -167,14 +167,14 @@ def test_a_run_learns_and_is_the_same_again(tmp_path: Path) -> None:
         (
             {"rewards": [{"name": "jpeg_compressibility"}]},
             {},
-            r"^reward 'jpeg_compressibility' is not differentiable, and refl learns by the rewards' gradients; "
-            r"nearest valid: '\w+' of aesthetic, clipscore, .*shapes_scorer$",
+            r"^rewards\.0\.name: 'jpeg_compressibility' is not differentiable, and refl learns by the rewards' "
+            r"gradients; nearest valid: '\w+' of aesthetic, clipscore, .*shapes_scorer$",
         ),
-        ({}, {"reward": brightness}, "^reward 'brightness' is not differentiable, and refl "),
+        ({}, {"reward": brightness}, "^reward: 'brightness' is not differentiable, and refl "),
         (
             {"rewards": [{"name": "shapes_scorer"}, {"name": "own", "kind": "shapes"}]},
             {},
-            r"^reward 'own' is not differentiable.*nearest valid: 'shapes_scorer' of",
+            r"^rewards\.1\.name: 'own' is not differentiable.*nearest valid: 'shapes_scorer' of",
         ),
         ({"composition": {"how": "product"}}, {"reward": Light()}, r"^composition\.how: 'product', and refl takes the"),
         (
@@ -226,7 +226,7 @@ def test_a_reward_of_weight_0_looks_on(tmp_path: Path) -> None:
     rewards = [{"name": "shapes_scorer"}, {"name": "shapes", "weight": 0.0}]
     made = config(tmp_path / "run", algorithm={"name": "srpo", **SMALL["srpo"]}, rewards=rewards)
     check_gradients(made, small("srpo"), Fake(), [safe(Light("shapes_scorer")), safe(Judge("shapes"))], own=True)
-    with pytest.raises(ValueError, match=r"^reward 'shapes' is not differentiable"):
+    with pytest.raises(ValueError, match=r"^rewards\.0\.name: 'shapes' is not differentiable"):
         check_gradients(made, small("srpo"), Fake(), [safe(Light("shapes_scorer")), safe(Judge("shapes"))], own=False)
 
 

@@ -135,7 +135,12 @@ def test_a_failed_score_leaves_the_regression_and_nan_reaches_no_gradient() -> N
     models, at = with_old(0.3), given(lambda value: value, ok=lambda value: (100 * value).floor() % 4 > 0)
     loss = GuidedTargets()(models, at)
     failed = loss.metrics["failed_rewards"].bool()
-    assert 0 < int(failed.sum()) < 6 and all(bool(v.isfinite().all()) for v in loss.metrics.values())
+    assert 0 < int(failed.sum()) < 6
+    told = loss.sums()
+    assert all(math.isfinite(total) and (count == 6 or name in loss.counts) for name, (total, count) in told.items())
+    for name in ("reward", "target_reward"):
+        ok = loss.counts[name]
+        assert 0 < int(ok.sum()) < 6 and told[name] == (loss.metrics[name][ok].sum().item(), int(ok.sum()))
     assert torch.equal(loss.metrics["optimality"][failed], torch.full((int(failed.sum()),), 0.5).double())
     whole, plain = (GuidedTargets((1.0, gamma)) for gamma in (1.0, 0.0))
     for row in range(6):
