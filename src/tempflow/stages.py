@@ -31,7 +31,7 @@ from tempflow.train.display import Display, Interrupted
 from tempflow.train.grids import on_grid
 from tempflow.train.identity import RUN, STAGED, begun
 from tempflow.train.parallel import World, joined
-from tempflow.train.state import finished
+from tempflow.train.state import check_reference, finished
 from tempflow.train.trainer import Given, LookedAt, Run, looked_at, train_run
 from tempflow.train.weights import Trainable
 
@@ -160,11 +160,18 @@ def _checked(stages: Stages, given: Given, world: World, resume: bool, allow_cha
         with _naming(number):
             old = begun(folder)
             found = looked_at(config, given, world, old)
+            if not _of_a_stage(config.model.reference, home):
+                check_reference(found.config, found.algorithm)
             place = _Place(old, old and finished(folder, found.config, found.identity, allow_changes))
         places.append(place)
         waiting += [] if place.finished else [(number, found)]
     _check_loaded(waiting, given, world)
     return places
+
+
+def _of_a_stage(place: str, home: Path) -> bool:
+    """Whether that lies in the folder of all stages, so that it may be there only once a stage has ended."""
+    return Path(place).expanduser().resolve().is_relative_to(home.resolve())
 
 
 def _check_others(home: Path, stages: Stages) -> None:

@@ -159,3 +159,15 @@ def test_a_number_of_updates_that_plays_no_part_is_said(
         with pytest.raises(AssertionError, match="weights are read"):
             tempflow.train(parse_config({**asked, "algorithm": {"name": name}}))
         assert ("updates_per_iteration 4 plays no part: gdmd" in " ".join(capsys.readouterr().out.split())) == heard
+
+
+def test_a_later_stage_s_teacher_is_looked_for_before_the_first_begins(
+    nothing_loads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opd = {"name": "b", "algorithm": {"name": "opd"}, "model": {"reference": "nowhere"}}
+    stages = [{"name": "a", "algorithm": {"name": "segment_matching"}}, opd]
+    Path("bad.yaml").write_text(yaml.safe_dump({"name": "bad", "iterations": 1, "stages": stages}))
+    assert main(["train", "bad.yaml"]) == 2
+    assert " stages.1.model.reference: 'nowhere' is no" in capsys.readouterr().err
+    assert not list(Path("runs").glob("*/1-*/metrics.jsonl"))

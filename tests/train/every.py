@@ -15,7 +15,7 @@ from test_state import Countdown, Killed, dies
 from benchmarks.golden import frozen
 from benchmarks.golden.cases import CASES
 from benchmarks.golden.drive import HUGE, built, trained
-from tempflow.algorithms import ALGORITHMS
+from tempflow.algorithms import ALGORITHMS, Algorithm
 from tempflow.train.guards import Guards
 from tempflow.train.parallel import World
 from tempflow.train.records import Run
@@ -27,15 +27,18 @@ NAMES |= {"rtdmd_cold_start": "rtdmd, cold start", "two_rewards": "flow_grpo, tw
 """Every algorithm with a golden case of it, and what two of them are beside that."""
 
 
-def from_noises(name: str) -> bool:
+def from_noises(algorithm: Algorithm) -> bool:
     """Whether a role of it learns from starting noises: students, and what takes a reward's gradient."""
-    return not all(phase.keeps for phase in built(CASES[NAMES[name]]).phases)
+    return not all(phase.keeps for phase in algorithm.phases)
 
 
-def kind(name: str) -> tuple[bool, ...]:
+def made(name: str) -> Algorithm:
+    return built(CASES[NAMES[name]])
+
+
+def kind(made: Algorithm) -> tuple[bool, ...]:
     """What its runs have to keep and to put back: a rollout, other roles, sets that follow, scores, gradients of
     these."""
-    made = built(CASES[NAMES[name]])
     scores = any(phase.cost(made.steps, None).leaves for phase in made.phases if not phase.keeps)
     return made.rolls_out, bool(made.roles), bool(made.weight_sets), scores, made.through_rewards
 

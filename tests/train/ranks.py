@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from every import on_ranks
+from every import from_noises, on_ranks
 from fake import (
     PROMPTS,
     SHAPE,
@@ -35,8 +35,22 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.golden.cases import CASES
 from benchmarks.golden.drive import built
-from tempflow.algorithms import dapo, dgpo, diffusion_dpo, diffusion_nft, e2po, gcpo, sft, sol_rl, v_grpo, vipo
+from tempflow.algorithms import (
+    Algorithm,
+    dapo,
+    dgpo,
+    diffusion_dpo,
+    diffusion_nft,
+    e2po,
+    gcpo,
+    sft,
+    sol_rl,
+    v_grpo,
+    vipo,
+)
+from tempflow.algorithms.phase import NoisePhase
 from tempflow.config import Config
+from tempflow.core.objective.reward_gradient import LateStep, RewardGradient
 from tempflow.data.pictures import Pictures
 from tempflow.data.prompts import load_prompts
 from tempflow.request import Prompt
@@ -64,11 +78,12 @@ ALGORITHMS = {
     "diffusion_dpo": lambda: diffusion_dpo(pairs=3, beta=20.0),
     "sft": lambda: sft(pairs=3, kl=0.1),
     "two_roles": two_roles,
+    "late": lambda: Algorithm("late", (NoisePhase(RewardGradient(LateStep(2)), count=1, updates=3),), 4),
 }
 FROM_NOISES = {
     name.replace(",", "").replace(" ", "_"): name
     for name, case in CASES.items()
-    if "margin" not in case.fields and not all(phase.keeps for phase in built(case).phases)
+    if "margin" not in case.fields and from_noises(built(case))
 }
 """The golden cases of what learns from starting noises, one of every such algorithm at least; without those of a
 margin, which the fake's rewards have all reached."""
@@ -184,12 +199,13 @@ def one_update(case: str, out: Path, mode: str, world: World) -> None:
     *words, name = case.split(" ")
     rows: dict[str, int] = {"train_rows": 7, "rollout_rows": 11, "rollout_leaves": 20}
     reward: Any = half_broken if "idle" in words else patchy
-    if name in FROM_NOISES:  # a call's pictures are a minibatch's: what fails must not depend on its place there
+    algorithm = ALGORITHMS[name]()
+    if from_noises(algorithm):  # a call's pictures are a minibatch's: what fails must not depend on its place there
         rows["train_rows"] = 20
-        reward = Light(dark=("fog",)) if CASES[FROM_NOISES[name]].reward == "light" else by_content
+        reward = Light(dark=("fog",)) if algorithm.through_rewards else by_content
     if "updates" in words:
         rows["updates"] = 2
-    patched = Bench(fake(words), ALGORITHMS[name](), reward, world=world, ema=0.5, sharded=mode == "fsdp", **rows)
+    patched = Bench(fake(words), algorithm, reward, world=world, ema=0.5, sharded=mode == "fsdp", **rows)
     trainable = patched.trainable
     for weights in patched.sets.values() if "apart" in words else ():
         weights.load({n: 1.1 * whole(value) + 0.02 for n, value in weights.named().items()}, weights.updates)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from every import NAMES, dying, from_noises, go, kind
+from every import NAMES, dying, from_noises, go, kind, made
 from test_parallel import close, launch
 from test_state import Countdown, assert_equal
 
@@ -19,7 +19,7 @@ from tempflow.train.context import Counter
 from tempflow.train.display import Interrupted
 from tempflow.train.weights import Learner
 
-KINDS = {kind(name): name for name in reversed(NAMES) if from_noises(name)}
+KINDS = {kind(made(name)): name for name in reversed(NAMES) if from_noises(made(name))}
 CASES = [name if name in KINDS.values() else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 """Of what learns from starting noises, each combination of what there is to be kept; the rest when there is time."""
 

@@ -55,7 +55,7 @@ def close(a: torch.Tensor, b: torch.Tensor, relative: float) -> bool:
 
 KINDS = ["flow", "flow_global", "tempflow", "tempflow_batch", "nft", "dgpo", "v_grpo", "gcpo", "vipo", "sol_rl", "e2po"]
 KINDS += ["diffusion_dpo", "sft"]
-STUDENTS = [*(f"twice {name}" for name in FROM_NOISES), "few dmd2"]
+STUDENTS = [*(f"twice {name}" for name in FROM_NOISES), "two_roles", "few dmd2", "few late"]
 """Each has seen scores when its second iteration begins, and takes their spread."""
 IDLE = ["flow", "dapo", "gcpo", "vipo"]
 ROUTED = ["flow", "nft", "dapo"]

@@ -32,8 +32,9 @@ from tempflow.rewards.scoring import Scoring
 from tempflow.train import checkpoint, trainer
 from tempflow.train.display import Interrupted
 from tempflow.train.guards import GuardError, Guards
+from tempflow.train.parallel import World
 from tempflow.train.state import load_learner, optimizer_tensors
-from tempflow.train.trainer import train
+from tempflow.train.trainer import Given, looked_at, train
 from tempflow.train.update import learn, lessons, predictors, update
 from tempflow.train.weights import own_copy
 
@@ -292,6 +293,14 @@ def test_a_role_s_fields_are_checked(given: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError, match=message):
         Role(**given)
     assert Role("fake", weight_sets={"old": Copy()}).rate == 1.0
+
+
+@pytest.mark.parametrize("name", ["dmd2", "dp_dmd", "gdmd", "rtdmd"])
+def test_several_roles_are_not_sharded(name: str, tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", algorithm={"name": name}, parallel={"mode": "fsdp"})
+    said = f"^parallel.mode: 'fsdp' shares out one network, and {name} trains 2; nearest valid: 'ddp'$"
+    with pytest.raises(ValueError, match=said):
+        looked_at(settings, Given(Fake(), brightness, PROMPTS), World(0, 2), resume=False)
 
 
 def test_a_rollout_is_asked_for_where_a_phase_learns_from_one() -> None:
