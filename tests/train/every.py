@@ -56,8 +56,10 @@ def go(name: str, folder: Path, resume: bool = False, **fields: Any) -> Run:
         "evaluation": {"every": 0, "validation_prompts": 2, "test_prompts": 2, "steps": 2, "metric": "reward"},
         "checkpoint": {"every": 1, "keep": ITERATIONS + 1},
     }
+    judge = Path.cwd() / "judge"  # a stand-in is loaded from it
+    judge.mkdir(exist_ok=True)
     reward: Any = {"light": Light(dark=("fog",)), "both": None}.get(case.reward, patchy)
-    return trained(case, rate, folder, reward=reward, resume=resume, **settings, **fields)
+    return trained(case, rate, judge, reward=reward, resume=resume, **settings, **fields)
 
 
 @contextlib.contextmanager
