@@ -183,8 +183,8 @@ class RewardConfig(ScorerConfig):
 
     def weights_at(self, iterations: np.ndarray) -> np.ndarray:
         """The same of several."""
-        points = sorted(self.schedule.items()) or [(0, self.weight)]
-        return np.interp(iterations, *zip(*points, strict=True))
+        at = sorted(self.schedule)
+        return np.interp(iterations, at or [0], [self.schedule[i] for i in at] or [self.weight])
 
     @property
     def teaches(self) -> bool:
