@@ -229,7 +229,7 @@ def test_sample_asks_the_suite(monkeypatch, capsys, tmp_path):
     prompts = [*asked(["a red circle", "a cross", "one", "two", "three"])]
     assert seen == {
         "path": "shapes", "prompts": prompts, "steps": 10, "guidance": Guidance(), "seed": 4,
-        "size": Size(32, 64), "device": "cpu", "out": Path("samples"), "grid": None,
+        "size": Size(32, 64), "device": "cpu", "out": Path("samples"), "grid": None, "base": "",
     }  # fmt: skip
     assert run(capsys, "sample", *words, "--count", "2")[2] == "prompts: 2 of 5 prompts are used"
     assert seen["prompts"] == prompts[:2]

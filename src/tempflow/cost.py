@@ -23,8 +23,8 @@ from tempflow.models.tools import Tools
 if TYPE_CHECKING:
     from tempflow.models.memory import Footprint
 
-STATE_BYTES = 4
-"""States are stored in float32."""
+STATE_BYTES, TOKEN_BYTES = 4, 8
+"""States are stored in float32, tokens in int64."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def run_cost(config: Config) -> RunCost:
         parts = [[t if iteration == 0 else p[0], p[1] + t] for t, p in zip(trained, parts, strict=True)]
         first, old = here if iteration == 0 else first, (again if iteration == 0 else old[0], old[1] + again)
         total, most = total + here, max(most, nodes + ("old means" in algorithm.keeps) * again)
-    shape = latent_shape(config)
     evaluation = config.evaluation
     return RunCost(
         iterations=config.iterations,
@@ -190,7 +189,7 @@ def run_cost(config: Config) -> RunCost:
         old=old,
         guided=config.model.guidance != 1,
         stored_nodes=most,
-        state_bytes=None if shape is None else STATE_BYTES * math.prod(shape),
+        state_bytes=state_bytes(config),
         validation=evaluation.validation_prompts * evaluation.steps,
         test=evaluation.test_prompts * evaluation.steps,
         looked_at=sum(pictures for pictures, _ in _looks(config)),
@@ -243,6 +242,23 @@ def latent_shape(config: Config) -> tuple[int, ...] | None:
     with config.naming("model"):
         check_size(config.size, family.makes, config.model.path)
         return family.latent_shape(partial(settings_in, folder), config.size)
+
+
+def state_bytes(config: Config) -> int | None:
+    """Of one stored state; None and errors as for `latent_shape`."""
+    folder, shape = _folder(config), latent_shape(config)
+    if folder is None or shape is None:
+        return None
+    return (TOKEN_BYTES if adapter_of(config.model.path, folder).family.tokens else STATE_BYTES) * math.prod(shape)
+
+
+def check_states(config: Config) -> None:
+    """Raises ValueError where the model's folder is here, and its states are of another kind than its algorithm's."""
+    folder = _folder(config)
+    if folder is not None:
+        with config.naming("algorithm"):
+            tokens = adapter_of(config.model.path, folder).family.tokens
+            config.algorithm.build().check_states(tokens, config.model.path)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

@@ -21,7 +21,7 @@ from tempflow.cost import RunCost, beside, memory_of, run_cost
 from tempflow.media import Media, Size
 from tempflow.models import resolved_device
 from tempflow.models.guidance import guidance_of
-from tempflow.models.protocol import Model, Predict
+from tempflow.models.protocol import Model, Predict, sampler_of
 from tempflow.models.tools import TakesTools
 from tempflow.request import Prompt
 from tempflow.rewards import score_all
@@ -107,7 +107,7 @@ class Measured:
 class Work:
     """What a run does most, on its own model and the first of its prompts. A row's σ is 0.5.
 
-    predict  the velocity, conditions and guidance bound
+    predict  the velocity, of tokens logits, conditions and guidance bound
     """
 
     model: Model
@@ -130,9 +130,10 @@ class Work:
         return Work(model, prompts, config.size, predict, torch.Generator().manual_seed(0))
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """States, their σ, and which prompts they are of."""
-        device = self.model.device
-        x = torch.randn(rows, *self.model.noise_shape(self.size), generator=self.generator).to(device)
+        """States that a sampler starts from, their σ, and which prompts they are of."""
+        device, path, shape = self.model.device, sampler_of(self.model).corruption, self.model.noise_shape(self.size)
+        draw = torch.rand if path.noise == "uniform" else torch.randn
+        x = path.start(draw(rows, *shape, generator=self.generator), self.model.schedule(1, self.size)).to(device)
         return x, torch.full((rows,), 0.5, device=device), torch.arange(rows, device=device) % len(self.prompts)
 
     def forward(self, rows: int) -> None:

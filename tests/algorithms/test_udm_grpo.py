@@ -13,13 +13,16 @@ from fake import Fake, from_function
 from loop_checks import bench_of, check_counts, check_first_ratio, gradient
 from torch import Tensor, nn
 
-from tempflow.algorithms import tempflow_grpo, udm_grpo
+from tempflow.algorithms import ALGORITHMS, tempflow_grpo, udm_grpo
+from tempflow.algorithms.phase import EdgePhase
 from tempflow.core.corruption import TokenLikelihood
 from tempflow.core.dynamics import Dynamics, ModelJump
 from tempflow.core.metric_path import MetricJump, MetricPath
 from tempflow.core.objective.leaves import renoise_leaves
+from tempflow.core.objective.ratio import clipped
 from tempflow.core.objective.regularizer import LikelihoodKL, TokenKL
 from tempflow.core.schedule import linear
+from tempflow.core.weight import rectified
 from tempflow.media import Media, Size
 from tempflow.models.guidance import Guidance
 from tempflow.models.protocol import Conditioning, Predict, sampler_of
@@ -77,7 +80,7 @@ def made(**fields: Any) -> Any:
     return udm_grpo(**{"steps": 5, "group": 12, **fields}).on(JUMP, "tiles")
 
 
-CASES = {"clean": {}, "every token": {"kl_of": "token", "kl": 0.5}, "jumps": {"actions": "jumps"}}
+CASES = {"clean": {}, "every token": {"kl_of": "token", "kl": 0.5}, "jumps": {"actions": "jumps"}, "branches": {"actions": "branches", "starts": 2}}
 
 
 @pytest.mark.parametrize("of", ["sequence", "token"])
@@ -144,13 +147,27 @@ def test_the_loop_counts_and_starts_at_a_ratio_of_one(fields: dict[str, Any]) ->
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("actions", ["clean", "jumps"])
-def test_half_the_gap_is_closed_on_four_tiles(actions: str) -> None:
+def jumping(name: str) -> Any:
+    """An algorithm of numbers that reads no means of steps and draws all of them, on tokens."""
+    return replace(ALGORITHMS[name](steps=5, group=12, kl=0.0), dynamics=ModelJump()).on(JUMP, "tiles")
+
+
+LEARN = {
+    "clean": lambda: made(kl=0.0),
+    "clean, at all steps": lambda: made(kl=0.0, window=5, starts=1),
+    "jumps": lambda: made(kl=0.0, actions="jumps"),
+    "branches": lambda: made(kl=0.0, actions="branches", starts=2, group=6),
+    "dapo": lambda: jumping("dapo"),
+}
+
+
+@pytest.mark.parametrize("make", LEARN.values(), ids=LEARN)
+def test_half_the_gap_is_closed_on_four_tiles(make: Callable[[], Any]) -> None:
     """Untrained, a tile is worth .5; the lightest is worth 1."""
-    bench = bench_of(made(actions=actions, kl=0.0), model=Tiles(), reward=from_function(bright), rate=0.1)
+    bench = bench_of(make(), model=Tiles(), reward=from_function(bright), rate=0.1)
     started = time.process_time()
     seen = [bench.iterate(iteration)["reward/bright"] for iteration in range(15)]
-    print(f"{actions}: {seen[0]:.2f} to {seen[-1]:.2f} in {time.process_time() - started:.1f} s of CPU")
+    print(f"{seen[0]:.2f} to {seen[-1]:.2f} in {time.process_time() - started:.1f} s of CPU")
     assert seen[0] == pytest.approx(0.5, abs=0.1) and seen[-1] > 0.75
 
 
@@ -169,6 +186,13 @@ def test_what_a_model_is_drawn_by() -> None:
         (lambda: udm_grpo(group=1), "group: 1 .*nothing to compare with"),
         (lambda: udm_grpo(actions="words"), "actions: 'words' is not one of 'clean', 'jumps'"),
         (lambda: udm_grpo(kl_of="all"), "kl_of: 'all'"),
+        (lambda: udm_grpo(actions="branches", steps=5), "leaves the grid of 4 steps; nearest valid: 2"),
+        (lambda: udm_grpo(actions="branches", steps=1, window=1, starts=1), "steps: 1 must be at least 2"),
+        (lambda: replace(tempflow_grpo(), dynamics=ModelJump()), "plan: tempflow_grpo walks steps that draw no noise"),
+        (
+            lambda: replace(udm_grpo(actions="jumps"), phases=(EdgePhase(clipped(), rectified),)),
+            "ModelJump.* moves tokens, which have no mean and no std",
+        ),
         (lambda: udm_grpo().on(None, "shapes"), "udm_grpo trains tokens, and the states of 'shapes' are numbers"),
         (lambda: tempflow_grpo().on(JUMP, "tiles"), "tempflow_grpo moves real numbers.* 'tiles' are tokens.*udm_grpo"),
         (lambda: udm_grpo().dynamics.transition(*[torch.zeros(1)] * 5), "no model has said how its tokens jump"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tempflow
+from tempflow.cli import main
 from tempflow.config import Config
 from tempflow.core.dynamics import MixtureJump
 from tempflow.core.metric_path import MetricJump
+from tempflow.cost import check_states, run_cost
+from tempflow.doctor.run import asked_check
+from tempflow.evaluate.source import find, load_source
 from tempflow.evaluate.suite import draw
 from tempflow.export import export_run
+from tempflow.grid import Grid
+from tempflow.measure import Work
 from tempflow.media import Size
 from tempflow.models import load
 from tempflow.models.ursa import CODES, URSA, URSAGuidance
@@ -189,6 +197,20 @@ def test_the_paths_own_codes_and_the_mixture_path(folder: Path, tmp_path: Path) 
     assert float(loaded.schedule(2, SIZE).sigmas[1]) == pytest.approx(0.75)
 
 
+def test_a_stated_grid_is_walked_and_goes_with_the_weights(tmp_path: Path) -> None:
+    place = tmp_path / "shifted"
+    pipeline(shift=3.0).save_pretrained(place)
+    own = load(str(place))
+    own.state_grid(Grid((1.0, 0.5)))
+    own.save(str(tmp_path / "again"))
+    again = load(str(tmp_path / "again"))
+    assert again.schedule(2, SIZE).sigmas.tolist() == [1.0, 0.75, 0.0] and again.stated_grid().how == (1.0, 0.5)
+    with pytest.raises(ValueError, match="steps: 3 steps, and the grid"):
+        again.schedule(3, SIZE)
+    again.state_grid(Grid())
+    assert again.schedule(3, SIZE).steps == 3
+
+
 def test_prompts_are_padded_on_the_left_and_the_padding_is_read(model: URSA) -> None:
     ids = model.encode([Prompt("a red cat"), Prompt("")], SIZE).tensors["ids"]
     assert ids.shape == (2, 9) and ids[0, :5].tolist() == [0] * 5 and int((ids[0] != 0).sum()) == 4
@@ -217,6 +239,11 @@ def test_guidance_acts_on_logits_until_it_is_truncated(model: URSA) -> None:
     torch.testing.assert_close(alone, guided, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(said(URSAGuidance(3.0, 0.6, temperature=0.5)), 2 * guided)
     assert model.guidance is URSAGuidance and URSAGuidance().truncation == 0.9
+    asked: list[int] = []
+    hook = model.network.register_forward_pre_hook(lambda network, given: asked.append(len(given[0])))
+    torch.testing.assert_close(said(URSAGuidance(3.0, truncation=0.6)), guided)
+    hook.remove()
+    assert sum(asked) == 2 * 2 + 2, "never more rows than two for each"
     bare = type(condition)(condition.prompts, condition.tensors)
     with pytest.raises(ValueError, match=r"guidance: 3.0 needs conditions with negative prompts"):
         model.predictor(bare, 3.0)
@@ -284,12 +311,8 @@ def trained(config: Config, resume: bool = False) -> None:
     tempflow.train(config, reward=light, prompts=PROMPTS, test_prompts=PROMPTS, quiet=True, resume=resume)
 
 
-def test_a_run_trains_is_resumed_bitwise_and_exported(
-    folder: Path, model: URSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(run(folder, tmp_path / "whole"))
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["log_ratio_max"] for line in lines] == [0, 0] and all(line["grad_norm"] > 0 for line in lines)
+def killed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a run in its second iteration, and goes on with it."""
     left, decode = [5], URSA.decode_latents
 
     def dies(adapter: URSA, x: Tensor) -> Tensor:
@@ -301,17 +324,85 @@ def test_a_run_trains_is_resumed_bitwise_and_exported(
     with monkeypatch.context() as patch:
         patch.setattr(URSA, "decode_latents", dies)
         with pytest.raises(Killed):
-            trained(run(folder, tmp_path / "part"))
-    trained(run(folder, tmp_path / "part"), resume=True)
+            trained(config)
+    trained(config, resume=True)
+
+
+def test_a_run_trains_is_resumed_bitwise_and_exported(
+    folder: Path, model: URSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(run(folder, tmp_path / "whole"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["log_ratio_max"] for line in lines] == [0, 0] and all(line["grad_norm"] > 0 for line in lines)
+    killed(run(folder, tmp_path / "part"), monkeypatch)
     one, other = (load_file(p / "model" / "transformer" / FILE) for p in (tmp_path / "whole", tmp_path / "part"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     export_run(tmp_path / "whole", tmp_path / "out", weights="policy")
     exported: Any = load(str(tmp_path / "out"))
     assert not torch.equal(exported.network.lm_head.weight, model.network.lm_head.weight)
     assert not torch.equal(pictures(exported), pictures(model))
-    assert "tempflow sample out" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "tempflow sample out --prompt" in card and "library_name: tempflow" in card and "diffusers" not in card
     with pytest.raises(ValueError, match=r"flow_grpo moves real numbers, and the states of .* are tokens.*udm_grpo"):
         trained(run(folder, tmp_path / "no", algorithm={"name": "flow_grpo", "steps": 3, "group": 3}))
+
+
+def test_a_lora_is_trained_resumed_bitwise_and_exported_in_every_form(
+    folder: Path, model: URSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By branches, guided, with prompts from a folder and the autoencoder off the device."""
+    fields: dict[str, Any] = {
+        "algorithm": {"name": "udm_grpo", "steps": 3, "group": 3, "window": 1, "starts": 2, "actions": "branches"},
+        "model": {
+            "path": str(folder), "height": 8, "width": 12, "training": "lora", "lora_rank": 2, "lora_alpha": 4,
+            "cache": str(tmp_path / "cache"), "offload": True, "guidance": 2.0, "guidance_options": {"truncation": 0.5},
+        },
+    }  # fmt: skip
+    trained(run(folder, tmp_path / "whole", **fields))
+    killed(run(folder, tmp_path / "part", **fields), monkeypatch)
+    one, other = (
+        load_file(p / "model" / "pytorch_lora_weights.safetensors") for p in (tmp_path / "whole", tmp_path / "part")
+    )
+    assert len(one) == 2 * 4 * 2 and all(torch.equal(one[name], other[name]) for name in one)
+    drawn = [pictures(load_source(find(str(tmp_path / "whole"))))]
+    for form in ("lora", "peft", "merged"):
+        export_run(tmp_path / "whole", tmp_path / form, weights="best", form=form)
+        base = "" if form == "merged" else str(folder)
+        drawn.append(pictures(load_source(find(str(tmp_path / form), base))))
+    for some in drawn[1:]:
+        assert torch.equal(some, drawn[0])
+    assert not torch.equal(drawn[0], pictures(model))
+    with pytest.raises(ValueError, match=r"form: 'comfyui' of URSA .* not known here; nearest valid: 'lora'"):
+        export_run(tmp_path / "whole", tmp_path / "ui", form="comfyui")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("tempflow sample lora"))
+    words = command.replace(f"--base {folder.name}", f"--base {folder}").replace(
+        "sample lora", f"sample {tmp_path}/lora"
+    )
+    assert main([*shlex.split(words)[1:], "--output", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / "000.png").is_file()
+
+
+def test_what_a_run_costs_is_counted_and_measured_in_tokens(folder: Path, tmp_path: Path) -> None:
+    config = run(
+        folder, tmp_path / "run", data={"train": "shapes:train"}, model={"path": str(folder), "height": 8, "width": 12}
+    )
+    assert run_cost(config).state_bytes == 8 * 2 * 3
+    work = Work.of(config)
+    x, sigma, rows = work.inputs(5)
+    assert (
+        x.dtype == torch.int64 and 0 <= int(x.min()) <= int(x.max()) < V and work.predict(x, sigma, rows).shape[-1] == V
+    )
+    work.train(2)
+    other = config.replace(algorithm={"name": "flow_grpo"})
+    for ask, words in (
+        (lambda: check_states(config), ""),
+        (lambda: check_states(other), "flow_grpo moves real numbers"),
+        (lambda: check_states(config.with_model(path="shapes")), "udm_grpo trains tokens"),
+    ):
+        with pytest.raises(ValueError, match=words) if words else nullcontext():
+            ask()
+    assert [check.state for check in asked_check(other, folder)] == ["fails"]
 
 
 def spoil(part: str, **fields: object) -> Callable[[Path], None]:
@@ -328,6 +419,12 @@ def rename(place: Path) -> None:
     save_file(tensors, file)
 
 
+def without_padding(place: Path) -> None:
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (place / "tokenizer" / file).is_file():
+            edit(place / "tokenizer" / file, pad_token=None)
+
+
 def another_class(place: Path) -> None:
     index = json.loads((place / "model_index.json").read_text())
     index["vae"][1] = "AutoencoderVQCosmos3D"
@@ -342,6 +439,12 @@ def another_class(place: Path) -> None:
         (spoil("transformer", hidden_act="gelu"), "a transformer with hidden_act 'gelu'.*nearest valid: 'silu'"),
         (spoil("transformer", hidden_size=12), "cannot be loaded: .*size mismatch"),
         (spoil("transformer", lm_head_size=V - 1), "size mismatch"),
+        (
+            spoil("transformer", lm_vocab_size=TEXT - 1),
+            f"the tokenizer of .* has {TEXT} tokens and .* {TEXT - 1} of text",
+        ),
+        (spoil("transformer", bov_token_id=TEXT), f"{TEXT} beginning a picture"),
+        (without_padding, "the tokenizer of .* has no padding, .* the empty prompt of guidance"),
         (spoil("vae", _quantizer_name="LFQuantizer"), "a vae with _quantizer_name 'LFQuantizer'"),
         (spoil("vae", lookup="hash"), "lookup: 'hash' is not one of product, nearest"),
         (spoil("scheduler", alpha="big"), "a scheduler with alpha 'big'"),

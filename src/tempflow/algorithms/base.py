@@ -372,6 +372,12 @@ def _check_rollout(algorithm: Algorithm, plan: Plan, steps: int) -> None:
         raise ValueError(
             f"conditions: {algorithm.variants}, but the plan has variant {last}; nearest valid: {last + 1}"
         )
+    tokens = algorithm.dynamics is not None and algorithm.dynamics.corruption.prediction == "logits"
+    if tokens and not all(plan.stochastic):
+        raise ValueError(
+            f"plan: {algorithm.name[:40]} walks steps that draw no noise, and tokens have none such; nearest valid: "
+            "plan.chain(steps, roots)"
+        )
     if algorithm.latent_reward is not None and {"edges", "leaves"} <= algorithm.keeps:
         raise ValueError("latent_reward: scores edges or leaves, and phases learn from both; nearest valid: None")
     if algorithm.draft is not None and algorithm.conditions is not None:

@@ -22,6 +22,7 @@ from tempflow.core.objective.old import Old, detached, old_of, told
 from tempflow.core.plan import Plan
 from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
+from tempflow.core.rollout import skeleton
 from tempflow.core.schedule import Schedule
 from tempflow.core.times import Id
 from tempflow.core.weight import Weight, uniform
@@ -121,6 +122,8 @@ class EdgePhase(_FromRollout):
         if self.objective.unit == "chunk" and self.units is None:
             raise ValueError("units: None, and the objective's unit is a chunk; nearest valid: core.units.whole_path")
         self.objective.check(dynamics)
+        if dynamics.corruption.prediction == "logits" and plan is not None:
+            self.weight(skeleton([plan], [0]), schedule, dynamics)  # one that reads a mean or a std says so
 
     def cost(self, steps: int, plan: Plan | None) -> Cost:
         trained = 0 if plan is None else plan.cost().trained_edges

@@ -19,7 +19,12 @@ and their log-prob is that of the jump itself. The released baseline takes the c
 mostly threw away; given the jump, the gradient of ours is the mean of that one's, so it has less noise. It needs a
 codebook of 2048 codes at most.
 
-Cost for a prompt at the defaults: 80 forwards, 8 leaves; 24 pairs (edges), each a forward of policy and reference.
+`actions` "branches" is ours, after TempFlow-GRPO: a prompt has one trunk, which `group` jumps leave at each step of the
+window and which others finish. The former are the actions, and those of one state are compared: what came before they
+have in common, so what they are worth has less noise, and what comes after is still drawn.
+
+Cost for a prompt at the defaults: 80 forwards, 8 leaves; 24 pairs (edges), each a forward of policy and reference. Of
+"branches": 24 leaves and edges, and 195, 172 or 149 forwards by the start.
 
 Defaults: configs/geneval_grpo/ursa_1.7b_ibq512.yaml (read in source, sure): T 10, G 8 (OCR 16), window 3, starts 3,
 clip 1e-4 (inert), KL .05, A within ±5. The code draws a start for a batch of samples, here each has its own. At its
@@ -28,6 +33,7 @@ first state, σ = 1, nothing is left of the clean tokens: log p is their margina
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
@@ -45,7 +51,7 @@ from tempflow.core.renoise import Renoise
 from tempflow.core.rng import Stream
 from tempflow.core.times import WindowTimes
 
-Actions = Literal["clean", "jumps"]
+Actions = Literal["clean", "jumps", "branches"]
 Mean = Literal["sequence", "token"]
 
 
@@ -67,7 +73,8 @@ def udm_grpo(
     Args:
         window: steps in a row that are trained.
         starts: the first of them is drawn from 0 … starts − 1.
-        actions: "clean": the final tokens, at states noised anew; "jumps": the rollout's own steps, its baseline.
+        actions: "clean": the final tokens, at states noised anew; "jumps": the rollout's own steps, its baseline;
+            "branches": steps at which one path parts into `group`, compared with each other.
         kl_of: k3 of a "sequence"'s mean log-prob, or the mean of every "token"'s; of jumps always the latter.
 
     Raises ValueError naming the argument, its value and a valid one.
@@ -75,12 +82,14 @@ def udm_grpo(
     for name, value in (("steps", steps), ("window", window), ("starts", starts)):
         at_least(name, value, 1)
     at_least("group", group, 2, "or there is nothing to compare with")
-    if window + starts - 1 > steps:
-        raise ValueError(
-            f"window: {window} from the last of {starts} starts leaves the grid of {steps} steps; nearest valid: "
-            f"{max(1, steps - starts + 1)}"
-        )
     one_of("actions", actions, get_args(Actions))
+    room = steps - (actions == "branches")  # the last step is not branched: the clean tokens are drawn there
+    at_least("steps", steps, 1 + (actions == "branches"))
+    if window + starts - 1 > room:
+        raise ValueError(
+            f"window: {window} from the last of {starts} starts leaves the grid of {room} steps; nearest valid: "
+            f"{max(1, room - starts + 1)}"
+        )
     one_of("kl_of", kl_of, get_args(Mean))
     proportion("clip", clip, 1e-4)
     not_negative("kl", kl)
@@ -88,8 +97,9 @@ def udm_grpo(
         raise ValueError(f"eps: {eps} must be finite and ≥ 0; nearest valid: 1e-4")
     if advantage_clip is not None:
         positive("advantage_clip", advantage_clip, 5.0)
-    if actions == "jumps":
-        phase, grown = EdgePhase(clipped(clip, clip, kl, "k3")), Drawn(partial(_window, steps, group, window, starts))
+    if actions != "clean":
+        phase = EdgePhase(clipped(clip, clip, kl, "k3"))
+        grown = Drawn(partial(_window, _forest if actions == "branches" else _chains, steps, group, window, starts))
     else:
         grown = partial(_whole, steps, group)
         like = TokenLikelihood()
@@ -103,7 +113,7 @@ def udm_grpo(
         steps=steps,
         plan=grown,
         dynamics=ModelJump(),
-        credit=GroupZScore(by=("prompt", "step") if actions == "jumps" else ("prompt",), eps=eps, clip=advantage_clip),
+        credit=GroupZScore(by=("prompt",) if actions == "clean" else ("prompt", "step"), eps=eps, clip=advantage_clip),
         phases=(phase,),
     )
 
@@ -112,12 +122,27 @@ def _whole(steps: int, group: int, iteration: int, slot: int) -> plan.Plan:
     return _chains(steps, group, range(0))
 
 
-def _window(steps: int, group: int, window: int, starts: int, seed: int, iteration: int, slot: int) -> plan.Plan:
+def _window(
+    grown: Callable[[int, int, range], plan.Plan],
+    steps: int,
+    group: int,
+    window: int,
+    starts: int,
+    seed: int,
+    iteration: int,
+    slot: int,
+) -> plan.Plan:
     start = Stream(seed, "udm_grpo.window").integers((iteration, slot), starts, 1)[0]
-    return _chains(steps, group, range(start, start + window))
+    return grown(steps, group, range(start, start + window))
 
 
 @lru_cache(maxsize=256)
 def _chains(steps: int, group: int, trained: range) -> plan.Plan:
     """All steps draw noise: tokens jump."""
     return plan.chain(steps, group, train=trained)
+
+
+@lru_cache(maxsize=256)
+def _forest(steps: int, group: int, trained: range) -> plan.Plan:
+    """The same, from one trunk."""
+    return plan.branch_each_step(steps, 1, group, trained, jumps=True)

@@ -45,6 +45,7 @@ class SampleOptions(Strict):
     seconds: float | None = Field(default=None, gt=0, description="of sound (as long as the frames)")
     device: str = Field(default="cpu", description="auto, cpu, mps, cuda or cuda:N")
     output: Place = Field(default="samples", min_length=1, description="folder for the pictures")
+    base: Place = Field(default="", description="what a LoRA is laid on; a run's own, where it says")
 
 
 def sample_verb(args: Sequence[str]) -> int:
@@ -63,7 +64,7 @@ def run_sample(options: SampleOptions) -> list[Path]:
 
     pool = [*(as_prompts(options.prompt) if options.prompt else ())]
     if options.prompts:
-        draws = partial(takes_sources, find(options.path))
+        draws = partial(takes_sources, find(options.path, options.base))
         pool += with_sources(lambda sources: load_prompts(options.prompts, sources=sources), draws)
     if not pool:
         raise ValueError("prompt: none given; nearest valid: --prompt 'a red circle', or --prompts shapes:validation")
@@ -71,7 +72,7 @@ def run_sample(options: SampleOptions) -> list[Path]:
     if shares := shared_out(chosen, pool):
         print(f"prompts: {shares}", file=sys.stderr)
     if unused := unused_negatives(
-        chosen, lambda: rows_of(find(options.path), options.guidance, options.guidance_options)
+        chosen, lambda: rows_of(find(options.path, options.base), options.guidance, options.guidance_options)
     ):
         print(f"prompts: {unused}", file=sys.stderr)
     from tempflow.evaluate.suite import sample_path
@@ -80,7 +81,7 @@ def run_sample(options: SampleOptions) -> list[Path]:
 
     device = resolved_device(options.device)
     size = Size(options.height, options.width, options.frames, options.fps, options.seconds)
-    source = find(options.path)
+    source = find(options.path, options.base)
     guidance = check_source(source, size, options.guidance, options.guidance_options)
     grid = stated(source, options.grid)
     steps = options.steps or grid.usual or Settings.steps
@@ -96,4 +97,5 @@ def run_sample(options: SampleOptions) -> list[Path]:
             device=device,
             out=Path(options.output),
             grid=None if options.grid == OWN else grid,
+            base=options.base,
         )

@@ -117,8 +117,9 @@ def cost_verb(args: Sequence[str]) -> int:
 
 def _show_cost(console: Console, config: Config, options: CostOptions) -> tuple[RunCost, float]:
     """Prints what one run takes; its counts, and the seconds where they are measured."""
-    from tempflow.cost import memory_of, run_cost
+    from tempflow.cost import check_states, memory_of, run_cost
 
+    check_states(config)
     cost = run_cost(config)
     if options.find_rows is not None:
         config = _with_rows(config, options.find_rows, options.ranks)

@@ -215,14 +215,20 @@ def fan_out(steps: int, seeds: int, branches: int, at: int, window: int = 1) -> 
 
 
 def branch_each_step(
-    steps: int, seeds: int, branches: int, at: Iterable[int] | None = None, trunk_leaf: bool = False
+    steps: int,
+    seeds: int,
+    branches: int,
+    at: Iterable[int] | None = None,
+    trunk_leaf: bool = False,
+    jumps: bool = False,
 ) -> Plan:
     """An ODE trunk per seed that grows `branches` noisy children at every step of `at`; each is finished by ODE.
 
     TempFlow-GRPO, arXiv 2508.04324 (§2): all randomness of a leaf comes from its one stochastic edge, so the leaf's
     reward is that edge's.  `at` is a non-empty subset of 0 … T − 2, by default all of it.  The trunk's own edge comes
     after its noisy siblings, so that a branch's identity does not depend on whether the trunk goes on.  The trunk ends
-    at its last branched node; `trunk_leaf` takes it to σ = 0 and scores it.
+    at its last branched node; `trunk_leaf` takes it to σ = 0 and scores it. With `jumps` the edges that are not
+    branched draw noise too, untrained, as tokens have no others: a leaf's reward is then its branch's on average.
     Cost with the default `at`: seeds·(T − 1) + seeds·branches·T(T − 1)/2 forwards, seeds·branches·(T − 1) leaves and
     trained edges; `trunk_leaf` adds `seeds` forwards and leaves.
     """
@@ -232,13 +238,13 @@ def branch_each_step(
     if not branched:
         raise _invalid("at", "empty", "the trunk must branch somewhere", f"any step of 0 … {steps - 2}")
     last = max(branched)
-    follow = [_Shoot(False, False)]
+    follow = [_Shoot(jumps, False)]
 
     def rule(i: int, trunk: bool) -> list[_Shoot]:
         if not trunk:
             return follow
         noisy = [_Shoot(True, True)] * (branches if i in branched else 0)
-        return noisy + ([_Shoot(False, False, trunk=True)] if i < last or trunk_leaf else [])
+        return noisy + ([_Shoot(jumps, False, trunk=True)] if i < last or trunk_leaf else [])
 
     return _grow(steps, _starts("seeds", seeds, False), rule)
 

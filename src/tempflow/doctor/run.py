@@ -120,6 +120,8 @@ def asked_check(config: Config, folder: Path | None) -> list[Check]:
     try:
         with config.naming("model"):
             check_asked(family, m.path, partial(settings_in, folder), config.size, m.guidance, m.guidance_options)
+        with config.naming("algorithm"):
+            config.algorithm.build().check_states(family.tokens, m.path)
         with_grid(config, config.algorithm.build())
         rewards, algorithm = [build_reward(r) for r in config.rewards], config.algorithm.build()
         check_takes(rewards, family.makes, m.path)

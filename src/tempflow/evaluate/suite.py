@@ -303,9 +303,11 @@ def sample_path(
     device: str,
     out: str | Path,
     grid: Grid | None = None,
+    base: str = "",
 ) -> list[Path]:
     """One PNG a prompt, `out`/000.png …, by anything that `source.find` knows, in float32. Returns the files. A clip is
-    an animated PNG, and has its sound beside it as a WAV. `grid`: another than the weights' own.
+    an animated PNG, and has its sound beside it as a WAV. `grid`: another than the weights' own; `base`: what a LoRA is
+    laid on.
 
     Names sort in the prompts' order; where there are pictures already, numbers go on after theirs, and nothing is
     written over. Raises ValueError, before anything is loaded, where the folder `out` holds what is not ours
@@ -315,7 +317,7 @@ def sample_path(
     check(out, FOLDER, "output")
     check_idle(out, "output")
     numbered(Path(out), len(prompts))
-    model = load_source(find(path), device=device, grid=grid)
+    model = load_source(find(path, base), device=device, grid=grid)
     guide = guided(guidance, model.guidance)
     how = _Sampling(steps, guide, seed, size, rows=64, samples=1)
     with held(claim(out, FOLDER, "output")) as folder:

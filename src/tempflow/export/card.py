@@ -113,7 +113,7 @@ def _front_matter(config: Config, name: str, form: str) -> str:
     family = family_of(config)
     fields: dict[str, Any] = {
         **_licence_fields(config, name),
-        "library_name": "diffusers",
+        "library_name": "tempflow" if family and family.own else "diffusers",
         **({"pipeline_tag": family.task} if family else {}),
         "tags": ["tempflow", config.algorithm.name] + (["lora"] if form != "merged" else []),
     }
@@ -210,8 +210,7 @@ def _usage(config: Config, export: Export) -> str:
     imports, family = ["import torch", "from diffusers import DiffusionPipeline"], family_of(config)
     base = json.dumps(base_name(config))
     if family is not None and family.own:
-        on = f" --base {base_name(config)}" if export.adapter else ""
-        return f"No library has its networks: tempflow draws it, by `tempflow sample {export.name}{on}`."
+        return _own_usage(config, export)
     if export.adapter and config.model.path == "shapes":
         imports, base = [*imports, "from tempflow.models import shapes_folder"], "shapes_folder()"
     revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
@@ -249,6 +248,20 @@ def _usage(config: Config, export: Export) -> str:
     return "\n".join(["```python", *imports, "", *loading, *drawing, "```", ""])
 
 
+def _own_usage(config: Config, export: Export) -> str:
+    """The command line that draws a picture as the run's evaluation did, where no library has the networks."""
+    e, m = config.evaluation, config.model
+    options = {"guidance": f"{e.guidance:g}"} if e.guidance != 1 else {}
+    options |= {"base": base_name(config)} if export.adapter else {}
+    options |= {f"guidance-options.{name.replace('_', '-')}": f"{v:g}" for name, v in m.guidance_options.items()}
+    more = "".join(f" --{name} {value}" for name, value in options.items())
+    return (
+        "No library has its networks; tempflow draws it:\n\n```bash\n"
+        f'tempflow sample {export.name} --prompt "a red circle" --steps {e.steps} --height {m.height} --width {m.width}'
+        f"{more}\n```\n"
+    )
+
+
 def _steps(config: Config, export: Export) -> str:
     """What of the call makes the σ grid."""
     points, family = export.grid.points(config.evaluation.steps), family_of(config)
@@ -270,16 +283,21 @@ def _grid(config: Config, export: Export) -> list[str]:
     told = (
         f"## Grid\n\nThese weights were trained and measured on a σ grid of {steps} steps{useful}: from u = "
         f"{', '.join(f'{u:.4g}' for u in points)} to 0, before the pipeline's own shift{through}. "
-        f"A call with `num_inference_steps={steps}` and no points walks the scheduler's own grid, and the weights were "
-        f"not trained on that. tempflow reads the grid from `{FILE}`.\n\n"
     )
+    family = family_of(config)
+    if family is None or not family.own:
+        told += (
+            f"A call with `num_inference_steps={steps}` and no points walks the scheduler's own grid, and the weights "
+            "were not trained on that. "
+        )
+    told += f"tempflow reads the grid from `{FILE}`.\n\n"
     if export.few:
         told += (
             f"For programs that take a number of steps alone, the scheduler in `{export.few}/` has this grid, bit for "
             f"bit, as its own of {steps} steps (and no other number): `pipe.scheduler = type(pipe.scheduler)"
             f'.from_pretrained({json.dumps(export.name)}, subfolder="{export.few}")`, then no points.\n'
         )
-    elif not export.adapter:
+    elif not export.adapter and not (family and family.own):
         told += "No setting of the scheduler is known that gives this grid by a number of steps alone.\n"
     return [told]
 

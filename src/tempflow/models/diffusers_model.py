@@ -118,11 +118,15 @@ class DiffusersModel(ABC):
             module = getattr(pipe, part)
             if isinstance(module, nn.Module):
                 module.to(device)
-        made, carried = cls(pipe, name, licence_of(folder)), read_grid(folder / "scheduler")
+        return cls(pipe, name, licence_of(folder)).carrying(folder)
+
+    def carrying(self, folder: Path) -> Self:
+        """The same, on the grid that its folder carries, if it carries one."""
+        carried = read_grid(folder / "scheduler")
         if carried is not None:
-            made.state_grid(carried)
-            made._own_grid = carried
-        return made
+            self.state_grid(carried)
+            self._own_grid = carried
+        return self
 
     # -------------------------------------------------------------------------------------------- what a family says
     @abstractmethod

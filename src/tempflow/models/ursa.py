@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tempflow.core.distribution import check_tokens
 from tempflow.core.dynamics import Dynamics, MixtureJump
 from tempflow.core.metric_path import MetricJump, MetricPath
-from tempflow.core.schedule import Schedule, linear
+from tempflow.core.schedule import Schedule, explicit, linear
 from tempflow.media import Size
 from tempflow.models.diffusers_model import DiffusersModel
 from tempflow.models.embeddings import Row
 from tempflow.models.family import Family, Settings, drawable
 from tempflow.models.guidance import Guidance, guided
+from tempflow.models.lora import Shapes, layer_shapes
 from tempflow.models.pipeline_folder import (
     INDEX,
     LOADING_FAULTS,
@@ -49,6 +50,7 @@ from tempflow.models.ursa_parts import (
     KineticOptimalScheduler,
     URSAPipeline,
     URSATransformer3DModel,
+    bare_network,
     read_network,
 )
 
@@ -152,7 +154,17 @@ class URSA(DiffusersModel):
     def __init__(self, pipe: Any, name: str, licence: str, files: Files = NO_FILES) -> None:
         super().__init__(pipe, name, licence)
         self.files, codes = files, files.codes
-        told, codebook = pipe.transformer.config, len(pipe.vae.codes)
+        told, codebook, tokenizer = pipe.transformer.config, len(pipe.vae.codes), pipe.tokenizer
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"model.path: the tokenizer of {name!r} has no padding, which prompts begin with and the empty prompt "
+                "of guidance is made of; nearest valid: one with a pad_token"
+            )
+        if max(len(tokenizer), told.bov_token_id + 1) > told.lm_vocab_size:
+            raise ValueError(
+                f"model.path: the tokenizer of {name!r} has {len(tokenizer)} tokens and the transformer "
+                f"{told.lm_vocab_size} of text, {told.bov_token_id} beginning a picture; get the folder again"
+            )
         for what, count in (
             ("transformer", told.lm_head_size),
             ("scheduler", codebook if codes is None else len(codes)),
@@ -190,7 +202,12 @@ class URSA(DiffusersModel):
         for part in cls.family.networks if tools.offload else ("transformer", "vae"):
             getattr(pipe, part).to(device)
         pickled = (folder / "scheduler" / "scheduler_model.pth").is_file()
-        return cls(pipe, name, licence_of(folder), Files(index, codes.get("path.emb"), pickled))
+        return cls(pipe, name, licence_of(folder), Files(index, codes.get("path.emb"), pickled)).carrying(folder)
+
+    @classmethod
+    def layers_in(cls, folder: Path, name: str) -> Shapes:
+        """See `DiffusersModel.layers_in`; the library that the folder names is not asked."""
+        return layer_shapes(bare_network(name, folder / "transformer", URSATransformer3DModel))
 
     def notes(self) -> tuple[str, ...]:
         if self.files.codes is not None or self.pipe.scheduler.config.alpha is None or not self.files.pickled:
@@ -208,8 +225,9 @@ class URSA(DiffusersModel):
         return MetricJump(MetricPath(codes.detach().float().to(self.device), told.c, told.alpha))
 
     def grid(self, steps: int, shape: tuple[int, ...]) -> Schedule:
-        """σ = s·u / (1 + (s−1)·u) of even u, s the scheduler's shift."""
-        return linear(steps, self.pipe.scheduler.config.shift)
+        """σ = s·u / (1 + (s−1)·u) of even u, or of stated ones; s is the scheduler's shift."""
+        shift, u = self.pipe.scheduler.config.shift, self._grid.points(steps)
+        return linear(steps, shift) if u is None else explicit(u, shift)
 
     def encode_text(self, text: str, negative: bool, size: Size) -> Row:
         """`ids` [L]: padded on the left, L is 320 or what the tokenizer allows; the network embeds them."""
@@ -236,13 +254,12 @@ class URSA(DiffusersModel):
         both = plain if guide.rows == 1 else super().predictor(condition, guide, network)
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            guides = bool((1 - sigma < guide.truncation).all()) if guide.rows > 1 else False
-            if guides or guide.rows == 1 or not bool((1 - sigma < guide.truncation).any()):
-                said = (both if guides else plain)(x, sigma, rows)
+            acts = 1 - sigma < guide.truncation if guide.rows > 1 else torch.zeros_like(sigma, dtype=torch.bool)
+            if bool(acts.all()) or not bool(acts.any()):
+                said = (both if bool(acts.all()) else plain)(x, sigma, rows)
             else:  # rows of a training batch may be on both sides
-                first = 1 - sigma < guide.truncation
-                said = plain(x, sigma, rows).float().clone()
-                said = said.index_put((first.nonzero()[:, 0],), both(x[first], sigma[first], rows[first]).float())
+                parts = [ask(x[on], sigma[on], rows[on]).float() for ask, on in ((both, acts), (plain, ~acts))]
+                said = torch.cat(parts)[torch.cat([acts.nonzero(), (~acts).nonzero()])[:, 0].argsort()]
             return said if guide.temperature == 1 else said / guide.temperature
 
         return predict

@@ -247,10 +247,10 @@ FIXED: Mapping[str, object] = {
 Network = TypeVar("Network", URSATransformer3DModel, AutoencoderVQ)
 
 
-def read_network(path: str, folder: Path, kind: type[Network], dtype: torch.dtype) -> Network:
-    """The network in `folder` on the CPU; `path` is what the user called its pipeline.
+def bare_network(path: str, folder: Path, kind: type[Network]) -> Network:
+    """The network in `folder` by its configuration, without numbers; `path` is what the user called its pipeline.
 
-    Raises ValueError for a configuration of another network, and tensors that are not this one's.
+    Raises ValueError for a configuration of another network.
     """
     told = settings_in(folder, "config.json") or {}
     for name, value in FIXED.items():
@@ -261,7 +261,12 @@ def read_network(path: str, folder: Path, kind: type[Network], dtype: torch.dtyp
             )
     arguments = inspect.signature(kind.__init__).parameters
     with torch.device("meta"):
-        network = kind(**{name: value for name, value in told.items() if name in arguments})
+        return kind(**{name: value for name, value in told.items() if name in arguments})
+
+
+def read_network(path: str, folder: Path, kind: type[Network], dtype: torch.dtype) -> Network:
+    """The network in `folder` on the CPU. Raises ValueError as `bare_network`, and for tensors that are not its own."""
+    network = bare_network(path, folder, kind)
     check_names(path, folder, network)
     weights = [load_file(file) for file in weight_files(folder, WEIGHTS["diffusers"])]
     network.load_state_dict({name: t.to(dtype) for part in weights for name, t in part.items()}, assign=True)
