@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tempflow.config import Config
+from tempflow.core.schedule import linear
 from tempflow.cost import RunCost, beside, memory_of, run_cost
 from tempflow.media import Media, Size
 from tempflow.models import resolved_device
@@ -133,7 +134,7 @@ class Work:
         """States that a sampler starts from, their σ, and which prompts they are of."""
         device, path, shape = self.model.device, sampler_of(self.model).corruption, self.model.noise_shape(self.size)
         draw = torch.rand if path.noise == "uniform" else torch.randn
-        x = path.start(draw(rows, *shape, generator=self.generator), self.model.schedule(1, self.size)).to(device)
+        x = path.start(draw(rows, *shape, generator=self.generator), linear(1)).to(device)
         return x, torch.full((rows,), 0.5, device=device), torch.arange(rows, device=device) % len(self.prompts)
 
     def forward(self, rows: int) -> None:

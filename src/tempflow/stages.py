@@ -25,7 +25,7 @@ from tempflow.models import resolved_device
 from tempflow.models.protocol import Model, WalksGrids
 from tempflow.rewards import check_takes
 from tempflow.rewards.protocol import prepare
-from tempflow.train.build import asked_of, by_stream, check_model, prepare_model, sharded
+from tempflow.train.build import asked_of, by_stream, check_guided, check_model, prepare_model, sharded
 from tempflow.train.checkpoint import CheckpointError
 from tempflow.train.display import Display, Interrupted
 from tempflow.train.grids import on_grid
@@ -205,7 +205,8 @@ def _check_loaded(waiting: Sequence[tuple[int, LookedAt]], given: Given, world: 
     for number, found in waiting:
         with _naming(number):
             on_grid(found.config, model)
-            asked_of(found.config, found.algorithm, model)
+            guidance, _ = asked_of(found.config, found.algorithm, model)
+            check_guided(found.config, found.algorithm, guidance, model, found.prompts["train"][0])
             check_takes(found.rewards, model.makes, model.name)
             if given.reward is None:
                 by_stream(found.config, found.algorithm, model, found.prompts["train"][0])

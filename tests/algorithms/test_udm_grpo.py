@@ -80,7 +80,12 @@ def made(**fields: Any) -> Any:
     return udm_grpo(**{"steps": 5, "group": 12, **fields}).on(JUMP, "tiles")
 
 
-CASES = {"clean": {}, "every token": {"kl_of": "token", "kl": 0.5}, "jumps": {"actions": "jumps"}, "branches": {"actions": "branches", "starts": 2}}
+CASES = {
+    "clean": {},
+    "every token": {"kl_of": "token", "kl": 0.5},
+    "jumps": {"actions": "jumps"},
+    "branches": {"actions": "branches"},
+}
 
 
 @pytest.mark.parametrize("of", ["sequence", "token"])
@@ -156,7 +161,7 @@ LEARN = {
     "clean": lambda: made(kl=0.0),
     "clean, at all steps": lambda: made(kl=0.0, window=5, starts=1),
     "jumps": lambda: made(kl=0.0, actions="jumps"),
-    "branches": lambda: made(kl=0.0, actions="branches", starts=2, group=6),
+    "branches": lambda: made(kl=0.0, actions="branches", group=6),
     "dapo": lambda: jumping("dapo"),
 }
 
@@ -186,8 +191,6 @@ def test_what_a_model_is_drawn_by() -> None:
         (lambda: udm_grpo(group=1), "group: 1 .*nothing to compare with"),
         (lambda: udm_grpo(actions="words"), "actions: 'words' is not one of 'clean', 'jumps'"),
         (lambda: udm_grpo(kl_of="all"), "kl_of: 'all'"),
-        (lambda: udm_grpo(actions="branches", steps=5), "leaves the grid of 4 steps; nearest valid: 2"),
-        (lambda: udm_grpo(actions="branches", steps=1, window=1, starts=1), "steps: 1 must be at least 2"),
         (lambda: replace(tempflow_grpo(), dynamics=ModelJump()), "plan: tempflow_grpo walks steps that draw no noise"),
         (
             lambda: replace(udm_grpo(actions="jumps"), phases=(EdgePhase(clipped(), rectified),)),

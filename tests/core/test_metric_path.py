@@ -57,6 +57,9 @@ def test_the_path_goes_from_uniform_tokens_to_the_clean_one() -> None:
     middle = drawn(lambda u: PATH.corrupt(EVERY[:, None].expand(V, 20000), u, torch.full((V,), 0.4)), 20000)
     torch.testing.assert_close(middle, law(0.4), rtol=0, atol=0.015)
     assert float(law(0.4).diagonal().max()) > 0.5 > float(law(0.4).min()) > 0
+    x0, u, t = EVERY[:3, None].expand(3, 50), Stream(2, "u").uniform([(i,) for i in range(3)], (50,)), torch.rand(3)
+    rows = [PATH.corrupt(x0[[i]], u[[i]], t[[i]]) for i in range(3)]
+    assert torch.equal(PATH.corrupt(x0, u, t), torch.cat(rows)), "each row by its own time"
     start = PATH.start(Stream(0, "s").uniform([(0,)], (6000,)), GRID)
     assert float((start.flatten().bincount() / 6000 - 1 / V).abs().max()) < 0.02
 

@@ -140,6 +140,19 @@ def test_trunk_edge_is_the_last_sibling_and_a_leaf_for_it_changes_no_path() -> N
     assert [plain.child_index[e] for e in trunk] == [3]
 
 
+def test_where_all_edges_jump_the_path_parts_at_each_step() -> None:
+    plan = P.branch_each_step(6, 2, 3, at=[1, 3], jumps=True)
+    assert all(plan.stochastic) and plan.cost().trained_edges == 2 * 2 * 3 and plan.cost().leaves == 2 * (2 * 2 + 1)
+    for e in (e for e, trained in enumerate(plan.trained) if trained):
+        assert plan.step[e] in (1, 3) and len(plan.leaves_below[e]) == (
+            3 if (plan.step[e], plan.child_index[e]) == (1, 0) else 1
+        )
+        assert {plan.trained[s] for s, parent in enumerate(plan.parent) if parent == plan.parent[e]} == {True}
+    last = P.branch_each_step(3, 1, 4, at=[2], jumps=True)
+    assert last.cost() == Cost(3, 4, 4) and last.step[-4:] == (2, 2, 2, 2)
+    assert P.branch_each_step(3, 1, 4, jumps=True).cost() == Cost(1 + 4 + 4 + 3, 10, 12)
+
+
 def test_branches_are_followed_by_ode_only() -> None:
     plan = P.branch_each_step(6, 2, 3)
     assert {plan.action_depth[e] for e in range(len(plan.parent)) if plan.stochastic[e]} == {0}

@@ -249,7 +249,7 @@ def test_guidance_acts_on_logits_until_it_is_truncated(model: URSA) -> None:
         model.predictor(bare, 3.0)
 
 
-def test_pictures_and_tokens(model: URSA) -> None:
+def test_pictures_and_tokens(model: URSA, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = model.pipe.vae
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(V, (3, 2, 3), generator=g)
@@ -260,6 +260,8 @@ def test_pictures_and_tokens(model: URSA) -> None:
     z = torch.randn(2, 3, 2, 3, generator=g)
     vectors = z.movedim(1, -1)
     assert torch.equal(vae.quantise(z), (vectors @ vae.codes.T).argmax(-1)), "the largest product, as released"
+    monkeypatch.setattr("tempflow.models.ursa_parts.AT_ONCE", 4 * V)
+    assert torch.equal(vae.quantise(z), (vectors @ vae.codes.T).argmax(-1)), "in parts as at once"
     near = autoencoder(lookup="nearest")
     assert torch.equal(near.quantise(z), torch.cdist(vectors.reshape(-1, 3), near.codes).argmin(-1).view(2, 2, 3))
     with pytest.raises(ValueError, match="tokens: token 24 is outside 0 … 23"):

@@ -1,8 +1,9 @@
-"""Four tokens of a vocabulary of four, trained from uniform by edges and by clean samples, to a known optimum.
+"""Four tokens of a vocabulary of four, trained from uniform by edges of chains and of branches and by clean samples, to
+a known optimum.
 
 Two prompts ask for a string each, and the reward is the share of a sample's tokens that are the asked ones. The best
-policy draws the asked string always, with reward 1; the untrained one draws all strings alike, with reward 1/4. Both
-objectives must come within .02 of the optimum, on fresh samples.
+policy draws the asked string always, with reward 1; the untrained one draws all strings alike, with reward 1/4. All
+of them must come within .02 of the optimum, on fresh samples.
 
 Clean tokens are weighed by the advantage where it is above 0 (reward-weighted likelihood), whose optimum is the asked
 string whatever the network. Below 0 it would lower all tokens of a sample where a wrong one is seen, the right ones
@@ -54,18 +55,22 @@ class Logits(nn.Module):
         return (self.tokens(seen) + self.prompt(rows)).view(-1, LENGTH, VOCABULARY)
 
 
-def grow(network: Logits, iteration: int, group: int = GROUP) -> tuple[Forest, Scores]:
-    plans = [plan.chain(STEPS, group, train=range(STEPS))] * len(ASKED)
-    forest = rollout(plans, JUMP, GRID, network, Noise(5, iteration), shape=(LENGTH,))
+CHAINS = plan.chain(STEPS, GROUP, train=range(STEPS))
+BRANCHES = plan.branch_each_step(STEPS, 2, GROUP // 2, jumps=True)
+MANY = plan.chain(STEPS, 512, train=())
+
+
+def grow(network: Logits, iteration: int, walk: plan.Plan = MANY) -> tuple[Forest, Scores]:
+    forest = rollout([walk] * len(ASKED), JUMP, GRID, network, Noise(5, iteration), shape=(LENGTH,))
     value = (forest.nodes[forest.leaves.node] == ASKED[forest.leaves.prompt]).float().mean(1, keepdim=True)
     return forest, Scores(value, torch.ones_like(value, dtype=torch.bool), ("asked",))
 
 
 def by_edges(network: Logits, forest: Forest, advantage: Advantage, iteration: int) -> Loss:
-    edges = forest.edges
+    edges, own = forest.edges, forest.edges.trained.nonzero()[:, 0]
     batch = EdgeBatch(
-        forest.nodes[edges.parent], forest.nodes[edges.child], edges.step, edges.scale, edges.prompt, edges.log_prob,
-        advantage.value, torch.ones(len(edges)), GRID, JUMP,
+        forest.nodes[edges.parent[own]], forest.nodes[edges.child[own]], edges.step[own], edges.scale[own],
+        edges.prompt[own], edges.log_prob[own], advantage.value[own], torch.ones(len(own)), GRID, JUMP,
     )  # fmt: skip
     return PolicyRatio(Clip(0.2, 0.2))({"policy": network}, batch)
 
@@ -82,21 +87,25 @@ def by_clean_tokens(network: Logits, forest: Forest, advantage: Advantage, itera
     return objective({"policy": network}, batch)
 
 
-@pytest.mark.parametrize("loss_of", [by_edges, by_clean_tokens])
-def test_both_ways_to_the_asked_strings(loss_of: Callable[[Logits, Forest, Advantage, int], Loss]) -> None:
+@pytest.mark.parametrize(
+    ("loss_of", "walk"), [(by_edges, CHAINS), (by_edges, BRANCHES), (by_clean_tokens, CHAINS)]
+)  # fmt: skip
+def test_all_ways_to_the_asked_strings(
+    loss_of: Callable[[Logits, Forest, Advantage, int], Loss], walk: plan.Plan
+) -> None:
     network = Logits()
-    before = float(grow(network, 1000, 512)[1].value.mean())
+    before = float(grow(network, 1000)[1].value.mean())
     assert before == pytest.approx(0.25, abs=0.03)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
     for iteration in range(40):
-        forest, scores = grow(network, iteration)
+        forest, scores = grow(network, iteration, walk)
         forest = forest if loss_of is by_edges else forest.as_leaves()
-        advantage = GroupZScore(by=("prompt", "step"))(scores, forest)
+        advantage = GroupZScore(by=("parent",) if walk is BRANCHES else ("prompt", "step"))(scores, forest)
         for _ in range(2):
             optimizer.zero_grad()
             loss_of(network, forest, advantage, iteration).value.backward()
             optimizer.step()
-    forest, scores = grow(network, 1001, 512)
+    forest, scores = grow(network, 1001)
     assert float(scores.value.mean()) >= 0.98
     for prompt, asked in enumerate(ASKED):
         drawn = forest.nodes[forest.leaves.node[forest.leaves.prompt == prompt]]

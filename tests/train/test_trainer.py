@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,11 @@ def test_what_the_model_cannot_draw_is_refused_before_the_first_forward(tmp_path
             "algorithm.conditions: the model 'fake' does not show",
         ),
         ({"evaluation": {"steps": 3}}, "evaluation.steps: 3 is not 4; nearest valid: 4"),
+        (
+            {"model": {"guidance": 2.0, "height": 2, "width": 2}},
+            "model.guidance: guidance 2, and 'fake' has no negative",
+        ),
+        ({"evaluation": {"yardstick": [1, 3], "steps": 4}}, "evaluation.yardstick: guidance 3, and 'fake' has no neg"),
     ],
 )
 def test_what_the_model_does_not_take_is_named_as_the_configuration_does_before_the_first_forward(
@@ -255,6 +262,9 @@ def test_what_the_model_does_not_take_is_named_as_the_configuration_does_before_
 ) -> None:
     class Particular(Fake):
         encode_inputs = None  # type: ignore[assignment]  # as if it were not there
+
+        def encode(self, prompts: Sequence[Prompt], size: Size) -> Conditioning:
+            return replace(super().encode(prompts, size), negative=None)
 
         def schedule(self, steps: int, size: Size) -> Schedule:
             if steps < 4:

@@ -19,12 +19,12 @@ and their log-prob is that of the jump itself. The released baseline takes the c
 mostly threw away; given the jump, the gradient of ours is the mean of that one's, so it has less noise. It needs a
 codebook of 2048 codes at most.
 
-`actions` "branches" is ours, after TempFlow-GRPO: a prompt has one trunk, which `group` jumps leave at each step of the
-window and which others finish. The former are the actions, and those of one state are compared: what came before they
-have in common, so what they are worth has less noise, and what comes after is still drawn.
+`actions` "branches" is ours, after TempFlow-GRPO: at each step of the window the prompt's path parts into `group`
+jumps, of which the first goes on to part again and the others are finished. They are the actions, and those of one
+state are compared: what came before they have in common, and what comes after is still drawn.
 
 Cost for a prompt at the defaults: 80 forwards, 8 leaves; 24 pairs (edges), each a forward of policy and reference. Of
-"branches": 24 leaves and edges, and 195, 172 or 149 forwards by the start.
+"branches": 22 leaves, 24 edges, and 178, 157 or 136 forwards by the start.
 
 Defaults: configs/geneval_grpo/ursa_1.7b_ibq512.yaml (read in source, sure): T 10, G 8 (OCR 16), window 3, starts 3,
 clip 1e-4 (inert), KL .05, A within ±5. The code draws a start for a batch of samples, here each has its own. At its
@@ -33,7 +33,7 @@ first state, σ = 1, nothing is left of the clean tokens: log p is their margina
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Literal, get_args
 
@@ -43,6 +43,7 @@ from tempflow.core import plan
 from tempflow.core.checks import not_negative
 from tempflow.core.corruption import TokenLikelihood
 from tempflow.core.credit import GroupZScore
+from tempflow.core.credit.rule import Key
 from tempflow.core.dynamics import ModelJump
 from tempflow.core.objective.likelihood import ClippedLikelihood, Estimate
 from tempflow.core.objective.ratio import clipped
@@ -53,6 +54,13 @@ from tempflow.core.times import WindowTimes
 
 Actions = Literal["clean", "jumps", "branches"]
 Mean = Literal["sequence", "token"]
+
+COMPARED: Mapping[Actions, tuple[Key, ...]] = {
+    "clean": ("prompt",),
+    "jumps": ("prompt", "step"),
+    "branches": ("prompt", "parent"),
+}
+"""Which actions are compared with each other."""
 
 
 @texts_of()
@@ -83,12 +91,10 @@ def udm_grpo(
         at_least(name, value, 1)
     at_least("group", group, 2, "or there is nothing to compare with")
     one_of("actions", actions, get_args(Actions))
-    room = steps - (actions == "branches")  # the last step is not branched: the clean tokens are drawn there
-    at_least("steps", steps, 1 + (actions == "branches"))
-    if window + starts - 1 > room:
+    if window + starts - 1 > steps:
         raise ValueError(
-            f"window: {window} from the last of {starts} starts leaves the grid of {room} steps; nearest valid: "
-            f"{max(1, room - starts + 1)}"
+            f"window: {window} from the last of {starts} starts leaves the grid of {steps} steps; nearest valid: "
+            f"{max(1, steps - starts + 1)}"
         )
     one_of("kl_of", kl_of, get_args(Mean))
     proportion("clip", clip, 1e-4)
@@ -113,7 +119,7 @@ def udm_grpo(
         steps=steps,
         plan=grown,
         dynamics=ModelJump(),
-        credit=GroupZScore(by=("prompt",) if actions == "clean" else ("prompt", "step"), eps=eps, clip=advantage_clip),
+        credit=GroupZScore(by=COMPARED[actions], eps=eps, clip=advantage_clip),
         phases=(phase,),
     )
 

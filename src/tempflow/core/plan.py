@@ -227,16 +227,19 @@ def branch_each_step(
     TempFlow-GRPO, arXiv 2508.04324 (§2): all randomness of a leaf comes from its one stochastic edge, so the leaf's
     reward is that edge's.  `at` is a non-empty subset of 0 … T − 2, by default all of it.  The trunk's own edge comes
     after its noisy siblings, so that a branch's identity does not depend on whether the trunk goes on.  The trunk ends
-    at its last branched node; `trunk_leaf` takes it to σ = 0 and scores it. With `jumps` the edges that are not
-    branched draw noise too, untrained, as tokens have no others: a leaf's reward is then its branch's on average.
+    at its last branched node; `trunk_leaf` takes it to σ = 0 and scores it. With `jumps` all edges draw noise, as
+    tokens have no others: a leaf's reward is then its branch's on average, the trunk goes on from the first of its
+    branches, which are drawn alike, and the last step, which draws too, may be branched: |at|·(branches − 1) + 1 leaves
+    a seed.
     Cost with the default `at`: seeds·(T − 1) + seeds·branches·T(T − 1)/2 forwards, seeds·branches·(T − 1) leaves and
     trained edges; `trunk_leaf` adds `seeds` forwards and leaves.
     """
-    _at_least("steps", steps, 2)
+    noisy = range(steps if jumps else steps - 1)
+    _at_least("steps", steps, 1 if jumps else 2)
     _at_least("branches", branches, 1)
-    branched = _steps_in("at", range(steps - 1) if at is None else at, range(steps - 1))
+    branched = _steps_in("at", noisy if at is None else at, noisy)
     if not branched:
-        raise _invalid("at", "empty", "the trunk must branch somewhere", f"any step of 0 … {steps - 2}")
+        raise _invalid("at", "empty", "the trunk must branch somewhere", f"any step of 0 … {noisy[-1]}")
     last = max(branched)
     follow = [_Shoot(jumps, False)]
 
@@ -244,6 +247,8 @@ def branch_each_step(
         if not trunk:
             return follow
         noisy = [_Shoot(True, True)] * (branches if i in branched else 0)
+        if jumps and noisy:
+            return [replace(noisy[0], trunk=i < last), *noisy[1:]]
         return noisy + ([_Shoot(jumps, False, trunk=True)] if i < last or trunk_leaf else [])
 
     return _grow(steps, _starts("seeds", seeds, False), rule)

@@ -266,6 +266,21 @@ def asked_of(config: Config, algorithm: Algorithm, model: Model) -> tuple[Guidan
         return guidance, algorithm.on(jump_of(model), model.name)
 
 
+def check_guided(config: Config, algorithm: Algorithm, guidance: Guidance, model: Model, prompt: Prompt) -> None:
+    """Whether the model's conditions have what guidance leads away from, where any is asked for; `prompt`: any of the
+    run's. Raises ValueError, naming the field."""
+    e = config.evaluation
+    asked = [("model.guidance", guidance.guidance), ("evaluation.guidance", e.guidance)]
+    asked += [("evaluation.yardstick", number) for number in e.yardstick]
+    asked += [("algorithm", number) for phase in algorithm.phases for number in phase.guidance.values()]
+    field, number = next(((f, n) for f, n in asked if guidance.at(n).rows > 1), ("", 1.0))
+    if field and encoded(model, [prompt], config.size).negative is None:
+        raise ValueError(
+            f"{field}: guidance {number:g}, and {model.name[:60]!r} has no negative prompts to lead away from, not "
+            "even the empty one; nearest valid: 1"
+        )
+
+
 def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[str], None]) -> Mapping[str, Tensor]:
     """Loads the weights that `model.start` names; returns what the parameters were without them."""
     base = trainable.state()

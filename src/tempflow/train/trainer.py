@@ -35,6 +35,7 @@ from tempflow.train.build import (
     borrowed_baseline,
     by_stream,
     check_before_loading,
+    check_guided,
     composed,
     context_of,
     encode_ahead,
@@ -552,6 +553,7 @@ def _train(config: Config, given: Given, world: World, quiet: bool, resume: bool
     context, learners = context_of(
         config, model, algorithm, ready.rewards, not by_config, ready.pictures, world, display.say
     )
+    check_guided(config, algorithm, context.guidance, model, ready.prompts["train"][0])
     world.wait()  # all have read what the records will write over
     with closing(Records(folder, to_yaml(config), own, resumed=resume, write=world.first)) as records:
         dumped = config.model_dump(mode="json")
