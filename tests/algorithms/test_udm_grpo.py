@@ -161,7 +161,7 @@ LEARN = {
     "clean": lambda: made(kl=0.0),
     "clean, at all steps": lambda: made(kl=0.0, window=5, starts=1),
     "jumps": lambda: made(kl=0.0, actions="jumps"),
-    "branches": lambda: made(kl=0.0, actions="branches", group=6),
+    "branches": lambda: made(kl=0.0, actions="branches"),
     "dapo": lambda: jumping("dapo"),
 }
 

@@ -54,6 +54,8 @@ def test_the_path_goes_from_uniform_tokens_to_the_clean_one() -> None:
     assert float((uniform - 1 / V).abs().max()) < 0.03
     clean = drawn(lambda u: PATH.corrupt(EVERY[:, None].expand(V, 400), u, torch.full((V,), 1e-5)), 400)
     assert torch.equal(clean, torch.eye(V, dtype=torch.float64))
+    at_once = PATH.corrupt(EVERY[:, None], torch.full((V, 1), 0.7, dtype=torch.float64), torch.zeros(V))
+    assert torch.equal(at_once, EVERY[:, None])
     middle = drawn(lambda u: PATH.corrupt(EVERY[:, None].expand(V, 20000), u, torch.full((V,), 0.4)), 20000)
     torch.testing.assert_close(middle, law(0.4), rtol=0, atol=0.015)
     assert float(law(0.4).diagonal().max()) > 0.5 > float(law(0.4).min()) > 0

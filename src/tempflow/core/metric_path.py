@@ -34,6 +34,9 @@ from tempflow.core.state import WHOLE, StateLayout, double, to_rows, upcast
 EXACT = 2048
 """Up to so many codes a jump's log-prob is known: it sums over V clean tokens what takes V² distances."""
 
+_SURE = 1e30
+"""A β beyond which no code but the nearest is left."""
+
 _SHORTEST = 1e-5
 """Codes shorter than this are not stretched to length 1, as in the released code."""
 
@@ -88,13 +91,15 @@ class MetricPath:
         return MixturePath(self.vocabulary).start(noise, schedule)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t ~ p_t(· | x0), LongTensor [B, *S]: the first tokens whose cumulated probability exceeds the noise.
+        """x_t ~ p_t(· | x0), LongTensor [B, *S]: the first tokens whose cumulated probability exceeds the noise; x0 at
+        t = 0.
 
         Raises ValueError where shapes do not fit, or for what are no tokens of the vocabulary.
         """
         check_tokens("x0", x0, tuple(noise.shape), self.vocabulary)
         units = self.units.to(x0.device)
-        beta = to_rows(self.beta(double(t)), double(noise)).expand(noise.shape).reshape(-1).to(units)
+        beta = self.beta(double(t)).clamp(max=_SURE)  # at t = 0 it is ∞, and ∞·0 would be no number
+        beta = to_rows(beta, double(noise)).expand(noise.shape).reshape(-1).to(units)
         tokens, u = x0.reshape(-1), double(noise).reshape(-1)
         out = torch.empty_like(tokens)
         at_once = max(1, AT_ONCE // self.vocabulary)
