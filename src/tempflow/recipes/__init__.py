@@ -29,7 +29,7 @@ from tempflow.recipes.sd35_students import (
     sd35_medium_rats,
     sd35_medium_segment_matching,
 )
-from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow
+from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow, shapes_tokens
 from tempflow.recipes.shapes_students import (
     shapes_dmd2,
     shapes_dp_dmd,
@@ -65,6 +65,7 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "shapes_tempflow": shapes_tempflow,
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
+    "shapes_tokens": shapes_tokens,
     "shapes_student": shapes_student,
     "shapes_dmd2": shapes_dmd2,
     "shapes_dp_dmd": shapes_dp_dmd,

@@ -21,6 +21,9 @@ COMMON = {
     "eps": 0.1,  # late steps hardly move the picture: their rewards' spread must not be blown up to 1
 }
 
+TOKENS_KINDS = "single,color"
+"""One object each: two at once the model of tokens has not learned to draw."""
+
 
 def shapes_tempflow() -> Config:
     """TempFlow-GRPO trains all of the shapes model to follow its prompts."""
@@ -80,5 +83,26 @@ def demo() -> Config:
             # at 2e-4 it learns faster, and collapses after sixty iterations: the rate alone holds it
             "optimizer": {**OPTIMIZER, "learning_rate": 1e-4},
             "evaluation": {**EVALUATION, "yardstick": (1.0, 1.25, 1.5, 2.0)},
+        }
+    )
+
+
+def shapes_tokens() -> Config:
+    """UDM-GRPO trains all of the shapes model of tokens: clean tokens are the actions."""
+    return Config.model_validate(
+        {
+            "name": "shapes-tokens",
+            "iterations": 40,
+            "algorithm": {"name": "udm_grpo", "group": 12, "eps": COMMON["eps"]},
+            "rollout_rows": 144,
+            "train_rows": 144,
+            "model": {"path": "shapes_tokens", "dtype": "auto"},
+            "data": {
+                **{split: f"shapes:{split}:{TOKENS_KINDS}" for split in ("train", "validation", "test")},
+                "prompts_per_iteration": 12,
+            },
+            "rewards": REWARDS,
+            "optimizer": OPTIMIZER,
+            "evaluation": EVALUATION,
         }
     )
