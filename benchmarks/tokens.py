@@ -7,7 +7,8 @@ baseline. Both roll out and train equally many rows. Every run is tested on the 
 
 A run is gone on with where it was left; a finished one is boiled down to a small file under benchmarks/tokens, kept
 with the code. `--table` prints the page's table of what is there and draws the figure: validation, the norm of the
-gradient and k3 over the iterations, where an unstable form would show.
+gradient and k3 over the iterations, where an unstable form would show. k3 is of a sequence's mean log-prob with clean
+tokens, and of each token with jumps.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def keep(bench: Bench, form: str, seed: int) -> None:
     run_all([config], resume=True)
     result = boiled(config, bench.base, METRIC)
     metrics = lines(config.output, "metrics.jsonl")
-    for name in ("grad_norm", "kl"):
-        result[name] = [round(line[name], 5) for line in metrics if line.get(name) is not None]
+    held = "kl_reference" if form == "clean" else "kl"
+    for name, source in (("grad_norm", "grad_norm"), ("kl", held)):
+        result[name] = [round(line[source], 5) for line in metrics if line.get(source) is not None]
     file = bench.file(form, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
