@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"strict", "algorithms", "data", "rewards", "names", "media", "grid"},
     "recipes": {"algorithms", "config"},
     "cost": {"config", "core", "algorithms", "models"},
-    "measure": {"config", "cost", "data", "rewards", "train", "media", "models", "request"},
+    "measure": {"config", "core", "cost", "data", "rewards", "train", "media", "models", "request"},
     "evaluate": {
         "core",
         "data",
