@@ -303,6 +303,7 @@ CASES: dict[str, Case] = {
     "udm_grpo": Case("udm_grpo", {"window": 2, "starts": 2}, tokens=True),
     "udm_grpo, k3 of every token": Case("udm_grpo", {"window": 2, "kl": 0.5, "kl_of": "token"}, tokens=True),
     "udm_grpo, jumps": Case("udm_grpo", {"actions": "jumps", "window": 2, "kl": 0.1}, tokens=True),
+    "udm_grpo, branches": Case("udm_grpo", {"actions": "branches", "window": 2, "kl": 0.1}, tokens=True),
     # ---------------------------------------------------------------------------------------- the reward's own gradient
     "refl": Case("refl", {"late": 3, "noises": 2}, reward="light"),
     "refl, margin": Case("refl", {"late": 3, "noises": 2, "margin": 0.45, "turns": 2}, reward="light", guidance=1.5),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tempflow.data.files import READERS, files_of, listed, nearest_file, records, short, suffix_of
 from tempflow.request import Prompt, Source
-from tempflow.shapes.prompts import KINDS, SPLITS, specs
+from tempflow.shapes import prompts as world
 
 SHAPES = "shapes:"
 KEY = "prompt"
@@ -51,17 +51,17 @@ def check_source(source: str) -> None:
     """
     if source.startswith(SHAPES):
         split, kinds = _of_shapes(source)
-        close = get_close_matches(split, SPLITS, n=1, cutoff=0.0)[0]
-        if split not in SPLITS:
+        close = get_close_matches(split, world.SPLITS, n=1, cutoff=0.0)[0]
+        if split not in world.SPLITS:
             raise ValueError(f"{short(source)} names no split of the shapes world; nearest valid: '{SHAPES}{close}'")
-        for kind in set(kinds) - set(KINDS):
-            close = get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+        for kind in set(kinds) - set(world.KINDS):
+            close = get_close_matches(kind, world.KINDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"{short(source)} names no kind {short(kind)}; nearest valid: '{SHAPES}{split}:{close}'")
         return
     name, key = _parts(source)
     suffix = suffix_of(name)
     if name == "shapes" or (":" in name and not suffix and "/" not in name):
-        options = [f"{SHAPES}{split}" for split in SPLITS]
+        options = [f"{SHAPES}{split}" for split in world.SPLITS]
         nearest = get_close_matches(source, options, n=1, cutoff=0.0)[0]
         raise ValueError(f"{short(source)} is neither a file nor 'shapes:SPLIT'; nearest valid: {nearest!r}")
     if not name or suffix not in READERS:
@@ -100,8 +100,8 @@ def load_prompts(
     check_source(source)
     if source.startswith(SHAPES):
         name, kinds = _of_shapes(source)
-        split = next(s for s in SPLITS if s == name)
-        return tuple(Prompt(s.prompt, {"kind": s.kind}) for s in specs(split) if s.kind in (kinds or KINDS))
+        split = next(s for s in world.SPLITS if s == name)
+        return tuple(Prompt(s.prompt, {"kind": s.kind}) for s in world.specs(split) if s.kind in (kinds or world.KINDS))
     path, key = source_path(source, root), _parts(source)[1]
     folder = suffix_of(_parts(source)[0]) == ""
     if folder and not path.is_dir():
