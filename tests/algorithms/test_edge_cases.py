@@ -214,8 +214,8 @@ def test_a_rank_without_an_item_adds_exactly_nothing(name: str) -> None:
 
     bench.model.network.register_forward_hook(listen)
     sums = teaching.accumulate(others, 1.0, may_pause=False)
-    assert (sums.loss, sums.rows) == (0, 0) and not any(sums.largest.values())
+    assert sums.loss == 0 and not any(sums.largest.values())
     assert len(learnt) == 1 and bool(learnt[0].isfinite().all())
-    assert list(sums.metrics) == list(wanted) and not any(sums.metrics.values())
+    assert list(sums.metrics) == list(wanted) and set(sums.metrics.values()) == {(0, 0)}
     for master in bench.trainable.masters:
         assert master.grad is not None and bool((master.grad == 0).all())

@@ -226,7 +226,7 @@ def test_a_reward_of_weight_0_looks_on(tmp_path: Path) -> None:
     rewards = [{"name": "shapes_scorer"}, {"name": "shapes", "weight": 0.0}]
     made = config(tmp_path / "run", algorithm={"name": "srpo", **SMALL["srpo"]}, rewards=rewards)
     check_gradients(made, small("srpo"), Fake(), [safe(Light("shapes_scorer")), safe(Judge("shapes"))], own=True)
-    with pytest.raises(ValueError, match=r"^rewards\.0\.name: 'shapes' is not differentiable"):
+    with pytest.raises(ValueError, match=r"^reward: 'shapes' is not differentiable"):
         check_gradients(made, small("srpo"), Fake(), [safe(Light("shapes_scorer")), safe(Judge("shapes"))], own=False)
 
 

@@ -54,6 +54,7 @@ from tempflow.core.times import WindowTimes
 
 Actions = Literal["clean", "jumps", "branches"]
 Mean = Literal["sequence", "token"]
+Grown = Callable[[int, int, range], plan.Plan]
 
 COMPARED: Mapping[Actions, tuple[Key, ...]] = {
     "clean": ("prompt",),
@@ -129,14 +130,7 @@ def _whole(steps: int, group: int, iteration: int, slot: int) -> plan.Plan:
 
 
 def _window(
-    grown: Callable[[int, int, range], plan.Plan],
-    steps: int,
-    group: int,
-    window: int,
-    starts: int,
-    seed: int,
-    iteration: int,
-    slot: int,
+    grown: Grown, steps: int, group: int, window: int, starts: int, seed: int, iteration: int, slot: int
 ) -> plan.Plan:
     start = Stream(seed, "udm_grpo.window").integers((iteration, slot), starts, 1)[0]
     return grown(steps, group, range(start, start + window))
