@@ -102,7 +102,7 @@ def shapes_tokens() -> Config:
                 "prompts_per_iteration": 12,
             },
             "rewards": REWARDS,
-            # at 3e-4, and half the prompts, it collapses within 36 iterations
+            # at 3e-4, with half the prompts and ten steps, it collapses within 36 iterations
             "optimizer": {**OPTIMIZER, "learning_rate": 1e-4, "warmup_iterations": 3},
             "evaluation": EVALUATION,
         }
