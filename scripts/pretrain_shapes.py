@@ -139,6 +139,21 @@ def resume(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Opt
     return step
 
 
+def learn(
+    loss: Tensor, trainable: Trainable, average: WeightSet, optimizer: torch.optim.Optimizer, rate: float
+) -> None:
+    """One update of the masters, at that rate, and of their average."""
+    trainable.zero_grad()
+    loss.backward()
+    trainable.collect()
+    nn.utils.clip_grad_norm_(trainable.masters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    trainable.publish()
+    average.update()
+
+
 def learning_rate(step: int, total: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
     """Linear warm-up, then cosine to `floor`·peak."""
     warmup = min(warmup, total // 5)
@@ -329,14 +344,7 @@ def train_flow(out: Path, how: Schedule, init: Path | None) -> None:
             embeds, pooled = encode(pipe, text)
             v = pipe.transformer(mixed.to(compute()), embeds, pooled, sigma * 1000, return_dict=False)[0]
         loss = (v.float() - (noise - x0)).square().mean()
-        trainable.zero_grad()
-        loss.backward()
-        trainable.collect()
-        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, how.steps, how.peak)
-        optimizer.step()
-        trainable.publish()
-        average.update()
+        learn(loss, trainable, average, optimizer, learning_rate(step, how.steps, how.peak))
         running += 0.01 * (loss.item() - running) if running else loss.item()
         if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
             save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
@@ -412,14 +420,7 @@ def distill(out: Path, how: Schedule, guidance: float) -> None:
                 conditional, base = v.float().chunk(2)
             guess = student(mixed, embeds[: how.batch], pooled[: how.batch], sigma * 1000, return_dict=False)[0]
         loss = (guess.float() - base - guidance * (conditional - base)).square().mean()
-        trainable.zero_grad()
-        loss.backward()
-        trainable.collect()
-        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, how.steps, how.peak, warmup=30)
-        optimizer.step()
-        trainable.publish()
-        average.update()
+        learn(loss, trainable, average, optimizer, learning_rate(step, how.steps, how.peak, warmup=30))
         if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
             save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
             whole = load_file(out / "flow_ema.safetensors") | {

@@ -35,6 +35,7 @@ from pretrain_shapes import (
     Log,
     Named,
     Schedule,
+    learn,
     learning_rate,
     pictures,
     resume,
@@ -273,16 +274,8 @@ def train_trunk(out: Path, how: Schedule, a: argparse.Namespace) -> None:
         with FusedForward() if dtype == torch.bfloat16 else torch.enable_grad():
             logits = network(x, prompt)
         loss = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten())
-        trainable.zero_grad()
-        loss.backward()
-        trainable.collect()
-        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
         done = max(step / how.steps, spent.share())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(int(done * how.steps), how.steps, how.peak)
-        optimizer.step()
-        trainable.publish()
-        average.update()
+        learn(loss, trainable, average, optimizer, learning_rate(int(done * how.steps), how.steps, how.peak))
         running += 0.01 * (loss.item() - running) if running else loss.item()
         last = step + 1 == how.steps or spent.share() >= 1
         if (step + 1) % how.save_every == 0 or last:
@@ -335,14 +328,7 @@ def distill(out: Path, how: Schedule, a: argparse.Namespace) -> None:
         guided = torch.lerp(empty, own, a.guidance) / a.temperature
         law = torch.where(torch.from_numpy(drop)[:, None, None, None], own, guided).softmax(-1)
         loss = F.cross_entropy(logits.float().flatten(0, 2), law.flatten(0, 2))
-        trainable.zero_grad()
-        loss.backward()
-        trainable.collect()
-        nn.utils.clip_grad_norm_(trainable.masters, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, how.steps, how.peak, warmup=30)
-        optimizer.step()
-        trainable.publish()
-        average.update()
+        learn(loss, trainable, average, optimizer, learning_rate(step, how.steps, how.peak, warmup=30))
         if (step + 1) % how.save_every == 0 or step + 1 == how.steps:
             save(path, training_state({"masters": Named(trainable)}, optimizer), step + 1)
             save(out / "distilled.safetensors", average.named(), step + 1)
