@@ -21,6 +21,7 @@ from tempflow.grid import SCHEDULER, Grid, read_grid, write_grid
 from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
 from tempflow.models.comfyui import Naming
+from tempflow.models.compiled import RowCounts, compile_blocks
 from tempflow.models.embeddings import Embeddings, Row, digest, stacked
 from tempflow.models.family import Family, check_grid, check_size
 from tempflow.models.finite import to_pictures
@@ -80,6 +81,7 @@ class DiffusersModel(ABC):
                 raise ValueError(f"model.path: {name!r} has no {part}{others}")
         self.check_scheduler()
         self._own_grid = self._grid = Grid()
+        self._rows = RowCounts()
         for module in self._modules():
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -367,8 +369,11 @@ class DiffusersModel(ABC):
             )
 
         def velocity(x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-            with self._attention():
+            def plain(x: Tensor, sigma: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
                 return self.velocity(module, x, sigma, rows, guide)
+
+            with self._attention():
+                return self._rows(plain, x, sigma, rows)
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             asked = {name: tensor[rows] for name, tensor in tensors.items()}
@@ -423,7 +428,7 @@ class DiffusersModel(ABC):
         return torch.cat(latents)
 
     # ------------------------------------------------------------------------------------------------------- training
-    def equip(self, tools: Tools) -> None:
+    def equip(self, tools: Tools) -> tuple[str, ...]:
         """See `TakesTools.equip`."""
         network: Any = self.network
         self._offloaded = tools.offload
@@ -431,13 +436,14 @@ class DiffusersModel(ABC):
             with_attention(network, tools.attention)
         if tools.checkpointing:
             checkpointed(network, self._attention)
-        if tools.compile:
-            for block in self.blocks(network):
-                block.compile()
         if tools.vae_tiling:
             if not hasattr(self.pipe.vae, "enable_tiling"):
                 raise ValueError(f"model.vae_tiling: the autoencoder of {self.name!r} has none; nearest valid: false")
             self.pipe.vae.enable_tiling()
+        why = compile_blocks(self.blocks(network), self.device, tools.rows) if tools.compile else ""
+        if tools.compile and not why:
+            self._rows = RowCounts(tools.rows)
+        return (f"warn: model.compile: goes on uncompiled, as {why}",) if why else ()
 
     def keep_embeddings(self, folder: Path, most: int, pipeline: Path) -> None:
         """See `TakesTools.keep_embeddings`. What is there of another model, dtype, kind of device or library is not

@@ -33,6 +33,7 @@ class Tools:
 
     checkpointing  blocks keep their inputs alone for the backward and are computed once more there
     compile        torch.compile of each block
+    rows           the row counts to compile for (`models.compiled`); empty: for whatever comes
     attention      a backend of diffusers by its name ("native", "flash", "sage" …); "" is the network's own
     vae_tiling     the autoencoder works on overlapping tiles: less memory, and not quite the same pictures
     offload        what is frozen beside the network waits on the CPU until it is used: text encoders, autoencoder
@@ -41,6 +42,7 @@ class Tools:
 
     checkpointing: bool = False
     compile: bool = False
+    rows: tuple[int, ...] = ()
     attention: str = ""
     vae_tiling: bool = False
     offload: bool = False
@@ -83,8 +85,9 @@ class TakesTools(Protocol):
         """What is honoured otherwise than its folder says, a line each: told when a run starts."""
         ...
 
-    def equip(self, tools: Tools) -> None:
-        """Turns on what `tools` asks for; after a LoRA was added. Raises ValueError for what this network lacks."""
+    def equip(self, tools: Tools) -> tuple[str, ...]:
+        """Turns on what `tools` asks for; after a LoRA was added. Returns what this machine does without, a line each.
+        Raises ValueError for what this network lacks."""
         ...
 
     def keep_embeddings(self, folder: Path, most: int, pipeline: Path) -> None:

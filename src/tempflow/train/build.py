@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempflow.algorithms.base import Algorithm
 from tempflow.algorithms.lesson import POLICY, Role
-from tempflow.config import Config, ModelConfig, ScorerConfig
+from tempflow.config import Config, ScorerConfig
 from tempflow.core.credit import PerStream, normalised
 from tempflow.core.ema import Frozen
 from tempflow.data.pictures import Pictures
@@ -91,7 +91,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     if begun is not None:
         check_start(begun, m.training)
     check_model(config, say)
-    device, tools = device_of(config, None, world), _tools(m)
+    device, tools = device_of(config, None, world), _tools(config)
     tools.check(m.training, str(device), sharded(config, world))
     model = load(m.path, revision=m.revision, dtype=m.dtype, device=str(device), tools=tools)
     if m.training == "lora":
@@ -110,7 +110,8 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     if isinstance(model, TakesTools):
         for note in model.notes():
             say(f"model: {note}")
-        model.equip(tools)
+        for lack in model.equip(tools):
+            say(lack)
         if m.cache:
             folder, most = Path(m.cache).expanduser(), int(m.cache_gib * 2**30)
             model.keep_embeddings(folder, most, local_folder(m.path, m.revision))
@@ -130,9 +131,10 @@ def encode_ahead(config: Config, model: Model, prompts: Sequence[Prompt], world:
     model.drop_encoders()
 
 
-def _tools(m: ModelConfig) -> Tools:
-    """The tools that a configuration asks for: fields of the same names."""
-    return Tools(**{field.name: getattr(m, field.name) for field in fields(Tools)})
+def _tools(config: Config) -> Tools:
+    """The tools that a configuration asks for. Row counts are those of full batches, and of guidance's two branches."""
+    own = {field.name: getattr(config.model, field.name) for field in fields(Tools) if field.name != "rows"}
+    return Tools(**own, rows=tuple(sorted({config.rollout_rows, config.train_rows, 2 * config.rollout_rows})))
 
 
 NON_COMMERCIAL = re.compile(r"non-?commercial|(^|[-_. ])nc([-_. ]|$)|nscl|research-?only", re.IGNORECASE)
@@ -580,8 +582,7 @@ def warn_of_warmup(config: Config, say: Callable[[str], None]) -> None:
 def say_old_forwards(config: Config, algorithm: Algorithm, say: Callable[[str], None]) -> None:
     """What old log-probs cost, where they do not come with the training forward."""
     updates, trained = config.optimizer.updates_per_iteration, algorithm.cost(0, config.data.prompts_per_iteration)
-    old = algorithm.old_forwards(trained.trained_edges, updates)
-    if old:
+    if old := algorithm.old_forwards(trained.trained_edges, updates):
         say(f"old log-probs: at most {old} forwards an iteration, for {trained.trained_edges} trained edges")
 
 

@@ -16,6 +16,7 @@ from tempflow.core.cost import equivalents
 from tempflow.core.objective.old import rounding_of
 from tempflow.core.schedule import Schedule
 from tempflow.media import Media, Size
+from tempflow.models.compiled import compile_seconds
 from tempflow.models.conditions import Learned
 from tempflow.models.guidance import Guidance, guided
 from tempflow.models.protocol import Model
@@ -87,13 +88,18 @@ class Counter:
 
 @dataclass
 class Clock:
-    """Wall time by phase, in seconds; kept apart from metrics, which must be equal from run to run."""
+    """Wall time by phase, in seconds; kept apart from metrics, which must be equal from run to run. What compiling took
+    in a phase stands beside it, as a phase of its own."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    compiled: float = field(default_factory=compile_seconds)
 
     def add(self, phase: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        now, compiled = time.perf_counter(), compile_seconds()
+        within, self.compiled = compiled - self.compiled, compiled
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since - within
+        if within:
+            self.seconds["compile"] = self.seconds.get("compile", 0.0) + within
         return now
 
 
