@@ -1,10 +1,11 @@
 """How close tempflow runs to the bare model, all sides measured in turn in one run on `shapes`.
 
-    python benchmarks/floor.py [--prompts 4] [--repeats 5] [--threads 2]
+    python benchmarks/floor.py [--prompts 4] [--repeats 5] [--threads 2] [--compile]
 
 Prints ratios: rollout and training pass over the bare transformer at the same row counts and at its fastest batch size;
 the wavefront over the same forest sampled the published way (trunk row by row, K children one batch) and row by row;
 bfloat16 over float32; peak memory per live row. Forwards counted by a hook on the transformer must equal `cost()`.
+With `--compile` both sides' blocks are compiled (`model.compile`), for full batches.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tempflow.core.rollout import Noise
 from tempflow.data.prompts import load_prompts
 from tempflow.media import Size
 from tempflow.models import load
+from tempflow.models.tools import Tools
 from tempflow.request import Prompt, asked
 from tempflow.rewards import build
 from tempflow.train.context import Clock, Context, Counter
@@ -38,9 +40,11 @@ from tempflow.train.weights import Learner, Trainable
 SIZE = Size(32, 32)
 
 
-def setting_for(dtype: str, rows: int) -> Context:
+def setting_for(dtype: str, rows: int, compiled: bool) -> Context:
     model = load("shapes", dtype=dtype)
     model.train_fully()
+    for lack in model.equip(Tools(compile=compiled, rows=(rows,))):
+        print(lack)
     algorithm = tempflow_grpo(kl=0.0, clip=1e-2)
     return Context(
         model=model,
@@ -157,7 +161,7 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     speed: dict[str, float] = {}
     texts = [p.text for p in prompts]
     print(f"\n{dtype}, {a.threads} threads, {len(prompts)} prompts, at most {a.rows} rows a forward")
-    context = setting_for(dtype, a.rows)
+    context = setting_for(dtype, a.rows, a.compile)
     (plan,) = context.algorithm.plans(0, 1)
     bare(context, [a.rows], train=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -238,6 +242,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--compile", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     prompts = list(load_prompts("shapes:train"))[::50][: a.prompts]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tempflow.media import Size
 from tempflow.models import compiled, load
 from tempflow.models.compiled import RowCounts, compile_blocks, compile_seconds
 from tempflow.models.tools import Tools
+from tempflow.request import asked
 from tempflow.train.context import Clock
 
-CPU = torch.device("cpu")
+CPU, SIZE = torch.device("cpu"), Size(32, 32)
 
 
 def test_a_batch_takes_the_next_row_count_where_it_is_nearly_full() -> None:
@@ -87,21 +89,46 @@ def test_the_time_of_compiling_stands_beside_the_phases(monkeypatch: pytest.Monk
     assert set(quiet.seconds) == {"rollout"}
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["shapes", "shapes_tokens"])
+def test_traced_blocks_compute_the_same(name: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, and run as traced: one graph for each kind of block and of pass, and the same numbers."""
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: whole(module, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(compiled, "_missing", lambda device: "")
+
+    def taught(tools: Tools) -> list[Tensor]:
+        model = load(name, dtype="float32")
+        torch.manual_seed(0)
+        model.add_lora(4, 8) if lora else model.train_fully()
+        model.equip(tools)
+        predict = model.predictor(model.encode(asked(["a red circle"]), SIZE), 1.0)
+        shape, rng = (4, *model.noise_shape(SIZE)), torch.Generator().manual_seed(1)
+        x = torch.randn(shape, generator=rng) if name == "shapes" else torch.randint(0, 512, shape, generator=rng)
+        rows, sigma = torch.zeros(4, dtype=torch.long), torch.full((4,), 0.5)
+        with torch.no_grad():
+            full = predict(x, sigma, rows)
+        short = predict(x[:3], sigma[:3], rows[:3])
+        short.logsumexp(-1).mean().backward()
+        gradients = [p.grad.flatten() for p in model.network.parameters() if p.grad is not None]
+        return [full, short.detach(), torch.cat(gradients)]
+
+    for a, b in zip(taught(Tools(compile=True, rows=(4,))), taught(Tools()), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_machine_code_computes_the_same(dtype: str) -> None:
     """Of a CPU: velocities and gradients of the shapes model, a full batch and one that is filled up."""
-    from tempflow.media import Size
-    from tempflow.request import asked
-
-    size, before = Size(32, 32), compile_seconds()
+    before = compile_seconds()
 
     def taught(tools: Tools, rows: int) -> tuple[Tensor, Tensor]:
         model = load("shapes", dtype=dtype)
         model.train_fully()
         assert model.equip(tools) == ()
-        x = torch.randn(rows, *model.noise_shape(size), generator=torch.Generator().manual_seed(0))
-        predict = model.predictor(model.encode(asked(["a red circle"]), size), 1.0)
+        x = torch.randn(rows, *model.noise_shape(SIZE), generator=torch.Generator().manual_seed(0))
+        predict = model.predictor(model.encode(asked(["a red circle"]), SIZE), 1.0)
         velocity = predict(x, torch.full((rows,), 0.5), torch.zeros(rows, dtype=torch.long)).float()
         velocity.square().mean().backward()
         return velocity.detach(), torch.cat([p.grad.flatten() for p in model.network.parameters()]).float()
