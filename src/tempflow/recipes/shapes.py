@@ -92,7 +92,7 @@ def shapes_tokens() -> Config:
     return Config.model_validate(
         {
             "name": "shapes-tokens",
-            "iterations": 80,
+            "iterations": 100,
             "algorithm": {"name": "udm_grpo", "steps": 8, "group": 12, "eps": COMMON["eps"]},
             "rollout_rows": 144,
             "train_rows": 144,
