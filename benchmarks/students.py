@@ -66,11 +66,12 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "rats": ("match", "rats"),
     "reward": ("match", "reward"),
     "dmd2-reward": ("dmd2", "reward"),
+    "reward-alone": ("", "reward"),
 }
 """Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
 
-LONGER: Mapping[str, Mapping[str, int]] = {"reward": {"iterations": 100}}
-"""What differs from the recipes: here the reward's stage goes on until it has fallen."""
+LONGER: Mapping[str, Mapping[str, int]] = {name: {"iterations": 100} for name in ("reward", "dmd2-reward")}
+"""What differs from the recipes: after other stages the reward's goes on until it has fallen."""
 
 TEACHERS: Mapping[str, tuple[str, int, float]] = {
     "untrained, 4 steps": ("useful", STEPS, 1.0),
@@ -97,7 +98,7 @@ class Bench:
 
     def config(self, name: str, seed: int) -> Config:
         on, stage = RUNS[name]
-        tree = stage_tree(SHARED, {**STAGES[stage], **LONGER.get(stage, {})})
+        tree = stage_tree(SHARED, {**STAGES[stage], **LONGER.get(name, {})})
         return parse_config(
             {
                 **tree,
