@@ -217,6 +217,8 @@ class Trainer:
         self.done += 1
         self.seconds += time.perf_counter() - started
         self.records.iteration(self.done, metrics, self.counter, clock)
+        if (spent := clock.seconds.get("compile", 0.0)) >= 1:
+            self._say(f"compile: {spent:.0f} s of iteration {self.done} (model.compile); kept for other runs here")
         for tracker in self.trackers:
             tracker.log({**metrics, **cost(self.counter)}, self.done)
         better = self._validate() if self._due(self.done) else False
