@@ -43,7 +43,7 @@ SIZE = Size(32, 32)
 def setting_for(dtype: str, rows: int, compiled: bool) -> Context:
     model = load("shapes", dtype=dtype)
     model.train_fully()
-    for lack in model.equip(Tools(compile=compiled, rows=(rows,))):
+    for lack in model.equip(Tools(compile=compiled, compile_rows=(rows,))):
         print(lack)
     algorithm = tempflow_grpo(kl=0.0, clip=1e-2)
     return Context(

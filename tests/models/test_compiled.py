@@ -69,7 +69,7 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(monkeypatch: pytest.Monkey
     assert compile_blocks([block], CPU, (8,)) == "no C++ compiler was found"
     assert block._compiled_call_impl is None
     model = load("shapes", dtype="float32")
-    told = model.equip(Tools(compile=True, rows=(8,)))
+    told = model.equip(Tools(compile=True, compile_rows=(8,)))
     assert told == ("warn: model.compile: goes on uncompiled, as no C++ compiler was found",)
     assert model.equip(Tools()) == ()
 
@@ -113,7 +113,7 @@ def test_traced_blocks_compute_the_same(name: str, lora: bool, monkeypatch: pyte
         gradients = [p.grad.flatten() for p in model.network.parameters() if p.grad is not None]
         return [full, short.detach(), torch.cat(gradients)]
 
-    for a, b in zip(taught(Tools(compile=True, rows=(4,))), taught(Tools()), strict=True):
+    for a, b in zip(taught(Tools(compile=True, compile_rows=(4,))), taught(Tools()), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
@@ -134,7 +134,7 @@ def test_machine_code_computes_the_same(dtype: str) -> None:
         return velocity.detach(), torch.cat([p.grad.flatten() for p in model.network.parameters()]).float()
 
     for rows in (4, 3):
-        for a, b in zip(taught(Tools(compile=True, rows=(4,)), rows), taught(Tools(), rows), strict=True):
+        for a, b in zip(taught(Tools(compile=True, compile_rows=(4,)), rows), taught(Tools(), rows), strict=True):
             assert (a - b).norm() <= (1e-5 if dtype == "float32" else 3e-2) * b.norm()
     assert compile_seconds() > before
     assert torch._dynamo.config.recompile_limit >= compiled.COUNTS

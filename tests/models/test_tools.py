@@ -121,7 +121,7 @@ def test_compiled_blocks_compute_the_same(load: Any, monkeypatch: pytest.MonkeyP
     whole = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: whole(module, dynamic=dynamic, backend="eager"))
     monkeypatch.setattr("tempflow.models.compiled._missing", lambda device: "")
-    compiled = load(Tools(compile=True, rows=(3,)))
+    compiled = load(Tools(compile=True, compile_rows=(3,)))
     assert all(block._compiled_call_impl is not None for block in compiled.blocks(compiled.network))
     agree(taught(compiled), taught(load(Tools())), 1e-4)
 

@@ -8,7 +8,6 @@ of the group "tempflow.models", named by the pipeline class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tempflow.models.family import Adapter, Family
 from tempflow.models.pipeline_folder import check_folder, read_index
 from tempflow.models.protocol import Conditioning, Model, Predict, Trunk
 from tempflow.models.quiet import quiet
-from tempflow.models.tools import TakesTools, Tools
+from tempflow.models.tools import ASKED, TakesTools, Tools
 from tempflow.names import EMBEDDED_MODELS, HUB_ID, nearest
 from tempflow.registry import Declared
 
@@ -115,9 +114,7 @@ def load(
     if tools == OFF:
         return adapter.load(folder, path, DTYPES[dtype], device)
     if not issubclass(adapter, TakesTools):
-        raise ValueError(
-            f"model: {path!r} takes none of {', '.join(f.name for f in fields(Tools))}; nearest valid: off"
-        )
+        raise ValueError(f"model: {path!r} takes none of {', '.join(ASKED)}; nearest valid: off")
     return adapter.load_with(folder, path, DTYPES[dtype], device, tools)
 
 

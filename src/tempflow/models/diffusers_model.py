@@ -440,9 +440,9 @@ class DiffusersModel(ABC):
             if not hasattr(self.pipe.vae, "enable_tiling"):
                 raise ValueError(f"model.vae_tiling: the autoencoder of {self.name!r} has none; nearest valid: false")
             self.pipe.vae.enable_tiling()
-        why = compile_blocks(self.blocks(network), self.device, tools.rows) if tools.compile else ""
+        why = compile_blocks(self.blocks(network), self.device, tools.compile_rows) if tools.compile else ""
         if tools.compile and not why:
-            self._rows = RowCounts(tools.rows)
+            self._rows = RowCounts(tools.compile_rows)
         return (f"warn: model.compile: goes on uncompiled, as {why}",) if why else ()
 
     def keep_embeddings(self, folder: Path, most: int, pipeline: Path) -> None:

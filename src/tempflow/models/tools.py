@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ class Tools:
 
     checkpointing  blocks keep their inputs alone for the backward and are computed once more there
     compile        torch.compile of each block
-    rows           the row counts to compile for (`models.compiled`); empty: for whatever comes
+    compile_rows   the row counts to compile for (`models.compiled`); empty: for whatever comes
     attention      a backend of diffusers by its name ("native", "flash", "sage" …); "" is the network's own
     vae_tiling     the autoencoder works on overlapping tiles: less memory, and not quite the same pictures
     offload        what is frozen beside the network waits on the CPU until it is used: text encoders, autoencoder
@@ -42,7 +42,7 @@ class Tools:
 
     checkpointing: bool = False
     compile: bool = False
-    rows: tuple[int, ...] = ()
+    compile_rows: tuple[int, ...] = ()
     attention: str = ""
     vae_tiling: bool = False
     offload: bool = False
@@ -70,6 +70,10 @@ class Tools:
             library, extra = NEEDS[self.quantise]
             if find_spec(library) is None:
                 raise ImportError(f"model.quantise: {self.quantise!r} needs {library}: pip install 'tempflow[{extra}]'")
+
+
+ASKED = tuple(field.name for field in fields(Tools) if field.name != "compile_rows")
+"""Those that a configuration names, as fields of its model."""
 
 
 @runtime_checkable

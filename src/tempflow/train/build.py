@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ from tempflow.models.lora_files import TakesLora
 from tempflow.models.pipeline_folder import licence_of, settings_in
 from tempflow.models.precision import check_precision
 from tempflow.models.protocol import Model, jump_of, layout_of
-from tempflow.models.tools import TakesTools, Tools
+from tempflow.models.tools import ASKED, TakesTools, Tools
 from tempflow.request import Prompt
 from tempflow.rewards import SafeReward, build, check_takes, from_function, safe
 from tempflow.rewards.compose import COLUMN
@@ -133,8 +133,9 @@ def encode_ahead(config: Config, model: Model, prompts: Sequence[Prompt], world:
 
 def _tools(config: Config) -> Tools:
     """The tools that a configuration asks for. Row counts are those of full batches, and of guidance's two branches."""
-    own = {field.name: getattr(config.model, field.name) for field in fields(Tools) if field.name != "rows"}
-    return Tools(**own, rows=tuple(sorted({config.rollout_rows, config.train_rows, 2 * config.rollout_rows})))
+    own = {name: getattr(config.model, name) for name in ASKED}
+    counts = {config.rollout_rows, config.train_rows, 2 * config.rollout_rows} if config.model.compile else ()
+    return Tools(**own, compile_rows=tuple(sorted(counts)))
 
 
 NON_COMMERCIAL = re.compile(r"non-?commercial|(^|[-_. ])nc([-_. ]|$)|nscl|research-?only", re.IGNORECASE)
