@@ -133,9 +133,8 @@ def encode_ahead(config: Config, model: Model, prompts: Sequence[Prompt], world:
 
 def _tools(config: Config) -> Tools:
     """The tools that a configuration asks for. Row counts are those of full batches, and of guidance's two branches."""
-    own = {name: getattr(config.model, name) for name in ASKED}
     counts = {config.rollout_rows, config.train_rows, 2 * config.rollout_rows} if config.model.compile else ()
-    return Tools(**own, compile_rows=tuple(sorted(counts)))
+    return Tools(**{name: getattr(config.model, name) for name in ASKED}, compile_rows=tuple(sorted(counts)))
 
 
 NON_COMMERCIAL = re.compile(r"non-?commercial|(^|[-_. ])nc([-_. ]|$)|nscl|research-?only", re.IGNORECASE)
