@@ -42,7 +42,8 @@ def launch(ranks: int, how: str, target: Path, *cases: str) -> None:
         for rank in range(ranks)
     ]
     try:
-        said = [process.communicate(timeout=600)[0] for process in processes]
+        limit = 600 + 60 * len(cases)  # all algorithms in turn take half an hour of a machine with other work
+        said = [process.communicate(timeout=limit)[0] for process in processes]
     finally:
         for process in processes:  # those that wait for one that does not come
             process.kill()
