@@ -117,6 +117,35 @@ def test_traced_blocks_compute_the_same(name: str, lora: bool, monkeypatch: pyte
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_checkpointed_blocks_are_computed_again_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is not compiled for is not compiled for in the backward either."""
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        made.append(len(inputs))
+        return graph.forward
+
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: whole(module, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(compiled, "_missing", lambda device: "")
+
+    def gradient(tools: Tools, rows: int) -> Tensor:
+        model = load("shapes", dtype="float32")
+        model.train_fully()
+        model.equip(tools)
+        predict = model.predictor(model.encode(asked(["a red circle"]), SIZE), 1.0)
+        x = torch.randn(rows, *model.noise_shape(SIZE), generator=torch.Generator().manual_seed(0))
+        predict(x, torch.full((rows,), 0.5), torch.zeros(rows, dtype=torch.long)).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.network.parameters() if p.grad is not None])
+
+    both = Tools(checkpointing=True, compile=True, compile_rows=(4,))
+    odd = gradient(both, 2)
+    assert made == []
+    assert torch.equal(odd, gradient(Tools(checkpointing=True), 2))
+    a, b = gradient(both, 4), gradient(Tools(), 4)
+    assert made and (a - b).norm() <= 1e-5 * b.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_machine_code_computes_the_same(dtype: str) -> None:

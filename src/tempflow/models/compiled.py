@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +49,46 @@ class RowCounts:
             return velocity(x, sigma, conditions)
         wanted = self.of(rows)
         if wanted == rows:
-            with torch.compiler.set_stance("force_eager"):
+            with Uncompiled():
                 return velocity(x, sigma, conditions)
         more = wanted - rows
         filled = {name: _filled(tensor, more) for name, tensor in conditions.items()}
         return velocity(_filled(x, more), _filled(sigma, more), filled)[:rows]
+
+
+class Uncompiled:
+    """A context in which compiled blocks compute as they would without compilation; it can be entered again."""
+
+    _inside: ClassVar[list[Any]] = []
+
+    def __enter__(self) -> None:
+        stance = torch.compiler.set_stance("force_eager")
+        stance.__enter__()
+        self._inside.append(stance)
+
+    def __exit__(self, *fault: object) -> None:
+        self._inside.pop().__exit__(*fault)
+
+    @classmethod
+    def as_now(cls) -> AbstractContextManager[object]:
+        """For what is computed again later: this context where we are in one, else none."""
+        return cls() if cls._inside else nullcontext()
+
+
+class Together:
+    """Contexts as one, entered in their order."""
+
+    def __init__(self, *contexts: AbstractContextManager[object]) -> None:
+        self.contexts, self._entered = contexts, ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *fault: Any) -> None:
+        self._entered.__exit__(*fault)
 
 
 def _filled(tensor: Tensor, more: int) -> Tensor:

@@ -21,7 +21,7 @@ from tempflow.grid import SCHEDULER, Grid, read_grid, write_grid
 from tempflow.media import Kind, Media, Size
 from tempflow.models.attention import FusedForward
 from tempflow.models.comfyui import Naming
-from tempflow.models.compiled import RowCounts, compile_blocks
+from tempflow.models.compiled import RowCounts, Together, Uncompiled, compile_blocks
 from tempflow.models.embeddings import Embeddings, Row, digest, stacked
 from tempflow.models.family import Family, check_grid, check_size
 from tempflow.models.finite import to_pictures
@@ -396,6 +396,10 @@ class DiffusersModel(ABC):
             return FusedForward()
         return nullcontext()
 
+    def _again(self) -> AbstractContextManager[object]:
+        """What a block's second forward runs in, to compute as the first did; asked at the first."""
+        return Together(self._attention(), Uncompiled.as_now())
+
     # ---------------------------------------------------------------------------------------------------------- media
     @torch.no_grad()
     def decode(self, x: Tensor, size: Size) -> Media:
@@ -435,7 +439,7 @@ class DiffusersModel(ABC):
         if tools.attention:
             with_attention(network, tools.attention)
         if tools.checkpointing:
-            checkpointed(network, self._attention)
+            checkpointed(network, self._again)
         if tools.vae_tiling:
             if not hasattr(self.pipe.vae, "enable_tiling"):
                 raise ValueError(f"model.vae_tiling: the autoencoder of {self.name!r} has none; nearest valid: false")
