@@ -53,7 +53,7 @@ def lines_of(side: Side, dtype: str, guidance: float, a: argparse.Namespace, out
     words = ["train", "demo", "--output", str(out), "--threads", str(a.threads), "--iterations", str(a.iterations + 1)]
     words += ["--model.dtype", dtype, "--model.guidance", f"{guidance:g}", "--checkpoint.every", "1000"]
     words += ["--evaluation.every", "0", "--evaluation.validation-prompts", "6", "--evaluation.test-prompts", "6"]
-    words += ["--evaluation.yardstick", "[]", *side.words]
+    words += ["--evaluation.yardstick", "[]", "--rollout-rows", "144", *side.words]  # all pictures of an iteration
     environment = {**os.environ, **side.environment, "PYTHONPATH": str(side.source)}
     done = subprocess.run(
         [sys.executable, "-m", "tempflow.cli", *words], env=environment, capture_output=True, text=True
