@@ -173,9 +173,7 @@ def measure(dtype: str, a: argparse.Namespace, prompts: list[Prompt]) -> dict[st
     print(f"  peak memory over the model's own: {each:.1f} KiB a live row ({live} rows at the end)")
     told = plan.cost().forwards * len(prompts)
     assert (sum(roll) == told or a.compile) and counter.rollout == told, "forwards differ from cost()"
-    print(
-        f"  forwards by hook {sum(roll)}, by cost() {told}: {sum(roll) / told:.3f} (above 1: batches that are filled up)"
-    )
+    print(f"  forwards by hook {sum(roll)}, by cost() {told}: {sum(roll) / told:.3f} (above 1: some are filled up)")
     leaves = torch.zeros(plan.cost().leaves * len(prompts), *context.model.noise_shape(SIZE))
 
     def rollout_side() -> float:
