@@ -43,6 +43,7 @@ NOISELESS = _less("noise_level")
 """For algorithms whose step has no noise level to set."""
 
 _FLOW = {"group": 12, **COMMON}
+_RECTIFIED = {**COMMON, "seeds": 2, "branches": 6, "weight": "rectified"}
 _FORWARD = {"steps": 6, "group": 12}
 _TWO = {"updates_per_iteration": 2}
 """With one update the ratio is 1 throughout, and gates that differ beside it are one and the same."""
@@ -52,12 +53,11 @@ _TIGHT = 3e-4
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("tempflow_grpo", {"name": "tempflow_grpo", "seeds": 2, "branches": 6, **COMMON}, 6),
-    Entry(
-        "tempflow_grpo_rectified",
-        {"name": "tempflow_grpo", "seeds": 2, "branches": 6, "weight": "rectified", **COMMON},
-        6,
-        "knob",
-    ),
+    Entry("tempflow_grpo_rectified", {"name": "tempflow_grpo", **_RECTIFIED}, 6, "knob"),
+    # what keeps its gain small on a shifted grid: the noise of the last noisy step, groups of few, or too few steps
+    Entry("tempflow_grpo_calm", {"name": "tempflow_grpo", **_RECTIFIED, "noise_level": 0.5}, 6, "knob"),
+    Entry("tempflow_grpo_pooled", {"name": "tempflow_grpo", **_RECTIFIED, "std_group": "prompt"}, 6, "knob"),
+    Entry("tempflow_grpo_eight_steps", {"name": "tempflow_grpo", **_RECTIFIED, "steps": 8}, 4, "knob"),
     Entry("flow_grpo_global", {"name": "flow_grpo", "std": "global", **_FLOW}),
     Entry("flow_grpo_group", {"name": "flow_grpo", "std": "group", **_FLOW}),
     Entry("flow_grpo_fast", {"name": "flow_grpo_fast", "group": 12, "window": 2, **COMMON}, 16),
