@@ -2,8 +2,9 @@
 
     python -m benchmarks.students [--seeds 0 1 2] [--only NAME …] [--table] [--figure]
 
-A student takes four steps on σ = 1, .9, .75, .5, 0. Its stages are those of `recipes.shapes_students`, each a run from
-the best weights of the one that it stands on (`RUNS`): all that stand on one share it. Every run is tested on the same
+A student takes four steps, on σ = 1, .9, .75, .5, 0 but where a name says late: those are on σ = 1, .8, .55, .25, 0.
+Its stages are those of `recipes.shapes_students`, each a run from the best weights of the one that it stands on
+(`RUNS`): all that stand on one share it. Every run is tested on the same
 1 008 pictures of the test split, in its own steps; diversity is the mean distance by hand-made features between nine
 pictures of a prompt, over `PROMPTS` test prompts. Teachers are the shipped model by stated grids and guidance.
 
@@ -44,11 +45,11 @@ from tempflow.config.parts import DataConfig
 from tempflow.config.stages import stage_tree
 from tempflow.data.prompts import load_prompts
 from tempflow.evaluate.suite import Report, evaluate, fixed_prompts
-from tempflow.grid import Grid, as_stated
+from tempflow.grid import Grid, Stated, as_stated
 from tempflow.media import Size
 from tempflow.models.protocol import Model, WalksGrids
 from tempflow.recipes.shapes import EVALUATION, REWARDS
-from tempflow.recipes.shapes_students import SHARED, STAGES, STEPS
+from tempflow.recipes.shapes_students import LATE, SHARED, STAGES, STEPS
 from tempflow.report.walks import Row, diversity_figure, steps_figure
 from tempflow.request import Prompt
 from tempflow.rewards import build
@@ -67,15 +68,18 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "reward": ("match", "reward"),
     "dmd2-reward": ("dmd2", "reward"),
     "reward-alone": ("", "reward"),
+    "late": ("", "late"),
 }
 """Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
 
 LONGER: Mapping[str, Mapping[str, int]] = {name: {"iterations": 100} for name in ("reward", "dmd2-reward")}
 """What differs from the recipes: after other stages the reward's goes on until it has fallen."""
 
-TEACHERS: Mapping[str, tuple[str, int, float]] = {
+TEACHERS: Mapping[str, tuple[Stated, int, float]] = {
     "untrained, 4 steps": ("useful", STEPS, 1.0),
     "untrained, 4 steps, guided": ("useful", STEPS, 1.5),
+    "untrained, 4 late steps": (LATE, STEPS, 1.0),
+    "untrained, 4 late steps, guided": (LATE, STEPS, 1.5),
     "teacher, 10 steps": ("scheduler", 10, 1.0),
     "teacher, 10 steps, guided": ("scheduler", 10, 1.5),
     "teacher, 10 steps, guidance 2": ("scheduler", 10, 2.0),
@@ -160,7 +164,7 @@ def taught(bench: Bench, name: str) -> None:
     file, (grid, steps, guidance) = bench.results / f"{name.replace(', ', '_').replace(' ', '_')}.json", TEACHERS[name]
     config = bench.config("match", 0)
     known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("base_hash") == bench.base and known["walk"] == [grid, steps, guidance]:
+    if known.get("base_hash") == bench.base and known["walk"] == _walk(name):
         return
     model = models.load("shapes")
     assert isinstance(model, WalksGrids)
@@ -171,7 +175,7 @@ def taught(bench: Bench, name: str) -> None:
     columns = {name: scores.value[:, place].double().numpy() for place, name in enumerate(scores.names)}
     result = {
         "base_hash": bench.base,
-        "walk": [grid, steps, guidance],
+        "walk": _walk(name),
         "after": round(float(columns[METRIC].mean()), 6),
         "after_bits": packed(columns[METRIC]),
         "graded": round(float(columns["shapes"].mean()), 6),
@@ -180,6 +184,12 @@ def taught(bench: Bench, name: str) -> None:
         "spread": diversity(model, config.size, steps, guidance),
     }
     written(file, result)
+
+
+def _walk(teacher: str) -> list[Any]:
+    """A teacher's grid, steps and guidance as JSON has them."""
+    grid, steps, guidance = TEACHERS[teacher]
+    return [grid if isinstance(grid, str) else [*grid], steps, guidance]
 
 
 def written(file: Path, result: Mapping[str, Any]) -> None:
@@ -250,18 +260,23 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
     return table(head, rows)
 
 
-def rows_of(bench: Bench, seeds: Sequence[int], useful: Callable[[str, int], int]) -> list[Row]:
+def rows_of(bench: Bench, seeds: Sequence[int], useful: Callable[[Stated, int], int]) -> list[Row]:
     """All results that are there, for the figures. Intervals resample prompts, a student's score's seeds too; those of
     its diversity are the mean of the seeds' bounds. useful: how many steps of a grid count."""
     prompts, rows = tested(bench.config("match", 0)), list[Row]()
     for name, told in taught_there(bench).items():
         grid, steps, guidance = TEACHERS[name]
-        who = ("teacher", "teacher", 0, True, grid, steps, useful(grid, steps), guidance)
+        who = ("teacher", "teacher", 0, True, _said(grid), steps, useful(grid, steps), guidance)
         rows.append(Row(*who, *_figures([told], prompts)))
     for colour, (name, there) in enumerate(trained_there(bench, seeds).items()):
-        who = (name, name, colour, False, "useful", STEPS, useful("useful", STEPS), 1.0)
+        grid = bench.config(name, 0).model.grid
+        who = (name, name, colour, False, _said(grid), STEPS, useful(grid, STEPS), 1.0)
         rows.append(Row(*who, *_figures([*there.values()], prompts)))
     return rows
+
+
+def _said(grid: Stated) -> str:
+    return str(Grid(grid))
 
 
 def _figures(
@@ -273,7 +288,7 @@ def _figures(
     return mean, (low, high), spread, (left, right)
 
 
-def useful(grid: str, steps: int) -> int:
+def useful(grid: Stated, steps: int) -> int:
     """How many steps of the shipped model's grid change the picture."""
     model = models.load("shapes")
     assert isinstance(model, WalksGrids)
