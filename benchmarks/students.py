@@ -69,8 +69,12 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "dmd2-reward": ("dmd2", "reward"),
     "reward-alone": ("", "reward"),
     "late": ("", "late"),
+    "late-mean": ("late", "again"),
 }
 """Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
+
+MEANS: Mapping[str, int] = {"late-mean": 3}
+"""Of how many runs' weights one starts from the mean: seed 0 from the seeds 0, 1 and 2, seed 1 from 3, 4 and 5."""
 
 LONGER: Mapping[str, Mapping[str, int]] = {name: {"iterations": 100} for name in ("reward", "dmd2-reward")}
 """What differs from the recipes: after other stages the reward's goes on until it has fallen."""
@@ -101,7 +105,7 @@ class Bench:
     figure: Path = Path("docs/img/students.png")
 
     def config(self, name: str, seed: int) -> Config:
-        on, stage = RUNS[name]
+        stage = RUNS[name][1]
         tree = stage_tree(SHARED, {**STAGES[stage], **LONGER.get(name, {})})
         return parse_config(
             {
@@ -113,7 +117,7 @@ class Bench:
                 "model": {
                     **tree["model"],
                     "dtype": "float32",
-                    "start": self.config(on, seed).output if on else "",
+                    "start": [self.config(*one).output for one in self.sources(name, seed)],
                 },
                 "evaluation": {**tree["evaluation"], "every": tree["iterations"] // 5},
             }
@@ -122,10 +126,14 @@ class Bench:
     def file(self, name: str, seed: int) -> Path:
         return self.results / f"{name}-{seed}.json"
 
-    def chain(self, name: str) -> list[str]:
-        """The stages up to that one, first to last."""
-        on = RUNS[name][0]
-        return [*(self.chain(on) if on else ()), name]
+    def sources(self, name: str, seed: int) -> list[tuple[str, int]]:
+        """The runs from whose weights that one starts."""
+        on, count = RUNS[name][0], MEANS.get(name, 1)
+        return [(on, count * seed + n) for n in range(count)] if on else []
+
+    def chain(self, name: str, seed: int) -> list[tuple[str, int]]:
+        """The runs up to that one, first to last."""
+        return [*(run for source in self.sources(name, seed) for run in self.chain(*source)), (name, seed)]
 
 
 def looked(model: Model, size: Size, steps: int, guidance: float, each: int) -> Report:
@@ -145,9 +153,9 @@ def diversity(model: Model, size: Size, steps: int, guidance: float) -> list[flo
 
 def trained(bench: Bench, name: str, seed: int) -> None:
     """Runs the stages up to that one, and boils it down."""
-    for stage in bench.chain(name):
-        config, file = bench.config(stage, seed), bench.file(stage, seed)
-        if file.exists() and stage == name and not mismatch(json.loads(file.read_text()), config, bench.base):
+    for run in bench.chain(name, seed):
+        config, file = bench.config(*run), bench.file(*run)
+        if file.exists() and run == (name, seed) and not mismatch(json.loads(file.read_text()), config, bench.base):
             return
         run_all([config], resume=True)
         if file.exists() and not mismatch(json.loads(file.read_text()), config, bench.base):
@@ -240,9 +248,8 @@ def page(bench: Bench, seeds: Sequence[int]) -> str:
             lead, a, b = gain(after, np.repeat(bits(rival)[None], len(after), 0), prompts)
             beside = f"{lead:+.3f} [{a:+.3f}, {b:+.3f}]"
         spent = [
-            sum(json.loads(bench.file(stage, seed).read_text())["cost"]["forward_equivalents"] for stage in chain)
-            for seed in there
-            for chain in [bench.chain(name)]
+            sum(json.loads(bench.file(*run).read_text())["cost"]["forward_equivalents"] for run in bench.chain(name, s))
+            for s in there
         ]
         each = ", ".join(f"{result['after']:.3f}" for result in found)
         rows.append(

@@ -297,6 +297,7 @@ def test_home_is_read_in_every_field_that_may_name_a_place(name, monkeypatch):
     for path in places:
         assign(tree, path, "~/p.txt")
     made = parse_config(tree).model_dump()
+    assert parse_config({**LEAST, "model": {"start": ["~/a", "b"]}}).model.starts == ("/home/me/a", "b")
     for path in places:
         assert reduce(dict.__getitem__, path.split("."), made) == "/home/me/p.txt", path
 
@@ -509,3 +510,27 @@ def test_faults_of_a_section_name_its_field_with_the_section() -> None:
             raise ValueError(said)
         with pytest.raises(ValueError, match=f"^{told}$"), run.naming(section):
             raise plain.value
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (3, "model.start: a text or several are meant (in YAML, quoted), not 3; nearest valid: ''"),
+        ({"a": 1}, "model.start: a text or several are meant (in YAML, quoted), not {'a': 1}; nearest valid: ''"),
+        (["a", 3], "model.start: a text or several are meant (in YAML, quoted), not 3; nearest valid: ''"),
+        (["a", "b", "a"], "model.start: 'a' stands in it twice; nearest valid: once"),
+    ],
+)
+def test_a_start_is_a_place_or_several(given, line):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**LEAST, "model": {"start": given}})
+    assert str(caught.value) == line
+    with pytest.raises(ConfigError, match=r"^model.grid: "):  # a field of one value, not a section, given a mapping
+        parse_config({**LEAST, "model": {"grid": {"a": 1}}})
+    for same, start in (("", ""), ([], ""), (["a"], "a"), (["a", "b"], ("a", "b"))):
+        made = parse_config({**LEAST, "model": {"start": same}})
+        assert made.model.start == start and made.model.starts == tuple(start and [*start])
+    with pytest.raises(
+        ConfigError, match=r"^model.start: a mean is of whole networks, and training is 'lora'; nearest"
+    ):
+        parse_config({**LEAST, "model": {"start": ["a", "b"], "training": "lora"}})

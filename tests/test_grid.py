@@ -113,6 +113,13 @@ def test_folders_carry_their_grid(tmp_path: Path) -> None:
     write_grid(Grid("useful", 4), lora)
     started = shapes_lora().with_model(start=str(lora))
     assert grid_of(started) == Grid("useful", 4)
+    other_lora = tmp_path / "other"
+    other_lora.mkdir()
+    mean = configured().with_model(start=(str(lora), str(other_lora)))
+    with pytest.raises(ValueError, match=r"^model.grid: own, and '.*lora' walks useful, '.*other' scheduler; nearest"):
+        grid_of(mean)
+    write_grid(Grid("useful", 4), other_lora)
+    assert grid_of(mean) == Grid("useful", 4) and grid_of(mean.with_model(grid="scheduler")) == Grid("scheduler")
     assert (
         grid_of(shapes_lora()) == Grid() and with_grid(shapes_lora(), shapes_lora().algorithm.build()) == shapes_lora()
     )

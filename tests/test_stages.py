@@ -21,7 +21,7 @@ from tempflow.recipes import RECIPES
 from tempflow.stages import train
 from tempflow.strict import ConfigError
 from tempflow.train import build
-from tempflow.train.checkpoint import CheckpointError
+from tempflow.train.checkpoint import CheckpointError, best_weights
 from tempflow.train.trainer import Run, Trainer
 
 TREE: dict[str, Any] = {
@@ -104,6 +104,27 @@ def test_a_stages_weights_carry_the_grid_of_the_one_before() -> None:
     assert points[0].startswith("stages.1.") and "3" in points[0]
 
 
+def souped(**changes: Any) -> dict[str, Any]:
+    """A warm-up, a second one apart from it, and what starts from the mean of both."""
+    warm, nft = copy.deepcopy(TREE["stages"])
+    stages = [warm, {**warm, "name": "apart", "from": [], "seed": 1}, {**nft, "from": ["warm", "apart"]}]
+    return tree(**{"stages": stages, **changes})
+
+
+def test_a_stage_may_start_from_others_than_the_one_before() -> None:
+    made = parse_stages(souped(output="here", model__start="lora", evaluation__before="x", evaluation__yardstick=[2.0]))
+    assert [run.model.start for run in made.runs] == ["lora", "lora", ("here/1-warm", "here/2-apart")]
+    assert [run.evaluation.before for run in made.runs] == ["x", "x", ""]  # of the untrained model
+    assert parse_stages(souped(stages__2__from=["warm"])).runs[2].model.start == "runs/two/1-warm"
+    assert parse_stages(made.replace(seed=3).tree).runs[2].model.starts == ("here/1-warm", "here/2-apart")
+    grids = souped(stages__0__model={"grid": "useful"}, stages__1__model={"grid": "useful"})
+    assert [run.model.grid for run in parse_stages(grids).runs] == ["useful"] * 3
+    grids["stages"][1]["model"] = {"grid": "scheduler"}
+    (line,) = told(grids)
+    assert line.startswith("stages.2.model.grid: 'apart' walks 'scheduler', the first of them 'useful'")
+    assert [run.model.grid for run in parse_stages(souped(stages__2__model={"grid": "useful"})).runs][2] == "useful"
+
+
 def test_yaml_and_replacing(tmp_path: Path) -> None:
     made = parse_stages(tree())
     file = tmp_path / "two.yaml"
@@ -133,6 +154,11 @@ def test_yaml_and_replacing(tmp_path: Path) -> None:
         ({"stages__1__evaluation": {"before": "x"}}, "stages.1.evaluation.before: 'x', but a stage is compared"),
         ({"stages__1__model": {"training": "lora"}}, "stages.1.model.training: 'lora', but the stage before trains"),
         ({"stages__1__model": {"path": "a/b"}}, "stages.1.model.path: 'a/b', but the stage before trains 'shapes'"),
+        ({"stages__1__from": "warm"}, "stages.1.from: 'warm' is not a list of stages; nearest valid: ['warm']"),
+        ({"stages__1__from": ["wram"]}, "stages.1.from: 'wram' is no stage before this one; nearest valid: ['warm']"),
+        ({"stages__1__from": [["warm"]]}, "stages.1.from: [['warm']] is not a list of stages"),
+        ({"stages__0__from": ["nft"]}, "stages.0.from: 'nft' is no stage before this one; nearest valid: []"),
+        ({"stages__1__from": ["warm", "warm"]}, "stages.1.from: 'warm' stands in it twice; nearest valid: once"),
         ({"stages": []}, "stages: [] is no list of 1 to 20 stages"),
         ({"stages": [{"name": "x"}] * 21}, "stages: 21 stages is no list of 1 to 20 stages"),
         ({"stages": [{"name": "x"}, "y"]}, "stages.1: 'y' is not a mapping of fields"),
@@ -285,6 +311,27 @@ def test_each_stage_starts_from_what_the_one_before_ended_with(whole: Run) -> No
     assert whole.before.mean("reward") == first["after"]["mean"]["reward"]
     assert load_config(home / "2-nft" / "config.yaml").model.start == str(home / "1-warm")
     assert load_stages(home / "config.yaml").runs[1].algorithm.name == "diffusion_nft"
+
+
+def test_a_stage_starts_from_the_mean_of_those_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, plain = list[Any](), build._start
+
+    def noted(config: Config, model: Any, trainable: Any, say: Any) -> Any:
+        base = plain(config, model, trainable, say)
+        begun.append(trainable.state())
+        return base
+
+    monkeypatch.setattr(build, "_start", noted)
+    config = parse_stages(souped(output=str(tmp_path / "run")))
+    run = train(config, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)
+    warm, apart = (best_weights(Path(stage.output)) for stage in config.runs[:2])
+    assert len(begun) == 1 and not same(warm, apart)
+    assert same(begun[0], {name: (warm[name].double() / 2 + apart[name].double() / 2).float() for name in warm})
+    summaries = [json.loads((Path(stage.output) / "summary.json").read_text()) for stage in config.runs]
+    assert summaries[0]["before"]["mean"] == summaries[1]["before"]["mean"] != summaries[2]["before"]["mean"]
+    files = {file: file.read_bytes() for file in run.folder.parent.rglob("*.safetensors")}
+    again = train(config, model=Fake(), reward=brightness, prompts=PROMPTS, quiet=True)  # all are finished
+    assert again.folder == run.folder and files == {file: file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("reference", ["base", "start"])

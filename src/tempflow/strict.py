@@ -240,7 +240,8 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> list[st
         if fault["type"] == "value_error":
             text = str(fault.get("ctx", {}).get("error", fault["msg"]))
             # A model's own message starts with one of its fields, a field's message does not name the field again.
-            glue = "." if isinstance(fault["input"], Mapping | BaseModel) else ": "
+            leaf = path in fields and _section(fields[path]) is None
+            glue = "." if isinstance(fault["input"], Mapping | BaseModel) and not leaf else ": "
             lines += [f"{path}{glue}{line}" if path else line for line in text.splitlines()]
         else:
             lines.append(f"{path}: {_sentence(fault, fields.get(path))}")

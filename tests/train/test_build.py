@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from tempflow.models.lora_files import load_lora
 from tempflow.models.sd3 import SD3
 from tempflow.recipes.shapes import shapes_flow
 from tempflow.request import asked
-from tempflow.train import build, trainer
-from tempflow.train.state import read_start, starting_state
+from tempflow.train import build, checkpoint, trainer
+from tempflow.train.state import read_start, read_starts, starting_state
 from tempflow.train.weights import Trainable
 
 WIDTH = load("shapes").network.config["caption_projection_dim"]
@@ -217,6 +218,26 @@ def test_a_run_that_trained_everything_is_no_start_of_a_lora(tmp_path: Path) -> 
     text = refused(tmp_path, run.folder, training="lora")
     assert text.endswith(f"nearest valid: --model.path {run.folder / 'model'}")
     assert "trained the whole network, and this run trains a LoRA" in text
+
+
+def test_a_mean_is_of_runs_that_trained_the_same_whole_network(
+    tmp_path: Path, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer.train(configured(tmp_path / "one"), quiet=True).folder
+    for name in ("two", "other"):
+        shutil.copytree(one, tmp_path / name)
+    best = checkpoint.best_weights(one)
+    stored = {one: best, tmp_path / "two": {name: 3 * value for name, value in best.items()}}
+    monkeypatch.setattr(checkpoint, "best_weights", lambda run: stored.get(run, {"other": torch.zeros(3)}))
+    mean = read_starts([str(one), str(tmp_path / "two")], "model.start")
+    assert mean.path == f"{one} and {tmp_path / 'two'}" and mean.weights is not None
+    assert all(torch.allclose(mean.weights[name], 2 * value) for name, value in best.items())
+    for wrong, why in (
+        (peft_folder, "a mean is of whole networks, and '.*' is a LoRA"),
+        (tmp_path / "other", "'.*other'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^model.start: {why}.*; nearest valid: "):
+            read_starts([str(one), str(wrong)], "model.start")
 
 
 def test_a_model_of_another_kind_takes_no_file(peft_folder: Path) -> None:

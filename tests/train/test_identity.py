@@ -281,6 +281,9 @@ def test_a_start_is_recorded_by_its_best_weights(begun: Path) -> None:
     found = identity(settings, settings.algorithm.build(), {}, {}).contents["model.start"]
     best = checkpoint.pointed(begun, checkpoint.BEST)
     assert best is not None and found == {"best weights": checkpoint.sha256(best / checkpoint.MANIFEST)}
+    mean = settings.with_model(start=(str(begun), str(begun.parent / "not yet there")))
+    several = identity(mean, settings.algorithm.build(), {}, {}).contents["model.start"]
+    assert several == {"0/best weights": found["best weights"]}
 
 
 # ------------------------------------------------------------------------------------------------- objects from Python

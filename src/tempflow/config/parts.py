@@ -19,6 +19,20 @@ OWN_REWARD = "reward"
 """The metric that means the run's own first reward, also where that was given to `tempflow.train` as an object."""
 
 
+def as_start(given: object) -> object:
+    """A start as a configuration has it: one place, or of several a tuple. Raises ValueError for what is no text, and
+    for a place twice."""
+    for place in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(place, str):
+            raise ValueError(f"a text or several are meant (in YAML, quoted), not {shown(place)}; nearest valid: ''")
+    if not isinstance(given, list | tuple):
+        return given
+    twice = next((place for n, place in enumerate(given) if place in given[:n]), None)
+    if twice is not None:
+        raise ValueError(f"{shown(twice)} stands in it twice; nearest valid: once")
+    return tuple(given) if len(given) > 1 else given[0] if given else ""
+
+
 class ModelConfig(Strict):
     """The generator, and what of it is trained."""
 
@@ -52,10 +66,11 @@ class ModelConfig(Strict):
     training: Literal["full", "lora"] = Field(
         default="full", description="train all of the network, or a LoRA on its attention"
     )
-    start: Place = Field(
+    start: Annotated[Place | tuple[Place, ...], BeforeValidator(as_start)] = Field(
         default="",
         description="what training starts from: a run's folder (its best weights) or a LoRA (diffusers, PEFT, kohya or "
-        "ComfyUI form), which is trained on, or with full training merged; empty = the model as it is",
+        "ComfyUI form), which is trained on, or with full training merged; several runs of whole networks = the mean "
+        "of their weights; empty = the model as it is",
     )
     reference: Place = Field(
         default="base",
@@ -95,6 +110,17 @@ class ModelConfig(Strict):
         description="encode all prompts first, then free the text encoders (with a cache, training a LoRA)",
     )
     cache_gib: float = Field(default=64.0, gt=0, description="most GiB of that folder; what was unused longest goes")
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The places that `start` names."""
+        return (self.start,) if isinstance(self.start, str) and self.start else tuple(self.start)
+
+    @model_validator(mode="after")
+    def _mean_of_whole_networks(self) -> ModelConfig:
+        if len(self.starts) > 1 and self.training == "lora":
+            raise ValueError("start: a mean is of whole networks, and training is 'lora'; nearest valid: one place")
+        return self
 
     @model_validator(mode="after")
     def _dropped_for_good(self) -> ModelConfig:

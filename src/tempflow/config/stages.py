@@ -1,6 +1,7 @@
 """Several runs one after the other as one configuration: what they share, and what each stage lays over it.
 
-Every stage is an ordinary run with a `Config` of its own. It starts from the weights that the one before ended with.
+Every stage is an ordinary run with a `Config` of its own. It starts from the weights that the one before ended with, or
+from those that its `from` names.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ from tempflow.strict import MAX_FAULTS, ConfigError, check_bounds, leaves, shown
 
 STAGES = "stages"
 """The field that makes a configuration one of stages."""
+
+FROM = "from"
+"""A stage's field: the earlier stages from the mean of whose weights it starts; without any, as the first one does."""
+
+_GRID = ("model", "grid")
 
 MAX_STAGES = 20
 
@@ -127,10 +132,12 @@ def reaches(tree: Mapping[str, Any], path: str) -> bool:
     if path in ("name", "output"):
         return True
     of_first = path == "model.start" or path in [f"evaluation.{name}" for name in OF_THE_FIRST]
-    open_to = [stage for stage in stages if not is_given(stage, path.split("."))]
+    firsts = [number for number, sources in enumerate(_sources(stages)) if not sources]
+    able = [stages[number] for number in firsts] if of_first else stages
+    open_to = [stage for stage in able if not is_given(stage, path.split("."))]
     if path.startswith("algorithm."):
         open_to = [stage for stage in open_to if not _other_algorithm(shared, stage)]
-    return not stages or (stages[0] in open_to if of_first else bool(open_to))
+    return not stages or bool(open_to)
 
 
 def is_given(tree: Any, path: Sequence[str]) -> bool:
@@ -167,7 +174,7 @@ def parse_stages(given: Mapping[str, Any]) -> Stages:
             lines += [f"{STAGES}.{number}.{line}" for line in faults[-1]]
     common = [line for line in faults[0] if _is_shared(line, faults, stages)]
     lines = [*common, *(line for line in lines if line.split(".", 2)[-1] not in common)]
-    lines = lines or list(_disconnected(made))
+    lines = lines or list(_disconnected(made, stages))
     if lines:
         raise ConfigError("\n".join(lines[:MAX_FAULTS]))
     return Stages(shared["name"], _output(shared), tuple(made), tree)
@@ -200,36 +207,72 @@ def _misnamed(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield f"{here}.name: {error}"
             if stage["name"] in seen:
                 yield f"{here}.name: {shown(stage['name'])} is the name of two stages; nearest valid: one of its own"
-        seen.append(stage.get("name"))
         if "output" in stage:
             yield f"{here}.output: a stage writes into a folder of its name in `output`; nearest valid: without"
-        if number and is_given(stage, ["model", "start"]) and isinstance(stage.get("model"), Mapping):
+        yield from _misplaced(here, stage, [name for name in seen if isinstance(name, str)])
+        first = number == 0 or (FROM in stage and not stage[FROM])
+        if not first and is_given(stage, ["model", "start"]) and isinstance(stage.get("model"), Mapping):
             told = shown(stage["model"]["start"])
             yield f"{here}.model.start: {told}, but a stage starts from the one before; nearest valid: without"
-        if number and isinstance(stage.get("evaluation"), Mapping) and stage["evaluation"].get("before"):
+        if not first and isinstance(stage.get("evaluation"), Mapping) and stage["evaluation"].get("before"):
             told = shown(stage["evaluation"]["before"])
             yield (
                 f"{here}.evaluation.before: {told}, but a stage is compared with what it starts from; nearest valid: ''"
             )
+        seen.append(stage.get("name"))
+
+
+def _misplaced(here: str, stage: Mapping[str, Any], earlier: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the stages that one starts from."""
+    given = stage.get(FROM, [])
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        yield f"{here}.{FROM}: {shown(given)} is not a list of stages; nearest valid: {shown([*earlier[-1:]])}"
+        return
+    for place, name in enumerate(given):
+        if name not in earlier:
+            near = (*get_close_matches(name, earlier, 1), *earlier[-1:])
+            yield f"{here}.{FROM}: {shown(name)} is no stage before this one; nearest valid: {shown([*near[:1]])}"
+        elif name in given[:place]:
+            yield f"{here}.{FROM}: {shown(name)} stands in it twice; nearest valid: once"
+
+
+def _sources(stages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """From which stages each one starts; none: from where the first does."""
+    named, sources = dict[Any, int](), list[list[int]]()
+    for number, stage in enumerate(stages):
+        told = stage.get(FROM)
+        if isinstance(told, list):
+            names = dict.fromkeys(name for name in told if isinstance(name, str))
+            sources.append([named[name] for name in names if name in named])
+        else:
+            sources.append([number - 1] if number else [])
+        if isinstance(stage.get("name"), str):
+            named[stage["name"]] = number
+    return sources
 
 
 def _completed(shared: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each stage's whole tree: named, with its folder, and started from the one before, whose σ grid its weights
-    carry."""
-    name, output, start, grid = shared.get("name"), _output(shared), "", OWN
-    for number, stage in enumerate(stages):
+    """Each stage's whole tree: named, with its folder, and started from the one before, or from those that it names,
+    whose σ grid its weights carry."""
+    name, output = shared.get("name"), _output(shared)
+    folders, grids = list[str](), list[Any]()
+    for number, (stage, sources) in enumerate(zip(stages, _sources(stages), strict=True)):
         below, title = dict(shared), stage.get("name") if _is_name(stage.get("name")) else f"stage-{number}"
-        if number and isinstance(below.get("evaluation"), Mapping):
+        if sources and isinstance(below.get("evaluation"), Mapping):
             below["evaluation"] = {k: v for k, v in below["evaluation"].items() if k not in OF_THE_FIRST}
-        whole = stage_tree(below, {key: value for key, value in stage.items() if key not in ("name", "output")})
+        whole = stage_tree(below, {key: value for key, value in stage.items() if key not in ("name", "output", FROM)})
         if _is_name(name):
             whole["name"] = f"{name}-{title}"
         if isinstance(output, str):
             whole["output"] = str(Path(output) / f"{number + 1}-{title}")
         if isinstance(model := whole.get("model", {}), Mapping):
-            grid = grid if model.get("grid", OWN) == OWN else model["grid"]
-            whole["model"] = {**model, "grid": grid, **({"start": start} if number else {})}
-        start = str(whole.get("output"))
+            carried = [grids[source] for source in sources]
+            grid = carried[0] if carried and model.get("grid", OWN) == OWN else model.get("grid", OWN)
+            places = [folders[source] for source in sources]
+            start = places if len(places) > 1 else places[0] if places else model.get("start", "")
+            whole["model"] = {**model, "grid": grid, "start": start}
+        grids.append(whole["model"]["grid"] if isinstance(whole.get("model"), Mapping) else OWN)
+        folders.append(str(whole.get("output")))
         yield whole
 
 
@@ -254,13 +297,21 @@ def _is_shared(line: str, faults: Sequence[Sequence[str]], stages: Sequence[Mapp
     return not own and all(line in other for other in faults)
 
 
-def _disconnected(runs: Sequence[Config]) -> Iterator[str]:
-    """Why a stage could not start from the weights of the one before."""
-    for number, (before, run) in enumerate(pairwise(runs), 1):
-        here, old, new = f"{STAGES}.{number}.model", before.model, run.model
+def _disconnected(runs: Sequence[Config], stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Why a stage could not start from the weights of the one before, or of those that it names."""
+    sources = _sources(stages)
+    for number, source in ((n, s) for n, several in enumerate(sources) for s in several):
+        here, old, new = f"{STAGES}.{number}.model", runs[source].model, runs[number].model
         for name, a, b in (("path", old.path, new.path), ("revision", old.revision, new.revision)):
             if a != b:
                 yield f"{here}.{name}: {shown(b)}, but the stage before trains {shown(a)}; nearest valid: {shown(a)}"
+        if len(sources[number]) > 1 and old.training == "lora":
+            title = shown(stages[source]["name"])
+            why = f"{title} trains a LoRA, and a mean is of whole networks"
+            yield f"{STAGES}.{number}.{FROM}: {why}; nearest valid: [{title}]"
+        if new.grid == runs[sources[number][0]].model.grid != old.grid and not is_given(stages[number], _GRID):
+            why = f"{shown(stages[source]['name'])} walks {shown(old.grid)}, the first of them {shown(new.grid)}"
+            yield f"{here}.grid: {why}; nearest valid: one that is stated"
         if (old.training, new.training) == ("full", "lora"):
             yield (
                 f"{here}.training: 'lora', but the stage before trains the whole network, which the LoRA's file would "

@@ -137,13 +137,13 @@ def start_check(config: Config) -> list[Check]:
     """Whether what `model.start` names can be read; nothing where it names nothing."""
     if not config.model.start:
         return []
-    from tempflow.train.state import check_start, read_start
+    from tempflow.train.state import check_start, read_starts
 
     try:
-        check_start(read_start(config.model.start, "model.start"), config.model.training)
+        check_start(read_starts(config.model.starts, "model.start"), config.model.training)
     except (ValueError, OSError) as error:
         return [Check("model.start", "fails", str(error), "a run's folder, or a LoRA's file or folder")]
-    return [Check("model.start", "ok", config.model.start)]
+    return [Check("model.start", "ok", " and ".join(config.model.starts))]
 
 
 def licence_check(kind: str, name: str, licence: str) -> Check:

@@ -153,7 +153,7 @@ def _origin(run: Path, config: Config, export: Export) -> str:
     m, summary = config.model, _summary(run)
     trained = f"a LoRA of {_ranks(config, export)}" if m.training == "lora" else "the whole network"
     if m.start:
-        trained += f", from {Path(m.start).name}"
+        trained += f", from {'the mean of ' if len(m.starts) > 1 else ''}{', '.join(Path(p).name for p in m.starts)}"
     if export.form == "merged" and m.training == "lora":
         trained += ", merged into the base"
     revision = f" at {m.revision}" if m.revision else ""

@@ -103,7 +103,7 @@ def _tested(runs: Sequence[RunData], metric: str) -> Iterator[tuple[str, tuple[A
     """What model, of which test, and the report, of every test of a finished run that says how it walked."""
     for run in runs:
         model = run.config.get("model", {})
-        began = str(model.get("start") or model.get("path", ""))
+        began = _began(model)
         size = [model.get(key) for key in ("height", "width")]
         for when, what in (("before", began), ("yardstick", began), ("after", str(run.folder))):
             report = (run.summary or {}).get(when)
@@ -165,8 +165,14 @@ def _model(what: str) -> str:
 def _reference(run: RunData) -> str:
     """The model that a run's teacher is, or that its KL holds to."""
     model = run.config.get("model", {})
-    named, path = str(model.get("reference", "base")), str(model.get("path", ""))
-    return _model({"base": path, "start": str(model.get("start") or path)}.get(named, named))
+    named = str(model.get("reference", "base"))
+    return _model({"base": str(model.get("path", "")), "start": _began(model)}.get(named, named))
+
+
+def _began(model: Line) -> str:
+    """What a run's training started from; of a mean all of it."""
+    start = model.get("start") or model.get("path", "")
+    return " and ".join(map(str, start)) if isinstance(start, list | tuple) else str(start)
 
 
 def _shortened(text: str) -> str:

@@ -49,7 +49,7 @@ from tempflow.train.state import (
     check_start,
     check_teacher,
     optimizer_of,
-    read_start,
+    read_starts,
     run_baseline,
     start_summary,
     starting_state,
@@ -87,7 +87,7 @@ def prepare_model(config: Config, world: World = SINGLE, say: Callable[[str], No
     Raises ValueError for a start that does not fit.
     """
     m = config.model
-    begun = read_start(m.start, "model.start") if m.start else None  # before gigabytes are loaded
+    begun = read_starts(m.starts, "model.start") if m.start else None  # before gigabytes are loaded
     if begun is not None:
         check_start(begun, m.training)
     check_model(config, say)
@@ -286,7 +286,7 @@ def check_guided(config: Config, algorithm: Algorithm, guidance: Guidance, model
 def _start(config: Config, model: Model, trainable: Trainable, say: Callable[[str], None]) -> Mapping[str, Tensor]:
     """Loads the weights that `model.start` names; returns what the parameters were without them."""
     base = trainable.state()
-    begun = read_start(config.model.start, "model.start")
+    begun = read_starts(config.model.starts, "model.start")
     check_start(begun, config.model.training)
     lora = begun.lora_for(model)
     trainable.load(starting_state(begun, trainable, base, lora))
@@ -327,7 +327,7 @@ def _reference(
     """The trained parameters of the reference; None: as they are when training starts."""
     if which in ("base", "start"):
         return base if which == "base" else None
-    held = read_start(which, "model.reference")
+    held = read_starts((which,), "model.reference")
     untrained = trainable.state() if base is None else base  # nothing was started from
     return starting_state(held, trainable, untrained, held.lora_for(model))
 

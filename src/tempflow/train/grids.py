@@ -16,14 +16,25 @@ from tempflow.models.protocol import Model, WalksGrids
 
 def grid_of(config: Config) -> Grid:
     """The grid that a run walks: the one that it states, else that of the weights that it starts from, else that of its
-    model's folder. Raises ValueError for a folder's that cannot be read."""
+    model's folder. Raises ValueError for a folder's that cannot be read, and for starts on several grids."""
     m = config.model
     if m.grid != OWN:
         return Grid(m.grid)
-    start = Path(m.start).expanduser()
-    if m.start and (start / "config.yaml").is_file():
+    grids = [_grid_at(Path(place).expanduser()) for place in m.starts]
+    for place, grid in zip(m.starts, grids, strict=True):
+        if grid != grids[0]:
+            raise ValueError(
+                f"model.grid: {OWN}, and {m.starts[0]!r} walks {grids[0] or SCHEDULER}, {place!r} {grid or SCHEDULER}; "
+                "nearest valid: one that is stated"
+            )
+    return (grids[0] if grids else None) or grid_in(local_folder(m.path, m.revision)) or Grid()
+
+
+def _grid_at(start: Path) -> Grid | None:
+    """What a run walks, or the weights in a folder carry; None for neither."""
+    if (start / "config.yaml").is_file():
         return grid_of(load_config(start / "config.yaml"))
-    return (grid_in(start) if m.start else None) or grid_in(local_folder(m.path, m.revision)) or Grid()
+    return grid_in(start)
 
 
 def with_grid(config: Config, algorithm: Algorithm, model: Model | None = None) -> Config:

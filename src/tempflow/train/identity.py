@@ -213,10 +213,11 @@ def identity(
         contents["model.path"] = _pipeline(folder)
         if (commit := snapshot_of(folder)) is not None:
             commits["model.path"] = commit
-    for name, where in (("model.start", config.model.start), ("model.reference", config.model.reference)):
-        place = Path(where).expanduser()
-        if where and place.exists():
-            contents[name] = {**_any(place), **_beside(place)}
+    for name, places in (("model.start", config.model.starts), ("model.reference", (config.model.reference,))):
+        found = [{**_any(at), **_beside(at)} for place in places if (at := Path(place).expanduser()).exists()]
+        numbered = [(f"{n}/" if len(places) > 1 else "", digests) for n, digests in enumerate(found)]
+        if found:
+            contents[name] = {f"{number}{file}": told for number, digests in numbered for file, told in digests.items()}
     for folder in algorithm.latent_rewards:
         contents["algorithm.reward"] = _any(_latent_reward(folder))
     if "algorithm" not in given:

@@ -378,6 +378,25 @@ class StartingWeights:
         return fitted.network
 
 
+def read_starts(places: Sequence[str], field: str) -> StartingWeights:
+    """What one place names, or the mean of the weights of several runs (a model soup, arXiv 2203.05482; of policies
+    that were rewarded apart from one start, WARP, 2406.16768; both from memory). Raises ValueError as `read_start`, and
+    for several that are not runs of whole networks with the same parameters."""
+    if len(places) == 1:
+        return read_start(places[0], field)
+    mean = dict[str, Tensor]()
+    for place in places:
+        weights = read_start(place, field).weights
+        if weights is None:
+            raise ValueError(f"{field}: a mean is of whole networks, and {place!r} is a LoRA; nearest valid: it alone")
+        shapes = {name: value.shape for name, value in weights.items()}
+        if mean and shapes != {name: value.shape for name, value in mean.items()}:
+            raise ValueError(f"{field}: {place!r} has other parameters than {places[0]!r}; nearest valid: one of both")
+        for name, value in weights.items():
+            mean[name] = mean[name] + value.double() / len(places) if name in mean else value.double() / len(places)
+    return StartingWeights(field, " and ".join(places), {name: value.float() for name, value in mean.items()})
+
+
 def read_start(path: str, field: str) -> StartingWeights:
     """Reads what `path` names. Raises ValueError, naming `field`, where that is neither a run nor a LoRA."""
     place = Path(path).expanduser()
