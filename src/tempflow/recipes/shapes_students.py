@@ -64,7 +64,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 STAGES = {
     **STAGES,
     "late": {**STAGES["reward"], "model": {"grid": LATE}},
-    "again": {**STAGES["reward"], "model": {"grid": LATE}, "iterations": 20, "optimizer": {"learning_rate": 5e-5}},
+    "again": {**STAGES["reward"], "model": {"grid": LATE}, "iterations": 40},
 }
 """Stages by name, as `docs/students.md` compares them; each also stands behind "match" alone."""
 
