@@ -46,6 +46,7 @@ def awm(
     group: int = 24,
     pairs: int = 6,
     times: TimeKind = "discrete_wo_init",
+    fraction: float = 0.9,
     likelihood: ProxyName = "ghuber",
     kl: float = 1e-3,
     ema_kl: float = 1.0,
@@ -61,8 +62,9 @@ def awm(
 
     Args:
         pairs: (t, ε) of a picture, one t in each stratum.
-        times: which t: "discrete" strata of the first 90 % of the grid, "discrete_wo_init" without pure noise,
-            "discrete_with_init" with it always; "uniform" or "logit_normal" strata, shifted by 3.
+        times: which t: "discrete" strata of the grid, "discrete_wo_init" without pure noise, "discrete_with_init" with
+            it always; "uniform" or "logit_normal" strata, shifted by 3.
+        fraction: share of the grid, from its noisy end, that discrete times are of; grids of few steps want 1.
         likelihood: the proxy of log p: "ghuber", "huber", "t", "t2", "uniform", "adaptive" or "exact".
         ema_kl: the same to the policy's average; 0 saves its forwards, and leaves a negative A without a bound.
         ema_hold: the average's decay once it has ramped up, by 0.001 an iteration.
@@ -74,6 +76,7 @@ def awm(
     """
     one_of("std", std, ("global", "group"))
     proportion("clip", clip, 1e-2, whole=True)
+    proportion("fraction", fraction, 0.9, whole=True)
     for name, value, low in (("ema_kl", ema_kl, 0.0), ("ema_hold", ema_hold, 0.0)):
         if not low <= value < float("inf"):
             raise ValueError(f"{name}: {value} must be finite and ≥ 0; nearest valid: 0")
@@ -95,7 +98,7 @@ def awm(
                     Estimate(proxy_of(likelihood), on_policy=not off_policy),
                     regularizers=(*held_to_reference(kl), PredictionDistance(average, ema_kl)),
                 ),
-                Renoise(_times(times, pairs, steps), share_times=1),
+                Renoise(_times(times, pairs, steps, fraction), share_times=1),
             ),
         ),
         weight_sets=rules,
@@ -104,7 +107,7 @@ def awm(
     )
 
 
-def _times(kind: str, pairs: int, steps: int) -> Times:
+def _times(kind: str, pairs: int, steps: int, fraction: float) -> Times:
     at_least("pairs", pairs, 2 if kind == "discrete_with_init" else 1)
     one_of("times", kind, get_args(TimeKind))
     if kind == "uniform":
@@ -112,6 +115,6 @@ def _times(kind: str, pairs: int, steps: int) -> Times:
     if kind == "logit_normal":
         return LogitNormalTimes(pairs, shift=3.0)
     if kind == "discrete_with_init":
-        return on_grid(StratifiedGridTimes(pairs - 1, first=1, fraction=0.9, initial=True), pairs, steps)
+        return on_grid(StratifiedGridTimes(pairs - 1, first=1, fraction=fraction, initial=True), pairs, steps)
     first = int(kind == "discrete_wo_init")
-    return on_grid(StratifiedGridTimes(pairs, first=first, fraction=0.9), pairs, steps)
+    return on_grid(StratifiedGridTimes(pairs, first=first, fraction=fraction), pairs, steps)
