@@ -31,6 +31,7 @@ from tempflow.recipes.sd35_students import (
 )
 from tempflow.recipes.shapes import demo, shapes_flow, shapes_lora, shapes_tempflow, shapes_tokens
 from tempflow.recipes.shapes_students import (
+    shapes_distilled,
     shapes_dmd2,
     shapes_dp_dmd,
     shapes_gdmd,
@@ -66,6 +67,7 @@ RECIPES: dict[str, Callable[[], Config | Stages]] = {
     "shapes_flow": shapes_flow,
     "shapes_lora": shapes_lora,
     "shapes_tokens": shapes_tokens,
+    "shapes_distilled": shapes_distilled,
     "shapes_student": shapes_student,
     "shapes_dmd2": shapes_dmd2,
     "shapes_dp_dmd": shapes_dp_dmd,
@@ -128,6 +130,7 @@ __all__ = [
     "sd35_medium_tempflow",
     "sdxl_ddpo",
     "shapes_diffusion_dpo",
+    "shapes_distilled",
     "shapes_dmd2",
     "shapes_dp_dmd",
     "shapes_draft",
