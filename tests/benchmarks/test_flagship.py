@@ -20,5 +20,11 @@ def test_compute_is_to_the_mean_of_the_rivals_last_validations() -> None:
     assert seconds == "25"  # a quarter of its compute
 
 
+def test_a_rival_that_gained_nothing_sets_no_target() -> None:
+    rival = Standing(COMPARED[2], {}, 1e-4, {0: run(0.5, 0.6, 0.45)})
+    ((_, _, each, seconds),) = costs(rival, [Standing(COMPARED[0], {}, 2e-4, {0: run(0.5, 0.7)})])
+    assert (each, seconds) == ("the rival has gained nothing", "–")
+
+
 def test_every_form_has_three_seeds() -> None:
     assert [seeds(entry) for entry in COMPARED] == [(0, 1, 2)] * 4
