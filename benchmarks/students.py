@@ -70,11 +70,16 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "reward-alone": ("", "reward"),
     "late": ("", "late"),
     "late-mean": ("late", "again"),
+    "late-awm": ("", "awm"),
+    "late-both": ("late", "again"),
 }
 """Each run: the one from whose best weights it starts ("": the shipped model), and its stage."""
 
 MEANS: Mapping[str, int] = {"late-mean": 3}
 """Of how many runs' weights one starts from the mean: seed 0 from the seeds 0, 1 and 2, seed 1 from 3, 4 and 5."""
+
+BESIDE: Mapping[str, str] = {"late-both": "late-awm"}
+"""Whose weights, of the same seed, are averaged with those of the run that one starts from."""
 
 LONGER: Mapping[str, Mapping[str, int]] = {name: {"iterations": 100} for name in ("reward", "dmd2-reward")}
 """What differs from the recipes: after other stages the reward's goes on until it has fallen."""
@@ -129,7 +134,8 @@ class Bench:
     def sources(self, name: str, seed: int) -> list[tuple[str, int]]:
         """The runs from whose weights that one starts."""
         on, count = RUNS[name][0], MEANS.get(name, 1)
-        return [(on, count * seed + n) for n in range(count)] if on else []
+        beside = [(BESIDE[name], seed)] if name in BESIDE else []
+        return [*((on, count * seed + n) for n in range(count)), *beside] if on else []
 
     def chain(self, name: str, seed: int) -> list[tuple[str, int]]:
         """The runs up to that one, first to last."""

@@ -64,6 +64,22 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 }
 STAGES = {
     **STAGES,
+    "awm": {
+        "algorithm": {
+            "name": "awm",
+            "steps": STEPS,
+            "group": 12,
+            "pairs": 4,
+            "times": "discrete_with_init",
+            "fraction": 1.0,
+            "kl": 0.0,
+            "eps": 0.1,
+            "std": "group",
+        },
+        "model": {"grid": LATE},
+        "iterations": 50,
+        "optimizer": {"learning_rate": 1.5e-4},
+    },
     "late": {**STAGES["reward"], "model": {"grid": LATE}},
     "again": {**STAGES["reward"], "model": {"grid": LATE}, "iterations": 20},
 }
