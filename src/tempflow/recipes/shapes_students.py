@@ -97,13 +97,15 @@ SHARED: Mapping[str, Any] = {
 
 
 def shapes_student() -> Stages:
-    """The best four-step student of the shapes model that was found: a reward teaches it three times apart, and once
-    more from the mean of the three."""
-    own = {"one": {}, "two": {"seed": 101}, "three": {"seed": 202}}
+    """The best four-step student of the shapes model that was found: a reward teaches it by V-GRPO and, apart, by AWM;
+    then once more from the mean of the two."""
     seldom = {"every": 10, "test_prompts": 60}
-    apart = [{"name": name, **STAGES["late"], "from": [], "evaluation": seldom, **more} for name, more in own.items()]
-    last = {"name": "mean", **STAGES["again"], "from": [*own], "evaluation": {"every": 4}}
-    return parse_stages({"name": "shapes-student", **SHARED, "stages": [*apart, last]})
+    stages = [
+        {"name": "v_grpo", **STAGES["late"], "evaluation": seldom},
+        {"name": "awm", **STAGES["awm"], "from": [], "evaluation": seldom},
+        {"name": "mean", **STAGES["again"], "from": ["v_grpo", "awm"], "evaluation": {"every": 4}},
+    ]
+    return parse_stages({"name": "shapes-student", **SHARED, "stages": stages})
 
 
 def shapes_distilled() -> Stages:
