@@ -46,7 +46,6 @@ def awm(
     group: int = 24,
     pairs: int = 6,
     times: TimeKind = "discrete_wo_init",
-    fraction: float = 0.9,
     likelihood: ProxyName = "ghuber",
     kl: float = 1e-3,
     ema_kl: float = 1.0,
@@ -57,6 +56,7 @@ def awm(
     std: Literal["global", "group"] = "global",
     eps: float = 1e-4,
     solver: SolverName = "euler",
+    fraction: float = 0.9,
 ) -> Algorithm:
     """AWM (arXiv 2509.25050): the matching loss as log-likelihood, weighted by the advantage, held near its average.
 

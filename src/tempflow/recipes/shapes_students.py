@@ -2,8 +2,7 @@
 
 A student takes four steps, all useful, without guidance. Distillation walks σ = 1, .9, .75, .5, 0 and starts with
 segment matching, which takes the guided teacher's path into these steps; the base model stays the teacher of all
-stages. `shapes_student` and `shapes_averaged` have no teacher: a reward teaches the model as it is, on a grid whose
-steps lie later.
+stages. `shapes_student` has no teacher: a reward teaches the model as it is, on a grid whose steps lie later.
 """
 
 from __future__ import annotations
@@ -100,18 +99,6 @@ def shapes_student() -> Config:
     """A four-step student of the shapes model that a reward teaches, by AWM: no teacher, one run."""
     whole = stage_tree(SHARED, STAGES["awm"]) | {"name": "shapes-student"}
     return parse_config(stage_tree(whole, {"evaluation": {"every": 10}}))
-
-
-def shapes_averaged() -> Stages:
-    """A four-step student of the shapes model that a reward teaches by V-GRPO and, apart, by AWM; then once more from
-    the mean of the two."""
-    seldom = {"every": 10, "test_prompts": 60}
-    stages = [
-        {"name": "v_grpo", **STAGES["late"], "evaluation": seldom},
-        {"name": "awm", **STAGES["awm"], "from": [], "evaluation": seldom},
-        {"name": "mean", **STAGES["again"], "from": ["v_grpo", "awm"], "evaluation": {"every": 4}},
-    ]
-    return parse_stages({"name": "shapes-averaged", **SHARED, "stages": stages})
 
 
 def shapes_distilled() -> Stages:
